@@ -1,0 +1,3 @@
+"""Momentum-contrast pretraining that gives the same run on any number of GPUs."""
+
+__version__ = "0.1.0"

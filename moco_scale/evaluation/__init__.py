@@ -1,0 +1,1 @@
+"""kNN and linear evaluation of a pretrained encoder."""
