@@ -1,0 +1,61 @@
+# `make` alone prints help. Every other target sets up .venv first when that is needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+# make cifar10 SOURCE=... EPOCHS=... TRAIN_PER_CLASS=...
+SOURCE ?=
+EPOCHS ?=
+TRAIN_PER_CLASS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo cifar10 test test-slow lint format bench clean
+
+help: ## print this
+	@echo "usage: make TARGET    (PYTHON=$(PYTHON) makes $(VENV))"
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "make: '$(PYTHON)' is missing or older than Python 3.11; name another one: make setup PYTHON=python3.12" >&2; exit 2; }
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@echo "Installing into $(VENV): a few minutes, about 6 GB the first time"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## render pictures, pretrain, evaluate; at most 10 minutes on two cores (runs/demo)
+	$(BIN)/python -m moco_scale demo --output-dir runs/demo
+
+cifar10: $(STAMP) ## the same on CIFAR-10: SOURCE=folder or tar, EPOCHS=N, TRAIN_PER_CLASS=N (runs/cifar10)
+	$(BIN)/python -m moco_scale cifar10 --output-dir runs/cifar10 \
+	    $(if $(SOURCE),--source '$(SOURCE)') $(if $(EPOCHS),--epochs $(EPOCHS)) \
+	    $(if $(TRAIN_PER_CLASS),--train-per-class $(TRAIN_PER_CLASS))
+
+test: $(STAMP) ## all tests but the slow ones; under 15 minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## the tests that take minutes each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff and mypy, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff put the layout and the imports right
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP) ## every benchmark in its quick form
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done
+
+clean: ## remove caches and build leftovers; keeps .venv, runs and data
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,53 @@
+"""Fixtures that several test folders share."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start: several ranks share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout, where train.py and ds_configs are."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real pictures that lies beside some checkouts; skips where it does not."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real pictures here: ../shared/data beside the checkout is missing")
+    return folder
+
+
+def write_picture(path: Path, *, seed: int, width: int = 40, height: int = 32) -> None:
+    """Write a smooth random RGB picture; the name's suffix chooses the format."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """An ImageFolder of JPEGs: 3 classes, 8 training and 4 validation pictures each.
+
+    Sizes differ from picture to picture, all between 32 and 47 pixels a side.
+    """
+    root = tmp_path / "pictures"
+    seed = 0
+    for split, per_class in (("train", 8), ("val", 4)):
+        for name in ("ash", "birch", "cedar"):
+            for i in range(per_class):
+                path = root / split / name / f"{i:03d}.jpg"
+                write_picture(path, seed=seed, width=40 + seed % 8, height=32 + seed % 5)
+                seed += 1
+    return root
