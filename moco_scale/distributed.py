@@ -1,0 +1,277 @@
+"""Processes and collectives: the only file that calls ``torch.distributed``.
+
+Every helper also works in one process that never initialised anything, so that nothing else
+needs to ask. Tensors on a GPU travel over NCCL, tensors on the CPU over gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moco_scale.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def initialize(device: str = "auto") -> None:
+    """Join the process group described by the environment of whatever launched this process.
+
+    Understands ``deepspeed``, ``torchrun``, Slurm's ``srun`` with one task per GPU, and no
+    launcher at all (one process).
+
+    Args:
+        device: ``"auto"`` (CUDA when there is one), ``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        UserError: CUDA is asked for and absent, or there are more processes than GPUs here.
+    """
+    if dist.is_initialized():
+        return
+    _complete_environment()
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if use_cuda:
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank()} has no GPU of its own: this host shows "
+                f"{torch.cuda.device_count()}; start at most one process per GPU"
+            )
+        torch.cuda.set_device(local_rank())
+    global _device
+    _device = torch.device("cuda", local_rank()) if use_cuda else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def shutdown() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _complete_environment() -> None:
+    environ = os.environ
+    if "RANK" not in environ and "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
+        environ["RANK"] = environ["SLURM_PROCID"]
+        environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
+        environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
+        if "MASTER_ADDR" not in environ and int(environ["WORLD_SIZE"]) > 1:
+            raise UserError(
+                "started by srun with several tasks but MASTER_ADDR is not set; in the job script: "
+                'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+                "MASTER_PORT=29500"
+            )
+    environ.setdefault("RANK", "0")
+    environ.setdefault("WORLD_SIZE", "1")
+    environ.setdefault("LOCAL_RANK", "0")
+    environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in environ:
+        if int(environ["WORLD_SIZE"]) > 1:
+            environ["MASTER_PORT"] = "29500"
+        else:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                environ["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """The device this process computes on."""
+    return _device
+
+
+def rank() -> int:
+    """This process's number in the whole job."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes in the whole job."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """True on the process that prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        # A CPU all-reduce: unlike dist.barrier it never has to guess a GPU.
+        dist.all_reduce(torch.zeros(1))
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """Rows of every rank, in rank order.
+
+    Args:
+        rows: [n, ...] with the same shape and dtype on every rank.
+
+    Returns:
+        [world * n, ...]
+    """
+    if world_size() == 1:
+        return rows
+    rows = rows.contiguous()
+    out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_into_tensor(out, rows)
+    return out
+
+
+def all_gather_uneven_rows(rows: Tensor) -> Tensor:
+    """Like :func:`all_gather_rows` for ranks that hold different numbers of rows.
+
+    Args:
+        rows: [n_r, ...]; n_r may differ between ranks and may be 0.
+
+    Returns:
+        [sum of n_r, ...] in rank order.
+    """
+    if world_size() == 1:
+        return rows
+    count = torch.tensor([rows.shape[0]], dtype=torch.int64)
+    counts = all_gather_rows(count).tolist()
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    gathered = all_gather_rows(padded).split(max(counts))
+    return torch.cat([part[:n] for part, n in zip(gathered, counts, strict=True)])
+
+
+class PendingRows:
+    """Rows on their way here; :meth:`wait` returns them."""
+
+    def __init__(self, rows: Tensor, work: Any, sent: Tensor | None) -> None:
+        self._rows, self._work, self._sent = rows, work, sent
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        self._work = self._sent = None
+        return self._rows
+
+
+def start_exchange_rows(
+    rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+) -> PendingRows:
+    """Start an all-to-all with uneven splits.
+
+    Args:
+        rows: [sum(send_counts), ...], the rows for rank 0 first, then those for rank 1, ...
+        send_counts: rows for each rank.
+        receive_counts: rows from each rank.
+
+    Returns:
+        A handle whose ``wait()`` gives [sum(receive_counts), ...], those of rank 0 first.
+    """
+    if world_size() == 1:
+        return PendingRows(rows, None, None)
+    rows = rows.contiguous()
+    out = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+    work = dist.all_to_all_single(
+        out, rows, list(receive_counts), list(send_counts), async_op=True
+    )
+    return PendingRows(out, work, rows)
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Replace each floating-point tensor by its mean over the ranks, in place, in one message."""
+    tensors = [t for t in tensors if t.is_floating_point()]
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    offset = 0
+    with torch.no_grad():
+        for t in tensors:
+            t.copy_(flat[offset : offset + t.numel()].view_as(t))
+            offset += t.numel()
+
+
+def sum_(tensor: Tensor, group: Any = None) -> Tensor:
+    """Sum a tensor over the ranks (of a group), in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def broadcast_(tensors: Sequence[Tensor]) -> None:
+    """Give every rank rank 0's values, in place."""
+    if world_size() > 1:
+        for t in tensors:
+            dist.broadcast(t.detach(), src=0)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value of a small picklable object, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def first_error(error: UserError | None) -> UserError | None:
+    """The error of the lowest rank that has one, on every rank: all stop for the same reason."""
+    if world_size() == 1:
+        return error
+    messages: list[str | None] = [None] * world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    for message in messages:
+        if message is not None:
+            return UserError(message)
+    return None
+
+
+@dataclass(frozen=True)
+class Subgroup:
+    """Neighbouring ranks that share one BatchNorm group."""
+
+    handle: Any
+    size: int
+
+
+def neighbours(size: int) -> Subgroup:
+    """The block of ``size`` consecutive ranks this rank belongs to.
+
+    Every rank must call it, in the same order relative to other calls.
+
+    Raises:
+        ValueError: ``size`` does not divide the number of ranks.
+    """
+    world = world_size()
+    if size < 1 or world % size:
+        raise ValueError(f"blocks of {size} ranks do not tile {world} ranks")
+    if size == world:
+        return Subgroup(None, size)
+    mine = None
+    for start in range(0, world, size):
+        group = dist.new_group(list(range(start, start + size)), timeout=TIMEOUT)
+        if start <= rank() < start + size:
+            mine = group
+    return Subgroup(mine, size)
+
+
+def gather_stack(tensor: Tensor, group: Subgroup) -> Tensor:
+    """[size, *tensor.shape]: the same-shaped tensor of each rank of a block, in rank order."""
+    out = tensor.new_empty((group.size, *tensor.shape))
+    dist.all_gather_into_tensor(out, tensor.contiguous().unsqueeze(0), group=group.handle)
+    return out

@@ -1,0 +1,121 @@
+"""Backbones and heads: what turns a picture into a feature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from moco_scale.batchnorm import GroupedBatchNorm2d
+from moco_scale.errors import UserError
+
+Block = type[BasicBlock] | type[Bottleneck]
+
+RESNETS: dict[str, tuple[Block, list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+WIDTHS = (1, 2, 4)
+STEMS = ("imagenet", "cifar")
+HEADS = ("linear", "mlp")
+
+
+class Encoder(nn.Module):
+    """A backbone and the head that projects its features for the contrastive loss.
+
+    Attributes:
+        backbone: [B, 3, S, S] -> [B, feature_dim], average-pooled.
+        head: [B, feature_dim] -> [B, dim].
+        feature_dim: width of the backbone's output.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.feature_dim = feature_dim
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, feature_dim]: what linear evaluation and other tasks use."""
+        return self.backbone(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, dim], not normalised."""
+        return self.head(self.backbone(x))
+
+
+def build_encoder(
+    model: str,
+    *,
+    width: int = 1,
+    stem: str = "imagenet",
+    head: str = "linear",
+    dim: int = 128,
+    seed: int = 0,
+) -> Encoder:
+    """Build an encoder whose initial weights are a function of the seed alone.
+
+    The global random generator is left as it was.
+
+    Args:
+        model: a key of :data:`RESNETS`.
+        width: multiplies every channel count (ResNet-50 "4x" of the MoCo paper has 8192 features).
+        stem: ``"imagenet"`` (7x7 stride 2, max-pool) or ``"cifar"`` (3x3, no pooling).
+        head: ``"linear"`` (MoCo v1) or ``"mlp"`` (MoCo v2: two layers, ReLU, no BatchNorm).
+        dim: width of the projected output.
+        seed: of the initial weights.
+
+    Raises:
+        UserError: an unknown name or width.
+    """
+    if model not in RESNETS:
+        raise UserError(f"--model {model}: unknown; choose one of {', '.join(RESNETS)}")
+    if stem not in STEMS:
+        raise UserError(f"--stem {stem}: choose one of {', '.join(STEMS)}")
+    if width not in WIDTHS:
+        raise UserError(f"--model-width {width}: choose one of {', '.join(map(str, WIDTHS))}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        block, layers = RESNETS[model]
+        backbone = _WideResNet(block, layers, width, stem)
+        feature_dim = 512 * block.expansion * width
+        return Encoder(backbone, _head(head, feature_dim, dim), feature_dim)
+
+
+class _WideResNet(ResNet):
+    """torchvision's ResNet with every channel count multiplied, the stem's included."""
+
+    def __init__(self, block: Block, layers: list[int], width: int, stem: str) -> None:
+        self.channel_multiplier = width
+        super().__init__(block, layers, num_classes=1, norm_layer=GroupedBatchNorm2d)
+        channels = 64 * width
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()  # type: ignore[assignment]
+        else:
+            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = GroupedBatchNorm2d(channels)
+        self.fc = nn.Identity()  # type: ignore[assignment]
+
+    def _make_layer(
+        self, block: Block, planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        if planes == 64:  # the first stage: its input is the widened stem
+            self.inplanes = 64 * self.channel_multiplier
+        return super()._make_layer(
+            block, planes * self.channel_multiplier, blocks, stride, dilate
+        )
+
+
+def _head(kind: str, feature_dim: int, dim: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(feature_dim, dim)
+    if kind == "mlp":
+        return nn.Sequential(
+            nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim)
+        )
+    raise UserError(f"--head {kind}: choose one of {', '.join(HEADS)}")
