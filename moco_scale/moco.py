@@ -1,0 +1,54 @@
+"""Query and key encoders in one module, so that every engine wraps and shards them alike."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco_scale.encoders import Encoder
+
+
+class MoCo(nn.Module):
+    """Momentum contrast's two encoders (He et al. 2020).
+
+    Attributes:
+        query: trained by the optimizer.
+        key: follows the query by an exponential moving average; never has a gradient.
+    """
+
+    def __init__(self, query: Encoder) -> None:
+        super().__init__()
+        self.query = query
+        self.key = copy.deepcopy(query)
+        self.key.requires_grad_(False)
+
+    def forward(self, *views: Tensor) -> list[Tensor]:
+        """Queries of each view: each [B, 3, S, S] -> fp32 unit rows [B, dim]."""
+        return [normalize(self.query(view)) for view in views]
+
+    @torch.no_grad()
+    def keys(self, view: Tensor) -> Tensor:
+        """Keys of a view: [B, 3, S, S] -> fp32 unit rows [B, dim]."""
+        return normalize(self.key(view))
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The query's parameters that require gradients, by their names in this module."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def parameter_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters of the query and, in the same order, of the key."""
+        return list(self.query.parameters()), list(self.key.parameters())
+
+
+def normalize(features: Tensor) -> Tensor:
+    """L2-normalise rows in fp32."""
+    return F.normalize(features.float(), dim=1)
+
+
+@torch.no_grad()
+def momentum_update(key: list[Tensor], query: list[Tensor], momentum: float) -> None:
+    """key <- momentum * key + (1 - momentum) * query, in place, in fp32."""
+    torch._foreach_lerp_(key, query, 1 - momentum)

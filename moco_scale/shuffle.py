@@ -1,0 +1,93 @@
+"""ShuffleBN: each key is normalised among other samples than its query is (He et al. 2020, 3.3).
+
+Only the B crops a rank will encode travel to it, as uint8, by all-to-all; one all-gather of key
+features then restores the order and at the same time brings every key to every queue.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moco_scale import distributed
+from moco_scale.data.random import permutation
+
+MODES = ("world", "off")
+
+
+class ShuffleBN:
+    """The exchange of key crops, for one number of ranks.
+
+    The permutation of a step is ``permutation(batch_size, seed, f"shuffle-{stream}", step)``: a
+    function of the seed and the step, over the whole global batch, whatever the number of ranks.
+
+    Args:
+        batch_size: G, samples of the global batch; the number of ranks divides it.
+        seed: of the run.
+        mode: ``"world"``, or ``"off"`` (no exchange, order kept).
+    """
+
+    def __init__(self, batch_size: int, seed: int, mode: str = "world") -> None:
+        self.batch_size, self.seed, self.mode = batch_size, seed, mode
+        self.per_rank = batch_size // distributed.world_size()
+
+    def permutation(self, step: int, stream: int = 0) -> np.ndarray:
+        """int64 [G]: the sample of the global batch at each shuffled position."""
+        if self.mode == "off":
+            return np.arange(self.batch_size)
+        return permutation(self.batch_size, self.seed, f"shuffle-{stream}", step)
+
+    def send(self, crops: Tensor, step: int, stream: int = 0) -> Exchange:
+        """Start sending this rank's crops to where they will be encoded.
+
+        Args:
+            crops: [B, ...], this rank's contiguous slice of the global batch.
+            step: of the run.
+            stream: several exchanges of one step (a symmetric loss) have their own permutations.
+        """
+        return Exchange(self.permutation(step, stream), crops, keep_order=self.mode == "off")
+
+
+class Exchange:
+    """One step's crops under way, and the way back for their features.
+
+    Attributes:
+        received: int64 [B], the positions in the global batch of the crops this rank gets.
+    """
+
+    def __init__(self, order: np.ndarray, crops: Tensor, keep_order: bool) -> None:
+        rank, per_rank = distributed.rank(), crops.shape[0]
+        world = distributed.world_size()
+        self._order, self._keep_order = order, keep_order
+        self.received = order[rank * per_rank : (rank + 1) * per_rank]
+        if keep_order:
+            self._pending = distributed.PendingRows(crops, None, None)
+            return
+        owner = order // per_rank
+        # Packed by destination, and for one destination in the order of its positions.
+        positions = np.flatnonzero(owner == rank)
+        outgoing = order[positions] - rank * per_rank
+        send_counts = np.bincount(positions // per_rank, minlength=world)
+        receive_counts = np.bincount(self.received // per_rank, minlength=world)
+        arrival = np.argsort(self.received // per_rank, kind="stable")
+        self._restore = _on(np.argsort(arrival, kind="stable"), crops.device)
+        self._pending = distributed.start_exchange_rows(
+            crops[_on(outgoing, crops.device)], send_counts.tolist(), receive_counts.tolist()
+        )
+
+    def wait(self) -> Tensor:
+        """[B, ...]: the crops this rank encodes, in shuffled order; may be called once."""
+        crops = self._pending.wait()
+        return crops if self._keep_order else crops[self._restore]
+
+    def gather_back(self, features: Tensor) -> Tensor:
+        """[B, D] features of :meth:`wait`'s crops -> [G, D] of all ranks, in global order."""
+        gathered = distributed.all_gather_rows(features)
+        if self._keep_order:
+            return gathered
+        return gathered[_on(np.argsort(self._order), features.device)]
+
+
+def _on(index: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(index).to(device, non_blocking=True)
