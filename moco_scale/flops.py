@@ -89,7 +89,7 @@ def count_flops(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> FlopC
         uncounted={
             name: n for name, n in analysis.unsupported_ops().items() if name not in ELEMENTWISE
         },
-        table=lambda depth: table(analysis, max_depth=depth),
+        table=lambda depth: table(analysis, max_depth=depth, show_param_shapes=False),
     )
 
 

@@ -1,0 +1,138 @@
+"""BatchNorm groups that span several processes equal one process's BatchNorm."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from harness import run_ranks
+from torch import Tensor, nn
+
+from moco_scale import distributed
+from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
+from moco_scale.errors import UserError
+
+SAMPLES, CHANNELS, STEPS = 8, 3, 2
+
+
+class Outcome(NamedTuple):
+    outputs: list[Tensor]
+    input_gradients: list[Tensor]
+    weight_gradient: Tensor
+    bias_gradient: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+def data(step: int, offset: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Global batch and the loss's weights: fp64 [8, 3, 3, 2] each."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (SAMPLES, CHANNELS, 3, 2)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + offset
+    return x, torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def prepare(module: nn.BatchNorm2d) -> None:
+    with torch.no_grad():
+        module.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
+        module.bias.copy_(torch.linspace(-1, 1, CHANNELS))
+
+
+def train(module: nn.BatchNorm2d, part: slice, offset: float, dtype: torch.dtype) -> Outcome:
+    outputs, gradients = [], []
+    for step in range(STEPS):
+        x, weights = (t[part] for t in data(step, offset))
+        x = x.to(dtype).requires_grad_()
+        out = module(x)
+        (out.to(weights.dtype) * weights).sum().backward()
+        assert x.grad is not None
+        outputs.append(out.detach())
+        gradients.append(x.grad)
+    assert module.weight.grad is not None and module.bias.grad is not None
+    assert module.running_mean is not None and module.running_var is not None
+    return Outcome(
+        *(outputs, gradients, module.weight.grad, module.bias.grad),
+        *(module.running_mean, module.running_var),
+    )
+
+
+def one_rank(group_size: int, offset: float, dtype: torch.dtype) -> Outcome:
+    module = GroupedBatchNorm2d(CHANNELS)
+    prepare(module)
+    set_groups(module, group_size, SAMPLES)
+    per_rank = SAMPLES // distributed.world_size()
+    part = slice(distributed.rank() * per_rank, (distributed.rank() + 1) * per_rank)
+    outcome = train(module, part, offset, dtype)
+    # As whenever a checkpoint or an evaluation needs the statistics.
+    distributed.average_([outcome.running_mean, outcome.running_var])
+    return outcome
+
+
+def one_process(group_size: int, offset: float) -> Outcome:
+    """A plain BatchNorm for each group, in fp64."""
+    groups = []
+    for start in range(0, SAMPLES, group_size):
+        module = nn.BatchNorm2d(CHANNELS).double()
+        prepare(module)
+        part = slice(start, start + group_size)
+        groups.append(train(module, part, offset, torch.float64))
+    return Outcome(
+        [torch.cat(parts) for parts in zip(*(g.outputs for g in groups), strict=True)],
+        [torch.cat(parts) for parts in zip(*(g.input_gradients for g in groups), strict=True)],
+        torch.stack([g.weight_gradient for g in groups]).sum(0),
+        torch.stack([g.bias_gradient for g in groups]).sum(0),
+        torch.stack([g.running_mean for g in groups]).mean(0),
+        torch.stack([g.running_var for g in groups]).mean(0),
+    )
+
+
+def close(actual: Any, expected: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
+
+
+# 2 on 4 ranks: a group is one rank's batch; 2 on 2 ranks: two groups in each; the others span.
+@pytest.mark.parametrize(("world", "group_size"), [(2, 8), (4, 8), (4, 4), (4, 2), (2, 2)], ids=str)
+def test_groups_of_any_size_equal_one_process(world: int, group_size: int) -> None:
+    ranks = run_ranks(one_rank, world, group_size, 1.0, torch.float32)
+    expected = one_process(group_size, 1.0)
+    for step in range(STEPS):
+        close(torch.cat([r.outputs[step] for r in ranks]), expected.outputs[step])
+        close(torch.cat([r.input_gradients[step] for r in ranks]), expected.input_gradients[step])
+    # Each rank has its own samples' share of the parameters' gradients.
+    close(sum(r.weight_gradient for r in ranks), expected.weight_gradient)
+    close(sum(r.bias_gradient for r in ranks), expected.bias_gradient)
+    for rank in ranks:
+        close(rank.running_mean, expected.running_mean)
+        close(rank.running_var, expected.running_var)
+
+
+def test_half_precision_activations_keep_fp32_statistics() -> None:
+    ranks = run_ranks(one_rank, 2, SAMPLES, 1.0, torch.bfloat16)
+    expected = one_process(SAMPLES, 1.0)
+    for rank in ranks:
+        assert rank.outputs[0].dtype == rank.input_gradients[0].dtype == torch.bfloat16
+        assert rank.running_mean.dtype == torch.float32
+        # Rounding the inputs moves their mean by much less than rounding the mean itself might.
+        close(rank.running_mean, expected.running_mean, rtol=2e-3, atol=1e-3)
+    close(torch.cat([r.outputs[0] for r in ranks]), expected.outputs[0], 2e-2, 2e-2)
+
+
+def test_a_mean_far_from_zero_cancels_nothing() -> None:
+    # E[x^2] - E[x]^2 in fp32 would leave no correct digit of the variance here.
+    offset = 10000.0
+    ranks = run_ranks(one_rank, 2, SAMPLES, offset, torch.float32)
+    expected = one_process(SAMPLES, offset)
+    close(torch.cat([r.outputs[0] for r in ranks]), expected.outputs[0], 1e-2, 1e-2)
+    close(ranks[0].running_var, expected.running_var, rtol=1e-3)
+
+
+def refused(group_size: int) -> str:
+    with pytest.raises(UserError) as error:
+        set_groups(GroupedBatchNorm2d(CHANNELS), group_size, SAMPLES)
+    return str(error.value)
+
+
+def test_a_group_that_neither_splits_nor_spans_ranks_is_refused() -> None:
+    messages = run_ranks(refused, 4, 6)
+    assert len(set(messages)) == 1
+    assert "--bn-group-size 6 does not fit 2 images on each of 4 processes" in messages[0]
+    assert messages[0].endswith("these fit: 2, 4, 8")
