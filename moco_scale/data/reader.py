@@ -1,0 +1,376 @@
+"""Exact, deterministic epochs: which samples make a batch, and the workers that prepare it.
+
+The order is a function of (seed, epoch), a global batch a function of the order and the step, a
+rank's share a contiguous slice of it, and a crop a function of (seed, epoch, sample, view). So
+neither the number of ranks nor the number of workers changes what is read.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from moco_scale.data.augment import Augmentation
+from moco_scale.data.decode import DecodeError, Pixels, decode_rgb
+from moco_scale.data.random import permutation, uniforms
+from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
+from moco_scale.errors import UserError
+
+Indices = npt.NDArray[np.int64]
+
+
+class Shards(Protocol):
+    """What the reader needs of `moco_scale.data.index.IndexedShards`."""
+
+    labels: npt.NDArray[np.int32]
+
+    def __len__(self) -> int: ...
+    def read(self, i: int) -> memoryview: ...
+    def where(self, i: int) -> str: ...
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, epoch: int) -> Indices:
+    """The order in which `epoch` reads the samples: a permutation, int64 [N], read-only."""
+    order = permutation(num_samples, seed, "epoch order", epoch)
+    order.setflags(write=False)
+    return order
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which samples are in the global batch of each step of a run.
+
+    An epoch has as many steps as there are whole global batches; the samples left over, others in
+    each epoch, are dropped. Raises UserError when there is not one whole batch.
+    """
+
+    num_samples: int
+    global_batch: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch < 1:
+            raise UserError(f"the global batch size must be positive, not {self.global_batch}")
+        if self.num_samples < self.global_batch:
+            raise UserError(
+                f"{self.num_samples} samples do not fill one global batch of {self.global_batch}; "
+                "lower --batch-size or add pictures"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_samples // self.global_batch
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def global_indices(self, step: int) -> Indices:
+        """Samples of the global batch of `step` (counted over the whole run), int64 [G]."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        start = step_in_epoch * self.global_batch
+        order = epoch_order(self.num_samples, self.seed, epoch)
+        return order[start : start + self.global_batch]
+
+    def rank_indices(self, step: int, rank: int, world: int) -> Indices:
+        """The slice of the global batch that `rank` of `world` owns, int64 [G / world]."""
+        self.check_world(world)
+        share = self.global_batch // world
+        return self.global_indices(step)[rank * share : (rank + 1) * share]
+
+    def check_world(self, world: int) -> None:
+        """UserError unless the global batch can be shared equally among `world` processes."""
+        if self.global_batch % world:
+            raise UserError(
+                f"the global batch of {self.global_batch} cannot be shared equally among {world} "
+                f"processes; choose a --batch-size that is a multiple of {world}"
+            )
+
+
+class ViewBatch(NamedTuple):
+    """One rank's share of a batch: b samples with V views each."""
+
+    step: int
+    epoch: int
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
+    """int64 [b], the samples' places in the data set."""
+    labels: Tensor
+    """int64 [b], -1 where there is none."""
+    views: Tensor
+    """uint8 [V, b, 3, S, S], RGB, cropped and not augmented any further."""
+
+
+class BatchLoader(Iterator[ViewBatch]):
+    """Batches in order, once. `close`, also done on leaving a `with` block, ends the workers."""
+
+    def __init__(
+        self, dataset: Dataset[Any], jobs: Sampler[_Job], num_workers: int, start_method: str | None
+    ) -> None:
+        self._length = len(jobs)  # type: ignore[arg-type]
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=jobs,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            multiprocessing_context=_context(start_method) if num_workers else None,
+        )
+        self._batches: Any = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __next__(self) -> ViewBatch:
+        if self._closed:
+            raise StopIteration
+        try:
+            if self._batches is None:
+                self._batches = iter(self._loader)
+            batch = next(self._batches)
+        except StopIteration:
+            self.close()
+            raise
+        except RuntimeError as error:
+            self.close()
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that reads pictures died ({str(error).strip()}). Most often the "
+                "machine is out of memory, or its shared memory (/dev/shm) is too small, or a "
+                "shard was changed while it was read; a lower --num-workers needs less memory"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(batch, _Failure):
+            self.close()
+            raise UserError(batch.message)
+        return batch
+
+    def close(self) -> None:
+        """End the workers; there are no batches afterwards. May be called again."""
+        self._closed = True
+        batches, self._batches = self._batches, None
+        # Dropping the iterator would do, were it not kept alive by a traceback now and then.
+        stop = getattr(batches, "_shutdown_workers", None)
+        if stop is not None:
+            stop()
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def pretraining_loader(
+    shards: Shards,
+    plan: BatchPlan,
+    aug: Augmentation,
+    image_size: int,
+    *,
+    views: int = 2,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 2,
+    start_step: int = 0,
+    end_step: int,
+    start_method: str | None = None,
+) -> BatchLoader:
+    """This rank's batches of random crops for the steps start_step to end_step - 1.
+
+    One pool of workers serves all epochs. Each worker builds whole batches in shared memory; with
+    a GPU they are pinned. `start_method` of the workers: "fork" where there is one, by default.
+    Raises UserError, also while iterating: a batch that `world` does not divide, a picture that
+    cannot be decoded, a worker that died.
+    """
+    plan.check_world(world)
+    jobs = _PlannedJobs(plan, rank, world, start_step, end_step)
+    crops = _RandomCrops(shards, plan.seed, aug.crop_min, aug.crop_max, image_size, views)
+    return BatchLoader(crops, jobs, num_workers, start_method)
+
+
+def evaluation_loader(
+    shards: Shards,
+    image_size: int,
+    resize_ratio: float,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 2,
+    start_method: str | None = None,
+) -> BatchLoader:
+    """Centre crops (one view) of the samples `rank_slice(len(shards), rank, world)`, in order.
+
+    Nothing is dropped: the last batch may be smaller, and ranks may differ by one sample. `step`
+    counts the batches of this rank, `epoch` is 0. Raises UserError as `pretraining_loader` does.
+    """
+    if resize_ratio < 1:
+        raise ValueError(f"resize_ratio {resize_ratio}: pictures smaller than the crop")
+    jobs = _OrderedJobs(rank_slice(len(shards), rank, world), batch_size)
+    return BatchLoader(
+        _CentreCrops(shards, image_size, resize_ratio), jobs, num_workers, start_method
+    )
+
+
+def rank_slice(num_samples: int, rank: int, world: int) -> range:
+    """The contiguous share of `rank` when nothing is dropped; shares differ by one at most."""
+    return range(num_samples * rank // world, num_samples * (rank + 1) // world)
+
+
+class _Job(NamedTuple):
+    step: int
+    epoch: int
+    samples: Indices
+
+
+class _Failure(NamedTuple):
+    """Stands in for a batch, so that a user's error arrives without a worker's traceback."""
+
+    message: str
+
+
+class _PlannedJobs(Sampler[_Job]):
+    def __init__(self, plan: BatchPlan, rank: int, world: int, start: int, end: int) -> None:
+        self.plan, self.rank, self.world = plan, rank, world
+        self.steps = range(start, end)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[_Job]:
+        for step in self.steps:
+            samples = self.plan.rank_indices(step, self.rank, self.world)
+            yield _Job(step, self.plan.epoch_of(step), samples)
+
+
+class _OrderedJobs(Sampler[_Job]):
+    def __init__(self, samples: range, batch_size: int) -> None:
+        self.samples, self.batch_size = samples, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[_Job]:
+        for step in range(len(self)):
+            part = self.samples[step * self.batch_size : (step + 1) * self.batch_size]
+            yield _Job(step, 0, np.asarray(part, dtype=np.int64))
+
+
+class _Crops(Dataset[Any]):
+    """Turns a job into a batch; runs in the workers."""
+
+    views = 1
+
+    def __init__(self, shards: Shards, image_size: int) -> None:
+        self.shards, self.image_size = shards, image_size
+
+    def __getitem__(self, job: _Job) -> ViewBatch | _Failure:
+        shape = (self.views, len(job.samples), 3, self.image_size, self.image_size)
+        try:
+            views = _batch_memory(shape)
+            self.fill(views, job)
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure(str(error))
+        samples = np.array(job.samples)
+        labels = torch.from_numpy(np.asarray(self.shards.labels[samples], dtype=np.int64))
+        return ViewBatch(job.step, job.epoch, torch.from_numpy(samples), labels, views)
+
+    def fill(self, views: Tensor, job: _Job) -> None:
+        raise NotImplementedError
+
+    def pixels(self, sample: int) -> Pixels:
+        try:
+            return decode_rgb(self.shards.read(sample))
+        except DecodeError as error:
+            folder = getattr(self.shards, "data_dir", "DIR")
+            raise UserError(
+                f"cannot read the picture in {self.shards.where(sample)}: {error}. "
+                f"`python -m moco_scale shard --verify {folder}` lists all such pictures"
+            ) from None
+
+
+class _RandomCrops(_Crops):
+    def __init__(
+        self,
+        shards: Shards,
+        seed: int,
+        crop_min: float,
+        crop_max: float,
+        image_size: int,
+        views: int,
+    ) -> None:
+        super().__init__(shards, image_size)
+        self.seed, self.crop_min, self.crop_max, self.views = seed, crop_min, crop_max, views
+
+    def fill(self, views: Tensor, job: _Job) -> None:
+        draws = [
+            uniforms(self.seed, job.epoch, job.samples, view, CROP_SLOTS).tolist()
+            for view in range(self.views)
+        ]
+        for i, sample in enumerate(job.samples.tolist()):
+            pixels = self.pixels(sample)
+            for view in range(self.views):
+                height, width = pixels.shape[:2]
+                box = crop_box(draws[view][i], height, width, self.crop_min, self.crop_max)
+                write_crop(views[view, i], pixels, box)
+
+
+class _CentreCrops(_Crops):
+    def __init__(self, shards: Shards, image_size: int, resize_ratio: float) -> None:
+        super().__init__(shards, image_size)
+        self.resize_ratio = resize_ratio
+
+    def fill(self, views: Tensor, job: _Job) -> None:
+        for i, sample in enumerate(job.samples.tolist()):
+            write_centre(views[0, i], self.pixels(sample), self.resize_ratio)
+
+
+def _batch_memory(shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised uint8; in a worker, shared memory, so that sending it copies nothing."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    # Whoever stops the run (Ctrl-C, Slurm) signals the whole group. The main process decides what
+    # to do about it, and may want to finish its step; it ends the workers itself, and they end on
+    # their own within seconds when it is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _context(start_method: str | None) -> Any:
+    # Forked workers start at once and share the index. They never touch the GPU or the network,
+    # whose libraries do not survive a fork.
+    if start_method is None:
+        start_method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    return multiprocessing.get_context(start_method)
