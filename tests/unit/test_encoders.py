@@ -81,8 +81,9 @@ def test_a_wide_encoder_runs() -> None:
 def test_the_cifar_stem_keeps_the_resolution() -> None:
     encoder = build_encoder("resnet18", stem="cifar")
     seen: list[torch.Size] = []
-    encoder.backbone.layer1.register_forward_hook(lambda *hook: seen.append(hook[2].shape))
-    encoder.backbone.layer4.register_forward_hook(lambda *hook: seen.append(hook[2].shape))
+    for name in ("layer1", "layer4"):
+        stage = encoder.backbone.get_submodule(name)
+        stage.register_forward_hook(lambda *hook: seen.append(hook[2].shape))
     encoder(torch.zeros(2, 3, 32, 32))
     assert seen == [(2, 64, 32, 32), (2, 512, 4, 4)]
 
@@ -90,7 +91,7 @@ def test_the_cifar_stem_keeps_the_resolution() -> None:
 def test_heads() -> None:
     assert isinstance(on_meta("resnet50").head, nn.Linear)
     mlp = on_meta("resnet50", head="mlp").head
-    assert [type(layer) for layer in mlp] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert [type(layer) for layer in mlp.children()] == [nn.Linear, nn.ReLU, nn.Linear]
     assert shapes(mlp) == {
         "0.weight": (2048, 2048),
         "0.bias": (2048,),
