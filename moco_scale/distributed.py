@@ -185,9 +185,7 @@ def start_exchange_rows(
         return PendingRows(rows, None, None)
     rows = rows.contiguous()
     out = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-    work = dist.all_to_all_single(
-        out, rows, list(receive_counts), list(send_counts), async_op=True
-    )
+    work = dist.all_to_all_single(out, rows, list(receive_counts), list(send_counts), async_op=True)
     return PendingRows(out, work, rows)
 
 

@@ -106,9 +106,7 @@ class _WideResNet(ResNet):
     ) -> nn.Sequential:
         if planes == 64:  # the first stage: its input is the widened stem
             self.inplanes = 64 * self.channel_multiplier
-        return super()._make_layer(
-            block, planes * self.channel_multiplier, blocks, stride, dilate
-        )
+        return super()._make_layer(block, planes * self.channel_multiplier, blocks, stride, dilate)
 
 
 def _head(kind: str, feature_dim: int, dim: int) -> nn.Module:

@@ -1,1 +1,38 @@
 """How a model is wrapped, stepped and saved; nothing outside knows DeepSpeed or DDP."""
+
+from __future__ import annotations
+
+import torch
+
+from moco_scale import distributed
+from moco_scale.config import Config
+from moco_scale.deepspeed_config import read_configuration
+from moco_scale.engines.base import Engine, SGDSettings
+from moco_scale.moco import MoCo
+
+__all__ = ["Engine", "make_engine"]
+
+
+def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
+    """The engine that a configuration asks for, around a module whose weights are in place.
+
+    Raises:
+        UserError: a DeepSpeed configuration that cannot be used.
+    """
+    optimizer = SGDSettings(config.optim.momentum, config.optim.weight_decay)
+    if config.run.engine == "deepspeed":
+        # Imported late: it takes seconds, and the other engines work without it.
+        from moco_scale.engines.deepspeed import DeepSpeedEngine
+
+        configuration = read_configuration(
+            config.run.deepspeed,
+            batch_size=config.optim.batch_size,
+            world=distributed.world_size(),
+            precision=config.run.precision,
+            parameters=sum(p.numel() for p in moco.trained_parameters().values()),
+            on_gpu=device.type == "cuda",
+        )
+        return DeepSpeedEngine(moco, optimizer, config.run.precision, device, configuration)
+    from moco_scale.engines.ddp import DDPEngine
+
+    return DDPEngine(moco, optimizer, config.run.precision, device)

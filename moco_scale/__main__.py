@@ -1,0 +1,43 @@
+"""``python -m moco_scale COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from moco_scale.cli import run_command
+
+# Name: (module with add_arguments and run, what it is for). A module is only imported when its
+# command runs, so that `shard` does not wait for DeepSpeed.
+COMMANDS = {
+    "shard": ("moco_scale.data.shard_command", "turn pictures into WebDataset shards"),
+    "flops": ("moco_scale.flops", "count the FLOPs of a model and of training it"),
+    "demo": ("moco_scale.demo.run", "a complete small run on pictures it renders itself"),
+    "cifar10": ("moco_scale.demo.cifar10", "a complete run on CIFAR-10"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else ""
+    if name not in COMMANDS:
+        rows = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
+        usage = f"usage: python -m moco_scale COMMAND ...\n\ncommands:\n{rows}\n"
+        asked = name in ("-h", "--help")
+        print(usage, end="", file=sys.stdout if asked else sys.stderr)
+        if name and not asked:
+            print(f"moco_scale: error: unknown command {name!r}", file=sys.stderr)
+        return 0 if asked else 2
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(
+        f"python -m moco_scale {name}", description=module.__doc__.split("\n\n")[0]
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
+    return run_command("moco_scale", lambda: module.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

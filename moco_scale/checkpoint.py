@@ -1,0 +1,193 @@
+"""The portable checkpoint: global state under plain names, whichever engine and ranks wrote it.
+
+A folder with the tensors as ``torch.distributed.checkpoint`` writes them and ``meta.json``. It is
+written under a temporary name and renamed when complete. Loading executes no pickled code.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from moco_scale import distributed
+from moco_scale.errors import UserError
+from moco_scale.files import read_json, sync_folder
+
+FORMAT = 1
+META = "meta.json"
+
+
+def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write one checkpoint; all ranks call it with the same full tensors.
+
+    Args:
+        folder: final name; must not exist.
+        tensors: global state by plain name.
+        meta: plain values kept beside it.
+
+    Raises:
+        UserError: it cannot be written (disk full, no permission); nothing is left of it.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    _on_main(lambda: _make_empty(temporary), temporary)
+    problem: BaseException | None = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.save(
+                {name: t.detach() for name, t in tensors.items()},
+                storage_writer=dcp.FileSystemWriter(temporary, sync_files=True),
+                no_dist=distributed.world_size() == 1,
+            )
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        problem = error
+    _on_main(lambda: _complete(temporary, folder, meta, problem), temporary)
+
+
+def _make_empty(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)  # left by a process that was killed while saving
+    folder.mkdir()
+
+
+def _complete(
+    temporary: Path, folder: Path, meta: dict[str, Any], problem: BaseException | None
+) -> None:
+    if problem is not None:
+        raise problem
+    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    with open(temporary / META, "w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **meta, "files": sizes}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(temporary)
+    os.rename(temporary, folder)
+    sync_folder(folder.parent)
+
+
+def _on_main(action: Any, temporary: Path) -> None:
+    """Run on rank 0; a failure there becomes the same error everywhere, and leaves no part."""
+    failure = None
+    if distributed.is_main():
+        try:
+            action()
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            failure = UserError(
+                f"cannot write the checkpoint {temporary.parent}: {_reason(error)}; earlier "
+                "checkpoints are untouched: make room or fix the folder, then start again"
+            )
+    failure = distributed.first_error(failure)
+    if failure is not None:
+        raise failure
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    # torch's zip writer reports a full disk as a failed write or an inconsistent position.
+    if os.strerror(errno.ENOSPC) in text:
+        return os.strerror(errno.ENOSPC)
+    return text.strip().splitlines()[-1][:300] if text.strip() else type(error).__name__
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint, after checking that it is whole.
+
+    Raises:
+        UserError: not a checkpoint of this project, incomplete, or of another format.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint {folder}: there is no such folder")
+    if not (folder / META).is_file():
+        raise UserError(f"{folder} is not a complete checkpoint of moco_scale: it has no {META}")
+    meta = read_json(folder / META, "checkpoint file")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} is not a checkpoint of format {FORMAT}, which this version reads"
+        )
+    for name, size in meta.get("files", {}).items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise UserError(f"checkpoint {folder} is damaged: {name} {state}, {size} expected")
+    return meta
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, on the CPU; each rank reads by itself.
+
+    Raises:
+        UserError: the folder is damaged, or holds anything but tensors.
+    """
+    reader = _Reader(folder)
+    try:
+        metadata = reader.read_metadata()
+        tensors = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise pickle.UnpicklingError(f"{name} is not a tensor")
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (OSError, RuntimeError, AttributeError, KeyError, ValueError, TypeError, EOFError) as e:
+        raise UserError(f"checkpoint {folder} cannot be read: {_reason(e)}") from None
+    except (pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {_reason(error)}") from None
+    return tensors
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, whose index file is a pickle: only its own plain classes are let in."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("its index is not one of torch.distributed.checkpoint")
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    ALLOWED: ClassVar[dict[str, frozenset[str]]] = {
+        "torch.distributed.checkpoint.metadata": frozenset(
+            {
+                "Metadata",
+                "TensorStorageMetadata",
+                "TensorProperties",
+                "_MEM_FORMAT_ENCODING",
+                "ChunkStorageMetadata",
+                "MetadataIndex",
+                "StorageMeta",
+            }
+        ),
+        "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+        "torch.serialization": frozenset({"_get_layout"}),
+        "torch": frozenset({"Size", "float32", "float64", "bfloat16", "float16", "int64", "uint8"}),
+        "pathlib": frozenset({"PosixPath", "PurePosixPath", "Path", "WindowsPath"}),
+        "collections": frozenset({"OrderedDict"}),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(
+                f"its index names {module}.{name}, which no checkpoint contains; nothing was run"
+            )
+        return super().find_class(module, name)

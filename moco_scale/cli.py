@@ -1,0 +1,32 @@
+"""How commands end: a user's error is one message and status 2, on every rank alike."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from moco_scale.errors import UserError
+
+
+def run_command(name: str, action: Callable[[], int | None]) -> int:
+    """Run a command's body; print a :class:`UserError` without a traceback.
+
+    Args:
+        name: the program's name, for the message.
+        action: returns an exit status, None meaning 0.
+    """
+    try:
+        return action() or 0
+    except UserError as error:
+        # Each rank meets a shared error; one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (such as `head`) is gone; nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

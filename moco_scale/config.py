@@ -1,0 +1,381 @@
+"""The configuration: one tree of frozen dataclasses, from which the command line is made.
+
+A value comes from, in this order: a flag, the recipe, the data set's preset, the field's default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moco_scale import deepspeed_config
+from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.encoders import HEADS, RESNETS, STEMS, WIDTHS
+from moco_scale.errors import UserError
+from moco_scale.infonce import MIN_TEMPERATURE
+from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
+from moco_scale.schedules import SCHEDULES
+from moco_scale.shuffle import MODES
+
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class DatasetPreset:
+    """What belongs to a data set rather than to a recipe.
+
+    Attributes:
+        mean: of each channel of pixels in [0, 1].
+        std: likewise.
+        image_size: side of a crop in pixels.
+        resize_ratio: evaluation resizes the short side to this times the crop, then crops.
+        stem: of the ResNet.
+        images: how many training pictures the published set has; None when it varies.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    resize_ratio: float
+    stem: str
+    images: int | None = None
+
+
+DATASETS: dict[str, DatasetPreset] = {
+    "imagenet": DatasetPreset(*IMAGENET_STATISTICS, 224, 256 / 224, "imagenet", 1281167),
+    "imagenet100": DatasetPreset(*IMAGENET_STATISTICS, 224, 256 / 224, "imagenet"),
+    "images": DatasetPreset(*IMAGENET_STATISTICS, 224, 256 / 224, "imagenet"),
+    "cifar10": DatasetPreset(
+        (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32, 1.0, "cifar", 50000
+    ),
+}
+
+
+def _option(default: Any, text: str, **keywords: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **keywords})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is seen."""
+
+    dataset: str = _option("imagenet", "preset of statistics and sizes", choices=tuple(DATASETS))
+    data_dir: str = _option(
+        "", "folder of shards made by `python -m moco_scale shard` (default: data/DATASET)"
+    )
+    image_size: int = _option(0, "side of a crop in pixels (default: the data set's)")
+    aug: str = _option("v1", "augmentation", choices=tuple(AUGMENTATIONS), type=str.lower)
+    crop: float = _option(0.2, "smallest share of a picture's area that a crop takes")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    model: str = _option("resnet50", "backbone", choices=tuple(RESNETS))
+    model_width: int = _option(1, "multiplies every channel count", choices=WIDTHS)
+    stem: str = _option("", "first layers (default: the data set's)", choices=STEMS)
+    head: str = _option("linear", "projection: linear (v1) or mlp (v2)", choices=HEADS)
+    dim: int = _option(128, "width of the projected feature")
+    bn_group_size: int = _option(
+        32,
+        "consecutive samples of the global batch that share BatchNorm statistics, or 'global'",
+        type=lambda text: 0 if text == "global" else int(text),
+        metavar="N|global",
+    )
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """The contrastive task."""
+
+    nce_k: int = _option(65536, "keys in the queue")
+    nce_t: float = _option(0.07, "temperature")
+    alpha: float = _option(0.999, "momentum of the key encoder")
+    shuffle_bn: str = _option("world", "who exchanges key crops", choices=MODES)
+    symmetric: bool = _option(False, "each view is query once and key once; losses are added")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How it is optimised, and for how long."""
+
+    batch_size: int = _option(256, "GLOBAL batch: images per step over all processes")
+    base_lr: float = _option(
+        0.03, "learning rate per 256 images of the batch", flags=("--base-learning-rate",)
+    )
+    momentum: float = _option(0.9, "of SGD")
+    weight_decay: float = _option(1e-4, "on every parameter, as the published code does")
+    lr_scheduler: str = _option("step", "see docs/recipes.md", choices=SCHEDULES)
+    warmup_epoch: int = _option(0, "epochs of linear warm-up")
+    warmup_multiplier: float = _option(100.0, "the warm-up starts at the rate divided by this")
+    lr_decay_epochs: tuple[int, ...] = _option(
+        (120, 160), "epochs at which 'step' decays, separated by commas or spaces"
+    )
+    lr_decay_rate: float = _option(0.1, "factor of each decay")
+    lr_min: float = _option(0.0, "where the cosine ends")
+    epochs: int = _option(200, "passes over the training pictures")
+    rng_seed: int = _option(0, "decides weights, order, crops, colours and shuffles")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How the run is carried out: may change whenever it is resumed."""
+
+    output_dir: str = _option("output", "everything the run writes goes here")
+    resume: str = _option("auto", "auto, none, or a checkpoint folder", metavar="auto|none|PATH")
+    engine: str = _option("", "default: deepspeed with --deepspeed, else ddp", choices=())
+    deepspeed: str = _option("", "DeepSpeed configuration, such as ds_configs/zero1.json")
+    precision: str = _option(
+        "",
+        "of the encoders' arithmetic (default: the DeepSpeed file's, else fp32)",
+        choices=("fp32", "bf16"),
+    )
+    device: str = _option("auto", "where to compute", choices=("auto", "cuda", "cpu"))
+    num_workers: int = _option(4, "decoding processes for each training process")
+    print_freq: int = _option(10, "steps between log lines")
+    knn_freq: int = _option(10, "epochs between kNN evaluations; 0: never")
+    save_freq: int = _option(10, "every so many epochs a checkpoint is kept for good; 0: none")
+    checkpoint_freq: int = _option(
+        0, "steps between checkpoints, besides the one after every epoch; 0: no others"
+    )
+    keep_checkpoints: int = _option(2, "newest checkpoints kept besides those kept for good")
+    max_steps: int = _option(0, "stop after this step of the whole run; 0: run to the end")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs to know."""
+
+    recipe: str
+    data: DataConfig
+    model: ModelConfig
+    contrast: ContrastConfig
+    optim: OptimConfig
+    run: RunConfig
+
+    @property
+    def preset(self) -> DatasetPreset:
+        return DATASETS[self.data.dataset]
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate, scaled to the batch."""
+        return self.optim.base_lr * self.optim.batch_size / 256
+
+    def defining(self) -> dict[str, Any]:
+        """What must agree on resume: plain values by flag name, without where the data lies."""
+        flat = self.flat()
+        execution = {f.name for f in fields(RunConfig)}
+        return {k: v for k, v in flat.items() if k not in execution | {"data_dir", "recipe"}}
+
+    def flat(self) -> dict[str, Any]:
+        """Every value by flag name (underscores), as JSON-able plain values."""
+        flat: dict[str, Any] = {"recipe": self.recipe}
+        for section in _SECTIONS:
+            flat |= dataclasses.asdict(getattr(self, section))
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "contrast": ContrastConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+}
+ENGINES = ("ddp", "deepspeed")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of ``train.py``: one flag per field."""
+    parser = argparse.ArgumentParser(
+        "train.py",
+        description="Momentum-contrast pretraining.",
+        epilog="Flags that are not given take the recipe's value.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe", choices=tuple(RECIPES), default=DEFAULT_RECIPE, help="published settings"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--amp-opt-level",
+        choices=("O0", "O1", "O2", "O3"),
+        help="older name of --precision: O0 is fp32",
+    )
+    for section, cls in _SECTIONS.items():
+        group = parser.add_argument_group(section)
+        for field in fields(cls):
+            _add_flag(group, field)
+    return parser
+
+
+def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
+    meta = dict(field.metadata)
+    names = ["--" + field.name.replace("_", "-"), *meta.get("flags", ())]
+    text = meta["help"].replace("%", "%%")
+    keywords: dict[str, Any] = {"dest": field.name, "default": None}
+    if isinstance(field.default, bool):
+        group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **keywords)
+        return
+    choices = ENGINES if field.name == "engine" else meta.get("choices")
+    if isinstance(field.default, tuple):
+        keywords |= {"nargs": "+", "type": _integers, "metavar": "N"}
+    else:
+        keywords["type"] = meta.get("type", type(field.default))
+        if not choices:
+            keywords["metavar"] = meta.get("metavar", type(field.default).__name__.upper())
+    group.add_argument(*names, choices=choices, help=text, **keywords)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Read a command line.
+
+    Raises:
+        UserError: values that contradict each other or cannot work.
+    """
+    args = vars(make_parser().parse_args(argv))
+    amp = args.pop("amp_opt_level")
+    if args["lr_decay_epochs"] is not None:
+        args["lr_decay_epochs"] = tuple(n for part in args["lr_decay_epochs"] for n in part)
+    if amp is not None:
+        args["precision"] = _precision_of_amp(amp, args["precision"])
+    given = {k: v for k, v in args.items() if v is not None and k not in ("recipe", "local_rank")}
+    return build(args["recipe"], given)
+
+
+def _precision_of_amp(level: str, precision: str | None) -> str:
+    if level != "O0":
+        raise UserError(
+            f"--amp-opt-level {level} means fp16, which this version does not train in; "
+            "use --precision bf16 (same speed on GPUs since Ampere, no loss scaling)"
+        )
+    if precision not in (None, "fp32"):
+        raise UserError(f"--amp-opt-level O0 means fp32 but --precision is {precision}; drop one")
+    return "fp32"
+
+
+def build(recipe: str, given: dict[str, Any]) -> Config:
+    """A complete, checked configuration from a recipe and values by field name.
+
+    Raises:
+        UserError: an unknown recipe, or values that contradict each other or cannot work.
+    """
+    if recipe not in RECIPES:
+        raise UserError(f"recipe {recipe!r} is unknown; there are {', '.join(RECIPES)}")
+    values = RECIPES[recipe].settings | given
+    sections = {
+        name: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        for name, cls in _SECTIONS.items()
+    }
+    config = _resolve(Config(recipe=recipe, **sections), given)
+    _check(config)
+    return config
+
+
+def _resolve(config: Config, given: dict[str, Any]) -> Config:
+    """Fill in what follows from other values."""
+    preset, replace = config.preset, dataclasses.replace
+    data, model, run = config.data, config.model, config.run
+    data = replace(
+        data,
+        data_dir=data.data_dir or f"data/{data.dataset}",
+        image_size=data.image_size or preset.image_size,
+    )
+    batch, group = config.optim.batch_size, model.bn_group_size or config.optim.batch_size
+    if "bn_group_size" not in given and batch > 0 and group > 0 and batch % group:
+        # The recipe's group cannot tile a batch chosen by hand: the largest that can, below it.
+        group = next(g for g in range(min(group, batch), 0, -1) if batch % g == 0)
+    model = replace(model, stem=model.stem or preset.stem, bn_group_size=group)
+    optim = config.optim
+    if "warmup_epoch" not in given and optim.warmup_epoch >= optim.epochs > 0:
+        # The recipe's warm-up was made for its own length: keep its place in a much shorter run.
+        optim = replace(optim, warmup_epoch=optim.epochs // 10)
+    run = replace(
+        run,
+        engine=run.engine or ("deepspeed" if run.deepspeed else "ddp"),
+        precision=run.precision or _precision_of_file(run.deepspeed),
+    )
+    return replace(config, data=data, model=model, optim=optim, run=run)
+
+
+def _precision_of_file(path: str) -> str:
+    return deepspeed_config.requested_precision(path) if path else "fp32"
+
+
+def _check(config: Config) -> None:
+    optim, contrast, run = config.optim, config.contrast, config.run
+    positive = {
+        "--batch-size": optim.batch_size,
+        "--epochs": optim.epochs,
+        "--nce-k": contrast.nce_k,
+        "--dim": config.model.dim,
+        "--image-size": config.data.image_size,
+        "--print-freq": run.print_freq,
+        "--keep-checkpoints": run.keep_checkpoints,
+        "--bn-group-size": config.model.bn_group_size,
+        "--warmup-multiplier": optim.warmup_multiplier,
+    }
+    not_negative = {
+        "--base-lr": optim.base_lr,
+        "--weight-decay": optim.weight_decay,
+        "--num-workers": run.num_workers,
+        "--warmup-epoch": optim.warmup_epoch,
+        "--knn-freq": run.knn_freq,
+        "--save-freq": run.save_freq,
+        "--checkpoint-freq": run.checkpoint_freq,
+        "--max-steps": run.max_steps,
+        "--rng-seed": optim.rng_seed,
+    }
+    for flag, value in positive.items():
+        if not value > 0:
+            raise UserError(f"{flag} {value}: must be greater than 0")
+    for flag, value in not_negative.items():
+        if not value >= 0:
+            raise UserError(f"{flag} {value}: must not be negative")
+    if contrast.nce_t < MIN_TEMPERATURE:
+        raise UserError(f"--nce-t {contrast.nce_t}: must be at least {MIN_TEMPERATURE}")
+    for flag, value in (("--alpha", contrast.alpha), ("--momentum", optim.momentum)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{flag} {value}: must lie between 0 and 1")
+    if not 0 < config.data.crop <= 1:
+        raise UserError(f"--crop {config.data.crop}: a share of the area, above 0 and at most 1")
+    if optim.batch_size % config.model.bn_group_size:
+        raise UserError(
+            f"--bn-group-size {config.model.bn_group_size} does not divide "
+            f"--batch-size {optim.batch_size}: groups must tile the global batch"
+        )
+    if config.model.bn_group_size == 1:
+        raise UserError(
+            f"BatchNorm needs at least 2 samples in a group (--batch-size {optim.batch_size}, "
+            f"--bn-group-size 1)"
+        )
+    if optim.warmup_epoch >= optim.epochs:
+        raise UserError(
+            f"--warmup-epoch {optim.warmup_epoch} leaves nothing of --epochs {optim.epochs}; "
+            "shorten the warm-up too"
+        )
+    if run.engine == "deepspeed" and not run.deepspeed:
+        raise UserError("--engine deepspeed needs --deepspeed FILE, such as ds_configs/zero1.json")
+    if run.engine == "ddp" and run.deepspeed:
+        raise UserError(f"--engine ddp contradicts --deepspeed {run.deepspeed}; drop one of them")
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each value that differs between two runs' :meth:`Config.defining`."""
+    # Through JSON, so that tuples and lists, 1 and 1.0 compare as they will after a reload.
+    now = json.loads(json.dumps(now))
+    return [
+        f"  --{key.replace('_', '-')}: {saved.get(key)!r} in the run, {now.get(key)!r} now"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]

@@ -1,0 +1,64 @@
+"""torch's DistributedDataParallel, or the bare module when there is one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moco_scale import distributed
+from moco_scale.engines.base import (
+    MOMENTUM,
+    Engine,
+    SGDSettings,
+    make_sgd,
+    set_learning_rate,
+    zero_momentum,
+)
+from moco_scale.moco import MoCo
+
+
+class DDPEngine(Engine):
+    """Replicated weights, gradients averaged while backward runs."""
+
+    def __init__(
+        self, moco: MoCo, optimizer: SGDSettings, precision: str, device: torch.device
+    ) -> None:
+        super().__init__(moco, precision, device)
+        self._trained = moco.trained_parameters()
+        self._optimizer = make_sgd(list(self._trained.values()), optimizer)
+        zero_momentum(self._optimizer)
+        self._wrapped: nn.Module = moco
+        if distributed.world_size() > 1:
+            # Buffers stay local: the mean over ranks is taken when somebody needs them.
+            self._wrapped = DistributedDataParallel(
+                moco,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def query(self, *views: Tensor) -> list[Tensor]:
+        with self.autocast():
+            return self._wrapped(*views)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> bool:
+        set_learning_rate(self._optimizer, learning_rate)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{MOMENTUM}": self._optimizer.state[p][MOMENTUM]
+            for name, p in self._trained.items()
+        }
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, p in self._trained.items():
+            self._optimizer.state[p][MOMENTUM].copy_(state[f"{name}.{MOMENTUM}"])

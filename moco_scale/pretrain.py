@@ -1,0 +1,225 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco_scale import checkpoint, distributed
+from moco_scale.batchnorm import set_groups
+from moco_scale.config import Config
+from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
+from moco_scale.data.index import IndexedShards
+from moco_scale.data.reader import BatchPlan, ViewBatch, pretraining_loader
+from moco_scale.encoders import Encoder, build_encoder
+from moco_scale.engines import make_engine
+from moco_scale.infonce import infonce
+from moco_scale.moco import MoCo
+from moco_scale.monitor import Monitor
+from moco_scale.queue import KeyQueue
+from moco_scale.run_folder import RunFolder
+from moco_scale.schedules import learning_rate
+from moco_scale.shuffle import ShuffleBN
+from moco_scale.telemetry import Meters, Telemetry
+
+
+def initial_encoder(config: Config) -> Encoder:
+    """The query encoder before training: a function of the configuration and its seed."""
+    model = config.model
+    return build_encoder(
+        model.model,
+        width=model.model_width,
+        stem=model.stem,
+        head=model.head,
+        dim=model.dim,
+        seed=config.optim.rng_seed,
+    )
+
+
+class Pretraining:
+    """One run: everything it holds, its step, and its loop.
+
+    Args:
+        config: complete configuration.
+
+    Raises:
+        UserError: data, output folder, engine or resume do not fit the configuration.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, seed = config, config.optim.rng_seed
+        self.device = distributed.device()
+        self.world, self.rank = distributed.world_size(), distributed.rank()
+        self.shards = IndexedShards.open(config.data.data_dir, "train")
+        self.plan = BatchPlan(len(self.shards), config.optim.batch_size, seed)
+        self.plan.check_world(self.world)
+        self.total_steps = config.optim.epochs * self.plan.steps_per_epoch
+        self.last_step = min(config.run.max_steps or self.total_steps, self.total_steps)
+
+        self.folder = RunFolder(config, self.shards.fingerprint)
+        self.resumed_from = self.folder.prepare()
+        moco = MoCo(initial_encoder(config)).to(self.device)
+        self.queue = KeyQueue(config.contrast.nce_k, config.model.dim, seed, self.device)
+        self.meters = Meters(self.device)
+        self.step = 0
+        saved: dict[str, Tensor] = {}
+        if self.resumed_from is not None:
+            self.step = checkpoint.read_meta(self.resumed_from)["step"]
+            saved = checkpoint.load(self.resumed_from)
+            self._load(moco, saved)
+        set_groups(moco, config.model.bn_group_size, config.optim.batch_size)
+        self.engine = make_engine(config, moco, self.device)
+        if saved:
+            self.engine.load_optimizer_state(_part(saved, "optimizer."))
+        self.shuffle = ShuffleBN(config.optim.batch_size, seed, config.contrast.shuffle_bn)
+        self.augmentation = dataclasses.replace(
+            AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
+        )
+        self.augment = DeviceAugment(self.augmentation, config.preset.mean, config.preset.std)
+
+    def train_step(self, batch: ViewBatch) -> None:
+        """One step: keys from shuffled crops, queries, loss, update, enqueue."""
+        config, queue = self.config.contrast, self.queue
+        crops = batch.views.to(self.device, non_blocking=True)
+        # (query view, key view) of each term of the loss; also the stream of its shuffle.
+        terms = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]
+        sent = [
+            self.shuffle.send(crops[k], batch.step, stream) for stream, (_, k) in enumerate(terms)
+        ]
+        mine = self.plan.rank_indices(batch.step, self.rank, self.world)
+        queries = self.engine.query(
+            *[self.augmented(crops[q], batch.epoch, mine, q) for q, _ in terms]
+        )
+        everyone = self.plan.global_indices(batch.step)
+        all_keys = []
+        for exchange, (_, k) in zip(sent, terms, strict=True):
+            received = self.augmented(exchange.wait(), batch.epoch, everyone[exchange.received], k)
+            all_keys.append(exchange.gather_back(self.engine.key(received)))
+        own = slice(self.rank * len(mine), (self.rank + 1) * len(mine))
+        terms_loss = [
+            infonce(query, keys[own], queue.keys, config.nce_t)
+            for query, keys in zip(queries, all_keys, strict=True)
+        ]
+        loss = torch.stack([term.loss.mean() for term in terms_loss]).sum()
+        self.engine.backward(loss)
+        self._measure(loss, terms_loss[0].positive_probability, queries[0], all_keys[0][own])
+        if self.engine.step(self.learning_rate(batch.step)):
+            self.engine.ema(config.alpha)
+        for keys in all_keys:
+            queue.enqueue(keys)
+
+    def augmented(self, crops: Tensor, epoch: int, samples: Any, view: int) -> Tensor:
+        """Colours, blur and normalisation: uint8 [B, 3, S, S] -> float32, by sample and view."""
+        seed = self.config.optim.rng_seed
+        params = draw_params(self.augmentation, seed, epoch, samples, view)
+        return self.augment(crops, params).contiguous(memory_format=torch.channels_last)
+
+    def learning_rate(self, step: int) -> float:
+        optim = self.config.optim
+        return learning_rate(
+            step,
+            base=self.config.learning_rate,
+            scheduler=optim.lr_scheduler,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            epochs=optim.epochs,
+            warmup_epochs=optim.warmup_epoch,
+            warmup_multiplier=optim.warmup_multiplier,
+            minimum=optim.lr_min,
+            decay_epochs=optim.lr_decay_epochs,
+            decay_rate=optim.lr_decay_rate,
+        )
+
+    @torch.no_grad()
+    def _measure(self, loss: Tensor, probability: Tensor, query: Tensor, key: Tensor) -> None:
+        positive = (query * key).sum(1).mean()
+        negative = torch.dot(query.mean(0), self.queue.keys[: 1 << 14].mean(0))
+        self.meters.add(loss, probability.mean(), positive, negative)
+
+    def run(self) -> None:
+        """Train from where the run stands to its last step, or to ``--max-steps``."""
+        dropped = self.folder.forget_metrics_after(self.step) if distributed.is_main() else 0
+        telemetry = Telemetry(self.folder.path, self.total_steps, self.step)
+        monitor = Monitor(self, telemetry)
+        try:
+            monitor.announce(dropped)
+            if self.step < self.last_step:
+                self._loop(telemetry, monitor)
+            else:
+                telemetry.say(f"nothing left to do: step {self.step} of {self.last_step} is done")
+            if self.step == self.total_steps:
+                monitor.finish()
+        finally:
+            telemetry.close()
+
+    def _loop(self, telemetry: Telemetry, monitor: Monitor) -> None:
+        run = self.config.run
+        loader = pretraining_loader(
+            self.shards,
+            self.plan,
+            self.augmentation,
+            self.config.data.image_size,
+            rank=self.rank,
+            world=self.world,
+            num_workers=run.num_workers,
+            start_step=self.step,
+            end_step=self.last_step,
+        )
+        try:
+            for batch in monitor.timed(iter(loader)):
+                if self.step == 0:
+                    monitor.before_training(batch)
+                self.engine.moco.train()
+                self.train_step(batch)
+                self.step += 1
+                epoch_done = self.step % self.plan.steps_per_epoch == 0
+                last = self.step == self.last_step
+                if self.step == 1 or self.step % run.print_freq == 0 or epoch_done or last:
+                    monitor.report(epoch_done, last)
+                telemetry.advance(self.step)
+                if epoch_done:
+                    self.meters.start_epoch()
+                due = run.checkpoint_freq and self.step % run.checkpoint_freq == 0
+                if epoch_done or last or due:
+                    self.save(epoch_done)
+        finally:
+            loader.close()
+
+    def save(self, epoch_done: bool) -> None:
+        """Write a checkpoint and ``current.pth``; all ranks call it."""
+        moco, every = self.engine.moco, self.config.run.save_freq
+        # Running statistics are linear in what they average: their mean over ranks is what one
+        # process would have. In place, so that a resumed run goes on from the same numbers.
+        distributed.average_(list(moco.buffers()))
+        epoch = self.step // self.plan.steps_per_epoch
+        tensors = {f"model.{name}": t for name, t in moco.state_dict().items()}
+        tensors |= {f"optimizer.{n}": t for n, t in self.engine.optimizer_state().items()}
+        tensors |= {f"queue.{name}": t for name, t in self.queue.state_dict().items()}
+        tensors["meters.sums"] = self.meters.globalize()
+        meta = {
+            "step": self.step,
+            "epoch": epoch,
+            "samples": self.step * self.config.optim.batch_size,
+            "processes": self.world,
+            "engine": self.config.run.engine,
+        }
+        model = {
+            "opt": self.config.flat(),
+            "model": moco.query.state_dict(),
+            "model_ema": moco.key.state_dict(),
+            "epoch": epoch,
+            "step": self.step,
+        }
+        keep = bool(every) and epoch_done and epoch % every == 0
+        self.folder.save(self.step, tensors, meta, model, keep)
+
+    def _load(self, moco: MoCo, saved: dict[str, Tensor]) -> None:
+        moco.load_state_dict(_part(saved, "model."))
+        self.queue.load_state_dict(_part(saved, "queue."))
+        self.meters.sums.copy_(saved["meters.sums"])
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,142 @@
+"""What people see of a run: the terminal, ``log.txt``, ``metrics.jsonl`` and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moco_scale import distributed
+
+
+class Telemetry:
+    """Reports of one run; does nothing on ranks other than 0.
+
+    Args:
+        folder: the run's output folder; None only prints.
+        total_steps: of the whole run.
+        first_step: steps already done, when resuming.
+    """
+
+    def __init__(self, folder: Path | None, total_steps: int, first_step: int) -> None:
+        self._active = distributed.is_main()
+        self._log: Any = None
+        self._metrics: Any = None
+        self._board: Any = None
+        self._bar: tqdm[Any] | None = None
+        if not self._active:
+            return
+        if folder is not None:
+            # Line-buffered: what was logged survives a kill.
+            self._log = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
+            self._metrics = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+            self._board = _summary_writer(folder / "tensorboard", first_step)
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False
+            )
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        if not self._active:
+            return
+        if self._log is not None:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def record(self, record: dict[str, Any], line: str) -> None:
+        """One logged step: a line for people, an object for machines, scalars for TensorBoard.
+
+        Args:
+            record: plain values, with ``step``.
+            line: the same for people; a progress bar shows it beside itself.
+        """
+        if not self._active:
+            return
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, record["step"])
+        self.say(line)
+
+    def hyper_parameters(self, values: dict[str, Any]) -> None:
+        """The configuration, as a table in TensorBoard."""
+        if self._board is not None:
+            rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+            self._board.add_text("hyper-parameters", f"| flag | value |\n| --- | --- |\n{rows}", 0)
+
+    def image(self, name: str, picture: Tensor, step: int) -> None:
+        """A picture for TensorBoard: float [3, H, W] in [0, 1]."""
+        if self._board is not None:
+            self._board.add_image(name, picture.clamp(0, 1), step)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for sink in (self._log, self._metrics, self._board):
+            if sink is not None:
+                with contextlib.suppress(OSError):  # a full disk has been reported already
+                    sink.close()
+
+
+def _summary_writer(folder: Path, first_step: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.utils.tensorboard import SummaryWriter
+    # Curves of steps that will be run again disappear.
+    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+
+class Meters:
+    """Means over the steps since they were last read, and over the epoch, without a device sync.
+
+    The sums live on the device in fp64 and are part of a checkpoint, so that a resumed run
+    reports the same means.
+    """
+
+    NAMES = ("loss", "positive_probability", "positive_similarity", "negative_similarity")
+
+    def __init__(self, device: torch.device) -> None:
+        # Rows: since the last report, since the start of the epoch. Last column: steps.
+        self.sums = torch.zeros(2, len(self.NAMES) + 1, dtype=torch.float64, device=device)
+
+    def add(self, *values: Tensor) -> None:
+        """One step's values on this rank, in the order of :data:`NAMES`."""
+        row = torch.stack([v.detach().double() for v in values])
+        self.sums[:, :-1] += row
+        self.sums[:, -1] += 1
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """Means since the last call over all ranks, and the epoch's mean loss; all ranks call it."""
+        sums = self.sums.clone()
+        distributed.sum_(sums)
+        sums = sums.cpu()
+        self.sums[0] = 0
+        means = sums[0, :-1] / sums[0, -1]
+        return dict(zip(self.NAMES, means.tolist(), strict=True)), float(sums[1, 0] / sums[1, -1])
+
+    def globalize(self) -> Tensor:
+        """The sums, made equal on all ranks in place; all ranks call it before a checkpoint."""
+        distributed.sum_(self.sums).div_(distributed.world_size())
+        return self.sums
+
+    def start_epoch(self) -> None:
+        self.sums[1] = 0

@@ -1,0 +1,25 @@
+"""Pretrain: ``deepspeed --num_gpus 8 train.py --deepspeed ds_configs/zero1.json --data-dir DIR``.
+
+Also under ``torchrun``, under Slurm's ``srun`` with one task per GPU, or as plain ``python``.
+"""
+
+import sys
+
+from moco_scale.cli import run_command
+
+
+def main() -> None:
+    from moco_scale import config, distributed
+
+    settings = config.parse()
+    distributed.initialize(settings.run.device)
+    try:
+        from moco_scale.pretrain import Pretraining
+
+        Pretraining(settings).run()
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("train.py", main))
