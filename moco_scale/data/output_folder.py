@@ -1,0 +1,145 @@
+"""A folder that appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from moco_scale.data.index import INDEX_JSON, PARTIAL
+from moco_scale.errors import UserError
+
+LEFT_OUT = "left_out.jsonl"
+_REPLACED = ".replaced-"
+_OURS = re.compile(r"(train|val)-\d{6,}\.tar|(train|val)-index\.npy|index\.json|left_out\.jsonl")
+
+
+class OutputFolder:
+    """Context manager around the writing of folder ``out``.
+
+    Inside, ``path`` is a new folder beside ``out`` (its name starts with ``out.partial-``);
+    ``finish()`` puts it in the place of ``out``. Leaving without ``finish()`` removes it. A killed
+    process leaves it under its partial name, locked by nobody, and the next run removes it.
+
+    Raises UserError on entry: ``out`` exists and may not be, or must not be replaced; another
+    process is writing it; the place is not writable.
+    """
+
+    def __init__(self, out: Path, overwrite: bool) -> None:
+        self.out = out.resolve()  # a link keeps pointing to what it points to
+        self.shown = out
+        self.overwrite = overwrite
+        self.notes: list[str] = []
+        token = secrets.token_hex(4)
+        self.path = self.out.with_name(f"{self.out.name}{PARTIAL}{token}")
+        self._old = self.out.with_name(f"{self.out.name}{_REPLACED}{token}")
+        self._lock = -1
+        self._finished = False
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._clean_leftovers()
+            self._check_place()
+            self.path.mkdir()
+            self._lock = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"Cannot write to {self.out.parent}: {error.strerror or error}."
+            ) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._finished:
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+    def finish(self) -> None:
+        """Put the folder in its place; from here on it is what users see."""
+        sync(self.path)
+        try:
+            if self.overwrite and self.out.is_dir() and any(self.out.iterdir()):
+                self.out.rename(self._old)
+            self.path.rename(self.out)
+        except OSError as error:
+            if self._old.exists() and not self.out.exists():
+                self._old.rename(self.out)
+            raise UserError(
+                f"Cannot put the finished shards in place as {self.shown}: "
+                f"{error.strerror or error}. Is it a mount point? Then name a folder inside it."
+            ) from error
+        self._finished = True
+        sync(self.out.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _check_place(self) -> None:
+        if self.out.is_file():
+            raise UserError(
+                f"{self.shown} is a file; --out names a folder that does not exist yet."
+            )
+        if not self.out.exists():
+            return
+        names = sorted(child.name for child in self.out.iterdir())
+        if not names:
+            return
+        if INDEX_JSON not in names:
+            raise UserError(
+                f"{self.shown} exists and holds other things ({names[0]}{', …' * (len(names) > 1)})"
+                "; --out names a folder that does not exist yet."
+            )
+        if not self.overwrite:
+            raise UserError(
+                f"{self.shown} already holds shards. Name another folder, or replace them with "
+                "--overwrite."
+            )
+        foreign = [name for name in names if not _OURS.fullmatch(name)]
+        if foreign:
+            raise UserError(
+                f"{self.shown} holds shards and also {foreign[0]}, which --overwrite would "
+                "delete. Move it away, or name another folder."
+            )
+
+    def _clean_leftovers(self) -> None:
+        for left in self._siblings(_REPLACED):
+            if self.out.exists():
+                shutil.rmtree(left)
+            else:  # killed between the two renames
+                left.rename(self.out)
+                self.notes.append(f"restored {self.shown}, which an unfinished run had set aside")
+        for left in self._siblings(PARTIAL):
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"Another process is writing {self.shown} just now (in {left})."
+                ) from None
+            finally:
+                os.close(lock)
+            shutil.rmtree(left)
+            self.notes.append(f"removed {left.name}, left by a run that did not finish")
+
+    def _siblings(self, mark: str) -> list[Path]:
+        name = re.compile(re.escape(self.out.name + mark) + r"[0-9a-f]{8}")
+        return sorted(p for p in self.out.parent.iterdir() if name.fullmatch(p.name) and p.is_dir())
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder; a file system that cannot sync folders is left alone."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,253 @@
+"""``python -m moco_scale shard``: pictures to WebDataset shards with an index."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from moco_scale import __version__
+from moco_scale.data.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TAR, read_ground_truth
+from moco_scale.data.layout import Listing, arrange
+from moco_scale.data.output_folder import LEFT_OUT, OutputFolder
+from moco_scale.data.shards import Encoding, ShardSize, write_shards
+from moco_scale.data.sources import UNPACKED, scan
+from moco_scale.errors import UserError
+
+DEFAULT_QUALITY = 90
+_MOST_REASONS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write pictures as WebDataset shards (train-000000.tar …, val-000000.tar …) in seeded "
+        "random order, with an index for exact epochs. Original bytes are kept unless "
+        "--short-side is given. The folder appears only when it is complete."
+    )
+    source = parser.add_argument_group("source")
+    source.add_argument(
+        "--source",
+        type=Path,
+        required=True,
+        metavar="SRC",
+        help="a folder with train/CLASS/* and perhaps val/CLASS/*, or CLASS/*, or unlabelled "
+        "pictures; a tar of one (.gz .bz2 .xz: decompressed once next to DIR, which needs room); "
+        f"{TRAIN_TAR}; or the folder that holds {TRAIN_TAR}, {VAL_TAR} and {DEVKIT_TAR}",
+    )
+    source.add_argument(
+        "--val-source",
+        type=Path,
+        metavar="SRC",
+        help=f"validation pictures from elsewhere, e.g. {VAL_TAR}",
+    )
+    source.add_argument(
+        "--val-ground-truth",
+        type=Path,
+        metavar="FILE",
+        help=f"the classes of validation pictures that lie in no class folders. {ACCEPTED}",
+    )
+    source.add_argument("--train-only", action="store_true", help="write no validation pictures")
+    source.add_argument(
+        "--unlabelled", action="store_true", help="take all pictures, whatever folder they lie in"
+    )
+    source.add_argument(
+        "--per-class",
+        type=_positive,
+        metavar="N",
+        help="only the first N training pictures of each class, by name",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the shards in DIR, once the new ones are complete",
+    )
+    output.add_argument(
+        "--shard-size",
+        type=_shard_size,
+        default=ShardSize(),
+        metavar="N",
+        help="pictures in a shard, or its size as in 256MB (default: 1000)",
+    )
+    output.add_argument(
+        "--short-side",
+        type=_positive,
+        metavar="N",
+        help="shrink larger pictures so that their shorter side has N pixels, and save them as "
+        "JPEG; smaller ones keep their bytes",
+    )
+    output.add_argument(
+        "--quality",
+        type=int,
+        choices=range(1, 101),
+        metavar="Q",
+        help=f"JPEG quality with --short-side, 1 to 100 (default: {DEFAULT_QUALITY})",
+    )
+    output.add_argument(
+        "--verify",
+        action="store_true",
+        help=f"decode every picture; leave out and list in DIR/{LEFT_OUT} those that are damaged",
+    )
+    output.add_argument("--seed", type=int, default=0, help="of the random order (default: 0)")
+    output.add_argument(
+        "--workers",
+        type=_positive,
+        default=_cores(),
+        metavar="N",
+        help="processes; they do not change the shards (default: the cores there are, %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the shards that the arguments ask for. Raises UserError; then nothing is left behind."""
+    if args.quality is not None and args.short_side is None:
+        raise UserError("--quality is for pictures that are re-encoded: give --short-side too.")
+    started = time.monotonic()
+    with _terminable(), OutputFolder(args.out, args.overwrite) as folder:
+        for note in folder.notes:
+            _say(note)
+        listing = _list(args, folder.path)
+        for note in listing.notes:
+            _say(f"note: {note}")
+        _say(_plan(listing))
+        encoding = None
+        if args.short_side is not None:
+            encoding = Encoding(args.short_side, args.quality or DEFAULT_QUALITY)
+        written = write_shards(
+            listing,
+            folder.path,
+            seed=args.seed,
+            shard_size=args.shard_size,
+            encoding=encoding,
+            verify=args.verify,
+            workers=args.workers,
+            made=_made(args),
+        )
+        for leftover in folder.path.glob(f"{UNPACKED}*"):
+            leftover.unlink()
+        folder.finish()
+    for split in written:
+        _say(
+            f"{split.split}: {split.pictures} pictures in {split.shards} "
+            f"shard{'s' * (split.shards != 1)}, {split.bytes / 1e6:.1f} MB"
+        )
+    _report_left_out(listing, args.out)
+    _say(f"{args.out} is complete ({time.monotonic() - started:.1f} s)")
+    return 0
+
+
+def _list(args: argparse.Namespace, scratch: Path) -> Listing:
+    """Find the pictures of all sources and label them."""
+    source, val_source, truth = args.source, args.val_source, args.val_ground_truth
+    if (source / TRAIN_TAR).is_file():  # the folder ILSVRC2012 was downloaded to
+        if val_source is None and (source / VAL_TAR).is_file():
+            val_source = source / VAL_TAR
+            if truth is None and (source / DEVKIT_TAR).is_file():
+                truth = source / DEVKIT_TAR
+        source = source / TRAIN_TAR
+    if args.train_only:
+        val_source = truth = None
+    entries = scan(source, scratch)
+    val_entries = scan(val_source, scratch) if val_source is not None else None
+    return arrange(
+        str(source),
+        entries,
+        val_source=None if val_source is None else str(val_source),
+        val_entries=val_entries,
+        ground_truth=None if truth is None else functools.partial(read_ground_truth, truth),
+        unlabelled=args.unlabelled,
+        train_only=args.train_only,
+        per_class=args.per_class,
+    )
+
+
+def _made(args: argparse.Namespace) -> dict[str, object]:
+    """What goes into index.json about how the shards were made (not: when, or by how many)."""
+    return {
+        "by": f"moco_scale {__version__}",
+        "source": args.source.name,
+        "per_class": args.per_class,
+        "short_side": args.short_side,
+        "quality": None if args.short_side is None else args.quality or DEFAULT_QUALITY,
+        "verified": args.verify,
+    }
+
+
+def _plan(listing: Listing) -> str:
+    parts = [
+        f"{len(pictures)} {split} pictures ({sum(p.size for p in pictures) / 1e6:.1f} MB)"
+        for split, pictures in listing.splits.items()
+    ]
+    classes = f" of {len(listing.classes)} classes" if listing.classes else ""
+    return f"found {' and '.join(parts)}{classes}"
+
+
+def _report_left_out(listing: Listing, out: Path) -> None:
+    if not listing.left_out:
+        return
+    count = len(listing.left_out)
+    _say(f"left out {count} picture{'s' * (count != 1)}; the list is {out / LEFT_OUT}:")
+    reasons = Counter(entry.reason for entry in listing.left_out)
+    for reason, number in reasons.most_common(_MOST_REASONS):
+        example = next(entry for entry in listing.left_out if entry.reason == reason)
+        _say(f"  {number} x {reason} (as {example.split}: {example.name})")
+    if len(reasons) > _MOST_REASONS:
+        _say(f"  and {len(reasons) - _MOST_REASONS} other reasons")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within, SIGTERM (a scheduler's or a container's stop) ends the program in the orderly way."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _shard_size(text: str) -> ShardSize:
+    match = re.fullmatch(r"(\d+)\s*(|k|M|G)(B?)", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) < 1 or bool(match[2]) > bool(match[3]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of pictures nor a size such as 256MB"
+        )
+    if not match[3]:
+        return ShardSize(pictures=int(match[1]))
+    factor = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2].lower()]
+    return ShardSize(pictures=None, bytes=int(match[1]) * factor)
