@@ -1,0 +1,306 @@
+"""Features of pictures: a trained encoder from its file, and encoding by all ranks together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moco_scale import distributed
+from moco_scale.data.reader import Shards, evaluation_loader
+from moco_scale.encoders import Encoder, build_encoder
+from moco_scale.errors import UserError
+
+T = TypeVar("T")
+Encode = Callable[[Tensor], Tensor]
+WHICH = ("features", "projection")
+"""The backbone's output, or the head's output that the contrastive loss compares."""
+
+_ENCODERS = {"query": "model", "key": "model_ema"}
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a file like ``current.pth`` holds.
+
+    Attributes:
+        encoder: on the CPU, in evaluation mode.
+        opt: hyper-parameters of the run by flag name.
+        path: the file.
+        epoch: of the run.
+        step: of the run.
+        fingerprint: hex; changes with any of the encoder's weights.
+    """
+
+    encoder: Encoder
+    opt: dict[str, Any]
+    path: Path
+    epoch: int
+    step: int
+    fingerprint: str
+
+
+def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
+    """Read an encoder from a file that pretraining wrote; no code in the file is ever run.
+
+    Args:
+        path: usually ``OUT/current.pth``.
+        which: ``"query"`` or ``"key"`` (the moving average).
+
+    Raises:
+        UserError: there is no such file, it is something else, it is damaged, or its weights are
+            not finite.
+    """
+    path = Path(path)
+    content = _read_plain(path)
+    name = _ENCODERS[which]
+    opt, state = content.get("opt"), content.get(name)
+    if not isinstance(opt, dict) or not isinstance(state, dict):
+        raise UserError(
+            f"{path} is not a model of this program: it lacks 'opt' or {name!r}; "
+            "name the current.pth of a run's --output-dir"
+        )
+    try:
+        encoder = build_encoder(
+            opt["model"],
+            width=opt["model_width"],
+            stem=opt["stem"],
+            head=opt["head"],
+            dim=opt["dim"],
+        )
+        encoder.load_state_dict(state)
+    except KeyError as error:
+        raise UserError(f"{path}: 'opt' lacks the hyper-parameter {error}") from None
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()
+        raise UserError(
+            f"{path}: its weights do not fit the {opt['model']} that it describes: "
+            + "; ".join(line.strip() for line in reason[:4])
+        ) from None
+    bad = [n for n, t in encoder.state_dict().items() if not torch.isfinite(t).all()]
+    if bad:
+        raise UserError(
+            f"{path}: {len(bad)} tensors of the {which} encoder are not finite (first: {bad[0]}): "
+            "that run had diverged"
+        )
+    return Pretrained(
+        encoder=encoder.eval(),
+        opt=opt,
+        path=path,
+        epoch=int(content.get("epoch", 0)),
+        step=int(content.get("step", 0)),
+        fingerprint=_fingerprint(encoder),
+    )
+
+
+def _read_plain(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--pretrained-model {path}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"--pretrained-model {path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) and "Unsupported" not in str(error):
+            raise UserError(_damaged(path)) from None
+        raise UserError(
+            f"--pretrained-model {path} holds more than tensors and plain values; reading it could "
+            "run code from the file, so it is refused; name the current.pth of a run"
+        ) from None
+    except Exception:  # whatever else a foreign or damaged file makes of the reader
+        raise UserError(_damaged(path)) from None
+    if not isinstance(content, dict):
+        raise UserError(_damaged(path))
+    return content
+
+
+def _damaged(path: Path) -> str:
+    return (
+        f"--pretrained-model {path} is damaged or no file of torch.save; "
+        "name the current.pth of a run's --output-dir"
+    )
+
+
+def _fingerprint(encoder: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def chosen_output(encoder: Encoder, which: str) -> Encode:
+    """The function of an encoder that :data:`WHICH` names.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if which not in WHICH:
+        raise UserError(f"features {which!r}: choose one of {', '.join(WHICH)}")
+    return encoder.features if which == "features" else encoder
+
+
+@contextlib.contextmanager
+def evaluating(encode: Encode) -> Iterator[None]:
+    """Evaluation mode and no gradients while the block runs.
+
+    Each submodule gets its own mode back afterwards. ``encode`` may be a module, a method of one,
+    or a plain function, which has no mode.
+    """
+    owner = encode if isinstance(encode, nn.Module) else getattr(encode, "__self__", None)
+    modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How pictures become the input of an encoder.
+
+    Attributes:
+        image_size: side of the centre crop in pixels.
+        resize_ratio: the short side is resized to this times the crop first.
+        mean: per channel, of pixels in [0, 1].
+        std: likewise.
+    """
+
+    image_size: int
+    resize_ratio: float
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def normalise(self, crops: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> float32, on the same device, channels last."""
+        mean = torch.tensor(self.mean, device=crops.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=crops.device).view(1, -1, 1, 1)
+        return (
+            crops.contiguous(memory_format=torch.channels_last)
+            .float()
+            .div_(255)
+            .sub_(mean)
+            .div_(std)
+        )
+
+
+def extract(
+    encode: Encode,
+    shards: Shards,
+    *,
+    image_size: int,
+    resize_ratio: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 256,
+    num_workers: int = 2,
+    autocast: torch.dtype | None = None,
+    gather: bool = True,
+    label: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Encode the centre crops of pictures, each rank a contiguous share of them.
+
+    Every rank calls it. Modes are as :func:`evaluating` says.
+
+    Args:
+        encode: float32 [B, 3, S, S] -> [B, D], on this process's device.
+        shards: the pictures, the same on every rank.
+        image_size: see :class:`Pixels`, as the next three.
+        resize_ratio: see there.
+        mean: see there.
+        std: see there.
+        batch_size: pictures encoded at once on each rank.
+        num_workers: decoding processes on each rank.
+        autocast: half-precision type of the arithmetic; None computes in fp32.
+        gather: False leaves each rank with its own share.
+        label: what to call this in progress reports; empty reports nothing.
+
+    Returns:
+        Features float32 [N, D] on this process's device and labels int64 [N] on the CPU (-1:
+        none), of all pictures in their order (of this rank's share without ``gather``).
+
+    Raises:
+        UserError: a picture cannot be read, on whichever rank; every rank raises it.
+    """
+    pixels = Pixels(image_size, resize_ratio, mean, std)
+    device = distributed.device()
+    parts: list[Tensor] = []
+    labels: list[Tensor] = []
+    failure: UserError | None = None
+    try:
+        with (
+            evaluating(encode),
+            evaluation_loader(
+                shards,
+                image_size,
+                resize_ratio,
+                batch_size=batch_size,
+                rank=distributed.rank(),
+                world=distributed.world_size(),
+                num_workers=num_workers,
+            ) as loader,
+        ):
+            for batch in progress(loader, len(loader), label):
+                crops = batch.views[0].to(device, non_blocking=True)
+                with autocasting(autocast):
+                    parts.append(encode(pixels.normalise(crops)).float())
+                labels.append(batch.labels)
+    except UserError as error:
+        failure = error
+    failure = distributed.first_error(failure)
+    if failure is not None:
+        raise failure
+    features, targets = _joined(parts, labels, device)
+    if not gather:
+        return features, targets
+    return distributed.all_gather_uneven_rows(features), distributed.all_gather_uneven_rows(targets)
+
+
+def _joined(
+    parts: list[Tensor], labels: list[Tensor], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """One tensor of each; a rank without pictures learns the width from the others."""
+    width = torch.tensor([parts[0].shape[1] if parts else 0])
+    width = distributed.all_gather_rows(width).max()
+    if not parts:
+        return torch.empty(0, int(width), device=device), torch.empty(0, dtype=torch.int64)
+    return torch.cat(parts), torch.cat(labels)
+
+
+def autocasting(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast on this process's device, or nothing for None."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(distributed.device().type, dtype)
+
+
+def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """The same items; the main process shows a bar on a terminal, a line now and then elsewhere."""
+    if not label or not distributed.is_main():
+        yield from items
+        return
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True)
+        return
+    said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"{label}: {done}/{total} batches", file=sys.stderr, flush=True)

@@ -1,0 +1,281 @@
+"""k-nearest-neighbour classification of features: what they are worth without any training.
+
+The weighted vote of "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
+(Wu et al., CVPR 2018, section 3.4): each of the k most similar pictures of the bank votes for its
+class with weight exp(cosine similarity / temperature).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco_scale import distributed
+from moco_scale.data.index import IndexedShards, has_split
+from moco_scale.encoders import Encoder
+from moco_scale.errors import UserError
+from moco_scale.evaluation.features import Encode, chosen_output, extract
+
+MONITOR_BANK = 50_000
+"""Pictures that the monitor compares with, at most: all of CIFAR-10, 50 a class of ImageNet."""
+MONITOR_QUERIES = 10_000
+"""Pictures that the monitor classifies, at most."""
+
+_SIMILARITIES_AT_ONCE = 1 << 24  # 64 MiB in fp32
+
+
+def weighted_knn(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> dict[str, float]:
+    """Classify each query by its neighbours in the bank; this process alone.
+
+    Args:
+        bank: [N, D] in any floating dtype; normalised here.
+        bank_labels: int64 [N], each in [0, num_classes).
+        queries: [Q, D], on the bank's device.
+        query_labels: int64 [Q].
+        num_classes: C.
+        k: neighbours that vote; all of the bank when it is smaller.
+        temperature: of the votes' weights.
+
+    Returns:
+        ``top1`` and ``top5`` in percent of the queries. A query's true class counts for top-5
+        when fewer than 5 classes have a larger sum of votes, or the same and a smaller number.
+
+    Raises:
+        UserError: no pictures, unlabelled ones, labels out of range, k or temperature not
+            positive.
+    """
+    _check(bank_labels, query_labels, num_classes, k, temperature)
+    if not len(bank) or not len(queries):
+        raise UserError("kNN needs at least one picture in the bank and one to classify")
+    hits = _hits(bank, bank_labels, queries, query_labels, num_classes, k, temperature, False)
+    return _percent(hits, len(queries))
+
+
+def _check(
+    bank_labels: Tensor, query_labels: Tensor, num_classes: int, k: int, temperature: float
+) -> None:
+    if k < 1:
+        raise UserError(f"--knn-k {k}: at least one neighbour must vote")
+    if not temperature > 0:
+        raise UserError(f"--knn-t {temperature}: must be greater than 0")
+    for labels, what in ((bank_labels, "bank"), (query_labels, "pictures to classify")):
+        if len(labels) and int(labels.min()) < 0:
+            raise UserError(
+                f"kNN needs labels, and {int((labels < 0).sum())} of the {what} have none"
+            )
+        if len(labels) and int(labels.max()) >= num_classes:
+            raise UserError(
+                f"the {what} have a label {int(labels.max())} but there are {num_classes} classes"
+            )
+
+
+def _percent(hits: Tensor, queries: int) -> dict[str, float]:
+    top1, top5 = (100.0 * hits.double() / queries).tolist()
+    return {"top1": top1, "top5": top5}
+
+
+def _hits(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    k: int,
+    temperature: float,
+    spread: bool,
+) -> Tensor:
+    """Queries right at top-1 and at top-5: int64 [2].
+
+    With ``spread`` the bank is this rank's share of it, the queries are the same on every rank,
+    and so is the result.
+    """
+    device = bank.device
+    bank = F.normalize(bank.float(), dim=1)
+    queries = F.normalize(queries.float(), dim=1)
+    bank_labels, query_labels = bank_labels.to(device), query_labels.to(device)
+    share = torch.tensor([len(bank)])
+    total, largest = len(bank), len(bank)
+    if spread:
+        shares = distributed.all_gather_rows(share)
+        total, largest = int(shares.sum()), int(shares.max())
+    hits = torch.zeros(2, dtype=torch.int64, device=device)
+    k = min(k, total)
+    rows = max(1, _SIMILARITIES_AT_ONCE // max(largest, num_classes, 1))
+    for chunk, truth in zip(queries.split(rows), query_labels.split(rows), strict=True):
+        similarity, voted = _nearest(chunk, bank, bank_labels, k, spread)
+        # Relative to the nearest: a small temperature neither overflows nor rounds all to 0.
+        weight = torch.exp((similarity - similarity[:, :1]) / temperature)
+        votes = weight.new_zeros(len(chunk), num_classes).scatter_add_(1, voted, weight)
+        ranking = votes.argsort(dim=1, descending=True, stable=True)[:, :5]
+        right = ranking == truth[:, None]
+        hits += torch.stack([right[:, 0].sum(), right.sum()])
+    return hits.cpu()
+
+
+def _nearest(
+    chunk: Tensor, bank: Tensor, bank_labels: Tensor, k: int, spread: bool
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and labels, each [q, k], of the k nearest, over all ranks' banks."""
+    mine = min(k, len(bank))
+    similarity, place = (chunk @ bank.T).topk(mine, dim=1)
+    labels = bank_labels[place]
+    if not spread or distributed.world_size() == 1:
+        return similarity, labels
+    # A share smaller than k is filled up with what is farther away than anything.
+    similarity = F.pad(similarity, (0, k - mine), value=-torch.inf)
+    labels = F.pad(labels, (0, k - mine))
+    by_rank = (distributed.world_size(), len(chunk), k)
+    all_similarity = distributed.all_gather_rows(similarity).view(by_rank).transpose(0, 1)
+    all_labels = distributed.all_gather_rows(labels).view(by_rank).transpose(0, 1)
+    similarity, place = all_similarity.flatten(1).topk(k, dim=1)
+    return similarity, all_labels.flatten(1).gather(1, place)
+
+
+def is_labelled(data_dir: str | Path) -> bool:
+    """Whether every training picture has a label, so that kNN means something."""
+    labels = IndexedShards.open(data_dir, "train").labels
+    return len(labels) > 0 and int(labels.min()) >= 0
+
+
+def bank_and_queries(
+    data_dir: str | Path, max_bank: int = 0, max_queries: int = 0, seed: int = 0
+) -> tuple[IndexedShards, IndexedShards]:
+    """Pictures to compare with and pictures to classify.
+
+    The bank is the train split, the queries the val split. Without a val split, a seeded tenth of
+    the train split is held out of the bank as queries.
+
+    Args:
+        data_dir: folder of shards.
+        max_bank: a seeded choice of at most so many; 0 takes all.
+        max_queries: likewise.
+        seed: of the choices.
+
+    Raises:
+        UserError: the folder cannot be used, or the splits have different classes.
+    """
+    bank = IndexedShards.open(data_dir, "train")
+    if has_split(data_dir, "val"):
+        queries = IndexedShards.open(data_dir, "val")
+        return _some(bank, max_bank, seed), _some(queries, max_queries, seed + 1)
+    if len(bank) < 2:
+        raise UserError(f"{data_dir} has one picture: nothing to compare it with")
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(bank))
+    held_out = max(len(bank) // 10, 1)
+    queries = bank.subset(np.sort(order[:held_out]))
+    rest = bank.subset(np.sort(order[held_out:]))
+    return _some(rest, max_bank, seed), _some(queries, max_queries, seed + 1)
+
+
+def _some(shards: IndexedShards, limit: int, seed: int) -> IndexedShards:
+    if not limit or len(shards) <= limit:
+        return shards
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(shards))
+    return shards.subset(np.sort(order[:limit]))
+
+
+@dataclass(frozen=True)
+class KnnMonitor:
+    """kNN evaluation of an encoder on fixed pictures, as often as wanted.
+
+    All ranks use it together: each encodes its share of the pictures and searches its share of
+    the bank; only queries and nearest neighbours travel.
+
+    Attributes:
+        bank: pictures that vote.
+        queries: pictures to classify.
+        image_size: see :class:`~moco_scale.evaluation.features.Pixels`, as the next three.
+        resize_ratio: see there.
+        mean: see there.
+        std: see there.
+        k: neighbours that vote.
+        temperature: of the votes' weights.
+        batch_size: pictures encoded at once on each rank.
+        num_workers: decoding processes on each rank.
+        autocast: half-precision type; None is fp32.
+        label: for progress reports; empty reports nothing.
+    """
+
+    bank: IndexedShards
+    queries: IndexedShards
+    image_size: int
+    resize_ratio: float
+    mean: Sequence[float]
+    std: Sequence[float]
+    k: int = 200
+    temperature: float = 0.1
+    batch_size: int = 256
+    num_workers: int = 2
+    autocast: torch.dtype | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        # Before hours of training, not after them.
+        bank, queries = (torch.from_numpy(s.labels) for s in (self.bank, self.queries))
+        _check(bank, queries, self.num_classes, self.k, self.temperature)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be voted for."""
+        highest = max(int(self.bank.labels.max()), int(self.queries.labels.max()))
+        return max(len(self.bank.classes), highest + 1)
+
+    def measure(self, encoder: Encoder, which: str = "projection") -> dict[str, float]:
+        """``top1`` and ``top5`` in percent of an encoder, the same on every rank.
+
+        Args:
+            encoder: on this process's device; keeps its modes.
+            which: ``"features"`` (the backbone's) or ``"projection"`` (the head's).
+
+        Raises:
+            UserError: a picture cannot be read.
+        """
+        return self.measure_function(chosen_output(encoder, which))
+
+    def measure_function(self, encode: Encode) -> dict[str, float]:
+        """The same of any function float32 [B, 3, S, S] -> [B, D], such as flattened pixels."""
+        bank, bank_labels = self._features(encode, self.bank, gather=False)
+        queries, query_labels = self._features(encode, self.queries, gather=True)
+        hits = _hits(
+            bank,
+            bank_labels,
+            queries,
+            query_labels,
+            self.num_classes,
+            self.k,
+            self.temperature,
+            spread=True,
+        )
+        return _percent(hits, len(queries))
+
+    def _features(
+        self, encode: Encode, shards: IndexedShards, gather: bool
+    ) -> tuple[Tensor, Tensor]:
+        return extract(
+            encode,
+            shards,
+            image_size=self.image_size,
+            resize_ratio=self.resize_ratio,
+            mean=self.mean,
+            std=self.std,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            autocast=self.autocast,
+            gather=gather,
+            label=self.label and f"{self.label}, {shards.split}",
+        )
