@@ -7,9 +7,6 @@ So any number of workers writes the same bytes.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -26,21 +23,18 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import simplejpeg
-from PIL import Image
 from tqdm import tqdm
 
 from moco_scale.data import index
-from moco_scale.data.decode import DecodeError, decode_rgb
-from moco_scale.data.layout import LeftOut, Listing, Picture
+from moco_scale.data.layout import Listing, Picture
 from moco_scale.data.output_folder import LEFT_OUT, sync
+from moco_scale.data.shard_file import Done, Encoding, Task, shard_name, write_errors, write_shard
 from moco_scale.errors import UserError
 
-_JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
 _LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -61,14 +55,6 @@ class ShardSize:
         return max(1, min(wanted, len(pictures)))
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How pictures are changed on the way: larger ones shrunk to short_side and saved as JPEG."""
-
-    short_side: int
-    quality: int
-
-
 class Written(NamedTuple):
     """What one split became."""
 
@@ -76,22 +62,6 @@ class Written(NamedTuple):
     pictures: int
     shards: int
     bytes: int
-
-
-class _Task(NamedTuple):
-    folder: str
-    split: str
-    shard: int
-    first_key: int
-    pictures: list[Picture]
-    verify: bool
-    encoding: Encoding | None
-
-
-class _Done(NamedTuple):
-    rows: np.ndarray
-    bytes: int
-    left_out: list[LeftOut]
 
 
 def write_shards(
@@ -145,13 +115,13 @@ def write_shards(
         if not shards:
             raise UserError(f"None of the {len(ordered)} {split} pictures can be decoded.")
         rows = np.concatenate(all_rows)
-        with _write_errors(folder):
+        with write_errors(folder):
             np.save(folder / index.index_name(split), rows, allow_pickle=False)
             sync(folder / index.index_name(split))
         header["splits"][split] = index.split_entry(split, rows, shards)
         written.append(Written(split, len(rows), len(shards), sum(size for _, size, _ in shards)))
     header["made"] = {**(made or {}), "seed": seed, "left_out": len(listing.left_out)}
-    with _write_errors(folder):
+    with write_errors(folder):
         if listing.left_out:
             lines = (json.dumps(entry._asdict(), ensure_ascii=False) for entry in listing.left_out)
             _write_text(folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
@@ -172,10 +142,6 @@ def random_order(pictures: Sequence[Picture], seed: int, split: str) -> list[Pic
     return sorted(pictures, key=key)
 
 
-def shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:06d}.tar"
-
-
 def _tasks(
     folder: Path,
     split: str,
@@ -183,32 +149,32 @@ def _tasks(
     shard_size: ShardSize,
     verify: bool,
     encoding: Encoding | None,
-) -> Iterator[_Task]:
+) -> Iterator[Task]:
     """One task a shard; their numbers of pictures differ by at most one."""
     count = shard_size.count(ordered)
     for shard in range(count):
         first, last = (len(ordered) * n // count for n in (shard, shard + 1))
         part = ordered[first:last]
-        yield _Task(str(folder), split, shard, first, part, verify, encoding)
+        yield Task(str(folder), split, shard, first, part, verify, encoding)
 
 
-def _run(tasks: Iterable[_Task], workers: int, total: int, split: str) -> Iterator[_Done]:
+def _run(tasks: Iterable[Task], workers: int, total: int, split: str) -> Iterator[Done]:
     """The results in the order of the tasks."""
     progress = _Progress(split, total)
     with progress:
         if workers <= 1:
             for task in tasks:
-                yield _write_shard(task)
+                yield write_shard(task)
                 progress.add(len(task.pictures))
             return
         # Forked, so that the workers need not import everything again; they run no torch.
         pool = ProcessPoolExecutor(
             workers, multiprocessing.get_context("fork"), initializer=_start_worker
         )
-        pending: deque[tuple[int, Future[_Done]]] = deque()
+        pending: deque[tuple[int, Future[Done]]] = deque()
         try:
             for task in tasks:
-                pending.append((len(task.pictures), pool.submit(_write_shard, task)))
+                pending.append((len(task.pictures), pool.submit(write_shard, task)))
                 if len(pending) > 4 * workers:  # tasks hold lists of pictures: not all at once
                     count, future = pending.popleft()
                     yield future.result()
@@ -265,118 +231,6 @@ def _start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _write_shard(task: _Task) -> _Done:
-    """Write one shard and read its headers back."""
-    import webdataset
-
-    path = Path(task.folder) / shard_name(task.split, task.shard)
-    labels, left_out = [], []
-    _read_ahead(task.pictures)
-    with _write_errors(path.parent), contextlib.ExitStack() as stack:
-
-        def opener(name: str) -> BinaryIO:
-            return stack.enter_context(open_shard(path.parent / name))
-
-        writer = webdataset.ShardWriter(
-            f"{task.split}-%06d.tar",
-            maxcount=len(task.pictures) + 1,
-            maxsize=float("inf"),
-            start_shard=task.shard,
-            verbose=0,
-            opener=opener,
-            encoder=False,
-            mtime=0,
-            user="",
-            group="",
-        )
-        for key, picture in enumerate(task.pictures, start=task.first_key):
-            data = _source_bytes(picture)
-            if not data:
-                left_out.append(LeftOut(task.split, picture.name, "empty file"))
-                continue
-            suffix = PurePosixPath(picture.name).suffix.lower()
-            suffix = ".jpg" if suffix in _JPEG_SUFFIXES else suffix
-            if task.verify or task.encoding is not None:
-                try:
-                    data, suffix = _checked(data, suffix, task.encoding)
-                except DecodeError as error:
-                    left_out.append(LeftOut(task.split, picture.name, str(error)))
-                    continue
-            label = str(picture.label).encode()
-            writer.write({"__key__": f"{key:09d}", suffix[1:]: data, "cls": label})
-            labels.append(picture.label)
-        writer.close()
-    sync(path)
-    rows = _rows(path, labels)
-    return _Done(rows, path.stat().st_size, left_out)
-
-
-def open_shard(path: Path) -> BinaryIO:
-    return path.open("wb")
-
-
-def _checked(data: bytes, suffix: str, encoding: Encoding | None) -> tuple[bytes, str]:
-    """The bytes to write and their suffix; DecodeError when they are no picture."""
-    rgb = decode_rgb(data)
-    if encoding is None:
-        return data, suffix
-    height, width = rgb.shape[:2]
-    short = min(height, width)
-    if short <= encoding.short_side:  # never enlarged; and not compressed twice for nothing
-        return data, suffix
-    size = tuple(max(1, round(side * encoding.short_side / short)) for side in (width, height))
-    resized = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
-    smaller: bytes = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(resized), encoding.quality, colorsubsamp="420"
-    )
-    return smaller, ".jpg"
-
-
-def _rows(path: Path, labels: Sequence[int]) -> np.ndarray:
-    """The index of a finished shard, from its own headers; "shard" is still to be filled in."""
-    rows = np.zeros(len(labels), index.INDEX_DTYPE)
-    if not labels:
-        return rows
-    with tarfile.open(path, "r:") as tar:
-        pictures = [m for m in tar if not m.name.endswith(".cls")]
-    rows["offset"] = [member.offset_data for member in pictures]
-    rows["size"] = [member.size for member in pictures]
-    rows["label"] = labels
-    return rows
-
-
-@functools.lru_cache(maxsize=8)
-def _open_source(container: str) -> BinaryIO:
-    try:
-        return open(container, "rb")  # closed when the cache drops it
-    except OSError as error:
-        raise UserError(f"Cannot read {container}: {error.strerror or error}.") from error
-
-
-def _source_bytes(picture: Picture) -> bytes:
-    try:
-        if picture.offset == 0:  # a file of its own; in a tar a header comes first
-            return Path(picture.container).read_bytes()
-        file = _open_source(picture.container)
-        file.seek(picture.offset)
-        data = file.read(picture.size)
-    except OSError as error:
-        raise UserError(f"Cannot read {picture.container}: {error.strerror or error}.") from error
-    if len(data) != picture.size:
-        raise UserError(f"{picture.container} became shorter while it was read.")
-    return data
-
-
-def _read_ahead(pictures: Sequence[Picture]) -> None:
-    """Tell the kernel what of the tars is wanted next: it reads in the order of the disk."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for picture in pictures:
-        if picture.offset:
-            handle = _open_source(picture.container).fileno()
-            os.posix_fadvise(handle, picture.offset, picture.size, os.POSIX_FADV_WILLNEED)
-
-
 def _check_room(listing: Listing, folder: Path) -> None:
     """UserError when the shards cannot fit: per picture two headers and two padded bodies."""
     block = tarfile.BLOCKSIZE
@@ -392,19 +246,6 @@ def _check_room(listing: Listing, folder: Path) -> None:
             f"{free / 1e9:.2f} GB left. Free some, write elsewhere, or shrink the pictures "
             "(--short-side)."
         )
-
-
-@contextlib.contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
-    """Errors of the file system while writing, as one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"The disk is full: no room left in {folder.parent}. Nothing was written."
-        else:
-            message = f"Cannot write shards in {folder.parent}: {error.strerror or error}."
-        raise UserError(message) from error
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -16,21 +16,21 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
 from moco_scale.errors import UserError
 
-PICTURE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-    + (".ppm", ".pgm")
+JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
+PICTURE_SUFFIXES = JPEG_SUFFIXES | frozenset(
+    (".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
 
 # by the bytes that such a file begins with
 _COMPRESSED: dict[bytes, Callable[[Path], IO[bytes]]] = {
-    b"\x1f\x8b": gzip.GzipFile,
+    b"\x1f\x8b": gzip.GzipFile,  # type: ignore[dict-item]
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
@@ -65,7 +65,7 @@ def scan(source: Path, scratch: Path) -> list[Entry]:
             if source.is_dir():
                 found = _scan_folder(source)
             elif source.exists():
-                found = _scan_tar(_plain_tar(source, scratch))
+                found = _scan_tar(source, _plain_tar(source, scratch))
             else:
                 raise UserError(f"There is no source {source}.")
             entries = []
@@ -90,7 +90,7 @@ def scan(source: Path, scratch: Path) -> list[Entry]:
 
 
 def is_picture(path: str) -> bool:
-    return PurePosixPath(path).suffix.lower() in PICTURE_SUFFIXES
+    return os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES
 
 
 def _parts(path: str) -> list[str] | None:
@@ -121,11 +121,11 @@ def _scan_folder(top: Path) -> Iterator[Entry]:
     return walk(str(top), "", frozenset())
 
 
-def _scan_tar(tar: Path) -> Iterator[Entry]:
-    """Pictures in a tar, and in the tars directly in it."""
+def _scan_tar(source: Path, tar: Path) -> Iterator[Entry]:
+    """Pictures in a tar, and in the tars directly in it. source: the name for messages."""
     with tar.open("rb") as file, tar.open("rb") as inner_file:
         end = os.fstat(file.fileno()).st_size
-        for member in _members(file, 0, end, str(tar)):
+        for member in _members(file, 0, end, str(source)):
             parts = _parts(member.name)
             if parts is None:
                 continue
@@ -134,7 +134,7 @@ def _scan_tar(tar: Path) -> Iterator[Entry]:
             elif member.name.endswith(".tar"):
                 folder = "/".join(parts).removesuffix(".tar")
                 first, last = member.offset_data, member.offset_data + member.size
-                for inner in _members(inner_file, first, last, f"{tar}, in it {member.name}"):
+                for inner in _members(inner_file, first, last, f"{member.name} in {source}"):
                     inner_parts = _parts(inner.name)
                     if inner_parts is not None and is_picture(inner.name):
                         path = "/".join([folder, *inner_parts])
@@ -144,35 +144,38 @@ def _scan_tar(tar: Path) -> Iterator[Entry]:
 def _members(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tarfile.TarInfo]:
     """Regular files of the tar that lies at [start, end) of a file.
 
-    tarfile takes most damage for the end of the archive; this does not.
+    tarfile takes most damage for the end of the archive; this does not. Raises UserError.
     """
     file.seek(start)
+    at = start
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                # Or the headers of a million files stay in memory.
+                tar.members.clear()  # type: ignore[attr-defined]
+                at = tar.offset
+                if member.offset_data + member.size > end:
+                    raise UserError(f"{name} is truncated: {member.name} is not complete in it.")
+                if (member.issym() or member.islnk()) and is_picture(member.name):
+                    raise UserError(
+                        f"{name} holds links instead of pictures ({member.name} -> "
+                        f"{member.linkname}). Pack it with tar --dereference --hard-dereference."
+                    )
+                if member.isreg():
+                    yield member
+            at = tar.offset
     except tarfile.TarError as error:
-        raise UserError(f"{name} is not a tar, or damaged from its beginning ({error}).") from error
-    try:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # or all headers of a big archive stay in memory
-            if member.offset_data + member.size > end:
-                raise UserError(f"{name} is truncated: {member.name} is not complete.")
-            if (member.issym() or member.islnk()) and is_picture(member.name):
-                raise UserError(
-                    f"{name} holds links instead of pictures ({member.name} -> {member.linkname}). "
-                    "Pack it with tar --dereference --hard-dereference."
-                )
-            if member.isreg():
-                yield member
-    except tarfile.TarError as error:
-        raise UserError(
-            f"{name} is truncated or damaged at byte {tar.offset} ({error})."
-        ) from error
-    file.seek(tar.offset)
+        if at == start:
+            raise UserError(
+                f"{name} is not a tar, or its beginning is damaged ({error})."
+            ) from error
+        raise UserError(f"{name} is truncated or damaged at byte {at - start}.") from error
+    file.seek(at)
     block = file.read(tarfile.BLOCKSIZE)
-    if tar.offset + tarfile.BLOCKSIZE > end or block.strip(b"\0"):
+    if at + tarfile.BLOCKSIZE > end or block.strip(b"\0"):
         raise UserError(
-            f"{name} is truncated or damaged: no end mark and no file at byte "
-            f"{tar.offset} of {end}."
+            f"{name} is truncated or damaged: neither a file nor the end mark at byte "
+            f"{at - start} of {end - start}."
         )
 
 
