@@ -1,0 +1,72 @@
+"""The rendered pictures: the same for a seed, labelled, and not classified by raw pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco_scale.demo.pictures import CLASSES, SHAPES, render, write_folder
+from moco_scale.evaluation.knn import weighted_knn
+
+
+def _bytes(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.jpg"))}
+
+
+def test_pictures_depend_on_seed_class_and_number_only(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", train_per_class=2, val_per_class=1, size=24, processes=1)
+    write_folder(tmp_path / "b", train_per_class=3, val_per_class=1, size=24, processes=2)
+    write_folder(tmp_path / "c", train_per_class=2, val_per_class=1, size=24, processes=1, seed=1)
+    a, b, c = (_bytes(tmp_path / name) for name in "abc")
+    assert len(a) == 3 * len(CLASSES) and len(b) == 4 * len(CLASSES)
+    assert a == {name: b[name] for name in a}
+    assert all(a[name] != c[name] for name in a)
+    assert len(set(b.values())) == len(b), "two pictures are the same"
+
+
+def test_folder_is_an_image_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "x", train_per_class=1, val_per_class=1, size=24, processes=1)
+    for split in ("train", "val"):
+        assert sorted(p.name for p in (tmp_path / "x" / split).iterdir()) == sorted(CLASSES)
+    with Image.open(tmp_path / "x" / "val" / "star" / "00000.jpg") as picture:
+        assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (24, 24))
+
+
+def test_an_existing_folder_is_not_mixed_with_another_set(tmp_path: Path) -> None:
+    write_folder(tmp_path, train_per_class=1, val_per_class=1, size=24, processes=1)
+    with pytest.raises(FileExistsError):
+        write_folder(tmp_path, train_per_class=1, val_per_class=1, size=24, processes=1)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_shapes_lie_in_the_unit_disc(name: str) -> None:
+    for outline in SHAPES[name]():
+        assert np.hypot(*outline.T).max() <= 1.3
+        assert np.isfinite(outline).all()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_shapes_stand_out_in_grayscale(name: str) -> None:
+    """Dark and light regions both exist: a shape of the background's luminance would vanish."""
+    for seed in range(4):
+        gray = np.asarray(render(name, np.random.default_rng(seed), 32).convert("L"), dtype=float)
+        assert np.percentile(gray, 97) - np.percentile(gray, 3) > 45
+
+
+def test_raw_pixels_do_not_give_the_class_away() -> None:
+    def draw(split: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [
+            np.asarray(render(name, np.random.default_rng([split, label, i]), 24)).reshape(-1)
+            for label, name in enumerate(CLASSES)
+            for i in range(count)
+        ]
+        labels = torch.arange(len(CLASSES)).repeat_interleave(count)
+        return torch.from_numpy(np.stack(rows)).float(), labels
+
+    (bank, bank_labels), (queries, labels) = draw(0, 40), draw(1, 20)
+    mean = bank.mean(dim=0)
+    bank, queries = (torch.nn.functional.normalize(x - mean, dim=1) for x in (bank, queries))
+    top1 = weighted_knn(bank, bank_labels, queries, labels, len(CLASSES), k=100)["top1"]
+    assert top1 < 20.0  # chance is 10
