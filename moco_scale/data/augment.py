@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moco_scale.data.random import uniforms
@@ -170,8 +169,7 @@ class DeviceAugment:
                     )
         if not self.aug.gray_first:
             steps.append(gray)
-        sigmas = params[:, SIGMA]
-        steps.append(_Step.where(_blur, sigmas > 0, _gaussians(sigmas, self.aug.blur_sigma[1])))
+        steps.append(_Step.where(_blur, params[:, SIGMA] > 0, _box_weights(params[:, SIGMA])))
         steps.append(_Step.where(_mirror, params[:, FLIP] > 0, params[:, FLIP]))
         return [step for step in steps if len(step.rows)]
 
@@ -192,7 +190,7 @@ def _normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
 # purpose: fused ones round differently in the vectorised part of a loop and in its rest.
 _Operation = Callable[[Tensor, Tensor], Tensor]
 
-_CACHED_ELEMENTS = 2**18
+_CACHED_ELEMENTS = 2**20
 _ORDER_TABLE = np.array(ORDERS)
 _LUMA = (19595.0, 38470.0, 7471.0)  # ITU-R 601-2 in 1/65536; the sums are exact in float32
 
@@ -250,8 +248,8 @@ def _brightness(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def _contrast(x: Tensor, factors: Tensor) -> Tensor:
-    # The sum is exact in float64, so it does not matter in which order it is taken.
-    mean = _luma(x).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
+    # Both sums are exact, in float32 along a row and then in float64: their order does not matter.
+    mean = _luma(x).sum(3, keepdim=True).sum(2, keepdim=True, dtype=torch.float64)
     mean = mean.div_(x.shape[2] * x.shape[3]).add_(0.5).floor_().to(x.dtype)
     return _blend(x, mean, _column(factors))
 
@@ -268,47 +266,56 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
     span = value - torch.minimum(torch.minimum(r, g), b)
+    saturated = (span * 255).div_(value.clamp(min=1)).floor_().mul_(1 / 255).mul_(value)
     # Hue in sixths of a turn, times the span: 0 at red, 2 at green, 4 at blue.
-    hue = torch.where(g == value, b - r + 2 * span, r - g + 4 * span)
+    hue = torch.where(g == value, (b - r).add_(span).add_(span), (r - g).add_(span * 4))
     hue = torch.where(r == value, g - b, hue)
-    hue = torch.where(hue < 0, hue + 6 * span, hue)
-    hue = hue.mul_(255).div_((6 * span).clamp_(min=1)).floor_()
-    hue = hue.add_(turns.mul(255).trunc_()[:, :, None]).remainder_(256).mul_(6 / 255)
-    saturated = span.mul_(255).div_(value.clamp(min=1)).floor_().mul_(1 / 255).mul_(value)
+    span.mul_(6).clamp_(min=1)
+    hue.add_(span * (hue < 0)).mul_(255).div_(span).floor_()
+    hue.add_(turns.mul(255).trunc_()[:, :, None])
+    hue.sub_((hue * (1 / 256)).floor_().mul_(256)).mul_(6 / 255)
+    value.add_(0.5)
     for channel, centre in enumerate((3, 2, 4)):
-        # How much of `saturated` is missing from the channel: 0 near its own hue, 1 far away.
-        missing = (hue - centre).abs_()
-        missing = missing.neg_().add_(2) if channel == 0 else missing.sub_(1)
-        missing = missing.clamp_(0, 1).mul_(saturated)
-        x[:, channel] = (value - missing).add_(0.5).floor_()
+        # How much of `saturated` the channel lacks: nothing near its own hue, all of it far away.
+        lack = x[:, channel].copy_(hue).sub_(centre).abs_()
+        lack = lack.neg_().add_(2) if channel == 0 else lack.sub_(1)
+        lack.clamp_(0, 1).mul_(saturated).neg_().add_(value).floor_()
     return x
 
 
-def _gaussians(sigmas: Params, sigma_max: float) -> Params:
-    """Half of each symmetric kernel, float32 [n, 1 + ceil(3 sigma_max)], middle first.
+def _box_weights(sigmas: Params) -> Params:
+    """PIL's Gaussian is three box filters in a row, here the box of each: float32 [n, reach + 1].
 
-    A kernel ends at ceil(3 sigma), PIL's own reach; beyond are zeros, which do not change a sum.
+    Column d is the weight of the pixels at distance d. The outermost weight is a fraction of the
+    inner ones, chosen so that the variance is exact (Gwosdek et al., "Theoretical foundations of
+    Gaussian convolution by extended box filtering", SSVM 2011, equations 7, 11 and 14).
     """
-    distance = np.arange(1 + math.ceil(3 * sigma_max))
-    sigma = np.maximum(sigmas, np.float32(1e-6)).astype(np.float64)[:, None]
-    half = np.exp(-(distance**2) / (2 * sigma**2)) * (distance <= np.ceil(3 * sigma))
-    return (half / (half[:, :1] + 2 * half[:, 1:].sum(1, keepdims=True))).astype(np.float32)
+    variance = np.asarray(sigmas, dtype=np.float64)[:, None] ** 2 / 3
+    inner = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+    edge = (2 * inner + 1) * (inner * (inner + 1) - 3 * variance)
+    edge /= 6 * (variance - (inner + 1) ** 2)
+    distance = np.arange(int(inner.max(initial=0)) + 2)
+    weights = (distance <= inner) + edge * (distance == inner + 1)
+    return (weights / (2 * (inner + edge) + 1)).astype(np.float32)
 
 
-def _blur(x: Tensor, kernels: Tensor) -> Tensor:
-    """Gaussian blur with one kernel per sample; the border pixels are repeated, as in PIL."""
-    blurred = _blur_columns(_blur_columns(x, kernels).transpose(2, 3), kernels).transpose(2, 3)
-    return blurred.add_(0.5).floor_()
+def _blur(x: Tensor, weights: Tensor) -> Tensor:
+    """Gaussian blur as in PIL: rounded after each box, the border pixels repeated."""
+    for dim in (3, 3, 3, 2, 2, 2):
+        x = _box_blur(x, weights[:, :, None, None, None], dim)
+    return x
 
 
-def _blur_columns(x: Tensor, kernels: Tensor) -> Tensor:
-    reach, width = kernels.shape[1] - 1, x.shape[3]
-    padded = F.pad(x, (reach, reach, 0, 0), mode="replicate")
-    total = x * _column(kernels)
-    for i in range(1, reach + 1):
-        pair = padded[..., reach - i :][..., :width] + padded[..., reach + i :][..., :width]
-        total.add_(pair.mul_(kernels[:, i, None, None, None]))
-    return total
+def _box_blur(x: Tensor, weights: Tensor, dim: int) -> Tensor:
+    total, length = x * weights[:, 0], x.shape[dim]
+    for distance in range(1, weights.shape[1]):
+        share, edge = x * weights[:, distance], min(distance, length)
+        inside = length - edge
+        total.narrow(dim, edge, inside).add_(share.narrow(dim, 0, inside))
+        total.narrow(dim, 0, inside).add_(share.narrow(dim, edge, inside))
+        total.narrow(dim, 0, edge).add_(share.narrow(dim, 0, 1))
+        total.narrow(dim, inside, edge).add_(share.narrow(dim, length - 1, 1))
+    return total.add_(0.5).floor_()
 
 
 def _mirror(x: Tensor, values: Tensor) -> Tensor:

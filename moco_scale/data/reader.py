@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from moco_scale.data.augment import Augmentation
 from moco_scale.data.decode import DecodeError, Pixels, decode_rgb
+from moco_scale.data.index import shard_command
 from moco_scale.data.random import permutation, uniforms
 from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
 from moco_scale.errors import UserError
@@ -34,6 +36,7 @@ Indices = npt.NDArray[np.int64]
 class Shards(Protocol):
     """What the reader needs of `moco_scale.data.index.IndexedShards`."""
 
+    data_dir: Path
     labels: npt.NDArray[np.int32]
 
     def __len__(self) -> int: ...
@@ -127,6 +130,7 @@ class BatchLoader(Iterator[ViewBatch]):
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # or it would draw a seed from the global one
             multiprocessing_context=_context(start_method) if num_workers else None,
         )
         self._batches: Any = None
@@ -204,6 +208,8 @@ def pretraining_loader(
     Raises UserError, also while iterating: a batch that `world` does not divide, a picture that
     cannot be decoded, a worker that died.
     """
+    if len(shards) != plan.num_samples:
+        raise ValueError(f"a plan for {plan.num_samples} samples, but there are {len(shards)}")
     plan.check_world(world)
     jobs = _PlannedJobs(plan, rank, world, start_step, end_step)
     crops = _RandomCrops(shards, plan.seed, aug.crop_min, aug.crop_max, image_size, views)
@@ -306,10 +312,11 @@ class _Crops(Dataset[Any]):
         try:
             return decode_rgb(self.shards.read(sample))
         except DecodeError as error:
-            folder = getattr(self.shards, "data_dir", "DIR")
+            folder = self.shards.data_dir
             raise UserError(
-                f"cannot read the picture in {self.shards.where(sample)}: {error}. "
-                f"`python -m moco_scale shard --verify {folder}` lists all such pictures"
+                f"cannot decode the picture in {folder}, {self.shards.where(sample)}: {error}. "
+                f"Make the shards again with `{shard_command('PICTURES', folder)} --verify "
+                "--overwrite`, which leaves such pictures out and lists them"
             ) from None
 
 

@@ -1,0 +1,357 @@
+"""Every operation against torchvision's on PIL images, with the same drawn parameters."""
+
+import dataclasses
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from moco_scale.data import augment
+from moco_scale.data.augment import (
+    AUGMENTATIONS,
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP,
+    GRAY,
+    HUE,
+    NO_JITTER,
+    ORDER,
+    ORDERS,
+    SATURATION,
+    SIGMA,
+    Augmentation,
+    DeviceAugment,
+    draw_params,
+    normalise,
+)
+from moco_scale.data.decode import decode_rgb
+
+NO_CHANGE = np.zeros(8, dtype=np.float32)
+NO_CHANGE[ORDER] = NO_JITTER
+NO_CHANGE[[BRIGHTNESS, CONTRAST, SATURATION]] = 1
+
+
+def pixels_of(aug: Augmentation, crops: Tensor, params: np.ndarray) -> Tensor:
+    """What the augmentation makes of crops, in [0, 255], float32 [B, 3, S, S]."""
+    return DeviceAugment(aug, (0.0,) * 3, (1.0,) * 3)(crops, params) * 255
+
+
+def made_pictures(count: int = 4, size: int = 64) -> Tensor:
+    """Smooth colours with grain and a hard edge, dark, bright and gray ones among them."""
+    rng = np.random.default_rng(0)
+    crops = []
+    for i in range(count):
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = np.array(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+        image = image + rng.normal(0, 10, image.shape)
+        image[size // 3 : size // 2, size // 4 :] = rng.integers(0, 256, 3)
+        if i == 1:
+            image = image * 0.3
+        if i == 2:
+            image = image.mean(2, keepdims=True).repeat(3, 2) + 40
+        crops.append(np.clip(image, 0, 255).astype(np.uint8).transpose(2, 0, 1))
+    return torch.from_numpy(np.stack(crops))
+
+
+@pytest.fixture(scope="module")
+def photos() -> Tensor:
+    return made_pictures()
+
+
+def to_pil(crops: Tensor) -> list[Image.Image]:
+    return [TF.to_pil_image(crop) for crop in crops]
+
+
+def from_pil(images: list[Image.Image]) -> Tensor:
+    return torch.stack([TF.pil_to_tensor(image) for image in images]).float()
+
+
+def mean_difference(ours: Tensor, theirs: Tensor) -> float:
+    return (ours - theirs).abs().mean().item()
+
+
+EVERYTHING = Augmentation(
+    0.2, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_p=0.5, blur_p=0.5, flip=0.5
+)
+JITTER: dict[int, Callable[[Image.Image, float], Image.Image]] = {
+    BRIGHTNESS: TF.adjust_brightness,
+    CONTRAST: TF.adjust_contrast,
+    SATURATION: TF.adjust_saturation,
+    HUE: TF.adjust_hue,
+}
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 0.93, 1.0, 1.4])
+@pytest.mark.parametrize("column", [BRIGHTNESS, CONTRAST, SATURATION])
+def test_jitter_factors_act_as_on_pil_images(photos: Tensor, column: int, factor: float) -> None:
+    params = np.tile(NO_CHANGE, (len(photos), 1))
+    params[:, column], params[:, ORDER] = factor, 0
+    only = [0.0] * 4
+    only[column - BRIGHTNESS] = 1.0
+    b, c, s, h = only
+    ours = pixels_of(Augmentation(0.2, jitter=(b, c, s, h), jitter_p=1), photos, params)
+    theirs = from_pil([JITTER[column](image, float(params[0, column])) for image in to_pil(photos)])
+    assert mean_difference(ours, theirs) < 0.01  # rounding to 8 bit included; 0.6 would pass
+    assert (ours - theirs).abs().max() < 1.01
+
+
+@pytest.mark.parametrize("turns", [-0.4, -0.1, 0.0, 0.05, 0.333, 0.5])
+def test_hue_turns_as_on_pil_images(photos: Tensor, turns: float) -> None:
+    params = np.tile(NO_CHANGE, (len(photos), 1))
+    params[:, HUE], params[:, ORDER] = turns, 0
+    ours = pixels_of(Augmentation(0.2, jitter=(0, 0, 0, 0.5), jitter_p=1), photos, params)
+    theirs = from_pil([TF.adjust_hue(image, float(params[0, HUE])) for image in to_pil(photos)])
+    assert mean_difference(ours, theirs) < 0.05
+
+
+def test_grayscale_is_that_of_pil(photos: Tensor) -> None:
+    params = np.tile(NO_CHANGE, (len(photos), 1))
+    params[:, GRAY] = 1
+    ours = pixels_of(EVERYTHING, photos, params)
+    theirs = from_pil([TF.rgb_to_grayscale(image, 3) for image in to_pil(photos)])
+    assert mean_difference(ours, theirs) < 0.001
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.05, 1.4, 1.6, 2.0])
+def test_blur_is_that_of_pil_and_nearly_that_of_torchvision(photos: Tensor, sigma: float) -> None:
+    params = np.tile(NO_CHANGE, (len(photos), 1))
+    params[:, SIGMA] = sigma
+    ours = pixels_of(EVERYTHING, photos, params)
+    pil = [image.filter(ImageFilter.GaussianBlur(sigma)) for image in to_pil(photos)]
+    assert mean_difference(ours, from_pil(pil)) < 0.1  # 0.6 would pass
+    inside = (..., slice(8, -8), slice(8, -8))  # torchvision mirrors the border, PIL repeats it
+    torchvisions = TF.gaussian_blur(photos, [25, 25], [sigma, sigma]).float()
+    assert mean_difference(ours[inside], torchvisions[inside]) < 0.8
+
+
+def test_three_boxes_have_the_variance_drawn() -> None:
+    sigmas = np.array([0.1, 0.5, 1.0, 1.5, 2.0, 5.0], dtype=np.float32)
+    weights = augment._box_weights(sigmas).astype(np.float64)
+    distance = np.arange(weights.shape[1])
+    assert np.allclose(weights[:, 0] + 2 * weights[:, 1:].sum(1), 1, atol=1e-6)
+    assert np.allclose(np.sqrt(3 * 2 * (weights * distance**2).sum(1)), sigmas, rtol=1e-4)
+    assert (weights >= 0).all()
+
+
+def test_pictures_smaller_than_the_blur_are_blurred() -> None:
+    params = NO_CHANGE[None].copy()
+    params[:, SIGMA] = 2.0
+    dot = torch.zeros(1, 3, 2, 1, dtype=torch.uint8)
+    dot[:, :, 0] = 200
+    theirs = [image.filter(ImageFilter.GaussianBlur(2.0)) for image in to_pil(dot)]
+    assert torch.equal(pixels_of(EVERYTHING, dot, params).round(), from_pil(theirs))
+
+
+def test_flip_mirrors_left_and_right(photos: Tensor) -> None:
+    params = np.tile(NO_CHANGE, (len(photos), 1))
+    params[1, FLIP] = 1
+    ours = pixels_of(EVERYTHING, photos, params).round().byte()
+    assert torch.equal(ours[1], photos[1].flip(2))
+    assert torch.equal(ours[0], photos[0])
+    assert torch.equal(ours[2:], photos[2:])
+
+
+def reference_chain(aug: Augmentation, image: Image.Image, row: np.ndarray) -> Image.Image:
+    """The official pipelines after their crop, with parameters given."""
+    gray = bool(row[GRAY])
+    if gray and aug.gray_first:
+        image = TF.rgb_to_grayscale(image, 3)
+    if row[ORDER] != NO_JITTER:
+        for kind in ORDERS[int(row[ORDER])]:
+            if aug.jitter[kind]:
+                image = JITTER[BRIGHTNESS + kind](image, float(row[BRIGHTNESS + kind]))
+    if gray and not aug.gray_first:
+        image = TF.rgb_to_grayscale(image, 3)
+    if row[SIGMA]:
+        image = image.filter(ImageFilter.GaussianBlur(float(row[SIGMA])))
+    return TF.hflip(image) if row[FLIP] else image
+
+
+def chain_difference(aug: Augmentation, crops: Tensor, seed: int = 0) -> float:
+    params = draw_params(aug, seed, 0, np.arange(len(crops)), 0)
+    ours = pixels_of(aug, crops, params)
+    rows = zip(to_pil(crops), params, strict=True)
+    return mean_difference(
+        ours, from_pil([reference_chain(aug, image, row) for image, row in rows])
+    )
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_whole_chains_are_those_of_the_official_pipelines(photos: Tensor, name: str) -> None:
+    crops = photos.repeat(12, 1, 1, 1)
+    assert chain_difference(AUGMENTATIONS[name], crops) < 0.1  # 1.3 would pass
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_whole_chains_on_real_photos(shared_data: Path, name: str) -> None:
+    crops = []
+    with tarfile.open(shared_data / "imagenet-sample.tar") as tar:
+        for member in [m for m in tar if m.name.endswith(".JPEG")][::50]:
+            file = tar.extractfile(member)
+            assert file is not None
+            image = Image.fromarray(decode_rgb(file.read())).resize((224, 224))
+            crops.append(TF.pil_to_tensor(image))
+    assert chain_difference(AUGMENTATIONS[name], torch.stack(crops)) < 0.1  # 1.3 would pass
+
+
+def test_the_order_of_gray_and_jitter_is_the_recipes(photos: Tensor) -> None:
+    """A gray picture stays gray in either order, but other grays come out."""
+    params = np.tile(NO_CHANGE, (len(photos), 1))
+    params[:, GRAY], params[:, SATURATION], params[:, ORDER] = 1, 0.2, 0
+    params[:, BRIGHTNESS] = 1.4
+    first = dataclasses.replace(EVERYTHING, gray_first=True)
+    a, b = pixels_of(first, photos, params), pixels_of(EVERYTHING, photos, params)
+    assert mean_difference(a, b) > 0.3
+    for result, aug in ((a, first), (b, EVERYTHING)):
+        theirs = [reference_chain(aug, image, params[0]) for image in to_pil(photos)]
+        assert mean_difference(result, from_pil(theirs)) < 0.1
+
+
+def test_recipes_say_what_the_papers_say() -> None:
+    strong, weak = (0.4, 0.4, 0.4, 0.4), (0.4, 0.4, 0.4, 0.1)
+    expected = {  # crop_min, jitter, jitter_p, gray_p, gray_first, blur_p
+        "v1": (0.2, strong, 1.0, 0.2, True, 0.0),
+        "v2": (0.2, weak, 0.8, 0.2, False, 0.5),
+        "cj": (0.08, strong, 1.0, 0.2, True, 0.0),
+        "cifar": (0.08, weak, 0.8, 0.2, False, 0.0),
+    }
+    for name, row in expected.items():
+        a = AUGMENTATIONS[name]
+        assert (a.crop_min, a.jitter, a.jitter_p, a.gray_p, a.gray_first, a.blur_p) == row
+    for name in ("null", "linear"):
+        assert AUGMENTATIONS[name] == Augmentation(crop_min=0.08)
+    for a in AUGMENTATIONS.values():
+        assert (a.crop_max, a.flip, a.blur_sigma) == (1.0, 0.5, (0.1, 2.0))
+
+
+def test_drawn_parameters_have_the_recipes_distributions() -> None:
+    n = 20_000
+    p = draw_params(AUGMENTATIONS["v2"], 0, 3, np.arange(n), 1)
+    assert p.shape == (n, 8)
+    assert p.dtype == np.float32
+    for column, share in ((FLIP, 0.5), (GRAY, 0.2)):
+        assert set(np.unique(p[:, column])) == {0, 1}
+        assert abs(p[:, column].mean() - share) < 0.02
+    jittered = p[:, ORDER] != NO_JITTER
+    assert abs(jittered.mean() - 0.8) < 0.02
+    orders, counts = np.unique(p[jittered, ORDER], return_counts=True)
+    assert orders.tolist() == list(range(24))
+    assert np.abs(counts / counts.sum() * 24 - 1).max() < 0.2
+    blurred = p[:, SIGMA] > 0
+    assert abs(blurred.mean() - 0.5) < 0.02
+    ranges = [(p[:, c], 0.6, 1.4) for c in (BRIGHTNESS, CONTRAST, SATURATION)]
+    ranges += [(p[:, HUE], -0.1, 0.1), (p[blurred, SIGMA], 0.1, 2.0)]
+    for values, low, high in ranges:
+        counts = np.histogram(values, bins=10, range=(low - 1e-6, high + 1e-6))[0]
+        assert counts.sum() == len(values)
+        assert np.abs(counts / len(values) - 0.1).max() < 0.015
+    independent = np.corrcoef(p[blurred & jittered], rowvar=False) - np.eye(8)
+    assert np.abs(independent).max() < 0.05
+
+
+def test_factors_of_strong_jitter_stay_positive() -> None:
+    aug = Augmentation(0.2, jitter=(1.5, 0, 0, 0), jitter_p=1)
+    factors = draw_params(aug, 0, 0, np.arange(2000), 0)[:, BRIGHTNESS]
+    assert factors.min() >= 0
+    assert factors.min() < 0.05
+    assert factors.max() > 2.45
+
+
+def test_changing_one_augmentation_leaves_the_other_draws_alone() -> None:
+    samples = np.arange(300)
+    base = draw_params(AUGMENTATIONS["v2"], 5, 1, samples, 0)
+    changed = dataclasses.replace(AUGMENTATIONS["v2"], gray_p=0.9, jitter=(0.4, 0.8, 0.4, 0.1))
+    other = draw_params(changed, 5, 1, samples, 0)
+    same = [FLIP, BRIGHTNESS, SATURATION, HUE, ORDER, SIGMA]
+    assert np.array_equal(base[:, same], other[:, same])
+    assert not np.array_equal(base[:, [CONTRAST, GRAY]], other[:, [CONTRAST, GRAY]])
+
+
+def test_parameters_belong_to_seed_epoch_sample_and_view() -> None:
+    v2 = AUGMENTATIONS["v2"]
+    samples = np.array([4, 8, 15])
+    base = draw_params(v2, 1, 2, samples, 0)
+    assert np.array_equal(base[[2, 0]], draw_params(v2, 1, 2, samples[[2, 0]], 0))
+    for seed, epoch, view in ((2, 2, 0), (1, 3, 0), (1, 2, 1)):
+        assert not np.array_equal(base, draw_params(v2, seed, epoch, samples, view))
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+@pytest.mark.parametrize("size", [17, 32, 160])
+def test_pixels_do_not_depend_on_the_rest_of_the_batch(name: str, size: int) -> None:
+    crops = made_pictures(24, size)
+    samples = np.arange(24)
+    aug = AUGMENTATIONS[name]
+    apply = DeviceAugment(aug, (0.48, 0.45, 0.4), (0.22, 0.22, 0.22))
+    params = draw_params(aug, 0, 0, samples, 0)
+    together = apply(crops, params)
+    alone = torch.cat([apply(crops[i : i + 1], params[i : i + 1]) for i in samples])
+    assert torch.equal(together, alone)
+    shuffled = np.random.default_rng(0).permutation(24)
+    assert torch.equal(apply(crops[shuffled], params[shuffled]), together[shuffled])
+    assert torch.equal(apply(crops[5:16], torch.from_numpy(params[5:16])), together[5:16])
+
+
+def test_what_nobody_drew_is_not_touched_and_crops_stay_as_they_are(photos: Tensor) -> None:
+    before = photos.clone()
+    params = draw_params(EVERYTHING, 0, 0, np.arange(len(photos)), 0)
+    pixels_of(EVERYTHING, photos, params)
+    assert torch.equal(photos, before)
+    params = np.tile(NO_CHANGE, (len(photos), 1))
+    assert torch.equal(pixels_of(EVERYTHING, photos, params).round(), photos.float())
+
+
+def test_normalisation_is_torchvisions(photos: Tensor) -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    theirs = TF.normalize(photos.float() / 255, list(mean), list(std))
+    params = np.tile(NO_CHANGE, (len(photos), 1))
+    for ours in (
+        normalise(photos, mean, std),
+        DeviceAugment(AUGMENTATIONS["v2"], mean, std)(photos, params),
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.allclose(ours, theirs, atol=2e-6)
+
+
+def test_an_empty_batch_is_fine() -> None:
+    crops = torch.empty(0, 3, 8, 8, dtype=torch.uint8)
+    params = draw_params(AUGMENTATIONS["v2"], 0, 0, np.arange(0), 0)
+    assert pixels_of(AUGMENTATIONS["v2"], crops, params).shape == (0, 3, 8, 8)
+
+
+def test_crops_and_parameters_that_do_not_go_together_are_refused(photos: Tensor) -> None:
+    params = np.tile(NO_CHANGE, (len(photos), 1))
+    with pytest.raises(ValueError, match="do not go with"):
+        pixels_of(EVERYTHING, photos, params[:-1])
+    with pytest.raises(ValueError, match="do not go with"):
+        pixels_of(EVERYTHING, photos.float(), params)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"crop_min": 0.0},
+        {"crop_min": 0.5, "crop_max": 0.4},
+        {"crop_min": 0.5, "crop_max": 1.5},
+        {"crop_min": 0.2, "jitter": (0.4, -0.1, 0.4, 0.1)},
+        {"crop_min": 0.2, "jitter": (0.4, 0.4, 0.4, 0.6)},
+        {"crop_min": 0.2, "blur_sigma": (0.0, 1.0)},
+    ],
+)
+def test_impossible_augmentations_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"crop|jitter|blur"):
+        Augmentation(**wrong)  # type: ignore[arg-type]
+
+
+def test_no_global_generator_is_used(photos: Tensor) -> None:
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
+    params = draw_params(EVERYTHING, 0, 0, np.arange(len(photos)), 0)
+    pixels_of(EVERYTHING, photos, params)
+    assert torch.equal(state, torch.get_rng_state())
+    assert np.array_equal(numpy_state, np.random.get_state()[1])  # type: ignore[index]
