@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(
-        f"python -m moco_scale {name}", description=module.__doc__.split("\n\n")[0]
+        f"python -m moco_scale {name}", description=(module.__doc__ or "").split("\n\n")[0]
     )
     module.add_arguments(parser)
     args = parser.parse_args(argv[1:])

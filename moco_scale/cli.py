@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from moco_scale.errors import UserError
+from moco_scale.errors import RankError, UserError
 
 
 def run_command(name: str, action: Callable[[], int | None]) -> int:
@@ -19,8 +19,8 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
     try:
         return action() or 0
     except UserError as error:
-        # Each rank meets a shared error; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
+        # Every rank meets most errors; one of them says it.
+        if isinstance(error, RankError) or _rank() == 0:
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
@@ -30,3 +30,7 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
         # The reader of our output (such as `head`) is gone; nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))

@@ -21,6 +21,9 @@ from moco_scale.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
 
+# Renamed in torch 2.14, where the older name warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def initialize(device: str = "auto") -> None:
     """Join the process group described by the environment of whatever launched this process.
@@ -47,6 +50,9 @@ def initialize(device: str = "auto") -> None:
                 f"{torch.cuda.device_count()}; start at most one process per GPU"
             )
         torch.cuda.set_device(local_rank())
+    else:
+        # Otherwise DeepSpeed looks for an accelerator and warns that it found none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     global _device
     _device = torch.device("cuda", local_rank()) if use_cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
@@ -132,7 +138,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
         return rows
     rows = rows.contiguous()
     out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(out, rows)
+    _all_gather(out, rows)
     return out
 
 
@@ -271,5 +277,5 @@ def neighbours(size: int) -> Subgroup:
 def gather_stack(tensor: Tensor, group: Subgroup) -> Tensor:
     """[size, *tensor.shape]: the same-shaped tensor of each rank of a block, in rank order."""
     out = tensor.new_empty((group.size, *tensor.shape))
-    dist.all_gather_into_tensor(out, tensor.contiguous().unsqueeze(0), group=group.handle)
+    _all_gather(out, tensor.contiguous().unsqueeze(0), group=group.handle)
     return out

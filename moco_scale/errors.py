@@ -1,4 +1,6 @@
-"""The one exception a user is meant to see."""
+"""The exceptions a user is meant to see."""
+
+import socket
 
 
 class UserError(Exception):
@@ -6,3 +8,10 @@ class UserError(Exception):
 
     Commands print the message without a traceback and exit with status 2.
     """
+
+
+class RankError(UserError):
+    """A user's error that one rank alone met, such as a picture only it reads."""
+
+    def __init__(self, error: UserError, rank: int) -> None:
+        super().__init__(f"rank {rank} on {socket.gethostname()}: {error}")

@@ -12,12 +12,21 @@ import torchvision
 
 from moco_scale import __version__, distributed
 from moco_scale.data.reader import ViewBatch
-from moco_scale.errors import UserError
+from moco_scale.engines.base import PRECISIONS
+from moco_scale.errors import RankError, UserError
+from moco_scale.evaluation import pictures
+from moco_scale.evaluation.features import chosen_output
+from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, is_labelled
 from moco_scale.recipes import RECIPES
 from moco_scale.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from moco_scale.pretrain import Pretraining
+
+
+# ImageNet's own 1.28 M would take longer than the epoch's training is worth; smaller sets, CIFAR's
+# 50,000 and 10,000 among them, are used whole.
+MAX_BANK, MAX_QUERIES = 128_000, 10_000
 
 
 class Monitor:
@@ -32,6 +41,25 @@ class Monitor:
         self._since, self._steps_then = time.perf_counter(), run.step
         self._rate = 0.0
         self._initial_knn: float | None = None
+        self._evaluation = self._make_evaluation() if run.config.run.knn_freq else None
+
+    def _make_evaluation(self) -> KnnMonitor | None:
+        config = self.run.config
+        if not is_labelled(config.data.data_dir):
+            self.telemetry.say("the pictures have no labels, so there is no kNN evaluation")
+            return None
+        bank, queries = bank_and_queries(config.data.data_dir, MAX_BANK, MAX_QUERIES)
+        preset = config.preset
+        return KnnMonitor(
+            bank,
+            queries,
+            config.data.image_size,
+            preset.resize_ratio,
+            preset.mean,
+            preset.std,
+            num_workers=config.run.num_workers,
+            autocast=PRECISIONS[config.run.precision],
+        )
 
     def announce(self, dropped: int) -> None:
         """Say what is about to run."""
@@ -68,7 +96,7 @@ class Monitor:
         pairs = pairs * std[:, None, None] + mean[:, None, None]
         sheet = torchvision.utils.make_grid(pairs, nrow=8, padding=2)
         self.telemetry.image("augmented pairs", sheet, 0)
-        if run.config.run.knn_freq:
+        if self._evaluation is not None:
             self._initial_knn = self._knn()
             self.telemetry.say(f"kNN top-1 before training {self._initial_knn:.2f} %")
         self._restart_clock()
@@ -77,7 +105,10 @@ class Monitor:
         """The same batches, with the time spent waiting for them counted."""
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except UserError as error:
+                raise RankError(error, distributed.rank()) from error
             self._waited += time.perf_counter() - start
             if batch is None:
                 return
@@ -134,11 +165,14 @@ class Monitor:
     def _knn_due(self, epoch_done: bool, last: bool) -> bool:
         every = self.run.config.run.knn_freq
         done = self.run.step // self.run.plan.steps_per_epoch
-        return bool(every) and (last or (epoch_done and done % every == 0))
+        return self._evaluation is not None and (last or (epoch_done and done % every == 0))
 
     def _knn(self) -> float:
-        # TODO plug in
-        return 0.0
+        """kNN top-1 in percent of the query encoder's projected output; all ranks call it."""
+        assert self._evaluation is not None
+        query = self.run.engine.moco.query
+        distributed.average_(list(query.buffers()))  # see Pretraining.save
+        return self._evaluation.measure(query)["top1"]
 
     def _restart_clock(self) -> None:
         self._since, self._steps_then, self._waited = time.perf_counter(), self.run.step, 0.0
@@ -151,4 +185,30 @@ class Monitor:
         return f"{days} d {clock}" if days else clock
 
     def finish(self) -> None:
-        """Pictures of the finished run."""
+        """Pictures of the finished run: its curves, and what its encoder finds similar."""
+        run, config, out = self.run, self.run.config, self.run.folder.path
+        title = f"{config.model.model} on {config.data.dataset}, recipe {config.recipe}"
+        preset, failure = config.preset, None
+        if distributed.is_main():
+            try:
+                pictures.report(run.folder.metrics, out / "report.png", title=title)
+            except UserError as error:
+                failure = error
+        failure = distributed.first_error(failure)
+        if failure is not None:
+            raise failure
+        before = run.initial_encoder().to(run.device)
+        pictures.neighbours_sheet(
+            chosen_output(before, "features"),
+            chosen_output(run.engine.moco.query, "features"),
+            config.data.data_dir,
+            out / "neighbours.png",
+            image_size=config.data.image_size,
+            resize_ratio=preset.resize_ratio,
+            mean=preset.mean,
+            std=preset.std,
+            num_workers=config.run.num_workers,
+            autocast=PRECISIONS[config.run.precision],
+            title=title,
+        )
+        self.telemetry.say(f"done: {out}/current.pth, report.png, neighbours.png")

@@ -26,19 +26,6 @@ from moco_scale.shuffle import ShuffleBN
 from moco_scale.telemetry import Meters, Telemetry
 
 
-def initial_encoder(config: Config) -> Encoder:
-    """The query encoder before training: a function of the configuration and its seed."""
-    model = config.model
-    return build_encoder(
-        model.model,
-        width=model.model_width,
-        stem=model.stem,
-        head=model.head,
-        dim=model.dim,
-        seed=config.optim.rng_seed,
-    )
-
-
 class Pretraining:
     """One run: everything it holds, its step, and its loop.
 
@@ -61,7 +48,7 @@ class Pretraining:
 
         self.folder = RunFolder(config, self.shards.fingerprint)
         self.resumed_from = self.folder.prepare()
-        moco = MoCo(initial_encoder(config)).to(self.device)
+        moco = MoCo(self.initial_encoder()).to(self.device)
         self.queue = KeyQueue(config.contrast.nce_k, config.model.dim, seed, self.device)
         self.meters = Meters(self.device)
         self.step = 0
@@ -79,6 +66,18 @@ class Pretraining:
             AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
         )
         self.augment = DeviceAugment(self.augmentation, config.preset.mean, config.preset.std)
+
+    def initial_encoder(self) -> Encoder:
+        """The query encoder before training: a function of the configuration and its seed."""
+        model = self.config.model
+        return build_encoder(
+            model.model,
+            width=model.model_width,
+            stem=model.stem,
+            head=model.head,
+            dim=model.dim,
+            seed=self.config.optim.rng_seed,
+        )
 
     def train_step(self, batch: ViewBatch) -> None:
         """One step: keys from shuffled crops, queries, loss, update, enqueue."""
@@ -147,10 +146,9 @@ class Pretraining:
             monitor.announce(dropped)
             if self.step < self.last_step:
                 self._loop(telemetry, monitor)
+                monitor.finish()
             else:
                 telemetry.say(f"nothing left to do: step {self.step} of {self.last_step} is done")
-            if self.step == self.total_steps:
-                monitor.finish()
         finally:
             telemetry.close()
 

@@ -36,8 +36,10 @@ class Telemetry:
             return
         if folder is not None:
             # Line-buffered: what was logged survives a kill.
-            self._log = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")
-            self._metrics = open(folder / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+            self._log, self._metrics = (
+                open(folder / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+                for name in ("log.txt", "metrics.jsonl")
+            )
             self._board = _summary_writer(folder / "tensorboard", first_step)
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -125,7 +127,7 @@ class Meters:
         self.sums[:, -1] += 1
 
     def read(self) -> tuple[dict[str, float], float]:
-        """Means since the last call over all ranks, and the epoch's mean loss; all ranks call it."""
+        """Means since the last call, and the epoch's mean loss, over all ranks together."""
         sums = self.sums.clone()
         distributed.sum_(sums)
         sums = sums.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -32,13 +33,18 @@ class DDPEngine(Engine):
         zero_momentum(self._optimizer)
         self._wrapped: nn.Module = moco
         if distributed.world_size() > 1:
-            # Buffers stay local: the mean over ranks is taken when somebody needs them.
-            self._wrapped = DistributedDataParallel(
-                moco,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            # A 1x1 convolution's gradient is the same bytes under either of two strides.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            with warnings.catch_warnings():
+                # torch 2.14 renames broadcast_buffers; the new name is unknown to 2.11.
+                warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+                # Buffers stay local: the mean over ranks is taken when somebody needs them.
+                self._wrapped = DistributedDataParallel(
+                    moco,
+                    device_ids=[device.index] if device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                )
 
     def query(self, *views: Tensor) -> list[Tensor]:
         with self.autocast():
