@@ -144,8 +144,12 @@ def _splits(source: str, entries: Sequence[Entry]) -> tuple[_Found, list[str]]:
     loose = len(paths) - tops.total()
     if loose:
         ignored["(no folder)"] = loose
-    notes = [f"ignored in {source}: {name}, {count} pictures" for name, count in ignored.items()]
+    notes = [f"ignored in {source}: {name} ({_pictures(count)})" for name, count in ignored.items()]
     return found, notes
+
+
+def _pictures(count: int) -> str:
+    return f"{count} picture{'s' * (count != 1)}"
 
 
 def _labelled(where: str, found: _Split, unlabelled: bool) -> bool:

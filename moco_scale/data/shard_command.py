@@ -19,7 +19,7 @@ from types import FrameType
 from moco_scale import __version__
 from moco_scale.data.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TAR, read_ground_truth
 from moco_scale.data.layout import Listing, arrange
-from moco_scale.data.output_folder import LEFT_OUT, OutputFolder
+from moco_scale.data.output_folder import LEFT_OUT, OutputFolder, size_text
 from moco_scale.data.shards import Encoding, ShardSize, write_shards
 from moco_scale.data.sources import UNPACKED, scan
 from moco_scale.errors import UserError
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_shard_size,
         default=ShardSize(),
         metavar="N",
-        help="pictures in a shard, or its size as in 256MB (default: 1000)",
+        help="pictures in a shard, or their size in SRC, as in 256MB (default: 1000)",
     )
     output.add_argument(
         "--short-side",
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     for split in written:
         _say(
             f"{split.split}: {split.pictures} pictures in {split.shards} "
-            f"shard{'s' * (split.shards != 1)}, {split.bytes / 1e6:.1f} MB"
+            f"shard{'s' * (split.shards != 1)}, {size_text(split.bytes)}"
         )
     _report_left_out(listing, args.out)
     _say(f"{args.out} is complete ({time.monotonic() - started:.1f} s)")
@@ -186,7 +186,7 @@ def _made(args: argparse.Namespace) -> dict[str, object]:
 
 def _plan(listing: Listing) -> str:
     parts = [
-        f"{len(pictures)} {split} pictures ({sum(p.size for p in pictures) / 1e6:.1f} MB)"
+        f"{len(pictures)} {split} pictures ({size_text(sum(p.size for p in pictures))})"
         for split, pictures in listing.splits.items()
     ]
     classes = f" of {len(listing.classes)} classes" if listing.classes else ""

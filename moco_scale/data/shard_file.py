@@ -67,18 +67,14 @@ def write_shard(task: Task) -> Done:
     path = Path(task.folder) / shard_name(task.split, task.shard)
     labels, left_out = [], []
     _read_ahead(task.pictures)
-    with write_errors(path.parent), contextlib.ExitStack() as stack:
-
-        def opener(name: str) -> BinaryIO:
-            return stack.enter_context(open_shard(path.parent / name))
-
+    with write_errors(path.parent), _Sink(path) as sink:
         writer = webdataset.ShardWriter(
             f"{task.split}-%06d.tar",
             maxcount=len(task.pictures) + 1,
             maxsize=float("inf"),
             start_shard=task.shard,
             verbose=0,
-            opener=opener,
+            opener=lambda name: sink,
             encoder=False,
             mtime=0,
             user="",
@@ -106,8 +102,26 @@ def write_shard(task: Task) -> Done:
     return Done(rows, path.stat().st_size, left_out)
 
 
-def open_shard(path: Path) -> BinaryIO:
-    return path.open("wb")
+class _Sink:
+    """The file that ShardWriter writes to.
+
+    After an error tarfile, when it is collected, writes once more; that is dropped here, or it
+    would end as a second traceback.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._closed = False
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._file.close()
+
+    def write(self, data: bytes) -> int:
+        return len(data) if self._closed else self._file.write(data)
 
 
 def _checked(data: bytes, suffix: str, encoding: Encoding | None) -> tuple[bytes, str]:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from moco_scale.data import index
 from moco_scale.data.layout import Listing, Picture
-from moco_scale.data.output_folder import LEFT_OUT, sync
+from moco_scale.data.output_folder import LEFT_OUT, size_text, sync
 from moco_scale.data.shard_file import Done, Encoding, Task, shard_name, write_errors, write_shard
 from moco_scale.errors import UserError
 
@@ -242,8 +242,8 @@ def _check_room(listing: Listing, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"The shards need {needed / 1e9:.2f} GB, and {folder.parent} has only "
-            f"{free / 1e9:.2f} GB left. Free some, write elsewhere, or shrink the pictures "
+            f"The shards need {size_text(needed)}, and {folder.parent} has only "
+            f"{size_text(free)} left. Free some, write elsewhere, or shrink the pictures "
             "(--short-side)."
         )
 

@@ -34,6 +34,7 @@ _COMPRESSED: dict[bytes, Callable[[Path], IO[bytes]]] = {
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
+_AGAIN = "Fetch it again."
 _COPY_BYTES = 1 << 20
 UNPACKED = "unpacked-"  # how the names of decompressed tars begin
 
@@ -155,7 +156,9 @@ def _members(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tarfil
                 tar.members.clear()  # type: ignore[attr-defined]
                 at = tar.offset
                 if member.offset_data + member.size > end:
-                    raise UserError(f"{name} is truncated: {member.name} is not complete in it.")
+                    raise UserError(
+                        f"{name} is truncated: {member.name} is not complete in it. {_AGAIN}"
+                    )
                 if (member.issym() or member.islnk()) and is_picture(member.name):
                     raise UserError(
                         f"{name} holds links instead of pictures ({member.name} -> "
@@ -169,13 +172,13 @@ def _members(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tarfil
             raise UserError(
                 f"{name} is not a tar, or its beginning is damaged ({error})."
             ) from error
-        raise UserError(f"{name} is truncated or damaged at byte {at - start}.") from error
+        raise UserError(f"{name} is truncated or damaged at byte {at - start}. {_AGAIN}") from error
     file.seek(at)
     block = file.read(tarfile.BLOCKSIZE)
     if at + tarfile.BLOCKSIZE > end or block.strip(b"\0"):
         raise UserError(
             f"{name} is truncated or damaged: neither a file nor the end mark at byte "
-            f"{at - start} of {end - start}."
+            f"{at - start} of {end - start}. {_AGAIN}"
         )
 
 
@@ -202,7 +205,7 @@ def _plain_tar(source: Path, scratch: Path) -> Path:
             try:
                 block = packed.read(_COPY_BYTES)
             except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-                raise UserError(f"{source} is truncated or damaged ({error}).") from error
+                raise UserError(f"{source} is truncated or damaged ({error}). {_AGAIN}") from error
             if not block:
                 return plain
             try:
@@ -224,5 +227,8 @@ def _what_is_there(source: Path) -> str:
     names = sorted(child.name for child in source.iterdir())
     if not names:
         return "The folder is empty."
+    tars = [name for name in names if name.endswith((".tar", ".tar.gz", ".tgz"))]
+    if tars:
+        return f"To take the pictures in a tar, name it: --source {source / tars[0]}"
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return f"Pictures are files that end in {suffixes}; the folder holds {shown}."
