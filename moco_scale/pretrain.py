@@ -38,6 +38,8 @@ class Pretraining:
 
     def __init__(self, config: Config) -> None:
         self.config, seed = config, config.optim.rng_seed
+        # A resumed run repeats the uninterrupted one bit for bit, on a GPU too.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
         self.shards = IndexedShards.open(config.data.data_dir, "train")
@@ -165,11 +167,11 @@ class Pretraining:
             start_step=self.step,
             end_step=self.last_step,
         )
+        self.engine.moco.train()
         try:
             for batch in monitor.timed(iter(loader)):
                 if self.step == 0:
                     monitor.before_training(batch)
-                self.engine.moco.train()
                 self.train_step(batch)
                 self.step += 1
                 epoch_done = self.step % self.plan.steps_per_epoch == 0

@@ -8,13 +8,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from moco_scale import distributed
+from moco_scale.errors import RankError, UserError
 
 
 class Telemetry:
@@ -28,8 +29,8 @@ class Telemetry:
 
     def __init__(self, folder: Path | None, total_steps: int, first_step: int) -> None:
         self._active = distributed.is_main()
-        self._log: Any = None
-        self._metrics: Any = None
+        self._log: TextIO | None = None
+        self._metrics: TextIO | None = None
         self._board: Any = None
         self._bar: tqdm[Any] | None = None
         if not self._active:
@@ -50,8 +51,7 @@ class Telemetry:
         """One line for people."""
         if not self._active:
             return
-        if self._log is not None:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._write(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
@@ -71,13 +71,24 @@ class Telemetry:
         """
         if not self._active:
             return
-        if self._metrics is not None:
-            self._metrics.write(json.dumps(record) + "\n")
+        self._write(self._metrics, json.dumps(record) + "\n")
         if self._board is not None:
             for name, value in record.items():
                 if isinstance(value, float):
                     self._board.add_scalar(name, value, record["step"])
         self.say(line)
+
+    def _write(self, file: TextIO | None, text: str) -> None:
+        if file is None:
+            return
+        try:
+            file.write(text)
+        except OSError as error:
+            problem = UserError(
+                f"cannot write {file.name}: {error.strerror}; the checkpoints are untouched: "
+                "make room, then start again"
+            )
+            raise RankError(problem, distributed.rank()) from error
 
     def hyper_parameters(self, values: dict[str, Any]) -> None:
         """The configuration, as a table in TensorBoard."""
