@@ -21,6 +21,7 @@ from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
 from moco_scale.schedules import SCHEDULES
 from moco_scale.shuffle import MODES
 
+ENGINES = ("ddp", "deepspeed")
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -59,6 +60,14 @@ def _option(default: Any, text: str, **keywords: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **keywords})
 
 
+def _group_size(text: str) -> int:
+    return 0 if text == "global" else int(text)
+
+
+# What argparse calls the type in its message.
+_group_size.__name__ = "number, or 'global':"
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is seen."""
@@ -84,7 +93,7 @@ class ModelConfig:
     bn_group_size: int = _option(
         32,
         "consecutive samples of the global batch that share BatchNorm statistics, or 'global'",
-        type=lambda text: 0 if text == "global" else int(text),
+        type=_group_size,
         metavar="N|global",
     )
 
@@ -128,7 +137,7 @@ class RunConfig:
 
     output_dir: str = _option("output", "everything the run writes goes here")
     resume: str = _option("auto", "auto, none, or a checkpoint folder", metavar="auto|none|PATH")
-    engine: str = _option("", "default: deepspeed with --deepspeed, else ddp", choices=())
+    engine: str = _option("", "default: deepspeed with --deepspeed, else ddp", choices=ENGINES)
     deepspeed: str = _option("", "DeepSpeed configuration, such as ds_configs/zero1.json")
     precision: str = _option(
         "",
@@ -188,7 +197,6 @@ _SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "run": RunConfig,
 }
-ENGINES = ("ddp", "deepspeed")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -223,7 +231,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
     if isinstance(field.default, bool):
         group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **keywords)
         return
-    choices = ENGINES if field.name == "engine" else meta.get("choices")
+    choices = meta.get("choices")
     if isinstance(field.default, tuple):
         keywords |= {"nargs": "+", "type": _integers, "metavar": "N"}
     else:
