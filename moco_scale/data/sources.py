@@ -151,6 +151,7 @@ def _members(file: BinaryIO, start: int, end: int, name: str) -> Iterator[tarfil
     at = start
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
+            at = tar.offset  # opening has read the first header
             while (member := tar.next()) is not None:
                 # Or the headers of a million files stay in memory.
                 tar.members.clear()  # type: ignore[attr-defined]
