@@ -7,27 +7,24 @@ neither the number of ranks nor the number of workers changes what is read.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from moco_scale.data.augment import Augmentation
 from moco_scale.data.decode import DecodeError, Pixels, decode_rgb
 from moco_scale.data.index import shard_command
 from moco_scale.data.random import permutation, uniforms
 from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
+from moco_scale.data.workers import BatchLoader, Failure, batch_memory
 from moco_scale.errors import UserError
 
 Indices = npt.NDArray[np.int64]
@@ -115,78 +112,6 @@ class ViewBatch(NamedTuple):
     """uint8 [V, b, 3, S, S], RGB, cropped and not augmented any further."""
 
 
-class BatchLoader(Iterator[ViewBatch]):
-    """Batches in order, once. `close`, also done on leaving a `with` block, ends the workers."""
-
-    def __init__(
-        self, dataset: Dataset[Any], jobs: Sampler[_Job], num_workers: int, start_method: str | None
-    ) -> None:
-        self._length = len(jobs)  # type: ignore[arg-type]
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=jobs,
-            num_workers=num_workers,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # or it would draw a seed from the global one
-            multiprocessing_context=_context(start_method) if num_workers else None,
-        )
-        self._batches: Any = None
-        self._closed = False
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __next__(self) -> ViewBatch:
-        if self._closed:
-            raise StopIteration
-        try:
-            if self._batches is None:
-                self._batches = iter(self._loader)
-            batch = next(self._batches)
-        except StopIteration:
-            self.close()
-            raise
-        except RuntimeError as error:
-            self.close()
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a process that reads pictures died ({str(error).strip()}). Most often the "
-                "machine is out of memory, or its shared memory (/dev/shm) is too small, or a "
-                "shard was changed while it was read; a lower --num-workers needs less memory"
-            ) from error
-        except BaseException:
-            self.close()
-            raise
-        if isinstance(batch, _Failure):
-            self.close()
-            raise UserError(batch.message)
-        return batch
-
-    def close(self) -> None:
-        """End the workers; there are no batches afterwards. May be called again."""
-        self._closed = True
-        batches, self._batches = self._batches, None
-        # Dropping the iterator would do, were it not kept alive by a traceback now and then.
-        stop = getattr(batches, "_shutdown_workers", None)
-        if stop is not None:
-            stop()
-
-    def __enter__(self) -> BatchLoader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
 def pretraining_loader(
     shards: Shards,
     plan: BatchPlan,
@@ -200,7 +125,7 @@ def pretraining_loader(
     start_step: int = 0,
     end_step: int,
     start_method: str | None = None,
-) -> BatchLoader:
+) -> BatchLoader[ViewBatch]:
     """This rank's batches of random crops for the steps start_step to end_step - 1.
 
     One pool of workers serves all epochs. Each worker builds whole batches in shared memory; with
@@ -226,7 +151,7 @@ def evaluation_loader(
     world: int = 1,
     num_workers: int = 2,
     start_method: str | None = None,
-) -> BatchLoader:
+) -> BatchLoader[ViewBatch]:
     """Centre crops (one view) of the samples `rank_slice(len(shards), rank, world)`, in order.
 
     Nothing is dropped: the last batch may be smaller, and ranks may differ by one sample. `step`
@@ -249,12 +174,6 @@ class _Job(NamedTuple):
     step: int
     epoch: int
     samples: Indices
-
-
-class _Failure(NamedTuple):
-    """Stands in for a batch, so that a user's error arrives without a worker's traceback."""
-
-    message: str
 
 
 class _PlannedJobs(Sampler[_Job]):
@@ -292,15 +211,15 @@ class _Crops(Dataset[Any]):
     def __init__(self, shards: Shards, image_size: int) -> None:
         self.shards, self.image_size = shards, image_size
 
-    def __getitem__(self, job: _Job) -> ViewBatch | _Failure:
+    def __getitem__(self, job: _Job) -> ViewBatch | Failure:
         shape = (self.views, len(job.samples), 3, self.image_size, self.image_size)
         try:
-            views = _batch_memory(shape)
+            views = batch_memory(shape)
             self.fill(views, job)
         except UserError as error:
             if get_worker_info() is None:
                 raise
-            return _Failure(str(error))
+            return Failure(str(error))
         samples = np.array(job.samples)
         labels = torch.from_numpy(np.asarray(self.shards.labels[samples], dtype=np.int64))
         return ViewBatch(job.step, job.epoch, torch.from_numpy(samples), labels, views)
@@ -354,30 +273,3 @@ class _CentreCrops(_Crops):
     def fill(self, views: Tensor, job: _Job) -> None:
         for i, sample in enumerate(job.samples.tolist()):
             write_centre(views[0, i], self.pixels(sample), self.resize_ratio)
-
-
-def _batch_memory(shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised uint8; in a worker, shared memory, so that sending it copies nothing."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _start_worker(worker: int) -> None:
-    # Whoever stops the run (Ctrl-C, Slurm) signals the whole group. The main process decides what
-    # to do about it, and may want to finish its step; it ends the workers itself, and they end on
-    # their own within seconds when it is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _context(start_method: str | None) -> Any:
-    # Forked workers start at once and share the index. They never touch the GPU or the network,
-    # whose libraries do not survive a fork.
-    if start_method is None:
-        start_method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    return multiprocessing.get_context(start_method)

@@ -1,0 +1,178 @@
+"""Damaged data, dead workers, a main process that is stopped: clear errors and no hang."""
+
+import argparse
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moco_scale.data import shard_command
+from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.index import IndexedShards
+from moco_scale.data.reader import BatchPlan, ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.workers import BatchLoader
+from moco_scale.errors import UserError
+
+AUG = AUGMENTATIONS["cifar"]
+
+
+def make_shards(source: Path, out: Path) -> IndexedShards:
+    parser = argparse.ArgumentParser()
+    shard_command.add_arguments(parser)
+    command = ["--source", str(source), "--out", str(out), "--shard-size", "9", "--workers", "1"]
+    shard_command.run(parser.parse_args(command))
+    return IndexedShards.open(out, "train")
+
+
+@pytest.fixture
+def damaged(picture_folder: Path, tmp_path: Path) -> IndexedShards:
+    """24 pictures, one of them cut off in the middle."""
+    victim = picture_folder / "train" / "birch" / "003.jpg"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    return make_shards(picture_folder, tmp_path / "shards")
+
+
+def loaders(shards: IndexedShards, workers: int) -> Iterator[BatchLoader[ViewBatch]]:
+    plan = BatchPlan(len(shards), 8, 0)
+    yield pretraining_loader(shards, plan, AUG, 16, num_workers=workers, end_step=3)
+    yield evaluation_loader(shards, 16, 1.0, batch_size=8, num_workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_picture_is_named_with_a_remedy(damaged: IndexedShards, workers: int) -> None:
+    for loader in loaders(damaged, workers):
+        with pytest.raises(UserError) as caught:
+            list(loader)
+        message = str(caught.value)
+        broken = next(where for i in range(24) if (where := damaged.where(i)) in message)
+        assert broken.startswith("train-0000")
+        assert " at byte " in broken
+        assert "(key " in broken
+        assert str(damaged.data_dir) in message
+        assert "python -m moco_scale shard" in message
+        assert "--verify" in message
+        assert "Traceback" not in message  # DataLoader pastes a worker's into its own errors
+        assert list(loader) == []
+    assert multiprocessing.active_children() == []
+
+
+def test_the_remedy_works(damaged: IndexedShards, picture_folder: Path, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    shard_command.add_arguments(parser)
+    out = damaged.data_dir
+    command = ["--source", str(picture_folder), "--out", str(out), "--verify", "--overwrite"]
+    shard_command.run(parser.parse_args(command))
+    shards = IndexedShards.open(out, "train")
+    assert len(shards) == 23
+    assert sum(len(batch.index) for batch in evaluation_loader(shards, 16, 1.0, batch_size=8)) == 23
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_lost_during_the_run_is_named(
+    picture_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    lost = sorted(shards.data_dir.glob("train-*.tar"))[1]
+    lost.unlink()
+    for loader in loaders(shards, workers):
+        with pytest.raises(UserError, match=lost.name):
+            list(loader)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(picture_folder: Path, tmp_path: Path) -> None:
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    plan = BatchPlan(len(shards), 8, 0)
+    loader = pretraining_loader(shards, plan, AUG, 16, num_workers=2, end_step=1000)
+    next(loader)
+    victim = multiprocessing.active_children()[0]
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()  # nothing may be raised here, in the middle of something else
+    with pytest.raises(UserError, match=rf"process {victim.pid}: SIGKILL.*--num-workers"):
+        list(loader)
+    assert multiprocessing.active_children() == []
+
+
+class ReadsNothing(IndexedShards):
+    def read(self, i: int) -> memoryview:
+        raise ZeroDivisionError("a defect of the program")
+
+
+def test_a_defect_keeps_its_type_and_its_traceback(picture_folder: Path, tmp_path: Path) -> None:
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards.__class__ = ReadsNothing
+    loader = evaluation_loader(shards, 16, 1.0, batch_size=8, num_workers=1)
+    with pytest.raises(ZeroDivisionError, match="in read"):
+        list(loader)
+
+
+READS_FOR_EVER = """
+import multiprocessing, sys
+from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.index import IndexedShards
+from moco_scale.data.reader import BatchPlan, pretraining_loader
+
+shards = IndexedShards.open(sys.argv[1])
+plan = BatchPlan(len(shards), 8, 0)
+loader = pretraining_loader(shards, plan, AUGMENTATIONS["cifar"], 16, num_workers=2, end_step=10**9)
+for batch in loader:
+    if batch.step == 3:
+        print(len(multiprocessing.active_children()), "workers", flush=True)
+"""
+
+
+@pytest.fixture
+def reading(
+    picture_folder: Path, tmp_path: Path, repository: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """A process in a group of its own that reads batches, with two workers that share its output.
+
+    Reading its output to the end therefore waits for the workers too.
+    """
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    process = subprocess.Popen(
+        [sys.executable, "-c", READS_FOR_EVER, str(shards.data_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=repository,
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "2 workers\n"
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=60)
+
+
+def test_workers_end_when_the_main_process_is_killed(reading: subprocess.Popen[str]) -> None:
+    reading.kill()
+    _, errors = reading.communicate(timeout=60)  # raises when a worker lives on
+    assert errors == ""
+
+
+def test_ctrl_c_stops_everything_and_only_the_main_process_speaks(
+    reading: subprocess.Popen[str],
+) -> None:
+    os.killpg(reading.pid, signal.SIGINT)
+    _, errors = reading.communicate(timeout=60)
+    assert reading.returncode != 0
+    assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_shards_can_be_sent_to_workers(picture_folder: Path, tmp_path: Path) -> None:
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards.read(0)
+    sent = pickle.loads(pickle.dumps(shards))
+    assert bytes(sent.read(5)) == bytes(shards.read(5))
