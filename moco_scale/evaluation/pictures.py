@@ -1,0 +1,247 @@
+"""The two pictures of a finished run: its curves, and nearest neighbours before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from moco_scale import distributed
+from moco_scale.data.index import IndexedShards
+from moco_scale.data.reader import evaluation_loader
+from moco_scale.errors import UserError
+from moco_scale.evaluation.curves import INK, report, save
+from moco_scale.evaluation.features import Encode, extract
+from moco_scale.evaluation.knn import bank_and_queries
+
+__all__ = ["nearest", "neighbours", "neighbours_sheet", "report"]
+
+_RIGHT, _WRONG = "#2e9e4f", "#d1453b"
+
+
+def nearest(bank: Tensor, queries: Tensor, count: int) -> Tensor:
+    """Places in the bank of each query's most similar pictures, nearest first: int64 [Q, count]."""
+    bank = F.normalize(bank.float(), dim=1)
+    queries = F.normalize(queries.float(), dim=1)
+    return (queries @ bank.T).topk(min(count, len(bank)), dim=1).indices.cpu()
+
+
+def neighbours(
+    query_pictures: Tensor,
+    query_labels: Sequence[int],
+    columns: Sequence[tuple[str, Tensor, Sequence[Sequence[int]]]],
+    out: str | Path,
+    *,
+    classes: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """Draw queries, one a row, each with its nearest pictures in groups of columns.
+
+    A neighbour has a green frame when it shares the query's label and a red one when not; there
+    are no frames where labels are -1.
+
+    Args:
+        query_pictures: uint8 [Q, 3, S, S].
+        query_labels: Q class numbers.
+        columns: for each group its heading, pictures uint8 [Q, n, 3, S, S], labels [Q][n].
+        out: PNG to write.
+        classes: names of the classes, written beside the queries.
+        title: above everything.
+
+    Raises:
+        UserError: the picture cannot be written.
+    """
+    rows, wide = len(query_pictures), [group.shape[1] for _, group, _ in columns]
+    names = [classes[n] if 0 <= n < len(classes) else "" for n in query_labels]
+    cell, name_width, top = 0.92, 0.09 * max((len(_short(n)) for n in names), default=0), 0.85
+    gap = 0.3  # of a cell, between the groups
+    width = name_width + cell * (1 + gap + sum(w + gap for w in wide)) + 0.2
+    figure = Figure(figsize=(width, rows * cell + top + 0.35), dpi=120)
+    FigureCanvasAgg(figure)
+    total_width, total_height = figure.get_size_inches()
+
+    def place(row: int, left: float) -> Axes:
+        side, bottom = 0.9 * cell, total_height - top - (row + 0.95) * cell
+        box = (left + 0.05 * cell, bottom, side, side)
+        inches = (total_width, total_height, total_width, total_height)
+        return figure.add_axes(tuple(b / i for b, i in zip(box, inches, strict=True)))
+
+    def heading(text: str, left: float, cells: float) -> None:
+        figure.text(
+            (left + cells * cell / 2) / total_width,
+            1 - (top - 0.12) / total_height,
+            text,
+            ha="center",
+            va="bottom",
+            fontsize=10,
+            color=INK,
+        )
+
+    start = name_width + 0.1
+    if title:
+        figure.text(
+            start / total_width, 1 - 0.12 / total_height, title, va="top", fontsize=12, color=INK
+        )
+    heading("query", start, 1)
+    for row in range(rows):
+        _picture(place(row, start), query_pictures[row], None)
+        y = 1 - (top + (row + 0.5) * cell) / total_height
+        figure.text(
+            (start - 0.08) / total_width,
+            y,
+            _short(names[row]),
+            ha="right",
+            va="center",
+            fontsize=9,
+            color=INK,
+        )
+    left = start + (1 + gap) * cell
+    labelled = bool(len(query_labels)) and min(query_labels) >= 0
+    for text, pictures, labels in columns:
+        heading(text, left, pictures.shape[1])
+        for row in range(rows):
+            for i in range(pictures.shape[1]):
+                frame = None
+                if labelled:
+                    frame = _RIGHT if labels[row][i] == query_labels[row] else _WRONG
+                _picture(place(row, left + i * cell), pictures[row, i], frame)
+        left += (pictures.shape[1] + gap) * cell
+    if labelled:
+        _legend(figure, start, total_width, total_height)
+    save(figure, Path(out))
+
+
+def _legend(figure: Figure, left: float, width: float, height: float) -> None:
+    for text, color, offset in (
+        ("■ same class as the query", _RIGHT, 0.05),
+        ("■ another class", _WRONG, 2.0),
+    ):
+        figure.text((left + offset) / width, 0.1 / height, text, fontsize=9, color=color)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else name[:13] + "…"
+
+
+def _picture(axis: Axes, picture: Tensor, frame: str | None) -> None:
+    axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="lanczos")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(frame is not None)
+        spine.set_color(frame or "none")
+        spine.set_linewidth(2.5)
+
+
+def neighbours_sheet(
+    before: Encode,
+    after: Encode,
+    data_dir: str | Path,
+    out: str | Path,
+    *,
+    image_size: int,
+    resize_ratio: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    queries: int = 8,
+    columns: int = 5,
+    max_bank: int = 1000,
+    batch_size: int = 256,
+    num_workers: int = 2,
+    autocast: torch.dtype | None = None,
+    seed: int = 0,
+    title: str = "",
+) -> None:
+    """Nearest training pictures of a few others, by an encoder before and after its training.
+
+    Every rank calls it; the main one draws. Costs two passes of the encoders over ``max_bank``
+    pictures.
+
+    Args:
+        before: float32 [B, 3, S, S] -> [B, D], such as the initial encoder's ``features``.
+        after: the same of the trained encoder.
+        data_dir: folder of shards; queries come from val, or are held out of train.
+        out: PNG to write.
+        image_size: see :class:`~moco_scale.evaluation.features.Pixels`, as the next three.
+        resize_ratio: see there.
+        mean: see there.
+        std: see there.
+        queries: rows; with labels they are of different classes as far as possible.
+        columns: neighbours of each encoder.
+        max_bank: training pictures to choose neighbours from.
+        batch_size: pictures encoded at once on each rank.
+        num_workers: decoding processes on each rank.
+        autocast: half-precision type; None is fp32.
+        seed: of the choices.
+        title: above everything.
+
+    Raises:
+        UserError: a picture cannot be read or ``out`` cannot be written; every rank raises it.
+    """
+    bank, candidates = bank_and_queries(data_dir, max_bank, seed=seed)
+    chosen = candidates.subset(_varied(candidates.labels, queries, seed))
+    found = []
+    for encode in (before, after):
+        rows = [
+            extract(
+                encode,
+                shards,
+                image_size=image_size,
+                resize_ratio=resize_ratio,
+                mean=mean,
+                std=std,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                autocast=autocast,
+            )[0]
+            for shards in (bank, chosen)
+        ]
+        found.append(nearest(rows[0], rows[1], columns))
+    failure = None
+    if distributed.is_main():
+        try:
+            groups = []
+            for heading, places in zip(("before training", "after training"), found, strict=True):
+                crops = _crops(bank.subset(places.flatten().numpy()), image_size, resize_ratio)
+                labels = bank.labels[places.numpy()].tolist()
+                groups.append((heading, crops.unflatten(0, tuple(places.shape)), labels))
+            neighbours(
+                _crops(chosen, image_size, resize_ratio),
+                chosen.labels.tolist(),
+                groups,
+                out,
+                classes=chosen.classes,
+                title=title,
+            )
+        except UserError as error:
+            failure = error
+    failure = distributed.first_error(failure)
+    if failure is not None:
+        raise failure
+
+
+def _varied(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """A seeded choice of pictures, no class twice before each came once: int64 [<= count]."""
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(labels))
+    seen: dict[int, int] = {}
+    turn = np.empty(len(order), dtype=np.int64)
+    for i, place in enumerate(order):
+        turn[i] = seen.get(int(labels[place]), 0)
+        seen[int(labels[place])] = int(turn[i]) + 1
+    chosen = order[np.argsort(turn, kind="stable")[:count]]
+    return chosen[np.argsort(labels[chosen], kind="stable")]
+
+
+def _crops(shards: IndexedShards, image_size: int, resize_ratio: float) -> Tensor:
+    """Centre crops of a few pictures: uint8 [N, 3, S, S]."""
+    with evaluation_loader(
+        shards, image_size, resize_ratio, batch_size=len(shards), num_workers=0
+    ) as loader:
+        return next(loader).views[0]
