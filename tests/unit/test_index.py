@@ -110,7 +110,7 @@ def test_a_bounded_number_of_shards_is_open(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(index, "_max_open_maps", lambda: 2)
     shards = IndexedShards.open(folder)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None
-    expected = {}
+    expected: dict[int, bytes] = {}
     for i in np.random.default_rng(0).permutation(np.repeat(np.arange(24), 3)).tolist():
         expected.setdefault(i, bytes(shards.read(i)))
         assert bytes(shards.read(i)) == expected[i]
