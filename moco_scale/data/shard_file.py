@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import mmap
 import os
 import tarfile
@@ -163,12 +162,22 @@ def _rows(path: Path, labels: Sequence[int]) -> np.ndarray:
     return rows
 
 
-@functools.lru_cache(maxsize=8)
+_sources: dict[str, BinaryIO] = {}  # the tars this process reads from
+
+
 def _open_source(container: str) -> BinaryIO:
     try:
-        return open(container, "rb")  # closed when the cache drops it
+        if container not in _sources:
+            _sources[container] = open(container, "rb")
     except OSError as error:
         raise UserError(f"Cannot read {container}: {error.strerror or error}.") from error
+    return _sources[container]
+
+
+def close_sources() -> None:
+    """Close the tars that were read; a fork must not share their positions."""
+    while _sources:
+        _sources.popitem()[1].close()
 
 
 def _source_bytes(picture: Picture) -> bytes:

@@ -32,7 +32,15 @@ from tqdm import tqdm
 from moco_scale.data import index
 from moco_scale.data.layout import Listing, Picture
 from moco_scale.data.output_folder import LEFT_OUT, size_text, sync
-from moco_scale.data.shard_file import Done, Encoding, Task, shard_name, write_errors, write_shard
+from moco_scale.data.shard_file import (
+    Done,
+    Encoding,
+    Task,
+    close_sources,
+    shard_name,
+    write_errors,
+    write_shard,
+)
 from moco_scale.errors import UserError
 
 _LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -163,9 +171,12 @@ def _run(tasks: Iterable[Task], workers: int, total: int, split: str) -> Iterato
     progress = _Progress(split, total)
     with progress:
         if workers <= 1:
-            for task in tasks:
-                yield write_shard(task)
-                progress.add(len(task.pictures))
+            try:
+                for task in tasks:
+                    yield write_shard(task)
+                    progress.add(len(task.pictures))
+            finally:
+                close_sources()
             return
         # Forked, so that the workers need not import everything again; they run no torch.
         pool = ProcessPoolExecutor(

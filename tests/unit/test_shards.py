@@ -97,6 +97,14 @@ def test_a_folder_and_tars_of_it_give_the_same_shards(picture_folder: Path, tmp_
         assert len(files(out)) == len(files(expected))  # nothing unpacked is left in it
 
 
+def test_a_tar_that_was_replaced_is_read_anew(picture_folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        tar = pack(picture_folder / split, tmp_path / "pictures.tar", "x")
+        out = shard(tar, tmp_path / split)
+        assert contents(IndexedShards.open(out)) == on_disk(picture_folder / split)
+        tar.unlink()
+
+
 def test_the_seed_decides_the_order(picture_folder: Path, tmp_path: Path) -> None:
     def order(name: str, *options: str) -> list[bytes]:
         shards = IndexedShards.open(shard(picture_folder, tmp_path / name, *options))
