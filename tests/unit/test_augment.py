@@ -298,6 +298,20 @@ def test_pixels_do_not_depend_on_the_rest_of_the_batch(name: str, size: int) -> 
     assert torch.equal(apply(crops[5:16], torch.from_numpy(params[5:16])), together[5:16])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_pixels_and_nobody_waits_for_it(photos: Tensor) -> None:
+    params = draw_params(EVERYTHING, 0, 0, np.arange(len(photos)), 0)
+    apply = DeviceAugment(EVERYTHING, (0.0,) * 3, (1.0,) * 3)
+    crops = photos.cuda()
+    apply(crops, params)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_gpu = apply(crops, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert mean_difference(on_gpu.cpu() * 255, pixels_of(EVERYTHING, photos, params)) < 0.01
+
+
 def test_what_nobody_drew_is_not_touched_and_crops_stay_as_they_are(photos: Tensor) -> None:
     before = photos.clone()
     params = draw_params(EVERYTHING, 0, 0, np.arange(len(photos)), 0)
