@@ -58,15 +58,19 @@ class _InfoNCE(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         positive_logit = ((query * positive).sum(1) - 1) / temperature
         positive_exp = positive_logit.exp()
-        total = positive_exp.clone()
-        weighted_keys = positive_exp[:, None] * positive
+        negatives = torch.zeros_like(positive_exp)
+        weighted_keys = torch.zeros_like(query)
         block = _BLOCK_CPU if query.device.type == "cpu" else _BLOCK_GPU
         scaled_query = query / temperature
         for keys in queue.split(max(block // max(query.shape[0], 1), 256)):
             exps = (scaled_query @ keys.T).sub_(1 / temperature).exp_()
-            total += exps.sum(1)
+            negatives += exps.sum(1)
             weighted_keys.addmm_(exps, keys)
-        gradient = weighted_keys.div_(total[:, None]).sub_(positive).div_(temperature)
+        total = negatives + positive_exp
+        # The positive's weight, its softmax - 1, is -negatives / total: near a softmax of 1 the
+        # subtraction would cancel every digit.
+        weighted_keys.sub_(negatives[:, None] * positive)
+        gradient = weighted_keys.div_(total[:, None] * temperature)
         probability = positive_exp / total
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(probability)
