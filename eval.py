@@ -1,0 +1,19 @@
+"""Evaluate a pretrained encoder by linear classification or kNN.
+
+``python eval.py --data-dir DIR --pretrained-model OUT/current.pth --output-dir OUT/eval``, or the
+same under ``torchrun``, ``deepspeed``, or Slurm's ``srun`` with one task per GPU.
+"""
+
+import sys
+
+from moco_scale.cli import run_command
+
+
+def main() -> None:
+    from moco_scale.evaluation import command
+
+    command.main()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("eval.py", main))

@@ -1,0 +1,344 @@
+"""``eval.py``: what a pretrained encoder is worth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from moco_scale import distributed
+from moco_scale.config import DATASETS
+from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.index import IndexedShards, has_split
+from moco_scale.errors import UserError
+from moco_scale.evaluation import linear
+from moco_scale.evaluation.features import WHICH, Pixels, Pretrained, load_pretrained
+from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries
+from moco_scale.files import read_json, write_atomically
+
+RESULTS = "results.json"
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Under a launcher, one process says it."""
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            super().error(message)
+        sys.exit(2)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of ``eval.py``."""
+    parser = _Parser(
+        "eval.py",
+        description="Evaluate a pretrained encoder: linear classification or kNN.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--data-dir", required=True, help="folder of shards with the splits train and val")
+    add("--pretrained-model", required=True, help="a run's current.pth")
+    add("--output-dir", required=True, help="where results.json goes")
+    add("--protocol", choices=("linear", "knn"), default="linear", help="what to do")
+    add("--features", choices=WHICH, default="features", help="backbone's or head's output")
+    add("--encoder", choices=("query", "key"), default="query", help="key: the moving average")
+    add("--dataset", choices=tuple(DATASETS), help="statistics and sizes; default: the run's")
+    add("--image-size", type=_positive_int, help="side of a crop in pixels; default: the run's")
+    add("--batch-size", type=_positive_int, default=256, help="GLOBAL batch")
+    add("--num-workers", type=_not_negative_int, default=4, help="decoders a process")
+    add("--precision", choices=tuple(_DTYPES), default="fp32", help="of the encoder")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+    add("--rng-seed", type=_not_negative_int, default=0, help="order, crops, initial weights")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+    knn = parser.add_argument_group("--protocol knn")
+    knn.add_argument("--knn-k", type=_positive_int, default=200, help="neighbours that vote")
+    knn.add_argument("--knn-t", type=_positive, default=0.1, help="temperature of the votes")
+    knn.add_argument(
+        "--knn-bank", type=_not_negative_int, default=0, help="training pictures used; 0: all"
+    )
+
+    group = parser.add_argument_group("--protocol linear")
+    group.add_argument(
+        "--schedule",
+        choices=linear.SCHEDULES,
+        default="official",
+        help="official: x0.1 after 60%% and 80%% of the epochs; bl0: warm-up, cosine",
+    )
+    group.add_argument("--epochs", type=_positive_int, default=100, help="passes over train")
+    group.add_argument(
+        "--lr", "--learning-rate", type=_positive, default=30.0, help="for this batch, unscaled"
+    )
+    group.add_argument("--weight-decay", type=_not_negative, default=0.0, help="of the classifier")
+    group.add_argument("--momentum", type=_not_negative, default=0.9, help="of SGD")
+    group.add_argument(
+        "--aug", choices=tuple(AUGMENTATIONS), default="linear", help="of training pictures"
+    )
+    group.add_argument(
+        "--cache-features",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="encode centre crops once and train on these: quick, not the published protocol",
+    )
+    group.add_argument("--resume", choices=("auto", "none"), default="auto", help="after a stop")
+    group.add_argument("--print-freq", type=_positive_int, default=100, help="steps between lines")
+    return parser
+
+
+def _positive_int(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _not_negative_int(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _positive(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is negative or no number")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the command line says.
+
+    Raises:
+        UserError: something does not fit; every rank raises it.
+    """
+    args = make_parser().parse_args(argv)
+    distributed.initialize(args.device)
+    try:
+        evaluate(args)
+    finally:
+        distributed.shutdown()
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """One evaluation; every rank calls it.
+
+    Returns:
+        What went to ``results.json`` for this evaluation: ``top1`` and ``top5`` in percent,
+        ``protocol``, the encoder's file, epoch and step, and the settings.
+
+    Raises:
+        UserError: something does not fit; every rank raises it.
+    """
+    started = time.monotonic()
+    folder = Path(args.output_dir)
+    failure: UserError | None = None
+    try:
+        earlier = _prepare(folder) if distributed.is_main() else {}
+        pretrained = load_pretrained(args.pretrained_model, args.encoder)
+        task = _knn(args, pretrained) if args.protocol == "knn" else None
+        pair = None if task else _splits(args.data_dir)
+    except UserError as error:
+        failure = error
+    failure = distributed.first_error(failure)
+    if failure is not None:
+        raise failure
+    if distributed.is_main():
+        print(
+            f"{args.protocol} evaluation of the {args.encoder} encoder in {pretrained.path} "
+            f"(epoch {pretrained.epoch}, step {pretrained.step}), "
+            f"{distributed.world_size()} process(es) on {distributed.device().type}",
+            file=sys.stderr,
+            flush=True,
+        )
+    if task is not None:
+        measured = _run_knn(args, task, pretrained)
+    else:
+        assert pair is not None
+        measured = _run_linear(args, pretrained, *pair, folder)
+    result = {
+        **{key: measured.pop(key) for key in ("top1", "top5")},
+        "protocol": args.protocol,
+        **measured,
+        "pretrained_model": str(pretrained.path),
+        "encoder": args.encoder,
+        "epoch": pretrained.epoch,
+        "step": pretrained.step,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    _finish(folder, earlier, result)
+    return result
+
+
+def _prepare(folder: Path) -> dict[str, Any]:
+    """Make the folder, see that it can be written, and read the results it holds."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir {folder} is a file; name a folder")
+    probe = folder / ".written"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {folder} cannot be written: {error.strerror}; "
+            "choose another folder or fix its permissions"
+        ) from None
+    path = folder / RESULTS
+    if not path.exists():
+        return {}
+    content = read_json(path, "--output-dir holds")
+    earlier = content.get("all") if isinstance(content, dict) else None
+    if not isinstance(earlier, dict):
+        raise UserError(f"{path} is no result of eval.py; choose another --output-dir")
+    return earlier
+
+
+def _finish(folder: Path, earlier: dict[str, Any], result: dict[str, Any]) -> None:
+    """``results.json``: this result, and under ``all`` the newest of every protocol."""
+    failure = None
+    if distributed.is_main():
+        results = {**earlier, result["variant"]: result}
+        try:
+            text = json.dumps({**result, "all": results}, indent=1)
+            write_atomically(folder / RESULTS, text + "\n")
+        except OSError as error:
+            failure = UserError(f"cannot write {folder / RESULTS}: {error.strerror}")
+        else:
+            best = f" (best epoch {result['best_epoch']})" if "best_epoch" in result else ""
+            last = f", last epoch {result['last_top1']:.2f} %" if "last_top1" in result else ""
+            print(
+                f"{result['variant']}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
+                f"{best}{last}; {folder / RESULTS}",
+                flush=True,
+            )
+    failure = distributed.first_error(failure)
+    if failure is not None:
+        raise failure
+
+
+def _pixels(args: argparse.Namespace, pretrained: Pretrained) -> Pixels:
+    name = args.dataset or pretrained.opt.get("dataset")
+    if name not in DATASETS:
+        raise UserError(
+            f"{pretrained.path} was trained on a data set {name!r} that is unknown here; "
+            f"give --dataset, one of {', '.join(DATASETS)}"
+        )
+    preset = DATASETS[name]
+    own = preset.image_size if args.dataset else pretrained.opt.get("image_size")
+    size = args.image_size or own or preset.image_size
+    return Pixels(int(size), preset.resize_ratio, preset.mean, preset.std)
+
+
+def _splits(data_dir: str) -> tuple[IndexedShards, IndexedShards]:
+    return IndexedShards.open(data_dir, "train"), IndexedShards.open(data_dir, "val")
+
+
+def _knn(args: argparse.Namespace, pretrained: Pretrained) -> KnnMonitor:
+    bank, queries = bank_and_queries(args.data_dir, max_bank=args.knn_bank, seed=args.rng_seed)
+    return KnnMonitor(
+        bank,
+        queries,
+        **vars(_pixels(args, pretrained)),
+        k=args.knn_k,
+        temperature=args.knn_t,
+        batch_size=max(args.batch_size // distributed.world_size(), 1),
+        num_workers=args.num_workers,
+        autocast=_DTYPES[args.precision],
+        label="encoding",
+    )
+
+
+def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained) -> dict[str, Any]:
+    encoder = pretrained.encoder.to(distributed.device())
+    return {
+        **task.measure(encoder, args.features),
+        "variant": f"knn-{args.features}",
+        "description": (
+            f"weighted kNN of Wu et al. 2018 on the {_OUTPUTS[args.features]}, "
+            f"k = {args.knn_k}, T = {args.knn_t:g}"
+            + (
+                ""
+                if has_split(args.data_dir, "val")
+                else "; no val split: a tenth of train held out"
+            )
+        ),
+        "settings": {
+            "data_dir": str(args.data_dir),
+            "bank": len(task.bank),
+            "queries": len(task.queries),
+            "k": args.knn_k,
+            "temperature": args.knn_t,
+            "features": args.features,
+            "image_size": task.image_size,
+            "precision": args.precision,
+            "processes": distributed.world_size(),
+        },
+    }
+
+
+_OUTPUTS = {"features": "backbone's features", "projection": "head's output"}
+
+
+def _run_linear(
+    args: argparse.Namespace,
+    pretrained: Pretrained,
+    train: IndexedShards,
+    val: IndexedShards,
+    folder: Path,
+) -> dict[str, Any]:
+    config = linear.LinearConfig(
+        schedule=args.schedule,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        aug=args.aug,
+        cache_features=args.cache_features,
+        features=args.features,
+        seed=args.rng_seed,
+    )
+    pixels = _pixels(args, pretrained)
+    evaluation = linear.LinearEvaluation(
+        pretrained,
+        train,
+        val,
+        pixels,
+        config,
+        folder,
+        resume=args.resume,
+        num_workers=args.num_workers,
+        autocast=_DTYPES[args.precision],
+        print_freq=args.print_freq,
+    )
+    how = "random crops and flips" if config.aug == "linear" else f"augmentation {config.aug}"
+    if config.cache_features:
+        how = "centre crops encoded once (quick variant, not the published protocol)"
+    return {
+        **evaluation.run(),
+        "variant": config.variant,
+        "description": (
+            f"linear classifier on the {_OUTPUTS[config.features]}, frozen, {how}, "
+            f"schedule {config.schedule}, {config.epochs} epochs; top1 and top5 of the best epoch"
+        ),
+        "settings": {
+            "data_dir": str(args.data_dir),
+            **{k: v for k, v in vars(config).items()},
+            "image_size": pixels.image_size,
+            "precision": args.precision,
+            "processes": distributed.world_size(),
+        },
+    }

@@ -1,0 +1,401 @@
+"""Linear classification on frozen features, the protocol in which MoCo's accuracies are stated.
+
+"Momentum Contrast for Unsupervised Visual Representation Learning" (He et al., CVPR 2020),
+section 4.1: a linear classifier is trained by SGD on the globally pooled features of the frozen
+backbone (BatchNorm with its running statistics), on random crops and flips, and tested on centre
+crops. Like pretraining it works on global batches, so its result does not depend on the number of
+processes but for rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco_scale import distributed
+from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
+from moco_scale.data.index import IndexedShards
+from moco_scale.data.reader import BatchPlan, ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.errors import UserError
+from moco_scale.evaluation import linear_state
+from moco_scale.evaluation.features import (
+    Pixels,
+    Pretrained,
+    autocasting,
+    chosen_output,
+    evaluating,
+    extract,
+    progress,
+)
+from moco_scale.schedules import learning_rate
+
+SCHEDULES = ("official", "bl0")
+_EPOCHS = 100  # the published length; decays and warm-up keep their place in other lengths
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """What defines a linear evaluation, besides encoder and pictures.
+
+    Attributes:
+        schedule: ``"official"`` decays tenfold after 60 % and 80 % of the epochs; ``"bl0"`` warms
+            up for 5 % of them and then follows a cosine, step by step.
+        epochs: passes over the training pictures.
+        batch_size: global.
+        learning_rate: at the peak, for this batch size.
+        momentum: of SGD.
+        weight_decay: on weights and bias.
+        aug: a key of :data:`~moco_scale.data.augment.AUGMENTATIONS`, for training.
+        cache_features: encode each picture's centre crop once and train on that; quick, and not
+            the published protocol.
+        features: ``"features"`` or ``"projection"``.
+        seed: of initial weights, order and crops.
+    """
+
+    schedule: str = "official"
+    epochs: int = 100
+    batch_size: int = 256
+    learning_rate: float = 30.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    aug: str = "linear"
+    cache_features: bool = False
+    features: str = "features"
+    seed: int = 0
+
+    @property
+    def variant(self) -> str:
+        """Name of the protocol: evaluations that differ in it can share a folder."""
+        parts = ["linear", self.schedule]
+        parts += ["cached"] if self.cache_features else []
+        parts += ["projection"] if self.features == "projection" else []
+        return "-".join(parts)
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of a step."""
+        if self.schedule == "official":
+            decays = [round(self.epochs * at / _EPOCHS) for at in (60, 80)]
+            kind: dict[str, Any] = {"scheduler": "step", "decay_epochs": decays}
+        else:
+            warmup = 5 * self.epochs / _EPOCHS
+            kind = {"scheduler": "cosine", "warmup_epochs": warmup, "minimum": 1e-6}
+        return learning_rate(
+            step,
+            base=self.learning_rate,
+            steps_per_epoch=steps_per_epoch,
+            epochs=self.epochs,
+            **kind,
+        )
+
+
+class LinearEvaluation:
+    """One linear evaluation; every rank makes one and calls :meth:`run`.
+
+    Args:
+        pretrained: encoder; moved to this process's device.
+        train: pictures to train on.
+        val: pictures to test on.
+        pixels: sizes and statistics.
+        config: see there.
+        folder: for the state after each epoch; exists.
+        resume: ``"auto"`` continues what the folder holds, ``"none"`` refuses to.
+        num_workers: decoding processes on each rank.
+        autocast: half-precision type of the encoder; None is fp32. The classifier is fp32.
+        print_freq: steps between lines.
+
+    Raises:
+        UserError: unlabelled pictures, a batch that does not fit, a folder that holds another
+            evaluation, damaged state.
+    """
+
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        train: IndexedShards,
+        val: IndexedShards,
+        pixels: Pixels,
+        config: LinearConfig,
+        folder: Path,
+        *,
+        resume: str = "auto",
+        num_workers: int = 4,
+        autocast: torch.dtype | None = None,
+        print_freq: int = 100,
+    ) -> None:
+        self.config, self.pixels = config, pixels
+        self.state_path = folder / f"{config.variant}.pth"
+        self.train, self.val = train, val
+        self.num_workers, self.autocast, self.print_freq = num_workers, autocast, print_freq
+        self.world, self.rank = distributed.world_size(), distributed.rank()
+        self.device = distributed.device()
+        self.num_classes = _count_classes(train, val)
+        self.plan = BatchPlan(len(train), config.batch_size, config.seed)
+        self.plan.check_world(self.world)
+        encoder = pretrained.encoder.to(self.device)
+        self.encode = chosen_output(encoder, config.features)
+        self.width = encoder.feature_dim if config.features == "features" else pretrained.opt["dim"]
+        self.classifier = _new_classifier(self.width, self.num_classes, config.seed)
+        self.classifier.to(self.device)
+        self.optimizer = torch.optim.SGD(
+            self.classifier.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.identity = {
+            **asdict(config),
+            "encoder": pretrained.fingerprint,
+            "train pictures": train.fingerprint,
+            "val pictures": val.fingerprint,
+            "image_size": pixels.image_size,
+            "resize_ratio": pixels.resize_ratio,
+            "mean": list(pixels.mean),
+            "std": list(pixels.std),
+        }
+        self.history: list[dict[str, float]] = []
+        self._failure: UserError | None = None
+        state = linear_state.load(self.state_path, self.identity, resume)
+        if state is not None:
+            self.classifier.load_state_dict(state["classifier"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.history = state["history"]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.history)
+
+    def run(self) -> dict[str, Any]:
+        """Train from where it stands to the end.
+
+        Returns:
+            In percent on the test pictures: ``top1``, ``top5`` of the best epoch (by top-1, the
+            first of equals), ``last_top1``, ``last_top5`` of the last; ``best_epoch`` counts from
+            1. Further ``history`` with one entry an epoch.
+
+        Raises:
+            UserError: a picture cannot be read, the loss is not finite, the state cannot be
+                written; every rank raises it.
+        """
+        if self.epoch:
+            self._say(f"resumed after epoch {self.epoch} of {self.config.epochs}")
+        if self.epoch < self.config.epochs:
+            with evaluating(self.encode):
+                self._run()
+        best = max(self.history, key=lambda entry: entry["top1"])
+        return {
+            "top1": best["top1"],
+            "top5": best["top5"],
+            "best_epoch": self.history.index(best) + 1,
+            "last_top1": self.history[-1]["top1"],
+            "last_top5": self.history[-1]["top5"],
+            "history": self.history,
+        }
+
+    def _run(self) -> None:
+        caches = [self._cache(self.train, True), self._cache(self.val, False)]
+        batches = self._batches(caches[0])
+        try:
+            for epoch in range(self.epoch, self.config.epochs):
+                trained = self._train_epoch(epoch, batches)
+                tested = self._test(caches[1])
+                self.history.append({**trained, **tested})
+                best = max(entry["top1"] for entry in self.history)
+                self._say(
+                    f"epoch {epoch + 1}/{self.config.epochs}: loss {trained['train_loss']:.4f}, "
+                    f"train top-1 {trained['train_top1']:.2f} %, val top-1 {tested['top1']:.2f} %, "
+                    f"top-5 {tested['top5']:.2f} %, best top-1 {best:.2f} %"
+                )
+                self._save()
+        finally:
+            batches.close()
+
+    def _cache(self, shards: IndexedShards, gather: bool) -> tuple[Tensor, Tensor] | None:
+        if not self.config.cache_features:
+            return None
+        features, labels = extract(
+            self.encode,
+            shards,
+            **vars(self.pixels),
+            num_workers=self.num_workers,
+            autocast=self.autocast,
+            gather=gather,
+            label=f"encoding {shards.split}",
+        )
+        return features, labels.to(self.device)
+
+    def _batches(self, cache: tuple[Tensor, Tensor] | None) -> Generator[tuple[Tensor, Tensor]]:
+        """This rank's features [b, D] and labels [b] of each step still to do."""
+        steps = range(
+            self.epoch * self.plan.steps_per_epoch, self.config.epochs * self.plan.steps_per_epoch
+        )
+        if cache is not None:
+            for step in steps:
+                mine = torch.from_numpy(self.plan.rank_indices(step, self.rank, self.world).copy())
+                mine = mine.to(self.device)
+                yield cache[0][mine], cache[1][mine]
+            return
+        aug = AUGMENTATIONS[self.config.aug]
+        augment = DeviceAugment(aug, self.pixels.mean, self.pixels.std)
+        with pretraining_loader(
+            self.train,
+            self.plan,
+            aug,
+            self.pixels.image_size,
+            views=1,
+            rank=self.rank,
+            world=self.world,
+            num_workers=self.num_workers,
+            start_step=steps.start,
+            end_step=steps.stop,
+        ) as loader:
+            for batch in loader:
+                crops = batch.views[0].to(self.device, non_blocking=True)
+                params = draw_params(aug, self.config.seed, batch.epoch, batch.index.numpy(), 0)
+                yield self._features(augment(crops, params)), self._labels(batch)
+
+    def _features(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), autocasting(self.autocast):
+            return self.encode(x.contiguous(memory_format=torch.channels_last)).float()
+
+    def _labels(self, batch: ViewBatch) -> Tensor:
+        return batch.labels.to(self.device, non_blocking=True)
+
+    def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The next batch; an empty one after an error, so that this rank still meets the others."""
+        try:
+            return next(batches)
+        except UserError as error:
+            self._failure = error
+            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+            return torch.empty(0, self.width, device=self.device), nothing
+
+    def _train_epoch(
+        self, epoch: int, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> dict[str, float]:
+        steps, size = self.plan.steps_per_epoch, self.config.batch_size
+        terminal = sys.stderr.isatty()
+        label = f"epoch {epoch + 1}/{self.config.epochs}" if terminal else ""
+        loss_sum, right = 0.0, 0.0
+        for i in progress(range(steps), steps, label):
+            rate = self.config.rate(epoch * steps + i, steps)
+            loss, hits = self._step(*self._next(batches), rate)
+            loss_sum, right = loss_sum + loss, right + hits
+            if not terminal and (i + 1) % self.print_freq == 0:
+                self._say(f"epoch {epoch + 1} step {i + 1}/{steps} loss {loss:.4f} lr {rate:.4g}")
+        return {"train_loss": loss_sum / steps, "train_top1": 100 * right / (steps * size)}
+
+    @torch.enable_grad()
+    def _step(self, features: Tensor, labels: Tensor, rate: float) -> tuple[float, float]:
+        """One SGD step on the global batch; its mean loss and how many were right."""
+        logits = self.classifier(features)
+        loss = F.cross_entropy(logits, labels, reduction="sum") / self.config.batch_size
+        parameters = list(self.classifier.parameters())
+        gradients = torch.autograd.grad(loss, parameters)
+        right = (logits.detach().argmax(1) == labels).sum()
+        failed = torch.tensor(float(self._failure is not None), device=self.device)
+        extra = torch.stack([loss.detach(), right.float(), failed])
+        # All ranks' sums in one message.
+        flat = distributed.sum_(torch.cat([*(g.flatten() for g in gradients), extra]))
+        loss_value, hits, failures = flat[-3:].tolist()
+        if failures:
+            raise distributed.first_error(self._failure) or UserError("a process failed")
+        if not math.isfinite(loss_value):
+            raise UserError(
+                f"linear evaluation: the loss is {loss_value}; use a smaller --lr than "
+                f"{self.config.learning_rate:g}"
+            )
+        sizes = [p.numel() for p in parameters]
+        for parameter, gradient in zip(parameters, flat[:-3].split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        return loss_value, hits
+
+    def _test(self, cache: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+        """Accuracy on the test pictures, each rank a share of them."""
+        hits = torch.zeros(2, dtype=torch.int64, device=self.device)
+        failure: UserError | None = None
+        try:
+            for features, labels in self._test_batches(cache):
+                with torch.no_grad():
+                    logits = self.classifier(features)
+                ranking = logits.topk(min(5, self.num_classes), dim=1).indices
+                right = ranking == labels[:, None]
+                hits += torch.stack([right[:, 0].sum(), right.sum()])
+        except UserError as error:
+            failure = error
+        failure = distributed.first_error(failure)
+        if failure is not None:
+            raise failure
+        top1, top5 = (100 * distributed.sum_(hits).double() / len(self.val)).tolist()
+        return {"top1": top1, "top5": top5}
+
+    def _test_batches(self, cache: tuple[Tensor, Tensor] | None) -> Iterator[tuple[Tensor, Tensor]]:
+        if cache is not None:
+            yield cache
+            return
+        with evaluation_loader(
+            self.val,
+            self.pixels.image_size,
+            self.pixels.resize_ratio,
+            batch_size=max(self.config.batch_size // self.world, 1),
+            rank=self.rank,
+            world=self.world,
+            num_workers=self.num_workers,
+        ) as loader:
+            for batch in progress(loader, len(loader), "testing" if sys.stderr.isatty() else ""):
+                crops = batch.views[0].to(self.device, non_blocking=True)
+                yield self._features(self.pixels.normalise(crops)), self._labels(batch)
+
+    def _say(self, text: str) -> None:
+        if distributed.is_main():
+            print(text, file=sys.stderr, flush=True)
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.identity,
+            "classifier": self.classifier.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+        }
+        linear_state.save(self.state_path, state)
+
+
+def _count_classes(train: IndexedShards, val: IndexedShards) -> int:
+    highest = 0
+    for shards in (train, val):
+        missing = int((shards.labels < 0).sum())
+        if missing:
+            raise UserError(
+                f"linear evaluation needs labels: {missing} of the {len(shards)} {shards.split} "
+                f"pictures in {shards.data_dir} have none"
+            )
+        highest = max(highest, int(shards.labels.max()))
+    known = set(train.labels.tolist())
+    strangers = sorted(set(val.labels.tolist()) - known)
+    if strangers:
+        raise UserError(
+            f"{val.data_dir}: {len(strangers)} classes of the val pictures are in no train "
+            f"picture (first: {train.classes[strangers[0]]}), so nothing can learn them; "
+            "make the shards from a source whose splits have the same classes"
+        )
+    return max(len(train.classes), highest + 1)
+
+
+def _new_classifier(width: int, classes: int, seed: int) -> nn.Linear:
+    """Weights normal with deviation 0.01, bias 0, as in the official code; a function of seed."""
+    classifier = nn.utils.skip_init(nn.Linear, width, classes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        classifier.weight.normal_(0, 0.01, generator=generator)
+        classifier.bias.zero_()
+    return classifier
