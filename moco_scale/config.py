@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -336,6 +337,8 @@ def _check(config: Config) -> None:
     not_negative = {
         "--base-lr": optim.base_lr,
         "--weight-decay": optim.weight_decay,
+        "--lr-min": optim.lr_min,
+        "--lr-decay-rate": optim.lr_decay_rate,
         "--num-workers": run.num_workers,
         "--warmup-epoch": optim.warmup_epoch,
         "--knn-freq": run.knn_freq,
@@ -344,6 +347,9 @@ def _check(config: Config) -> None:
         "--max-steps": run.max_steps,
         "--rng-seed": optim.rng_seed,
     }
+    for name, number in config.flat().items():
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"--{name.replace('_', '-')} {number}: must be a finite number")
     for flag, value in positive.items():
         if not value > 0:
             raise UserError(f"{flag} {value}: must be greater than 0")
