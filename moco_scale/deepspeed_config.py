@@ -141,7 +141,9 @@ def _zero(path: str, config: dict[str, Any], parameters: int, on_gpu: bool) -> N
             f"use one of {', '.join(map(str, STAGES))}"
         )
     for offload in ("offload_optimizer", "offload_param"):
-        if zero.get(offload, {}).get("device", "none") not in ("none", None):
+        section = zero.get(offload)
+        target = section.get("device") if isinstance(section, dict) else section
+        if target not in ("none", None):
             raise UserError(
                 f"DeepSpeed configuration {path}: zero_optimization.{offload} is not supported; "
                 "remove it"

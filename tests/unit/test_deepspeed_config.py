@@ -1,0 +1,185 @@
+"""A DeepSpeed JSON: its automatic values filled in, its contradictions named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moco_scale.config import parse
+from moco_scale.deepspeed_config import read_configuration, requested_precision
+from moco_scale.errors import UserError
+
+
+def write(folder: Path, content: Any) -> str:
+    path = folder / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def read(
+    path: str,
+    *,
+    batch_size: int = 256,
+    world: int = 8,
+    precision: str = "fp32",
+    parameters: int = 1000,
+    on_gpu: bool = True,
+) -> dict[str, Any]:
+    return read_configuration(
+        path,
+        batch_size=batch_size,
+        world=world,
+        precision=precision,
+        parameters=parameters,
+        on_gpu=on_gpu,
+    )
+
+
+def leaves(value: Any) -> list[Any]:
+    return [x for v in value.values() for x in leaves(v)] if isinstance(value, dict) else [value]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_shipped_files_fit_every_run(repository: Path, stage: int, precision: str) -> None:
+    path = str(repository / "ds_configs" / f"zero{stage}.json")
+    got = read(path, precision=precision)
+    assert "auto" not in leaves(got)
+    assert got["train_batch_size"] == 256
+    assert got["train_micro_batch_size_per_gpu"] == 32
+    assert got["gradient_accumulation_steps"] == 1
+    assert got["gradient_clipping"] == 0.0  # DeepSpeed's own default would clip at 1
+    assert got["zero_allow_untested_optimizer"] is True
+    assert got["zero_optimization"]["stage"] == stage
+    assert got["torch_autocast"] == {"enabled": precision == "bf16", "dtype": "bfloat16"}
+    assert "bf16" not in got and "fp16" not in got  # they would round the weights themselves
+
+
+def test_an_empty_file_is_filled_in_too(tmp_path: Path) -> None:
+    got = read(write(tmp_path, {}), batch_size=64, world=2)
+    assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"]) == (64, 32)
+    assert got["gradient_clipping"] == 0.0
+    assert got["zero_optimization"] == {"stage": 0}
+
+
+def test_buckets_and_overlap_follow_the_model_and_the_device(tmp_path: Path) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 1, "overlap_comm": "auto"}})
+    small = read(path, parameters=1000, on_gpu=False)["zero_optimization"]
+    assert small["reduce_bucket_size"] == small["allgather_bucket_size"] == 1000
+    assert small["overlap_comm"] is False
+    large = read(path, parameters=10**9, on_gpu=True)["zero_optimization"]
+    assert large["reduce_bucket_size"] == 50_000_000
+    assert large["overlap_comm"] is True
+    zero = {"stage": 1, "reduce_bucket_size": 77, "overlap_comm": False}
+    chosen = read(write(tmp_path, {"zero_optimization": zero}))["zero_optimization"]
+    assert (chosen["reduce_bucket_size"], chosen["overlap_comm"]) == (77, False)
+
+
+def test_values_that_agree_and_unknown_sections_pass_through(tmp_path: Path) -> None:
+    content = {
+        "train_batch_size": 256,
+        "train_micro_batch_size_per_gpu": 32,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0,
+        "fp16": {"enabled": "auto"},
+        "wall_clock_breakdown": True,
+    }
+    got = read(write(tmp_path, content))
+    assert got["wall_clock_breakdown"] is True
+    assert got["train_batch_size"] == 256
+
+
+@pytest.mark.parametrize(
+    ("section", "precision"),
+    [
+        ({}, "fp32"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"bf16": {"enabled": False}}, "fp32"),
+        ({"bf16": {"enabled": "auto"}}, "fp32"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "bf16"),
+        ({"torch_autocast": {"enabled": "auto"}}, "fp32"),
+    ],
+)
+def test_a_file_may_choose_the_precision(
+    tmp_path: Path, section: dict[str, Any], precision: str
+) -> None:
+    path = write(tmp_path, section)
+    assert requested_precision(path) == precision
+    assert read(path, precision=precision)["torch_autocast"]["enabled"] is (precision == "bf16")
+
+
+# What the file says, the precision of the flags, and what the message must name.
+CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
+    ({"train_batch_size": 128}, "fp32", ("train_batch_size 128", "--batch-size 256")),
+    (
+        {"train_micro_batch_size_per_gpu": 64},
+        "fp32",
+        ("train_micro_batch_size_per_gpu 64", "--batch-size 256 over 8 processes", "32"),
+    ),
+    (
+        {"gradient_accumulation_steps": 4},
+        "fp32",
+        ("gradient_accumulation_steps 4", "one backward pass per step"),
+    ),
+    ({"gradient_clipping": 1.0}, "fp32", ("gradient_clipping 1.0", "do not clip")),
+    ({"optimizer": {"type": "Adam"}}, "fp32", ("'optimizer'", "--base-lr", "--weight-decay")),
+    ({"scheduler": {"type": "WarmupLR"}}, "fp32", ("'scheduler'", "--lr-scheduler")),
+    ({"fp16": {"enabled": True}}, "fp32", ("fp16", "--precision is fp32")),
+    ({"fp16": {"enabled": True}}, "bf16", ("fp16", "--precision is bf16")),
+    ({"bf16": {"enabled": True}}, "fp32", ("bf16 is enabled", "--precision is fp32")),
+    ({"bf16": {"enabled": False}}, "bf16", ("bf16 is disabled", "--precision is bf16")),
+    (
+        {"torch_autocast": {"enabled": True}},
+        "fp32",
+        ("torch_autocast is enabled", "--precision is fp32"),
+    ),
+    (
+        {"torch_autocast": {"enabled": False}},
+        "bf16",
+        ("torch_autocast is disabled", "--precision is bf16"),
+    ),
+    (
+        {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+        "bf16",
+        ("torch_autocast.dtype 'float16'", "--precision bf16"),
+    ),
+    ({"zero_optimization": {"stage": 2}}, "fp32", ("zero_optimization.stage 2", "0, 1")),
+    (
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+        "fp32",
+        ("zero_optimization.offload_optimizer",),
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "precision", "names"), CONTRADICTIONS, ids=str)
+def test_a_contradiction_names_the_file_its_key_and_the_flag(
+    tmp_path: Path, content: dict[str, Any], precision: str, names: tuple[str, ...]
+) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        read(path, precision=precision)
+    assert path in str(error.value)
+    for name in names:
+        assert name in str(error.value)
+
+
+BROKEN = ['{"train_batch_size": ', "", "[1, 2]", '"auto"', "null", '{"bf16": true}']
+BROKEN += ['{"torch_autocast": null}', '{"zero_optimization": 1}', '{"fp16": "auto"}']
+BROKEN += ['{"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}', "\udcff"]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_malformed_file_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"ds\.json"):
+        read(str(path))
+
+
+def test_a_missing_file_or_a_folder_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.json: No such file"):
+        parse(["--deepspeed", str(tmp_path / "nowhere.json")])
+    with pytest.raises(UserError, match="Is a directory"):
+        parse(["--deepspeed", str(tmp_path)])
