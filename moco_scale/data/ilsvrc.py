@@ -90,14 +90,10 @@ def _in_order(
 
 
 def _ids(name: str, meta: bytes) -> dict[int, str]:
-    """ILSVRC2012_ID -> WordNet id, of the classes that have no classes below them."""
+    """ILSVRC2012_ID -> WordNet id."""
     try:
-        synsets = struct_array(meta, "synsets", ("ILSVRC2012_ID", "WNID", "num_children"))
-        ids = {
-            int(synset["ILSVRC2012_ID"] or 0): str(synset["WNID"])
-            for synset in synsets
-            if int(synset["num_children"] or 0) == 0
-        }
+        synsets = struct_array(meta, "synsets", ("ILSVRC2012_ID", "WNID"))
+        ids = {int(synset["ILSVRC2012_ID"] or 0): str(synset["WNID"]) for synset in synsets}
     except (MatFileError, TypeError, ValueError) as error:
         raise UserError(f"Cannot read {_META} that belongs to {name}: {error}.") from error
     if not ids or not all(_WNID.fullmatch(wnid) for wnid in ids.values()):

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -162,31 +162,29 @@ def _rows(path: Path, labels: Sequence[int]) -> np.ndarray:
     return rows
 
 
-_sources: dict[str, BinaryIO] = {}  # the tars this process reads from
+_sources: dict[str, int] = {}  # file descriptors of the tars this process reads from
 
 
-def _open_source(container: str) -> BinaryIO:
+def _open_source(container: str) -> int:
     try:
         if container not in _sources:
-            _sources[container] = open(container, "rb")
+            _sources[container] = os.open(container, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"Cannot read {container}: {error.strerror or error}.") from error
     return _sources[container]
 
 
 def close_sources() -> None:
-    """Close the tars that were read; a fork must not share their positions."""
+    """Close the tars that were read, which may be replaced before the next run."""
     while _sources:
-        _sources.popitem()[1].close()
+        os.close(_sources.popitem()[1])
 
 
 def _source_bytes(picture: Picture) -> bytes:
     try:
         if picture.offset == 0:  # a file of its own; in a tar a header comes first
             return Path(picture.container).read_bytes()
-        file = _open_source(picture.container)
-        file.seek(picture.offset)
-        data = file.read(picture.size)
+        data = os.pread(_open_source(picture.container), picture.size, picture.offset)
     except OSError as error:
         raise UserError(f"Cannot read {picture.container}: {error.strerror or error}.") from error
     if len(data) != picture.size:
@@ -200,7 +198,7 @@ def _read_ahead(pictures: Sequence[Picture]) -> None:
         return
     for picture in pictures:
         if picture.offset:
-            handle = _open_source(picture.container).fileno()
+            handle = _open_source(picture.container)
             os.posix_fadvise(handle, picture.offset, picture.size, os.POSIX_FADV_WILLNEED)
 
 

@@ -328,8 +328,8 @@ def test_long_names_in_a_tar(tmp_path: Path) -> None:
 
 
 WNIDS = ["n00000001", "n00000002", "n00000003", "n00000004"]
-# MATLAB 5 file written by scipy.io.savemat: ids 1, 2, 3, 4 are n00000003, n00000001, n00000004,
-# n00000002; id 5, which has children, is n00000099.
+# MATLAB 5 file written by scipy.io.savemat: ids 1 to 5 are n00000003, n00000001, n00000004,
+# n00000002, n00000099.
 META_MAT = (
     "TUFUTEFCIDUuMCBNQVQtZmlsZSBQbGF0Zm9ybTogcG9zaXgsIENyZWF0ZWQgb246IE1vbiBOb3YgMjMgMTk6MTg6"
     "MTIgMjAyNgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAABSU0PAAAA"
