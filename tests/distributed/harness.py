@@ -18,9 +18,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-# Ranks are forked off a server that has imported torch once: that import is most of a start.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "moco_scale.distributed"])
+# Ranks are forked off a server that has imported everything once: that is most of a start. There
+# is one server for all tests of a session.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["moco_scale.pretrain", "torch.utils.tensorboard"])
 
 
 class RankError(AssertionError):
@@ -51,7 +52,7 @@ def run_ranks(
         port = free_port()
         outcomes = [Path(folder) / f"rank{rank}" for rank in range(world)]
         processes = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_one_rank, args=(function, args, rank, world, port, str(outcomes[rank]))
             )
             for rank in range(world)
