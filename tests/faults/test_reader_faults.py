@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from moco_scale.data import shard_command
+from moco_scale.data import shard_command, workers
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import BatchPlan, ViewBatch, evaluation_loader, pretraining_loader
-from moco_scale.data.workers import BatchLoader
 from moco_scale.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
@@ -39,15 +38,15 @@ def damaged(picture_folder: Path, tmp_path: Path) -> IndexedShards:
     return make_shards(picture_folder, tmp_path / "shards")
 
 
-def loaders(shards: IndexedShards, workers: int) -> Iterator[BatchLoader[ViewBatch]]:
+def loaders(shards: IndexedShards, count: int) -> Iterator[workers.BatchLoader[ViewBatch]]:
     plan = BatchPlan(len(shards), 8, 0)
-    yield pretraining_loader(shards, plan, AUG, 16, num_workers=workers, end_step=3)
-    yield evaluation_loader(shards, 16, 1.0, batch_size=8, num_workers=workers)
+    yield pretraining_loader(shards, plan, AUG, 16, num_workers=count, end_step=3)
+    yield evaluation_loader(shards, 16, 1.0, batch_size=8, num_workers=count)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_picture_is_named_with_a_remedy(damaged: IndexedShards, workers: int) -> None:
-    for loader in loaders(damaged, workers):
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_damaged_picture_is_named_with_a_remedy(damaged: IndexedShards, count: int) -> None:
+    for loader in loaders(damaged, count):
         with pytest.raises(UserError) as caught:
             list(loader)
         message = str(caught.value)
@@ -74,14 +73,14 @@ def test_the_remedy_works(damaged: IndexedShards, picture_folder: Path, tmp_path
     assert sum(len(batch.index) for batch in evaluation_loader(shards, 16, 1.0, batch_size=8)) == 23
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("count", [0, 1])
 def test_a_shard_lost_during_the_run_is_named(
-    picture_folder: Path, tmp_path: Path, workers: int
+    picture_folder: Path, tmp_path: Path, count: int
 ) -> None:
     shards = make_shards(picture_folder, tmp_path / "shards")
     lost = sorted(shards.data_dir.glob("train-*.tar"))[1]
     lost.unlink()
-    for loader in loaders(shards, workers):
+    for loader in loaders(shards, count):
         with pytest.raises(UserError, match=lost.name):
             list(loader)
 
@@ -94,7 +93,8 @@ def test_a_killed_worker_is_an_error_not_a_hang(picture_folder: Path, tmp_path: 
     victim = multiprocessing.active_children()[0]
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
-    victim.join()  # nothing may be raised here, in the middle of something else
+    # Until it is dead; nothing may be raised here, in the middle of something else.
+    os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(UserError, match=rf"process {victim.pid}: SIGKILL.*--num-workers"):
         list(loader)
     assert multiprocessing.active_children() == []
@@ -114,7 +114,7 @@ def test_a_defect_keeps_its_type_and_its_traceback(picture_folder: Path, tmp_pat
 
 
 READS_FOR_EVER = """
-import multiprocessing, sys
+import multiprocessing, signal, sys
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import BatchPlan, pretraining_loader
@@ -122,15 +122,21 @@ from moco_scale.data.reader import BatchPlan, pretraining_loader
 shards = IndexedShards.open(sys.argv[1])
 plan = BatchPlan(len(shards), 8, 0)
 loader = pretraining_loader(shards, plan, AUGMENTATIONS["cifar"], 16, num_workers=2, end_step=10**9)
-for batch in loader:
-    if batch.step == 3:
+asked = []
+if sys.argv[2] == "patient":
+    signal.signal(signal.SIGINT, lambda *_: asked.append(step))
+for step, batch in enumerate(loader):
+    if step == 3:
         print(len(multiprocessing.active_children()), "workers", flush=True)
+    if asked and step == asked[0] + 50:
+        print("finished in order")
+        loader.close()
 """
 
 
-@pytest.fixture
+@pytest.fixture(params=["ordinary"])
 def reading(
-    picture_folder: Path, tmp_path: Path, repository: Path
+    picture_folder: Path, tmp_path: Path, repository: Path, request: pytest.FixtureRequest
 ) -> Iterator[subprocess.Popen[str]]:
     """A process in a group of its own that reads batches, with two workers that share its output.
 
@@ -138,7 +144,7 @@ def reading(
     """
     shards = make_shards(picture_folder, tmp_path / "shards")
     process = subprocess.Popen(
-        [sys.executable, "-c", READS_FOR_EVER, str(shards.data_dir)],
+        [sys.executable, "-c", READS_FOR_EVER, str(shards.data_dir), request.param],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -169,6 +175,23 @@ def test_ctrl_c_stops_everything_and_only_the_main_process_speaks(
     assert reading.returncode != 0
     assert errors.count("Traceback") == 1
     assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("reading", ["patient"], indirect=True)
+def test_after_ctrl_c_the_main_process_may_read_on(reading: subprocess.Popen[str]) -> None:
+    """To finish its step and save; the workers leave the decision to it."""
+    os.killpg(reading.pid, signal.SIGINT)
+    output, errors = reading.communicate(timeout=60)
+    assert (output, errors, reading.returncode) == ("finished in order\n", "", 0)
+
+
+def test_only_the_loss_of_the_main_process_is_passed_over_in_silence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workers._report_unless_alone(ConnectionResetError, ConnectionResetError(), None)
+    assert capsys.readouterr().err == ""
+    workers._report_unless_alone(ValueError, ValueError("a defect"), None)
+    assert "a defect" in capsys.readouterr().err
 
 
 def test_shards_can_be_sent_to_workers(picture_folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco_scale.data import shard_command
+from moco_scale.data import shard_command, workers
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.decode import decode_rgb
 from moco_scale.data.index import IndexedShards
@@ -225,7 +225,6 @@ def test_one_pool_of_workers_serves_all_epochs(pictures: PicturesInMemory) -> No
     pools = []
     with pretraining_loader(pictures, plan, AUG, SIZE, num_workers=2, end_step=7) as loader:
         for batch in loader:
-            assert batch.views.is_shared()  # not copied into it on the way
             pools.append({p.pid for p in set(multiprocessing.active_children()) - before})
             if batch.step == 3:
                 break
@@ -233,6 +232,15 @@ def test_one_pool_of_workers_serves_all_epochs(pictures: PicturesInMemory) -> No
     assert len(pools[0]) == 2
     assert all(pool == pools[0] for pool in pools)
     assert set(multiprocessing.active_children()) == before
+
+
+def test_a_worker_builds_batches_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not workers.batch_memory((2, 3)).is_shared()
+    monkeypatch.setattr(workers, "get_worker_info", object)
+    memory = workers.batch_memory((2, 3))
+    assert memory.is_shared()
+    assert memory.shape == (2, 3)
+    assert memory.dtype == torch.uint8
 
 
 def test_a_closed_loader_has_no_batches(pictures: PicturesInMemory) -> None:
@@ -251,10 +259,10 @@ def test_no_steps_are_no_batches(pictures: PicturesInMemory) -> None:
 
 def test_no_global_generator_is_used(pictures: PicturesInMemory) -> None:
     state = torch.get_rng_state()
-    for workers in (0, 1):
+    for number in (0, 1):
         list(
             pretraining_loader(
-                pictures, BatchPlan(22, 8, 0), AUG, SIZE, num_workers=workers, end_step=1
+                pictures, BatchPlan(22, 8, 0), AUG, SIZE, num_workers=number, end_step=1
             )
         )
     assert torch.equal(state, torch.get_rng_state())

@@ -135,6 +135,8 @@ def test_a_crop_of_the_right_size_is_copied() -> None:
         (301, 97, 33, 8 / 7),
         (32, 32, 32, 1.0),
         (17, 400, 32, 8 / 7),
+        (38, 32, 16, 1.0),
+        (32, 38, 16, 1.0),
     ],
 )
 def test_centre_is_torchvisions_resize_and_centre_crop(
