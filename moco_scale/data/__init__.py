@@ -1,1 +1,1 @@
-"""Shards, their index, and exact epochs of augmented views. Only this package knows what a tar is."""
+"""Shards, their index, and exact epochs of augmented views. Nothing else knows what a tar is."""
