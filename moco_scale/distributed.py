@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moco_scale.allocator import keep_freed_memory
 from moco_scale.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
@@ -53,6 +54,7 @@ def initialize(device: str = "auto") -> None:
     else:
         # Otherwise DeepSpeed looks for an accelerator and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
     global _device
     _device = torch.device("cuda", local_rank()) if use_cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"

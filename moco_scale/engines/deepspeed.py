@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,6 +86,8 @@ def _import_deepspeed() -> Any:
     import deepspeed
     from deepspeed import ops
 
+    # DeepSpeed 0.19 calls a collective by the name it had before torch 2.14.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
     # Its warning about SGD being untested under ZeRO is what our tests are for.
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Only its inference kernels use this extension; building it takes a minute at the first start.
