@@ -6,7 +6,6 @@ written under a temporary name and renamed when complete. Loading executes no pi
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from moco_scale import distributed
 from moco_scale.errors import UserError
-from moco_scale.files import read_json, sync_folder
+from moco_scale.files import failure_reason, read_json, sync_folder
 
 FORMAT = 1
 META = "meta.json"
@@ -86,22 +85,12 @@ def _on_main(action: Any, temporary: Path) -> None:
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             failure = UserError(
-                f"cannot write the checkpoint {temporary.parent}: {_reason(error)}; earlier "
+                f"cannot write the checkpoint {temporary.parent}: {failure_reason(error)}; earlier "
                 "checkpoints are untouched: make room or fix the folder, then start again"
             )
     failure = distributed.first_error(failure)
     if failure is not None:
         raise failure
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error)
-    # torch's zip writer reports a full disk as a failed write or an inconsistent position.
-    if os.strerror(errno.ENOSPC) in text:
-        return os.strerror(errno.ENOSPC)
-    return text.strip().splitlines()[-1][:300] if text.strip() else type(error).__name__
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -146,9 +135,9 @@ def load(folder: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (OSError, RuntimeError, AttributeError, KeyError, ValueError, TypeError, EOFError) as e:
-        raise UserError(f"checkpoint {folder} cannot be read: {_reason(e)}") from None
+        raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(e)}") from None
     except (pickle.UnpicklingError, dcp.api.CheckpointException) as error:
-        raise UserError(f"checkpoint {folder} cannot be read: {_reason(error)}") from None
+        raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(error)}") from None
     return tensors
 
 

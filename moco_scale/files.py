@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -62,3 +63,24 @@ def read_json(path: str | Path, what: str) -> Any:
         raise UserError(f"{what} {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{what} {path} is not valid JSON: {error}") from None
+
+
+def failure_reason(error: BaseException) -> str:
+    """One line that says why writing or reading failed, for people.
+
+    torch's zip writer replaces the system's error by one about its own position, and
+    ``torch.distributed.checkpoint`` wraps that once more, so the cause is looked for.
+    """
+    # CheckpointException keeps what each rank met: {rank: (exception, traceback)}.
+    pending = [error, *(e for e, _ in getattr(error, "failures", {}).values())]
+    while pending:
+        cause = pending.pop()
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        pending += [c for c in (cause.__cause__, cause.__context__) if c is not None]
+    text = str(error).strip()
+    if os.strerror(errno.ENOSPC) in text:
+        return os.strerror(errno.ENOSPC)
+    if "unexpected pos" in text:  # what is left of it when another rank met it
+        return f"a write was cut short, most likely: {os.strerror(errno.ENOSPC)}"
+    return text.splitlines()[-1][:300] if text else type(error).__name__

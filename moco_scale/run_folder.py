@@ -14,7 +14,7 @@ from torch import Tensor
 from moco_scale import checkpoint, distributed
 from moco_scale.config import Config, differences
 from moco_scale.errors import UserError
-from moco_scale.files import save_atomically, write_atomically
+from moco_scale.files import failure_reason, save_atomically, write_atomically
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -154,20 +154,20 @@ class RunFolder:
                 save_atomically(self.path / "current.pth", model)
                 self._drop_old()
             except (OSError, RuntimeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else str(error)
                 failure = UserError(
-                    f"cannot write to {self.path}: {reason}; checkpoint {folder.name} is complete: "
-                    "make room, then start again"
+                    f"cannot write to {self.path}: {failure_reason(error)}; checkpoint "
+                    f"{folder.name} is complete: make room, then start again"
                 )
         failure = distributed.first_error(failure)
         if failure is not None:
             raise failure
 
     def _drop_old(self) -> None:
-        passing = [c for c in self.checkpoints() if not checkpoint.read_meta(c)["keep"]]
+        passing = [c for c in self.checkpoints() if not _is_kept(c)]
         for old in passing[: -self._config.run.keep_checkpoints]:
-            trash = old.with_name(f".{old.name}.old")
-            os.rename(old, trash)  # so that a kill leaves no half-deleted checkpoint
+            # So that a kill leaves no half-deleted checkpoint.
+            os.rename(old, old.with_name(f".{old.name}.old"))
+        for trash in (self.path / "checkpoints").glob(".step-*.old"):
             shutil.rmtree(trash, ignore_errors=True)
 
     def forget_metrics_after(self, step: int) -> int:
@@ -175,10 +175,17 @@ class RunFolder:
         if not self.metrics.exists():
             return 0
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _is_up_to(line, step)]
-        if len(kept) != len(lines):
+        kept = [line.rstrip("\n") + "\n" for line in lines if _is_up_to(line, step)]
+        if kept != lines:
             write_atomically(self.metrics, "".join(kept))
         return len(lines) - len(kept)
+
+
+def _is_kept(folder: Path) -> bool:
+    try:
+        return bool(checkpoint.read_meta(folder)["keep"])
+    except UserError:
+        return True  # damaged: no reason to stop a run, and for people to look at
 
 
 def _is_up_to(line: str, step: int) -> bool:

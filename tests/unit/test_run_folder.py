@@ -1,0 +1,268 @@
+"""The output folder: what a run starts from, what it keeps, and what it refuses."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moco_scale import checkpoint, run_folder
+from moco_scale.config import build
+from moco_scale.errors import UserError
+from moco_scale.run_folder import RunFolder
+
+
+def folder(path: Path, fingerprint: str = "f", **values: Any) -> RunFolder:
+    return RunFolder(build("cifar10", {"output_dir": str(path), **values}), fingerprint)
+
+
+def save(run: RunFolder, *steps: int, keep: tuple[int, ...] = ()) -> None:
+    for step in steps:
+        tensors = {"x": torch.tensor(float(step))}
+        run.save(step, tensors, {"step": step}, {"step": step}, keep=step in keep)
+
+
+def steps(run: RunFolder) -> list[int]:
+    return [int(c.name.removeprefix("step-")) for c in run.checkpoints()]
+
+
+def refusal(run: RunFolder) -> str:
+    with pytest.raises(UserError) as error:
+        run.prepare()
+    return str(error.value)
+
+
+def test_a_new_folder_starts_from_the_beginning_and_says_what_runs(tmp_path: Path) -> None:
+    run = folder(tmp_path / "a" / "b", nce_t=0.3)
+    assert run.prepare() is None
+    content = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert content["nce_t"] == 0.3
+    assert content["recipe"] == "cifar10"
+    assert content["data_fingerprint"] == "f"
+    assert folder(tmp_path / "c", resume="none").prepare() is None
+
+
+def test_the_last_few_checkpoints_are_kept_and_some_for_good(tmp_path: Path) -> None:
+    run = folder(tmp_path, keep_checkpoints=2)
+    run.prepare()
+    save(run, 1, 2, 3, 4, 5, 6, keep=(2, 4))
+    assert steps(run) == [2, 4, 5, 6]
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", *(f"step-{s:08d}" for s in (2, 4, 5, 6))]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000006\n"
+    assert torch.load(tmp_path / "current.pth", weights_only=True) == {"step": 6}
+    for c, step in zip(run.checkpoints(), (2, 4, 5, 6), strict=True):
+        assert checkpoint.load(c)["x"].item() == step
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    run = folder(tmp_path, keep_checkpoints=3)
+    run.prepare()
+    save(run, 99_999_999, 100_000_000, 100_000_001)
+    assert steps(run) == [99_999_999, 100_000_000, 100_000_001]
+
+
+def test_what_a_kill_left_of_a_deletion_goes_with_the_next(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    half_deleted = tmp_path / "checkpoints" / ".step-00000001.old"
+    half_deleted.mkdir(parents=True)
+    assert steps(run) == []
+    save(run, 2)
+    assert not half_deleted.exists()
+
+
+def test_a_damaged_old_checkpoint_does_not_stop_the_run(tmp_path: Path) -> None:
+    run = folder(tmp_path, keep_checkpoints=1)
+    run.prepare()
+    save(run, 1)
+    (run.checkpoints()[0] / "__0_0.distcp").unlink()
+    save(run, 2, 3)
+    assert steps(run) == [1, 3]
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    save(run, 1)
+    written = (run.checkpoints()[0] / "meta.json").stat().st_mtime_ns
+    save(run, 1)
+    assert (run.checkpoints()[0] / "meta.json").stat().st_mtime_ns == written
+
+
+def test_auto_resumes_from_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    save(run, 1, 2)
+    partial = tmp_path / "checkpoints" / "step-00000003"
+    partial.mkdir()
+    (tmp_path / "checkpoints" / ".step-00000004.tmp").mkdir()
+    assert folder(tmp_path).prepare() == tmp_path / "checkpoints" / "step-00000002"
+    # The pointer is for people and scripts; losing it loses nothing.
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert folder(tmp_path, resume="auto").prepare() == run.checkpoints()[-1]
+
+
+def test_a_damaged_newest_checkpoint_is_said_not_skipped(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    save(run, 1, 2)
+    os.truncate(run.checkpoints()[-1] / "__0_0.distcp", 5)
+    assert "step-00000002 is damaged" in refusal(folder(tmp_path))
+
+
+def test_none_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    save(run, 1)
+    message = refusal(folder(tmp_path, resume="none"))
+    assert "--resume none" in message
+    assert "drop the flag to continue it, choose another --output-dir" in message
+    assert steps(run) == [1]
+
+
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_a_model_without_checkpoints_is_not_overwritten(tmp_path: Path, resume: str) -> None:
+    (tmp_path / "current.pth").write_bytes(b"somebody's model")
+    assert str(tmp_path) in refusal(folder(tmp_path, resume=resume))
+    assert (tmp_path / "current.pth").read_bytes() == b"somebody's model"
+
+
+def test_a_path_names_a_checkpoint_or_a_run(tmp_path: Path) -> None:
+    run = folder(tmp_path / "old")
+    run.prepare()
+    save(run, 1, 2)
+    first, second = run.checkpoints()
+    assert folder(tmp_path / "new", resume=str(first)).prepare() == first
+    assert folder(tmp_path / "newer", resume=str(tmp_path / "old")).prepare() == second
+    # Of the folder itself, only the newest may be named: the others lie in its past.
+    assert folder(tmp_path / "old", resume=str(second)).prepare() == second
+    message = refusal(folder(tmp_path / "old", resume=str(first)))
+    assert "newer checkpoints (step-00000002), which continuing would overwrite" in message
+
+
+def test_a_path_that_cannot_be_resumed_from(tmp_path: Path) -> None:
+    run = folder(tmp_path / "old")
+    run.prepare()
+    (tmp_path / "old" / "checkpoints").mkdir()
+    new = tmp_path / "new"
+    assert "no such folder" in refusal(folder(new, resume=str(tmp_path / "nowhere")))
+    assert "no complete checkpoint" in refusal(folder(new, resume=str(tmp_path / "old")))
+    assert "has no meta.json" in refusal(folder(new, resume=str(tmp_path)))
+    save(run, 5)
+    other = folder(new)
+    other.prepare()
+    save(other, 1)
+    assert "another run" in refusal(folder(new, resume=str(run.checkpoints()[0])))
+    assert steps(other) == [1]
+
+
+def test_a_configuration_that_differs_is_listed(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    save(run, 1)
+    before = (tmp_path / "config.json").read_bytes()
+    message = refusal(folder(tmp_path, fingerprint="g", nce_t=0.2, epochs=100, aug="v2"))
+    lines = [line.strip() for line in message.splitlines() if line.startswith("  ")]
+    assert lines == [
+        "--aug: 'cifar' in the run, 'v2' now",
+        "--epochs: 200 in the run, 100 now",
+        "--nce-t: 0.1 in the run, 0.2 now",
+        "--data-dir: other pictures in data/cifar10 now",
+    ]
+    assert "another --output-dir for a new run" in message
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_how_a_run_is_carried_out_may_change(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    save(run, 1)
+    again = folder(
+        tmp_path,
+        precision="bf16",
+        num_workers=0,
+        max_steps=7,
+        save_freq=3,
+        data_dir="moved",
+        print_freq=1,
+    )
+    assert again.prepare() == run.checkpoints()[0]
+    assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
+
+
+def test_an_output_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"--output-dir {file} is a file" in refusal(folder(file))
+    assert f"--output-dir {file}/inside cannot be written" in refusal(folder(file / "inside"))
+
+    # As root everything may be written, so the refusal is played.
+    def refuse(self: Path, *args: Any, **keywords: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    message = refusal(folder(tmp_path / "closed"))
+    assert message.startswith(f"--output-dir {tmp_path}/closed cannot be written: Permission")
+    monkeypatch.undo()
+    (tmp_path / "config.json").mkdir()  # in the way of the file of that name
+    assert "cannot be written: Is a directory" in refusal(folder(tmp_path))
+
+
+def test_a_full_disk_after_the_checkpoint_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    save(run, 1)
+
+    def cut_short(value: Any, file: Any) -> None:
+        file.write(b"half")
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:  # what torch.save makes of it
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4 vs 0")
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    monkeypatch.setattr(run_folder.checkpoint, "save", lambda folder, *_: folder.mkdir())
+    with pytest.raises(UserError, match="No space left on device; checkpoint step-00000002"):
+        save(run, 2)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "current.pth", weights_only=True) == {"step": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "current.pth",
+    ]
+
+
+def test_log_lines_of_steps_that_run_again_are_dropped(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    assert run.forget_metrics_after(0) == 0
+    lines = [json.dumps({"step": s, "loss": 1.5}) + "\n" for s in (1, 2, 3, 4)]
+    run.metrics.write_text("".join(lines))
+    assert run.forget_metrics_after(2) == 2
+    assert run.metrics.read_text() == "".join(lines[:2])
+    assert run.forget_metrics_after(2) == 0
+    assert run.forget_metrics_after(0) == 2
+    assert run.metrics.read_text() == ""
+
+
+@pytest.mark.parametrize("cut", range(1, 24))
+def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path: Path, cut: int) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    whole = [json.dumps({"step": s, "loss": 1.5}) + "\n" for s in (1, 2)]
+    run.metrics.write_text("".join(whole)[:-cut])
+    run.forget_metrics_after(2)
+    with open(run.metrics, "a") as file:
+        file.write(json.dumps({"step": 3}) + "\n")
+    found = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    # Only the line feed was lost: the record is there. Otherwise the record is lost.
+    assert found == ([1, 2, 3] if cut == 1 else [1, 3])
