@@ -65,6 +65,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if start is not None:
             self._require_agreement(checkpoint.read_meta(start), start)
+        for left in (self.path / "checkpoints").glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)  # of a process killed while saving
         content = {**self._config.flat(), "data_fingerprint": self._fingerprint}
         write_atomically(self.path / "config.json", json.dumps(content, indent=1) + "\n")
         return start
