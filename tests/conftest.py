@@ -36,6 +36,33 @@ def write_picture(path: Path, *, seed: int, width: int = 40, height: int = 32) -
     picture.save(path)
 
 
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 32 training and 8 validation JPEGs of 2 classes; not to be changed."""
+    from commands import make_shards
+
+    root = tmp_path_factory.mktemp("tiny")
+    for split, per_class, first in (("train", 16, 0), ("val", 4, 1000)):
+        for c, name in enumerate(("ash", "birch")):
+            for i in range(per_class):
+                path = root / "pictures" / split / name / f"{i:03d}.jpg"
+                write_picture(path, seed=first + 100 * c + i)
+    return make_shards(root / "pictures", root / "shards")
+
+
+@pytest.fixture(scope="session")
+def zero1_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted run of 2 processes, started as users do: its folder and what it printed."""
+    from commands import TINY, ZERO1, launched
+
+    out = tmp_path_factory.mktemp("zero1") / "out"
+    status, output = launched(
+        "deepspeed", *TINY, *ZERO1, "--data-dir", tiny_shards, "--output-dir", out
+    )
+    assert status == 0, output
+    return out, output
+
+
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Path:
     """An ImageFolder of JPEGs: 3 classes, 8 training and 4 validation pictures each.

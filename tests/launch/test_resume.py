@@ -1,0 +1,235 @@
+"""Killed at any moment and started again by the same command, a run ends as if nothing happened."""
+
+import importlib
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import TINY, ZERO1, Outcome, forked, killed_when, launched, make_shards
+from torch import Tensor
+
+from moco_scale import checkpoint
+
+pytestmark = pytest.mark.timeout(1800)
+
+# Where a kill could do harm: (module, function, what one of its arguments contains).
+CRASHES = {
+    "the checkpoint is begun": ("moco_scale.checkpoint", "dcp.save", ""),
+    "its tensors are written": ("moco_scale.checkpoint", "_complete", ""),
+    "it is complete, not pointed at": ("moco_scale.run_folder", "write_atomically", "latest"),
+    "it is pointed at, the model is old": ("moco_scale.run_folder", "save_atomically", "current"),
+    "an old one is half deleted": ("moco_scale.run_folder", "shutil.rmtree", ".old"),
+}
+
+
+def die_in(module: str, function: str, text: str) -> None:
+    """kill -9 this process and its workers where a function is called with such an argument."""
+    owner = importlib.import_module(module)
+    *path, name = function.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        if any(text in str(a) for a in args):
+            os.killpg(0, signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """The logged steps without what depends on the clock."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["images_per_second"], record["data_wait_fraction"]
+    return records
+
+
+def steps_of_checkpoints(out: Path) -> list[int]:
+    return sorted(int(p.name[-8:]) for p in (out / "checkpoints").glob("step-*"))
+
+
+def final_state(out: Path) -> dict[str, Tensor]:
+    """Every tensor of current.pth and of the last checkpoint."""
+    saved = torch.load(out / "current.pth", weights_only=True)
+    last = out / "checkpoints" / f"step-{steps_of_checkpoints(out)[-1]:08d}"
+    state = dict(checkpoint.load(last))
+    for name in ("model", "model_ema"):
+        state |= {f"current.{name}.{k}": t for k, t in saved[name].items()}
+    prefixes = ("model.query.", "model.key.", "optimizer.", "queue.", "current.model_ema.")
+    assert all(any(k.startswith(p) for k in state) for p in prefixes)
+    return state
+
+
+def assert_same_run(out: Path, reference: Path, *, buffers: bool = True) -> None:
+    """Curve and final state agree bit for bit (optionally but for BatchNorm's statistics)."""
+    assert curve(out) == curve(reference)
+    mine, theirs = final_state(out), final_state(reference)
+    assert mine.keys() == theirs.keys()
+    differing = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    if not buffers:
+        statistics = [n for n in differing if "running_" in n]
+        for name in statistics:
+            torch.testing.assert_close(mine[name], theirs[name])
+        differing = sorted(set(differing) - set(statistics))
+    assert differing == []
+
+
+@pytest.fixture(scope="module")
+def plain_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run of one process."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    status, output = forked(*TINY, "--data-dir", tiny_shards, "--output-dir", out)
+    assert status == 0, output
+    return out
+
+
+def test_one_process_killed_again_and_again(
+    plain_run: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = (*TINY, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    every_step = ("--checkpoint-freq", 1, "--keep-checkpoints", 1)
+    step = random.Random(5).randrange(1, 4)
+    killed_when("python", *flags, *every_step, when=lambda line: f"step {step}/8" in line)
+    done = (steps_of_checkpoints(tmp_path) or [0])[-1]
+    assert step - 1 <= done <= step
+    for when, crash in CRASHES.items():
+        status, output = forked(*flags, *every_step, prepare=die_in, prepare_args=crash)
+        assert status == -signal.SIGKILL, f"{when}: {output}"
+        if done:
+            assert f"step-{done:08d} at step {done}" in output, when
+        done += crash[0] == "moco_scale.run_folder"
+        assert steps_of_checkpoints(tmp_path)[-1:] == ([done] if done else []), when
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # killed while logging
+    # The rest with other workers and other log lines than before.
+    status, output = forked(*flags, "--num-workers", 1)
+    assert status == 0, output
+    assert f"at step {done}" in output
+    assert_same_run(tmp_path, plain_run)
+    hidden = {p.name for p in tmp_path.rglob(".*")}
+    assert hidden == {".metadata"}, "a kill left something behind for good"
+
+
+def test_two_processes_under_zero1_killed_twice(
+    zero1_run: tuple[Path, str], tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = (*TINY, *ZERO1, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    crash = ("moco_scale.checkpoint", "_complete", "step-00000004")
+    status, _ = forked(*flags, ranks=2, prepare=die_in, prepare_args=crash)
+    assert status != 0
+    assert steps_of_checkpoints(tmp_path) == [3]
+    assert (tmp_path / "checkpoints" / ".step-00000004.tmp").is_dir()
+    step = random.Random(7).randrange(5, 8)
+    said = killed_when("deepspeed", *flags, when=lambda line: f"step {step}/8" in line)
+    assert "step-00000003 at step 3" in said
+    status, output = launched("deepspeed", *flags)
+    assert status == 0, output
+    assert f"step {step + 1}/8" in output
+    assert_same_run(tmp_path, zero1_run[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "engine"),
+    [("torchrun", ()), ("deepspeed", ("--deepspeed", "ds_configs/zero0.json"))],
+)
+def test_two_processes_under_other_engines(
+    launcher: str, engine: tuple[str, ...], tiny_shards: Path, tmp_path: Path
+) -> None:
+    def flags(out: str) -> list[object]:
+        return [
+            *(*TINY, *engine, "--checkpoint-freq", 3),
+            *("--data-dir", tiny_shards, "--output-dir", tmp_path / out),
+        ]
+
+    def succeeds(run: Outcome) -> None:
+        assert run.status == 0, run.output
+
+    succeeds(launched(launcher, *flags("reference")))
+    step = random.Random(11).randrange(4, 8)
+    killed_when(launcher, *flags("killed"), when=lambda line: f"step {step}/8" in line)
+    succeeds(launched(launcher, *flags("killed")))
+    assert_same_run(tmp_path / "killed", tmp_path / "reference")
+    succeeds(launched(launcher, *flags("stopped"), "--max-steps", 5))
+    succeeds(launched(launcher, *flags("stopped")))
+    # Stopping takes the mean of the ranks' running statistics once more than the reference.
+    assert_same_run(tmp_path / "stopped", tmp_path / "reference", buffers=False)
+
+
+def test_max_steps_stops_and_does_not_change_the_run(
+    plain_run: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = (*TINY, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    status, output = forked(*flags, "--max-steps", 3)
+    assert status == 0, output
+    assert [r["step"] for r in curve(tmp_path)] == [1, 2, 3]
+    assert steps_of_checkpoints(tmp_path) == [3]
+    status, output = forked(*flags)
+    assert status == 0, output
+    assert_same_run(tmp_path, plain_run)
+
+
+def test_a_finished_run_has_nothing_left_to_do(plain_run: Path, tiny_shards: Path) -> None:
+    before = (plain_run / "metrics.jsonl").read_bytes()
+    status, output = forked(*TINY, "--data-dir", tiny_shards, "--output-dir", plain_run)
+    assert status == 0
+    assert "nothing left to do" in output
+    assert (plain_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_number_of_processes_continues_to_rounding(
+    zero1_run: tuple[Path, str], tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Two processes under DeepSpeed, then one without, with other workers and fewer log lines."""
+    start = zero1_run[0] / "checkpoints" / "step-00000004"
+    flags = ("--data-dir", tiny_shards, "--output-dir", tmp_path, "--resume", start)
+    status, output = forked(*TINY, "--num-workers", 1, "--print-freq", 2, *flags)
+    assert status == 0, output
+    assert f"resumed from {start} at step 4" in output
+    ours, theirs = curve(tmp_path), curve(zero1_run[0])
+    assert [r["step"] for r in ours] == [6, 8]
+    for record in ours:
+        pair = [r["loss"] for r in theirs if record["step"] - 2 < r["step"] <= record["step"]]
+        assert record["loss"] == pytest.approx(sum(pair) / 2, rel=1e-4)
+    mine, other = final_state(tmp_path), final_state(zero1_run[0])
+    for name in other:
+        if "model" in name:
+            torch.testing.assert_close(mine[name], other[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert torch.equal(mine["queue.pointer"], other["queue.pointer"])
+
+
+def test_another_run_s_flags_are_refused_and_listed(
+    plain_run: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in plain_run.iterdir())
+    flags = (*TINY, "--data-dir", tiny_shards, "--output-dir", plain_run)
+    status, output = forked(*flags, "--base-lr", 0.5, "--nce-t", 0.2, "--print-freq", 3)
+    assert status == 2
+    assert "--base-lr: 0.1 in the run, 0.5 now" in output
+    assert "--nce-t: 0.07 in the run, 0.2 now" in output
+    assert "print-freq" not in output
+    assert "another --output-dir" in output
+    assert "Traceback" not in output
+    # The same pictures in another order are other data.
+    other = make_shards(tiny_shards.parent / "pictures", tmp_path / "shards", "--seed", "1")
+    status, output = forked(*flags, "--data-dir", other)
+    assert status == 2
+    assert f"--data-dir: other pictures in {other} now" in output
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in plain_run.iterdir()) == before
+
+
+def test_moved_pictures_are_the_same_pictures(
+    plain_run: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "moved").symlink_to(tiny_shards)
+    flags = ("--data-dir", tmp_path / "moved", "--output-dir", plain_run)
+    status, output = forked(*TINY, *flags)
+    assert status == 0, output
+    assert "nothing left to do" in output
