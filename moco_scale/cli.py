@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from moco_scale.errors import RankError, UserError
 
@@ -30,6 +32,15 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
         # The reader of our output (such as `head`) is gone; nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Says once, not once for every process, what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        if _rank() == 0:
+            super().error(message)
+        sys.exit(2)
 
 
 def _rank() -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moco_scale import deepspeed_config
+from moco_scale.cli import Parser
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.encoders import HEADS, RESNETS, STEMS, WIDTHS
 from moco_scale.errors import UserError
@@ -202,7 +203,7 @@ _SECTIONS: dict[str, type] = {
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of ``train.py``: one flag per field."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "train.py",
         description="Momentum-contrast pretraining.",
         epilog="Flags that are not given take the recipe's value.",

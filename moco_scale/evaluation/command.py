@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from moco_scale import distributed
+from moco_scale.cli import Parser
 from moco_scale.config import DATASETS
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards, has_split
@@ -28,17 +28,9 @@ RESULTS = "results.json"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Under a launcher, one process says it."""
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            super().error(message)
-        sys.exit(2)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line of ``eval.py``."""
-    parser = _Parser(
+    parser = Parser(
         "eval.py",
         description="Evaluate a pretrained encoder: linear classification or kNN.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
