@@ -7,6 +7,7 @@ import hashlib
 import pickle
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,9 @@ def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
 
 def _read_plain(path: Path) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to programmers about foreign files
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--pretrained-model {path}: there is no such file") from None
     except OSError as error:
