@@ -159,7 +159,7 @@ def all_gather_uneven_rows(rows: Tensor) -> Tensor:
     counts = all_gather_rows(count).tolist()
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
-    gathered = all_gather_rows(padded).split(max(counts))
+    gathered = all_gather_rows(padded).reshape(world_size(), *padded.shape)
     return torch.cat([part[:n] for part, n in zip(gathered, counts, strict=True)])
 
 

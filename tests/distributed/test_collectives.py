@@ -1,0 +1,236 @@
+"""Each helper on several processes against what one process would have."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from torch import Tensor
+
+from moco_scale import distributed
+from moco_scale.errors import RankError, UserError
+
+ROWS = [[3, 1, 2, 4], [0, 2, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def rows_of(rank: int, count: int) -> Tensor:
+    return torch.arange(count * 2, dtype=torch.int64).view(count, 2) + 100 * rank
+
+
+def gathers() -> dict[str, Any]:
+    rank, world = distributed.rank(), distributed.world_size()
+    even = rows_of(rank, 3)
+    # Column slices are not contiguous.
+    results: dict[str, Any] = {
+        "even": distributed.all_gather_rows(even),
+        "slice": distributed.all_gather_rows(even.float()[:, 1:]),
+        "bytes": distributed.all_gather_rows(even.to(torch.uint8)),
+        "identity": (rank, world, distributed.is_main(), distributed.local_rank()),
+    }
+    results["uneven"] = [
+        distributed.all_gather_uneven_rows(rows_of(rank, counts[rank])) for counts in ROWS
+    ]
+    distributed.barrier()
+    return results
+
+
+FAILING = [(), (0,), (1,), (1, 0)]
+
+
+def mixed_tensors(rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        torch.randn(2, 3, generator=generator),
+        torch.randn((), generator=generator),
+        torch.tensor(rank),
+        torch.randn(0, 4, generator=generator),
+        torch.randn(3, 2, generator=generator).T,
+        torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last),
+        torch.randn(5, generator=generator).requires_grad_(),
+        torch.randn(6, generator=generator).bfloat16(),
+    ]
+
+
+def averages() -> tuple[list[Tensor], list[bool]]:
+    tensors = mixed_tensors(distributed.rank())
+    before = [(t.data_ptr(), t.stride()) for t in tensors]
+    distributed.average_(tensors)
+    distributed.average_([])
+    distributed.average_(tensors[2:3])
+    in_place = [(t.data_ptr(), t.stride()) == b for t, b in zip(tensors, before, strict=True)]
+    return [t.detach() for t in tensors], in_place
+
+
+def sums_and_broadcasts() -> tuple[Tensor, list[Tensor], Any]:
+    rank = distributed.rank()
+    total = torch.tensor([1.0, 10.0**rank], dtype=torch.float64)
+    assert distributed.sum_(total) is total
+    tensors = [torch.full((2,), float(rank)), torch.tensor(rank)]
+    distributed.broadcast_(tensors)
+    return total, tensors, distributed.broadcast_object({"rank": rank, "path": None})
+
+
+def errors() -> list[str | None]:
+    rank, found = distributed.rank(), []
+    for failing in FAILING:
+        error = distributed.first_error(
+            UserError(f"rank {rank} says so") if rank in failing else None
+        )
+        assert error is None or type(error) is UserError
+        found.append(None if error is None else str(error))
+    return found
+
+
+def blocks() -> dict[int, tuple[Tensor, float]]:
+    rank, world = distributed.rank(), distributed.world_size()
+    results = {}
+    for size in (1, 2, 4):
+        if world == 1 or size > world:
+            continue
+        group = distributed.neighbours(size)
+        assert group.size == size
+        stacked = distributed.gather_stack(torch.tensor([rank, 10 * rank]), group)
+        total = distributed.sum_(torch.tensor(float(rank)), group.handle).item()
+        results[size] = stacked, total
+    with pytest.raises(ValueError, match=f"blocks of 3 ranks do not tile {world} ranks"):
+        distributed.neighbours(3)
+    return results
+
+
+def exchange() -> Tensor:
+    """Rank r sends the number r * 10 + destination in (r + destination) % 3 rows."""
+    rank, world = distributed.rank(), distributed.world_size()
+    send = [(rank + to) % 3 for to in range(world)]
+    receive = [(source + rank) % 3 for source in range(world)]
+    values = torch.tensor([rank * 10 + to for to in range(world)], dtype=torch.uint8)
+    rows = values.repeat_interleave(torch.tensor(send))[:, None].expand(-1, 5)
+    pending = distributed.start_exchange_rows(rows, send, receive)
+    distributed.barrier()  # other messages may pass while it is under way
+    return pending.wait()
+
+
+WORK = (gathers, averages, sums_and_broadcasts, errors, blocks, exchange)
+
+
+def everything() -> dict[str, Any]:
+    return {function.__name__: function() for function in WORK}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What each of 1, 2 or 4 ranks found."""
+    return run_ranks(everything, request.param)
+
+
+Ranks = list[dict[str, Any]]
+
+
+def test_rows_are_gathered_in_rank_order(ranks: Ranks) -> None:
+    world = len(ranks)
+    every = torch.cat([rows_of(r, 3) for r in range(world)])
+    for rank, results in enumerate(ranks):
+        got = results["gathers"]
+        assert got["identity"] == (rank, world, rank == 0, rank)
+        assert torch.equal(got["even"], every)
+        assert torch.equal(got["slice"], every.float()[:, 1:])
+        assert torch.equal(got["bytes"], every.to(torch.uint8))
+        for counts, uneven in zip(ROWS, got["uneven"], strict=True):
+            assert torch.equal(uneven, torch.cat([rows_of(r, counts[r]) for r in range(world)]))
+
+
+def test_means_are_taken_in_place_whatever_the_shapes(ranks: Ranks) -> None:
+    inputs = [mixed_tensors(r) for r in range(len(ranks))]
+    for rank, results in enumerate(ranks):
+        tensors, in_place = results["averages"]
+        assert all(in_place)
+        for i, got in enumerate(tensors):
+            parts = [tensors_of_rank[i].detach() for tensors_of_rank in inputs]
+            assert got.dtype == parts[0].dtype
+            if not got.is_floating_point():
+                assert got.item() == rank  # counters are left alone
+                continue
+            mean = torch.stack([p.double() for p in parts]).mean(0).to(got.dtype)
+            torch.testing.assert_close(got, mean)
+
+
+def test_sums_and_broadcasts(ranks: Ranks) -> None:
+    world = len(ranks)
+    for results in ranks:
+        total, tensors, value = results["sums_and_broadcasts"]
+        assert total.tolist() == [world, sum(10.0**r for r in range(world))]
+        assert [t.tolist() for t in tensors] == [[0.0, 0.0], 0]
+        assert value == {"rank": 0, "path": None}
+
+
+def test_all_ranks_stop_for_the_reason_of_the_lowest(ranks: Ranks) -> None:
+    expected: list[str | None] = []
+    for failing in FAILING:
+        known = [r for r in failing if r < len(ranks)]
+        expected.append(f"rank {min(known)} says so" if known else None)
+    assert [results["errors"] for results in ranks] == [expected] * len(ranks)
+
+
+def test_one_process_keeps_its_own_error() -> None:
+    error = RankError(UserError("a picture"), 0)
+    assert distributed.first_error(error) is error
+    assert distributed.first_error(None) is None
+
+
+def test_neighbours_share_a_block(ranks: Ranks) -> None:
+    for rank, results in enumerate(ranks):
+        assert list(results["blocks"]) == {1: [], 2: [1, 2], 4: [1, 2, 4]}[len(ranks)]
+        for size, (stacked, total) in results["blocks"].items():
+            start = rank // size * size
+            members = range(start, start + size)
+            assert stacked.tolist() == [[r, 10 * r] for r in members]
+            assert total == sum(members)
+
+
+def test_rows_are_exchanged_in_uneven_numbers(ranks: Ranks) -> None:
+    world = len(ranks)
+    for rank, results in enumerate(ranks):
+        got = results["exchange"]
+        assert got.dtype == torch.uint8 and got.shape[1] == 5
+        expected = [[s * 10 + rank] * 5 for s in range(world) for _ in range((s + rank) % 3)]
+        assert got.tolist() == expected
+
+
+def test_one_process_needs_no_group() -> None:
+    assert distributed.world_size() == 1 and distributed.rank() == 0 and distributed.is_main()
+    rows = torch.arange(6).view(3, 2)
+    assert torch.equal(distributed.all_gather_rows(rows), rows)
+    assert torch.equal(distributed.all_gather_uneven_rows(rows), rows)
+    assert torch.equal(distributed.start_exchange_rows(rows, [3], [3]).wait(), rows)
+    assert distributed.sum_(rows.clone()).equal(rows)
+    assert distributed.broadcast_object("x") == "x"
+    means = torch.ones(2)
+    distributed.average_([means])
+    distributed.broadcast_([means])
+    distributed.barrier()
+    distributed.shutdown()
+    assert means.tolist() == [1, 1]
+
+
+def test_slurm_tasks_without_an_address_are_told_what_to_export(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(UserError, match="export MASTER_ADDR="):
+        distributed.initialize("cpu")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
+        distributed.initialize("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="local rank 2 has no GPU of its own"):
+        distributed.initialize("cuda")
