@@ -124,7 +124,7 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
     out = experiment.out.resolve()
     shards = out / "shards"
     root = _checkout()
-    processes = processes or _process_count(experiment.batch_size)
+    processes = processes or process_count(experiment.batch_size)
     launch = _launcher(processes)
     environment = _environment(processes)
 
@@ -132,7 +132,7 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
         command = [*program]
         for flag, value in flags.items():
             command += [f"--{flag.replace('_', '-')}", str(value)]
-        _run_step(name, command, root, environment)
+        run_step(name, command, root, environment)
 
     shard = [sys.executable, "-m", "moco_scale", "shard", *experiment.shard_flags]
     step("Sharding", shard, source=experiment.source.resolve(), out=shards)
@@ -148,7 +148,7 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
         step(f"Evaluating, {protocol}", evaluate, **flags)
     summary: dict[str, Any] = {
         "knn_pixels": knn_on_pixels(shards, experiment.image_size, experiment.resize_ratio),
-        "knn_initial": _initial_knn(out / "metrics.jsonl"),
+        "knn_initial": initial_knn(out / "metrics.jsonl"),
         "knn_pretrained": _result(out / "eval-knn"),
         "linear": _result(out / "eval-linear"),
     }
@@ -193,7 +193,7 @@ def _checkout() -> Path:
     return root
 
 
-def _process_count(batch_size: int) -> int:
+def process_count(batch_size: int) -> int:
     """The GPUs there are, or 2 on a CPU; as many of them as divide the batch."""
     available = torch.cuda.device_count() or 2
     return next(n for n in range(available, 0, -1) if batch_size % n == 0)
@@ -223,7 +223,7 @@ def _environment(processes: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "PATH": path}
 
 
-def _run_step(name: str, command: list[str], root: Path, environment: dict[str, str]) -> None:
+def run_step(name: str, command: list[str], root: Path, environment: dict[str, str]) -> None:
     line = shlex.join(command)
     print(f"\n== {name}\n$ {line}", flush=True)
     started = time.monotonic()
@@ -236,7 +236,7 @@ def _run_step(name: str, command: list[str], root: Path, environment: dict[str, 
     print(f"   {name.lower()} took {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _initial_knn(metrics: Path) -> float:
+def initial_knn(metrics: Path) -> float:
     """The kNN top-1 that training logged for the encoder it started from."""
     for line in metrics.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
