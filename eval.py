@@ -4,9 +4,7 @@
 same under ``torchrun``, ``deepspeed``, or Slurm's ``srun`` with one task per GPU.
 """
 
-import sys
-
-from moco_scale.cli import run_command
+from moco_scale.cli import leave, run_command
 
 
 def main() -> None:
@@ -16,4 +14,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("eval.py", main))
+    leave(run_command("eval.py", main))

@@ -3,9 +3,7 @@
 Also under ``torchrun``, under Slurm's ``srun`` with one task per GPU, or as plain ``python``.
 """
 
-import sys
-
-from moco_scale.cli import run_command
+from moco_scale.cli import leave, run_command
 
 
 def main() -> None:
@@ -13,13 +11,11 @@ def main() -> None:
 
     settings = config.parse()
     distributed.initialize(settings.run.device)
-    try:
-        from moco_scale.pretrain import Pretraining
+    from moco_scale.pretrain import Pretraining
 
-        Pretraining(settings).run()
-    finally:
-        distributed.shutdown()
+    Pretraining(settings).run()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("train.py", main))
+    leave(run_command("train.py", main))

@@ -141,6 +141,11 @@ def set_groups(model: nn.Module, group_size: int, batch_size: int) -> None:
             module.local_groups, module.span = groups, span
 
 
+def spans_ranks(model: nn.Module) -> bool:
+    """Whether some BatchNorm group of the model is shared by several ranks."""
+    return any(isinstance(m, GroupedBatchNorm2d) and m.span is not None for m in model.modules())
+
+
 def _fits(group_size: int, per_rank: int, batch_size: int) -> bool:
     if group_size <= per_rank:
         return per_rank % group_size == 0

@@ -72,6 +72,8 @@ def _complete(
         file.flush()
         os.fsync(file.fileno())
     sync_folder(temporary)
+    if folder.exists() and not (folder / META).exists():
+        os.rename(folder, folder.with_name(f".{folder.name}.incomplete"))  # such as a partial copy
     os.rename(temporary, folder)
     sync_folder(folder.parent)
 

@@ -35,7 +35,7 @@ def requested_precision(path: str) -> str:
 
 
 def read_configuration(
-    path: str, *, batch_size: int, world: int, precision: str, parameters: int, on_gpu: bool
+    path: str, *, batch_size: int, world: int, precision: str, parameters: int, overlap: bool
 ) -> dict[str, Any]:
     """A DeepSpeed JSON with every ``"auto"`` replaced and every contradiction refused.
 
@@ -45,7 +45,7 @@ def read_configuration(
         world: number of processes.
         precision: ``--precision``.
         parameters: how many numbers are trained; bounds ``"auto"`` bucket sizes.
-        on_gpu: whether communication can overlap computation.
+        overlap: whether gradients may be reduced while backward still runs.
 
     Raises:
         UserError: missing or malformed file, a value that contradicts a flag (both are named), or
@@ -75,6 +75,18 @@ def read_configuration(
     )
     # DeepSpeed's own default is 1.0; the published recipes do not clip.
     _agree(path, result, "gradient_clipping", 0.0, "recipes, which do not clip gradients")
+    _agree(path, result, "zero_allow_untested_optimizer", True, "--deepspeed, which runs SGD")
+    for key in (
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "amp",
+    ):
+        if result.get(key):
+            raise UserError(
+                f"DeepSpeed configuration {path}: {key} changes how gradients are computed or "
+                "summed, which must not depend on the engine; remove it"
+            )
     for section, instead in (
         ("optimizer", "--momentum, --weight-decay and --base-lr"),
         ("scheduler", "--lr-scheduler"),
@@ -85,8 +97,7 @@ def read_configuration(
                 f"{instead}, which decide here; remove the section"
             )
     _precision(path, result, precision)
-    _zero(path, result, parameters, on_gpu)
-    result.setdefault("zero_allow_untested_optimizer", True)
+    _zero(path, result, parameters, overlap)
     result.setdefault("steps_per_print", 1_000_000_000)
     return result
 
@@ -124,7 +135,17 @@ def _precision(path: str, config: dict[str, Any], precision: str) -> None:
             f"DeepSpeed configuration {path}: torch_autocast.dtype {dtype!r} contradicts "
             f"--precision {precision}"
         )
-    config["torch_autocast"] = {**autocast, "enabled": half, "dtype": "bfloat16"}
+    if autocast.get("lower_precision_safe_modules"):
+        raise UserError(
+            f"DeepSpeed configuration {path}: torch_autocast.lower_precision_safe_modules would "
+            "sum these modules' gradients in half precision; remove it"
+        )
+    config["torch_autocast"] = {
+        "enabled": half,
+        "dtype": "bfloat16",
+        # Gradients are summed over ranks in fp32, as every other engine does it.
+        "lower_precision_safe_modules": [],
+    }
 
 
 def _enabled(section: dict[str, Any] | None, automatic: bool) -> bool:
@@ -132,13 +153,18 @@ def _enabled(section: dict[str, Any] | None, automatic: bool) -> bool:
     return automatic if value == "auto" else bool(value)
 
 
-def _zero(path: str, config: dict[str, Any], parameters: int, on_gpu: bool) -> None:
+def _zero(path: str, config: dict[str, Any], parameters: int, overlap: bool) -> None:
     zero = config.setdefault("zero_optimization", {"stage": 0})
     stage = zero.setdefault("stage", 0)
     if stage not in STAGES:
         raise UserError(
             f"DeepSpeed configuration {path}: zero_optimization.stage {stage!r} is not supported; "
             f"use one of {', '.join(map(str, STAGES))}"
+        )
+    if zero.get("cpu_offload"):
+        raise UserError(
+            f"DeepSpeed configuration {path}: zero_optimization.cpu_offload is not supported; "
+            "remove it"
         )
     for offload in ("offload_optimizer", "offload_param"):
         section = zero.get(offload)
@@ -155,4 +181,7 @@ def _zero(path: str, config: dict[str, Any], parameters: int, on_gpu: bool) -> N
         if zero.get(bucket, "auto") == "auto":
             zero[bucket] = min(50_000_000, parameters)
     if zero.get("overlap_comm", "auto") == "auto":
-        zero["overlap_comm"] = on_gpu
+        zero["overlap_comm"] = overlap
+    # The norm is only needed for clipping, costs a device synchronisation, and turns a step whose
+    # gradients are not finite into one that is silently left out.
+    zero["compute_grad_norm"] = False

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moco_scale.allocator import keep_freed_memory
-from moco_scale.errors import UserError
+from moco_scale.errors import RankError, UserError
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 
 # Renamed in torch 2.14, where the older name warns.
@@ -41,22 +42,26 @@ def initialize(device: str = "auto") -> None:
     if dist.is_initialized():
         return
     _complete_environment()
+    local = local_rank()
+    if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
+        local = 0  # Slurm has hidden the other tasks' GPUs from this one
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda:
         if not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank()} has no GPU of its own: this host shows "
+        if local >= torch.cuda.device_count():
+            problem = UserError(
+                f"local rank {local} has no GPU of its own: this host shows "
                 f"{torch.cuda.device_count()}; start at most one process per GPU"
             )
-        torch.cuda.set_device(local_rank())
+            raise RankError(problem, int(os.environ["RANK"]))
+        torch.cuda.set_device(local)
     else:
         # Otherwise DeepSpeed looks for an accelerator and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
     global _device
-    _device = torch.device("cuda", local_rank()) if use_cuda else torch.device("cpu")
+    _device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
 
@@ -69,9 +74,10 @@ def shutdown() -> None:
 
 def _complete_environment() -> None:
     environ = os.environ
-    if "RANK" not in environ and "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
+    # Only a step started by srun has a step id; a batch script has the other variables too.
+    if "RANK" not in environ and {"SLURM_STEP_ID", "SLURM_PROCID"} <= environ.keys():
         environ["RANK"] = environ["SLURM_PROCID"]
-        environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
+        environ["WORLD_SIZE"] = environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"]
         environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
         if "MASTER_ADDR" not in environ and int(environ["WORLD_SIZE"]) > 1:
             raise UserError(
@@ -239,12 +245,54 @@ def first_error(error: UserError | None) -> UserError | None:
     """The error of the lowest rank that has one, on every rank: all stop for the same reason."""
     if world_size() == 1:
         return error
-    messages: list[str | None] = [None] * world_size()
-    dist.all_gather_object(messages, None if error is None else str(error))
-    for message in messages:
-        if message is not None:
-            return UserError(message)
+    mine = None if error is None else (socket.gethostname(), str(error))
+    found: list[tuple[str, str] | None] = [None] * world_size()
+    dist.all_gather_object(found, mine)
+    for number, each in enumerate(found):
+        if each is not None:
+            # Rank 0 meets what all ranks meet; what it does not meet needs a place.
+            place = f"rank {number} on {each[0]}: " if number else ""
+            return UserError(place + each[1])
     return None
+
+
+def agree(action: Callable[[], T]) -> T:
+    """Run something on every rank; what goes wrong on one is raised on all, so that none waits.
+
+    Raises:
+        UserError: that of the lowest rank on which ``action`` raised one.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = error
+    failure = first_error(failure)
+    if failure is not None:
+        raise failure
+    return cast(T, result)
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run something on rank 0; its result, a small picklable object, or its error is everyone's."""
+    return broadcast_object(agree(lambda: action() if is_main() else None))
+
+
+def require_same(value: str, what: str) -> None:
+    """Refuse to go on when ranks differ in a value.
+
+    Raises:
+        UserError: they differ; names the first two that do.
+    """
+    if world_size() == 1:
+        return
+    found: list[tuple[str, str]] = [("", "")] * world_size()
+    dist.all_gather_object(found, (socket.gethostname(), value))
+    for number, (host, other) in enumerate(found):
+        if other != found[0][1]:
+            raise UserError(
+                f"{what} differs between rank 0 on {found[0][0]} and rank {number} on {host}"
+            )
 
 
 @dataclass(frozen=True)

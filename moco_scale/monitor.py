@@ -99,7 +99,7 @@ class Monitor:
         if self._evaluation is not None:
             self._initial_knn = self._knn()
             self.telemetry.say(f"kNN top-1 before training {self._initial_knn:.2f} %")
-        self._restart_clock()
+        self.restart_clock()
 
     def timed(self, batches: Iterator[ViewBatch]) -> Iterator[ViewBatch]:
         """The same batches, with the time spent waiting for them counted."""
@@ -151,16 +151,12 @@ class Monitor:
             record["knn_top1_initial"], self._initial_knn = self._initial_knn, None
         if not math.isfinite(means["loss"]):
             self.telemetry.say(line)
-            saved = run.folder.checkpoints()
-            raise UserError(
-                f"the loss is not finite at step {run.step}; lower --base-lr or lengthen "
-                f"--warmup-epoch; last good checkpoint: {saved[-1] if saved else 'none'}"
-            )
+            raise run.folder.not_finite(run.step)
         if self._knn_due(epoch_done, last):
             record["knn_top1"] = self._knn()
             line += f"; kNN top-1 {record['knn_top1']:.2f} %"
         self.telemetry.record(record, line)
-        self._restart_clock()
+        self.restart_clock()
 
     def _knn_due(self, epoch_done: bool, last: bool) -> bool:
         every = self.run.config.run.knn_freq
@@ -174,7 +170,8 @@ class Monitor:
         distributed.average_(list(query.buffers()))  # see Pretraining.save
         return self._evaluation.measure(query)["top1"]
 
-    def _restart_clock(self) -> None:
+    def restart_clock(self) -> None:
+        """Do not count what is not training."""
         self._since, self._steps_then, self._waited = time.perf_counter(), self.run.step, 0.0
 
     def _eta(self) -> str:
@@ -184,19 +181,21 @@ class Monitor:
         clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
         return f"{days} d {clock}" if days else clock
 
+    def is_finished(self) -> bool:
+        """Whether the pictures of :meth:`finish` are there; the same on every rank."""
+        out = self.run.folder.path
+        return distributed.on_main(
+            lambda: all((out / name).exists() for name in ("report.png", "neighbours.png"))
+        )
+
     def finish(self) -> None:
         """Pictures of the finished run: its curves, and what its encoder finds similar."""
         run, config, out = self.run, self.run.config, self.run.folder.path
         title = f"{config.model.model} on {config.data.dataset}, recipe {config.recipe}"
-        preset, failure = config.preset, None
-        if distributed.is_main():
-            try:
-                pictures.report(run.folder.metrics, out / "report.png", title=title)
-            except UserError as error:
-                failure = error
-        failure = distributed.first_error(failure)
-        if failure is not None:
-            raise failure
+        preset = config.preset
+        distributed.on_main(
+            lambda: pictures.report(run.folder.metrics, out / "report.png", title=title)
+        )
         before = run.initial_encoder().to(run.device)
         pictures.neighbours_sheet(
             chosen_output(before, "features"),

@@ -40,9 +40,12 @@ class Pretraining:
         self.config, seed = config, config.optim.rng_seed
         # A resumed run repeats the uninterrupted one bit for bit, on a GPU too.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        # fp32 means fp32; who wants tensor cores asks for bf16.
+        torch.backends.cudnn.allow_tf32 = False
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
-        self.shards = IndexedShards.open(config.data.data_dir, "train")
+        self.shards = distributed.agree(lambda: IndexedShards.open(config.data.data_dir, "train"))
+        distributed.require_same(self.shards.fingerprint, f"--data-dir {config.data.data_dir}")
         self.plan = BatchPlan(len(self.shards), config.optim.batch_size, seed)
         self.plan.check_world(self.world)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch
@@ -56,8 +59,11 @@ class Pretraining:
         self.step = 0
         saved: dict[str, Tensor] = {}
         if self.resumed_from is not None:
-            self.step = checkpoint.read_meta(self.resumed_from)["step"]
-            saved = checkpoint.load(self.resumed_from)
+            folder = self.resumed_from
+            meta, saved = distributed.agree(
+                lambda: (checkpoint.read_meta(folder), checkpoint.load(folder))
+            )
+            self.step = meta["step"]
             self._load(moco, saved)
         set_groups(moco, config.model.bn_group_size, config.optim.batch_size)
         self.engine = make_engine(config, moco, self.device)
@@ -141,7 +147,7 @@ class Pretraining:
 
     def run(self) -> None:
         """Train from where the run stands to its last step, or to ``--max-steps``."""
-        dropped = self.folder.forget_metrics_after(self.step) if distributed.is_main() else 0
+        dropped = self.folder.begin(self.step)
         telemetry = Telemetry(self.folder.path, self.total_steps, self.step)
         monitor = Monitor(self, telemetry)
         try:
@@ -151,8 +157,11 @@ class Pretraining:
                 monitor.finish()
             else:
                 telemetry.say(f"nothing left to do: step {self.step} of {self.last_step} is done")
+                if not monitor.is_finished():
+                    monitor.finish()  # the pictures, which a kill has prevented
         finally:
             telemetry.close()
+            self.folder.release()
 
     def _loop(self, telemetry: Telemetry, monitor: Monitor) -> None:
         run = self.config.run
@@ -184,6 +193,7 @@ class Pretraining:
                 due = run.checkpoint_freq and self.step % run.checkpoint_freq == 0
                 if epoch_done or last or due:
                     self.save(epoch_done)
+                    monitor.restart_clock()
         finally:
             loader.close()
 
@@ -198,6 +208,8 @@ class Pretraining:
         tensors |= {f"optimizer.{n}": t for n, t in self.engine.optimizer_state().items()}
         tensors |= {f"queue.{name}": t for name, t in self.queue.state_dict().items()}
         tensors["meters.sums"] = self.meters.globalize()
+        if not tensors["meters.sums"].isfinite().all():
+            raise self.folder.not_finite(self.step)
         meta = {
             "step": self.step,
             "epoch": epoch,
@@ -205,13 +217,12 @@ class Pretraining:
             "processes": self.world,
             "engine": self.config.run.engine,
         }
-        model = {
-            "opt": self.config.flat(),
-            "model": moco.query.state_dict(),
-            "model_ema": moco.key.state_dict(),
-            "epoch": epoch,
-            "step": self.step,
-        }
+        model: dict[str, Any] = {}
+        if distributed.is_main():
+            model = {"opt": self.config.flat(), "epoch": epoch, "step": self.step}
+            for name, encoder in (("model", moco.query), ("model_ema", moco.key)):
+                # On the CPU, so that torch.load needs no GPU.
+                model[name] = {k: t.cpu() for k, t in encoder.state_dict().items()}
         keep = bool(every) and epoch_done and epoch % every == 0
         self.folder.save(self.step, tensors, meta, model, keep)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from moco_scale.config import Config, differences
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, save_atomically, write_atomically
 
+T = TypeVar("T")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -31,6 +34,7 @@ class RunFolder:
         self.path = Path(config.run.output_dir)
         self.metrics = self.path / "metrics.jsonl"
         self._config, self._fingerprint = config, data_fingerprint
+        self._lock: TextIO | None = None
 
     def prepare(self) -> Path | None:
         """Make the folder and decide what to start from; all ranks call it.
@@ -42,34 +46,63 @@ class RunFolder:
             UserError: the folder cannot be written, holds another run, or ``--resume`` names
                 something that is not there or does not agree with the flags.
         """
-        start, failure = None, None
-        if distributed.is_main():
-            try:
-                start = self._prepare()
-            except UserError as error:
-                failure = error
-            except OSError as error:
-                failure = UserError(
-                    f"--output-dir {self.path} cannot be written: {error.strerror}; "
-                    "choose another folder or fix its permissions"
-                )
-        failure = distributed.first_error(failure)
-        if failure is not None:
-            raise failure
-        return distributed.broadcast_object(start)
+        return distributed.on_main(lambda: self._writing(self._prepare))
+
+    def begin(self, step: int) -> int:
+        """A run that is set up starts: write ``config.json``, tidy up; all ranks call it.
+
+        Returns:
+            How many metric lines of steps that will be run again were dropped.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        return distributed.on_main(lambda: self._writing(lambda: self._begin(step)))
+
+    def _writing(self, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except OSError as error:
+            raise UserError(
+                f"--output-dir {self.path} cannot be written: {error.strerror}; "
+                "choose another folder or fix its permissions"
+            ) from error
 
     def _prepare(self) -> Path | None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output-dir {self.path} is a file; name a folder")
         start = self._resume_from(self._config.run.resume)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._claim()
         if start is not None:
             self._require_agreement(checkpoint.read_meta(start), start)
+        return start
+
+    def _begin(self, step: int) -> int:
         for left in (self.path / "checkpoints").glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)  # of a process killed while saving
         content = {**self._config.flat(), "data_fingerprint": self._fingerprint}
         write_atomically(self.path / "config.json", json.dumps(content, indent=1) + "\n")
-        return start
+        return self.forget_metrics_after(step)
+
+    def _claim(self) -> None:
+        """Keep other runs out for as long as this process lives, or until :meth:`release`."""
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        try:
+            # A record lock: unlike flock's, it is not inherited by the processes that read data.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"--output-dir {self.path} is being written by another run; wait until that has "
+                "ended, or choose another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def release(self) -> None:
+        """Let other runs write here."""
+        if self._lock is not None:
+            self._lock.close()
 
     def _resume_from(self, wish: str) -> Path | None:
         own = self.checkpoints()
@@ -79,6 +112,8 @@ class RunFolder:
                     f"--output-dir {self.path} holds a model but no checkpoint to resume from; "
                     "choose another --output-dir, or move that one away"
                 )
+            if own:
+                self._require_whole(own)
             return own[-1] if own else None
         if wish == "none":
             if own or (self.path / "current.pth").exists():
@@ -105,9 +140,18 @@ class RunFolder:
             )
         return named
 
+    def _require_whole(self, own: list[Path]) -> None:
+        try:
+            checkpoint.read_meta(own[-1])
+        except UserError as error:
+            before = f"continue from {own[-2].name}" if len(own) > 1 else "start over"
+            raise UserError(f"{error}; move {own[-1]} away to {before}") from None
+
     def _require_agreement(self, meta: dict[str, Any], start: Path) -> None:
+        if not isinstance(meta.get("config"), dict):
+            raise UserError(f"{start} does not say which configuration it belongs to")
         lines = differences(meta["config"], self._config.defining())
-        if meta["data_fingerprint"] != self._fingerprint:
+        if meta.get("data_fingerprint") != self._fingerprint:
             lines.append(f"  --data-dir: other pictures in {self._config.data.data_dir} now")
         if lines:
             raise UserError(
@@ -115,6 +159,14 @@ class RunFolder:
                 + "\n".join(lines)
                 + "\nuse that run's values to continue it, or another --output-dir for a new run"
             )
+
+    def not_finite(self, step: int) -> UserError:
+        """The error that ends a run whose loss is not finite."""
+        saved = self.checkpoints()
+        return UserError(
+            f"the loss is not finite at step {step}; lower --base-lr or lengthen "
+            f"--warmup-epoch; last good checkpoint: {saved[-1] if saved else 'none'}"
+        )
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints in this folder, oldest first."""
@@ -141,14 +193,13 @@ class RunFolder:
             UserError: something cannot be written; earlier checkpoints are untouched.
         """
         folder = self.path / "checkpoints" / f"step-{step:08d}"
-        if not folder.exists():
-            meta = {
-                **meta,
-                "config": self._config.defining(),
-                "data_fingerprint": self._fingerprint,
-                "keep": keep,
-            }
-            checkpoint.save(folder, tensors, meta)
+        meta = {
+            **meta,
+            "config": self._config.defining(),
+            "data_fingerprint": self._fingerprint,
+            "keep": keep,
+        }
+        checkpoint.save(folder, tensors, meta)
         failure = None
         if distributed.is_main():
             try:

@@ -77,6 +77,12 @@ class Telemetry:
                 if isinstance(value, float):
                     self._board.add_scalar(name, value, record["step"])
         self.say(line)
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {record['loss']:.3f} of {record['chance_loss']:.2f}, lr {record['lr']:.2g}, "
+                f"{record['images_per_second']:.0f} images/s, "
+                f"data {record['data_wait_fraction']:.0%}"
+            )
 
     def _write(self, file: TextIO | None, text: str) -> None:
         if file is None:
@@ -115,7 +121,7 @@ def _summary_writer(folder: Path, first_step: int) -> Any:
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.utils.tensorboard import SummaryWriter
     # Curves of steps that will be run again disappear.
-    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+    return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
 class Meters:

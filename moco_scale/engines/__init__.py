@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moco_scale import distributed
+from moco_scale.batchnorm import spans_ranks
 from moco_scale.config import Config
 from moco_scale.deepspeed_config import read_configuration
 from moco_scale.engines.base import Engine, SGDSettings
@@ -30,7 +31,8 @@ def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
             world=distributed.world_size(),
             precision=config.run.precision,
             parameters=sum(p.numel() for p in moco.trained_parameters().values()),
-            on_gpu=device.type == "cuda",
+            # Two communicators at work at once, DeepSpeed's and a BatchNorm group's, can deadlock.
+            overlap=device.type == "cuda" and not spans_ranks(moco),
         )
         return DeepSpeedEngine(moco, optimizer, config.run.precision, device, configuration)
     from moco_scale.engines.ddp import DDPEngine

@@ -57,7 +57,7 @@ class DeepSpeedEngine(Engine):
     def step(self, learning_rate: float) -> bool:
         set_learning_rate(self._optimizer, learning_rate)
         self._engine.step()
-        return True
+        return bool(self._engine.was_step_applied())
 
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state

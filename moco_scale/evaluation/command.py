@@ -118,10 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = make_parser().parse_args(argv)
     distributed.initialize(args.device)
-    try:
-        evaluate(args)
-    finally:
-        distributed.shutdown()
+    evaluate(args)
+    distributed.shutdown()
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def read(
     world: int = 8,
     precision: str = "fp32",
     parameters: int = 1000,
-    on_gpu: bool = True,
+    overlap: bool = True,
 ) -> dict[str, Any]:
     return read_configuration(
         path,
@@ -32,7 +32,7 @@ def read(
         world=world,
         precision=precision,
         parameters=parameters,
-        on_gpu=on_gpu,
+        overlap=overlap,
     )
 
 
@@ -52,7 +52,11 @@ def test_the_shipped_files_fit_every_run(repository: Path, stage: int, precision
     assert got["gradient_clipping"] == 0.0  # DeepSpeed's own default would clip at 1
     assert got["zero_allow_untested_optimizer"] is True
     assert got["zero_optimization"]["stage"] == stage
-    assert got["torch_autocast"] == {"enabled": precision == "bf16", "dtype": "bfloat16"}
+    assert got["torch_autocast"] == {
+        "enabled": precision == "bf16",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],  # or gradients would be summed in bf16
+    }
     assert "bf16" not in got and "fp16" not in got  # they would round the weights themselves
 
 
@@ -65,10 +69,10 @@ def test_an_empty_file_is_filled_in_too(tmp_path: Path) -> None:
 
 def test_buckets_and_overlap_follow_the_model_and_the_device(tmp_path: Path) -> None:
     path = write(tmp_path, {"zero_optimization": {"stage": 1, "overlap_comm": "auto"}})
-    small = read(path, parameters=1000, on_gpu=False)["zero_optimization"]
+    small = read(path, parameters=1000, overlap=False)["zero_optimization"]
     assert small["reduce_bucket_size"] == small["allgather_bucket_size"] == 1000
     assert small["overlap_comm"] is False
-    large = read(path, parameters=10**9, on_gpu=True)["zero_optimization"]
+    large = read(path, parameters=10**9, overlap=True)["zero_optimization"]
     assert large["reduce_bucket_size"] == 50_000_000
     assert large["overlap_comm"] is True
     zero = {"stage": 1, "reduce_bucket_size": 77, "overlap_comm": False}
@@ -138,6 +142,22 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         {"torch_autocast": {"enabled": False}},
         "bf16",
         ("torch_autocast is disabled", "--precision is bf16"),
+    ),
+    (
+        {"zero_allow_untested_optimizer": False},
+        "fp32",
+        ("zero_allow_untested_optimizer False", "--deepspeed"),
+    ),
+    ({"communication_data_type": "bf16"}, "fp32", ("communication_data_type", "remove it")),
+    (
+        {"zero_optimization": {"stage": 1, "cpu_offload": True}},
+        "fp32",
+        ("zero_optimization.cpu_offload",),
+    ),
+    (
+        {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["torch.nn.Conv2d"]}},
+        "bf16",
+        ("lower_precision_safe_modules", "remove it"),
     ),
     (
         {"torch_autocast": {"enabled": True, "dtype": "float16"}},

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ def refusal(run: RunFolder) -> str:
 def test_a_new_folder_starts_from_the_beginning_and_says_what_runs(tmp_path: Path) -> None:
     run = folder(tmp_path / "a" / "b", nce_t=0.3)
     assert run.prepare() is None
+    assert not (tmp_path / "a" / "b" / "config.json").exists()  # the set-up may yet fail
+    run.begin(0)
     content = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
     assert content["nce_t"] == 0.3
     assert content["recipe"] == "cifar10"
@@ -163,6 +167,7 @@ def test_a_path_that_cannot_be_resumed_from(tmp_path: Path) -> None:
 def test_a_configuration_that_differs_is_listed(tmp_path: Path) -> None:
     run = folder(tmp_path)
     run.prepare()
+    run.begin(0)
     save(run, 1)
     before = (tmp_path / "config.json").read_bytes()
     message = refusal(folder(tmp_path, fingerprint="g", nce_t=0.2, epochs=100, aug="v2"))
@@ -191,6 +196,7 @@ def test_how_a_run_is_carried_out_may_change(tmp_path: Path) -> None:
         print_freq=1,
     )
     assert again.prepare() == run.checkpoints()[0]
+    again.begin(1)
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bf16"
 
 
@@ -211,7 +217,37 @@ def test_an_output_folder_that_cannot_be_written(
     assert message.startswith(f"--output-dir {tmp_path}/closed cannot be written: Permission")
     monkeypatch.undo()
     (tmp_path / "config.json").mkdir()  # in the way of the file of that name
-    assert "cannot be written: Is a directory" in refusal(folder(tmp_path))
+    run = folder(tmp_path)
+    run.prepare()
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        run.begin(0)
+
+
+def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
+    program = f"""
+import fcntl, sys
+lock = open({str(tmp_path / ".lock")!r}, "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        assert "is being written by another run" in refusal(folder(tmp_path))
+        other.kill()
+    assert folder(tmp_path).prepare() is None  # a killed run leaves no lock
+
+
+def test_a_partial_copy_of_a_checkpoint_does_not_stand_in_for_it(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    save(run, 1)
+    assert steps(run) == [1]
+    assert checkpoint.load(run.checkpoints()[0])["x"].item() == 1
 
 
 def test_a_full_disk_after_the_checkpoint_keeps_the_checkpoint(
@@ -219,6 +255,7 @@ def test_a_full_disk_after_the_checkpoint_keeps_the_checkpoint(
 ) -> None:
     run = folder(tmp_path)
     run.prepare()
+    run.begin(0)
     save(run, 1)
 
     def cut_short(value: Any, file: Any) -> None:
@@ -235,6 +272,7 @@ def test_a_full_disk_after_the_checkpoint_keeps_the_checkpoint(
     monkeypatch.undo()
     assert torch.load(tmp_path / "current.pth", weights_only=True) == {"step": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "current.pth",
