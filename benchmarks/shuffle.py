@@ -1,0 +1,186 @@
+"""ShuffleBN: sending each rank its uint8 crops against gathering everybody's fp32 images.
+
+    python benchmarks/shuffle.py [--quick] [--ranks 2 4 8] [--batch 64] [--size 112] [--repeats N]
+
+The first is what this package does: :class:`moco_scale.shuffle.ShuffleBN`, an all-to-all of the
+crops that a rank will encode, unpacked into their order, the permutation included. The second is
+the usual way: every rank gathers the normalised images of all ranks into one preallocated-size
+tensor and indexes its part out of it; its permutation is free. Ranks are gloo processes of this
+machine. Repeats of the two alternate, all in the same processes; a repeat lasts until its slowest
+rank is done. Both must deliver the same crops, which is checked.
+
+Prints a table of medians and, as its last line, one JSON object. For R of 2, 4, 8 ranks:
+
+    alltoall_ms_R_ranks               median time of the first, milliseconds
+    allgather_ms_R_ranks              median time of the second, milliseconds
+    speedup_vs_allgather_R_ranks      median of the repeats' ratios, second over first
+    bytes_sent_R_ranks                bytes that a rank hands to its all-to-all: B crops of uint8
+    bytes_allgather_R_ranks           bytes that a rank ends up with: R x B images of fp32
+    bytes_sent_vs_allgather_R_ranks   the first over the second
+    batch_per_rank, image_size, repeats, torch, threads_per_rank
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moco_scale import distributed
+from moco_scale.shuffle import ShuffleBN
+
+SEED = 0
+WARM_UP = 2
+
+
+class Measured(NamedTuple):
+    """Of one number of ranks; times in seconds, one for each repeat."""
+
+    ours: list[float]
+    gathering: list[float]
+    bytes_sent: int
+    bytes_gathered: int
+
+
+def one_rank(
+    rank: int,
+    world: int,
+    port: int,
+    batch: int,
+    size: int,
+    repeats: int,
+    out: SimpleQueue[Measured],
+) -> None:
+    """Measure on one rank; rank 0 puts the result into ``out``."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    distributed.initialize("cpu")
+    generator = torch.Generator().manual_seed(rank)
+    crops = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
+    images = crops.float()
+    shuffle = ShuffleBN(world * batch, SEED)
+    mine = slice(rank * batch, (rank + 1) * batch)
+
+    def exchange(step: int) -> Tensor:
+        return shuffle.send(crops, step).wait()
+
+    def gather(step: int) -> Tensor:
+        wanted = orders[step]
+        return distributed.all_gather_rows(images)[wanted]
+
+    # The usual code draws one permutation on one rank; here it costs nothing.
+    orders = [torch.from_numpy(shuffle.permutation(s)[mine]) for s in range(WARM_UP + repeats)]
+    ours, gathering = [], []
+    for step in range(WARM_UP + repeats):
+        times: dict[Callable[[int], Tensor], float] = {}
+        results: dict[Callable[[int], Tensor], Tensor] = {}
+        # Neither always follows the other.
+        for way in (exchange, gather) if step % 2 else (gather, exchange):
+            distributed.barrier()
+            start = time.perf_counter()
+            results[way] = way(step)
+            distributed.barrier()  # the slowest rank decides
+            times[way] = time.perf_counter() - start
+        if not torch.equal(results[exchange].float(), results[gather]):
+            raise AssertionError("the two ways deliver different crops")
+        del results
+        if step >= WARM_UP:
+            ours.append(times[exchange])
+            gathering.append(times[gather])
+    if distributed.is_main():
+        gathered = world * images.numel() * images.element_size()
+        out.put(Measured(ours, gathering, crops.numel() * crops.element_size(), gathered))
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def measure(world: int, batch: int, size: int, repeats: int) -> Measured:
+    """Start ``world`` processes and return what they measured."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "moco_scale.shuffle"])
+    out = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        context.Process(
+            target=one_rank, args=(rank, world, port, batch, size, repeats, out), daemon=True
+        )
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    failed = False
+    while any(p.is_alive() for p in processes) and not failed:
+        multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()])
+        failed = any(p.exitcode not in (None, 0) for p in processes)
+    if failed:
+        for process in processes:
+            process.kill()  # they would wait for the one that failed
+        raise SystemExit(f"benchmark of {world} ranks failed: see the traceback above")
+    return out.get()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="numbers of ranks")
+    parser.add_argument("--batch", type=int, default=64, help="crops of each rank")
+    parser.add_argument("--size", type=int, default=112, help="side of a crop in pixels")
+    parser.add_argument("--repeats", type=int, help="timed repeats (default 20, --quick 4)")
+    parser.add_argument("--quick", action="store_true", help="under a minute")
+    args = parser.parse_args()
+    repeats = args.repeats or (4 if args.quick else 20)
+    print(
+        f"ShuffleBN of {args.batch} crops of 3x{args.size}x{args.size} a rank, "
+        f"median of {repeats} repeats, {os.cpu_count()} cores\n"
+        f"{'ranks':>5} {'all-to-all uint8':>17} {'all-gather fp32':>16} {'speed-up':>9} "
+        f"{'MB sent':>8} {'MB gathered':>12}"
+    )
+    result: dict[str, Any] = {}
+    for world in args.ranks:
+        got = measure(world, args.batch, args.size, repeats)
+        ours, gathering = statistics.median(got.ours), statistics.median(got.gathering)
+        ratio = statistics.median(
+            slow / fast for slow, fast in zip(got.gathering, got.ours, strict=True)
+        )
+        print(
+            f"{world:>5} {ours * 1e3:>14.1f} ms {gathering * 1e3:>13.1f} ms {ratio:>8.1f}x "
+            f"{got.bytes_sent / 1e6:>8.1f} {got.bytes_gathered / 1e6:>12.1f}",
+            flush=True,
+        )
+        result |= {
+            f"alltoall_ms_{world}_ranks": round(ours * 1e3, 2),
+            f"allgather_ms_{world}_ranks": round(gathering * 1e3, 2),
+            f"speedup_vs_allgather_{world}_ranks": round(ratio, 2),
+            f"bytes_sent_{world}_ranks": got.bytes_sent,
+            f"bytes_allgather_{world}_ranks": got.bytes_gathered,
+            f"bytes_sent_vs_allgather_{world}_ranks": got.bytes_sent / got.bytes_gathered,
+        }
+    result |= {
+        "batch_per_rank": args.batch,
+        "image_size": args.size,
+        "repeats": repeats,
+        "threads_per_rank": 1,
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
