@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from moco_scale.errors import RankError, UserError
+
+# What gloo and NCCL say when the process at the other end has gone.
+_PEER_GONE = re.compile(r"[Cc]onnection (reset|closed)|Broken pipe|remote process exited")
 
 
 def run_command(name: str, action: Callable[[], int | None]) -> int:
@@ -28,6 +32,17 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _PEER_GONE.search(str(error)):
+            raise
+        # A traceback here would bury the message of the process that caused it.
+        print(
+            f"{name}: rank {_rank()} stops too: another process ended, for the reason it gave, or "
+            f"the network failed ({str(error).strip().splitlines()[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     except BrokenPipeError:
         # The reader of our output (such as `head`) is gone; nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
