@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ class Experiment:
         batch_size: global batch that those flags mean; the processes must divide it.
         image_size: side of the pictures that the kNN on pixels compares.
         resize_ratio: evaluation resizes the short side to this times image_size.
-        linear_flags: further flags of the linear evaluation.
     """
 
     title: str
@@ -61,7 +60,6 @@ class Experiment:
     image_size: int
     resize_ratio: float = 1.0
     shard_flags: tuple[str, ...] = ()
-    linear_flags: dict[str, str] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
@@ -131,7 +129,7 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
     def step(name: str, program: Sequence[str], **flags: object) -> None:
         command = [*program]
         for flag, value in flags.items():
-            command += [f"--{flag.replace('_', '-')}", str(value)]
+            command += [f"--{flag.replace('_', '-')}", *([] if value is True else [str(value)])]
         run_step(name, command, root, environment)
 
     shard = [sys.executable, "-m", "moco_scale", "shard", *experiment.shard_flags]
@@ -142,7 +140,11 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
     step("Pretraining", train, data_dir=shards, output_dir=out, **experiment.train_flags)
     evaluate = [*launch, "eval.py"]
     shared: dict[str, object] = {"data_dir": shards, "pretrained_model": out / "current.pth"}
-    for protocol, more in (("linear", experiment.linear_flags), ("knn", {})):
+    # The monitor's kNN before training looks at the projected output: so does the one after it.
+    for protocol, more in (
+        ("linear", {"cache_features": True}),
+        ("knn", {"features": "projection"}),
+    ):
         folder = out / f"eval-{protocol}"
         flags = {**shared, "output_dir": folder, "protocol": protocol, **more}
         step(f"Evaluating, {protocol}", evaluate, **flags)
@@ -254,7 +256,7 @@ def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:
         ("kNN on pixels", "knn_pixels"),
         ("kNN, network as initialised", "knn_initial"),
         ("kNN, after pretraining", "knn_pretrained"),
-        ("linear classifier, after pretraining", "linear"),
+        ("linear classifier, centre crops", "linear"),
     )
     width = max(len(label) for label, _ in rows)
     print(f"\n{experiment.title}: top-1 on held-out pictures")

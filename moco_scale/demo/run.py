@@ -32,7 +32,6 @@ SETTINGS = {
     "knn-freq": "5",
     "print-freq": "10",
 }
-LINEAR_FLAGS = {"epochs": "30"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +72,5 @@ def run(args: argparse.Namespace) -> None:
         batch_size=int(flags["batch-size"]),
         image_size=int(flags["image-size"]),
         resize_ratio=256 / 224,
-        linear_flags=LINEAR_FLAGS,
     )
     pipeline.run(experiment, processes=args.num_processes, started=started)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_scale.demo.pictures import CLASSES, SHAPES, render, write_folder
+from moco_scale.demo.patterns import PATTERNS
+from moco_scale.demo.pictures import CLASSES, render, write_folder
 from moco_scale.evaluation.knn import weighted_knn
 
 
@@ -30,7 +31,7 @@ def test_folder_is_an_image_folder(tmp_path: Path) -> None:
     write_folder(tmp_path / "x", train_per_class=1, val_per_class=1, size=24, processes=1)
     for split in ("train", "val"):
         assert sorted(p.name for p in (tmp_path / "x" / split).iterdir()) == sorted(CLASSES)
-    with Image.open(tmp_path / "x" / "val" / "star" / "00000.jpg") as picture:
+    with Image.open(tmp_path / "x" / "val" / "rings" / "00000.jpg") as picture:
         assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (24, 24))
 
 
@@ -41,18 +42,30 @@ def test_an_existing_folder_is_not_mixed_with_another_set(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_shapes_lie_in_the_unit_disc(name: str) -> None:
-    for outline in SHAPES[name]():
-        assert np.hypot(*outline.T).max() <= 1.3
-        assert np.isfinite(outline).all()
+def test_a_pattern_has_ink_and_ground_and_repeats(name: str) -> None:
+    axis = np.linspace(0.0, 20.0, 401)
+    u, v = np.meshgrid(axis, axis)
+    thin, bold = (PATTERNS[name](u, v, weight) for weight in (0.0, 1.0))
+    assert thin.shape == u.shape and thin.dtype == bool
+    assert not thin.all() and bold.any()
+    assert 0.15 < PATTERNS[name](u, v, 0.5).mean() < 0.85
+    halves = PATTERNS[name](u, v, 0.5)[:, :200].mean(), PATTERNS[name](u, v, 0.5)[:, 200:].mean()
+    assert abs(halves[0] - halves[1]) < 0.05, "not the same everywhere"
+
+
+def test_patterns_differ() -> None:
+    axis = np.linspace(0.0, 8.0, 200)
+    u, v = np.meshgrid(axis, axis)
+    printed = {PATTERNS[name](u, v, 0.5).tobytes() for name in CLASSES}
+    assert len(printed) == len(CLASSES)
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_shapes_stand_out_in_grayscale(name: str) -> None:
-    """Dark and light regions both exist: a shape of the background's luminance would vanish."""
+def test_a_pattern_is_seen_without_colour(name: str) -> None:
+    """Its ink differs in luminance from its ground, not in hue alone."""
     for seed in range(4):
         gray = np.asarray(render(name, np.random.default_rng(seed), 32).convert("L"), dtype=float)
-        assert np.percentile(gray, 97) - np.percentile(gray, 3) > 45
+        assert np.percentile(gray, 97) - np.percentile(gray, 3) > 40
 
 
 def test_raw_pixels_do_not_give_the_class_away() -> None:
