@@ -51,6 +51,11 @@ def curve(out: Path) -> list[dict[str, Any]]:
     return records
 
 
+def written(out: Path) -> list[tuple[str, int]]:
+    """The entries of a folder and when they were last written to."""
+    return sorted((p.name, p.stat().st_mtime_ns) for p in out.iterdir() if p.name != ".lock")
+
+
 def steps_of_checkpoints(out: Path) -> list[int]:
     return sorted(int(p.name[-8:]) for p in (out / "checkpoints").glob("step-*"))
 
@@ -114,7 +119,7 @@ def test_one_process_killed_again_and_again(
     assert f"at step {done}" in output
     assert_same_run(tmp_path, plain_run)
     hidden = {p.name for p in tmp_path.rglob(".*")}
-    assert hidden == {".metadata"}, "a kill left something behind for good"
+    assert hidden == {".metadata", ".lock"}, "a kill left something behind for good"
 
 
 def test_two_processes_under_zero1_killed_twice(
@@ -208,7 +213,7 @@ def test_another_number_of_processes_continues_to_rounding(
 def test_another_run_s_flags_are_refused_and_listed(
     plain_run: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    before = sorted((p.name, p.stat().st_mtime_ns) for p in plain_run.iterdir())
+    before = written(plain_run)
     flags = (*TINY, "--data-dir", tiny_shards, "--output-dir", plain_run)
     status, output = forked(*flags, "--base-lr", 0.5, "--nce-t", 0.2, "--print-freq", 3)
     assert status == 2
@@ -222,7 +227,7 @@ def test_another_run_s_flags_are_refused_and_listed(
     status, output = forked(*flags, "--data-dir", other)
     assert status == 2
     assert f"--data-dir: other pictures in {other} now" in output
-    assert sorted((p.name, p.stat().st_mtime_ns) for p in plain_run.iterdir()) == before
+    assert written(plain_run) == before
 
 
 def test_moved_pictures_are_the_same_pictures(
