@@ -1,6 +1,8 @@
 """Each helper on several processes against what one process would have."""
 
 import os
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,6 +84,38 @@ def errors() -> list[str | None]:
     return found
 
 
+def fail_on_the_last() -> int:
+    if distributed.rank() == distributed.world_size() - 1:
+        raise UserError("a defect of one rank")
+    return distributed.rank()
+
+
+def fail_as_main() -> None:
+    raise UserError("a defect of rank 0")
+
+
+def message(action: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    return str(error.value)
+
+
+def agreement() -> dict[str, Any]:
+    rank = distributed.rank()
+    distributed.require_same("alike", "a value")
+    results = {
+        "agreed": distributed.agree(lambda: 10 * rank),
+        "on_main": distributed.on_main(lambda: f"of rank {distributed.rank()}"),
+        "one_failed": message(lambda: distributed.agree(fail_on_the_last)),
+        "main_failed": message(lambda: distributed.on_main(fail_as_main)),
+    }
+    if distributed.world_size() > 1:
+        # Two values, of which rank 0 and, the first to differ, rank 1 have one each.
+        different = message(lambda: distributed.require_same(str(rank % 2), "a value"))
+        results["different"] = different
+    return results
+
+
 def blocks() -> dict[int, tuple[Tensor, float]]:
     rank, world = distributed.rank(), distributed.world_size()
     results = {}
@@ -110,7 +144,7 @@ def exchange() -> Tensor:
     return pending.wait()
 
 
-WORK = (gathers, averages, sums_and_broadcasts, errors, blocks, exchange)
+WORK = (gathers, averages, sums_and_broadcasts, errors, agreement, blocks, exchange)
 
 
 def everything() -> dict[str, Any]:
@@ -165,10 +199,27 @@ def test_sums_and_broadcasts(ranks: Ranks) -> None:
 
 def test_all_ranks_stop_for_the_reason_of_the_lowest(ranks: Ranks) -> None:
     expected: list[str | None] = []
+    host = socket.gethostname()
     for failing in FAILING:
         known = [r for r in failing if r < len(ranks)]
-        expected.append(f"rank {min(known)} says so" if known else None)
+        # Rank 0 meets what all meet; any other one's error says where it was.
+        place = f"rank {min(known)} on {host}: " if known and min(known) else ""
+        expected.append(f"{place}rank {min(known)} says so" if known else None)
     assert [results["errors"] for results in ranks] == [expected] * len(ranks)
+
+
+def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
+    last, host = len(ranks) - 1, socket.gethostname()
+    place = f"rank {last} on {host}: " if last else ""
+    for rank, results in enumerate(ranks):
+        got = results["agreement"]
+        assert got["agreed"] == 10 * rank
+        assert got["on_main"] == "of rank 0"
+        assert got["one_failed"] == f"{place}a defect of one rank"
+        assert got["main_failed"] == "a defect of rank 0"
+        if last:
+            expected = f"a value differs between rank 0 on {host} and rank 1 on {host}"
+            assert got["different"] == expected
 
 
 def test_one_process_keeps_its_own_error() -> None:
@@ -212,25 +263,28 @@ def test_one_process_needs_no_group() -> None:
     assert means.tolist() == [1, 1]
 
 
+def environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    """Nothing that a launcher sets but these; what is added to it goes with the test."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in launchers and "SLURM" not in k}
+    monkeypatch.setattr(os, "environ", kept | values)
+
+
 def test_slurm_tasks_without_an_address_are_told_what_to_export(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    environment(monkeypatch, SLURM_STEP_ID="0", SLURM_PROCID="1", SLURM_NTASKS="2")
     with pytest.raises(UserError, match="export MASTER_ADDR="):
         distributed.initialize("cpu")
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
     with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
         distributed.initialize("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="local rank 2 has no GPU of its own"):
+    environment(monkeypatch, LOCAL_RANK="2", RANK="6", WORLD_SIZE="8")
+    with pytest.raises(RankError, match=r"rank 6 .*: local rank 2 has no GPU of its own"):
         distributed.initialize("cuda")

@@ -88,13 +88,13 @@ def test_a_damaged_old_checkpoint_does_not_stop_the_run(tmp_path: Path) -> None:
     assert steps(run) == [1, 3]
 
 
-def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
+def test_a_complete_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     run = folder(tmp_path)
     run.prepare()
     save(run, 1)
-    written = (run.checkpoints()[0] / "meta.json").stat().st_mtime_ns
-    save(run, 1)
-    assert (run.checkpoints()[0] / "meta.json").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="earlier checkpoints are untouched"):
+        run.save(1, {"x": torch.tensor(-1.0)}, {"step": 1}, {"step": 1}, keep=False)
+    assert checkpoint.load(run.checkpoints()[0])["x"].item() == 1
 
 
 def test_auto_resumes_from_the_newest_complete_checkpoint(tmp_path: Path) -> None:
