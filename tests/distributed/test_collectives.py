@@ -118,7 +118,7 @@ def agreement() -> dict[str, Any]:
 
 def blocks() -> dict[int, tuple[Tensor, float]]:
     rank, world = distributed.rank(), distributed.world_size()
-    results = {}
+    results: dict[int, tuple[Tensor, float]] = {}
     for size in (1, 2, 4):
         if world == 1 or size > world:
             continue
@@ -201,10 +201,10 @@ def test_all_ranks_stop_for_the_reason_of_the_lowest(ranks: Ranks) -> None:
     expected: list[str | None] = []
     host = socket.gethostname()
     for failing in FAILING:
-        known = [r for r in failing if r < len(ranks)]
+        lowest = min((r for r in failing if r < len(ranks)), default=None)
         # Rank 0 meets what all meet; any other one's error says where it was.
-        place = f"rank {min(known)} on {host}: " if known and min(known) else ""
-        expected.append(f"{place}rank {min(known)} says so" if known else None)
+        place = f"rank {lowest} on {host}: " if lowest else ""
+        expected.append(None if lowest is None else f"{place}rank {lowest} says so")
     assert [results["errors"] for results in ranks] == [expected] * len(ranks)
 
 

@@ -4,6 +4,7 @@ All of them look at real training steps of one process. What more there is to sa
 parts stands in test_queue, test_infonce, test_checkpoint, test_random and distributed/test_shuffle.
 """
 
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -62,9 +63,9 @@ def train(run: Pretraining, steps: int, workers: int = 0) -> None:
             run.step += 1
 
 
-def global_generators() -> tuple[Any, ...]:
-    kind, words, *rest = np.random.get_state()
-    return (bytes(torch.get_rng_state().numpy()), kind, bytes(words.data), *rest, random.getstate())
+def global_generators() -> tuple[bytes, ...]:
+    states = torch.get_rng_state().numpy(), np.random.get_state(), random.getstate()
+    return tuple(pickle.dumps(state) for state in states)
 
 
 def test_a_step_neither_draws_from_nor_reseeds_the_global_generators(
