@@ -137,10 +137,7 @@ def _draw(
 def _draw_loss(axis: Axes, records: list[dict[str, Any]], chance: float | None) -> None:
     axis.set_title("contrastive loss", **_TITLE)
     x, y = _curve(records, "loss")
-    if len(x) > 40:  # single batches are noisy: faint, with their running mean on top
-        axis.plot(x, y, color=_BLUE, alpha=0.25, linewidth=0.9)
-        y = _smoothed(y, max(len(y) // 40, 3))
-    _draw(axis, x, y, _BLUE)
+    _draw_noisy(axis, x, y)
     if chance is None:
         chance = next(iter(_curve(records, "chance_loss")[1]), None)
     if chance is not None and math.isfinite(chance) and x:
@@ -158,6 +155,14 @@ def _draw_loss(axis: Axes, records: list[dict[str, Any]], chance: float | None) 
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
         axis.margins(y=0.15)
+
+
+def _draw_noisy(axis: Axes, x: list[float], y: list[float]) -> None:
+    """Many values: faint, with their running mean on top."""
+    if len(x) > 40:
+        axis.plot(x, y, color=_BLUE, alpha=0.25, linewidth=0.9)
+        y = _smoothed(y, max(len(y) // 40, 3))
+    _draw(axis, x, y, _BLUE)
 
 
 def _smoothed(values: list[float], window: int) -> list[float]:
@@ -196,7 +201,7 @@ def _draw_knn(axis: Axes, records: list[dict[str, Any]]) -> None:
 
 def _draw_speed(axis: Axes, records: list[dict[str, Any]]) -> None:
     axis.set_title("images per second", **_TITLE)
-    _draw(axis, *_curve(records, "images_per_second"), _BLUE)
+    _draw_noisy(axis, *_curve(records, "images_per_second"))
     axis.set_ylim(bottom=0)
     x, waits = _curve(records, "data_wait_fraction")
     if not x:
