@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from math import prod
 from types import TracebackType
@@ -51,6 +52,8 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
     ) -> None:
         """`start_method` of the workers: "fork" where there is one, by default."""
         self._length = len(jobs)  # type: ignore[arg-type]
+        # More decoders than cores is the default on small machines, and does no harm.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         self._loader = DataLoader(
             dataset,
             batch_size=None,
