@@ -6,6 +6,7 @@ little about it, and a network as initialised mostly sees colours and light; two
 picture have the pattern in common, which is what contrastive learning picks up.
 """
 
+import colorsys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,41 +26,36 @@ PERIOD = (0.18, 0.28)
 """Shortest and longest period of a pattern, as part of the picture's side."""
 DIRECTION = 180.0
 """A pattern is turned by up to so many degrees either way."""
-LIGHT = 0.35
-"""Most by which the light changes the brightness from the middle of the cloth to its edges."""
+LIGHT = 0.5
+"""Largest logarithm of how much light and shade change the brightness."""
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 """Weights of R, G and B."""
 
 
-def _smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """A smooth random field: float [size, size], about 0..1."""
-    coarse = Image.fromarray(rng.uniform(0.0, 1.0, (cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+def _colour(rng: np.random.Generator, luminance: float) -> np.ndarray:
+    """Any hue at a luminance in 0..255: float [3] in 0..255."""
+    pure = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.2, 1.0), 1.0)) * 255.0
+    has = float(pure @ LUMINANCE)
+    if luminance <= has:
+        return pure * (luminance / has)
+    return pure + (255.0 - pure) * ((luminance - has) / (255.0 - has))
 
 
 def _dye(rng: np.random.Generator, size: int, luminance: float) -> np.ndarray:
-    """Shimmering colours of one luminance: float [size, size, 3] in 0..255.
-
-    The hue wanders over the picture, so that two crops of it need not have their colours in common.
-    """
-    hue = rng.uniform() + _smooth(rng, size, 3) * rng.uniform(0.3, 1.0)
-    saturation = np.clip(0.35 + 0.5 * _smooth(rng, size, 3), 0.0, 1.0)
-    # HSV to RGB at full value, for all pixels at once.
-    sector = (np.array([5.0, 3.0, 1.0]) + hue[..., None] * 6.0) % 6.0
-    pure = 1.0 - saturation[..., None] * np.clip(np.minimum(sector, 4.0 - sector), 0.0, 1.0)
-    pure *= 255.0
-    has = (pure @ LUMINANCE)[..., None]
-    darker = pure * (luminance / has)
-    lighter = pure + (255.0 - pure) * ((luminance - has) / (255.0 - has + 1e-6))
-    return np.asarray(np.where(luminance <= has, darker, lighter))
+    """A gradient between two colours of the same luminance: float [size, size, 3] in 0..255."""
+    first, second = _colour(rng, luminance), _colour(rng, luminance)
+    angle, reach = rng.uniform(0.0, 2 * np.pi), rng.uniform(0.4, 1.0)
+    axis = np.linspace(-0.5, 0.5, size)
+    along = 0.5 + (axis[None, :] * np.cos(angle) + axis[:, None] * np.sin(angle)) / np.sqrt(2)
+    return np.asarray(first + (second - first) * (reach * along[..., None]))
 
 
 def _light(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Light from one side, factors of the brightness: float [size, size, 1]."""
-    angle, strength = rng.uniform(0.0, 2 * np.pi), rng.uniform(0.0, LIGHT)
-    axis = np.linspace(-1.0, 1.0, size)
-    slope = axis[None, :] * np.cos(angle) + axis[:, None] * np.sin(angle)
-    return np.asarray(1.0 + strength * slope[..., None])
+    """Soft light and shade, factors of the brightness: float [size, size, 1]."""
+    cells = int(rng.integers(2, 5))
+    coarse = Image.fromarray(rng.uniform(-LIGHT, LIGHT, (cells, cells)).astype(np.float32))
+    smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(np.exp(smooth)[..., None])
 
 
 def _print(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -71,7 +67,7 @@ def _print(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
     turn = np.radians(rng.uniform(-DIRECTION, DIRECTION))
     for _ in range(2):
         wave = rng.normal(0.0, 4.0, 2)
-        shift = rng.uniform(0.0, 0.02) * np.sin(wave[0] * x + wave[1] * y + rng.uniform(0, 7))
+        shift = rng.uniform(0.0, 0.015) * np.sin(wave[0] * x + wave[1] * y + rng.uniform(0, 7))
         x, y = x + shift, y + shift * rng.uniform(-1.0, 1.0)
     # Coordinates in periods, from anywhere in the endless pattern.
     u = (x * np.cos(turn) + y * np.sin(turn)) / period + rng.uniform(0.0, 50.0)
@@ -87,10 +83,11 @@ def render(name: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image
     Raises KeyError for an unknown class.
     """
     ink = _print(name, rng, size)
-    ground = rng.uniform(85.0, 105.0)
-    print_ = ground + rng.uniform(65.0, 95.0)  # lighter than the ground: seen without colour too
+    dark = rng.uniform(80.0, 110.0)
+    light = dark + rng.uniform(60.0, 90.0)
+    ground, print_ = (dark, light) if rng.uniform() < 0.5 else (light, dark)
     cloth = _dye(rng, size, ground) * (1.0 - ink) + _dye(rng, size, print_) * ink
-    cloth = cloth * _light(rng, size) + rng.normal(0.0, 5.0, (size, size, 1))
+    cloth = cloth * _light(rng, size) + rng.normal(0.0, 4.0, (size, size, 1))
     return Image.fromarray(np.clip(cloth, 0.0, 255.0).astype(np.uint8))
 
 
