@@ -1,80 +1,55 @@
-"""The demo's own labelled pictures: printed cloth, the class being the pattern of the print.
+"""The demo's own labelled pictures: block prints, the class being the motif that is printed.
 
-Colours, size, place, direction and contrast of the pattern, a slight warp, and the light that falls
-on the cloth are drawn for each picture and do not depend on the class. Raw pixels therefore say
-little about it, and a network as initialised mostly sees colours and light; two crops of one
-picture have the pattern in common, which is what contrastive learning picks up.
+A picture is full of one motif. Where the rows of motifs begin, how each is turned, its size and
+its small shift are drawn for each picture; ink and cloth are the same everywhere. Two crops of a
+picture therefore have the motif in common and nothing else, which is what contrastive learning
+picks up, while raw pixels, which compare place by place, say little about the class.
 """
 
-import colorsys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from moco_scale.demo.patterns import PATTERNS
+from moco_scale.demo.motifs import INK, MOTIFS
 
 SPLITS = ("train", "val")
-CLASSES = tuple(PATTERNS)
+CLASSES = tuple(MOTIFS)
 SIZE = 96
 """Default side of a picture in pixels."""
 SUPERSAMPLING = 2
-PERIOD = (0.18, 0.28)
-"""Shortest and longest period of a pattern, as part of the picture's side."""
-DIRECTION = 180.0
-"""A pattern is turned by up to so many degrees either way."""
-LIGHT = 0.5
-"""Largest logarithm of how much light and shade change the brightness."""
-LUMINANCE = np.array([0.299, 0.587, 0.114])
-"""Weights of R, G and B."""
+ROWS = 4
+"""Rows of motifs in a picture, and motifs in a row."""
+RADIUS = 0.36
+"""Of a motif, as part of the distance of two rows."""
+CLOTH = np.array([52.0, 62.0, 118.0])
+PRINT = np.array([214.0, 206.0, 178.0])
+GRAIN = 6.0
+"""Standard deviation of the noise on each pixel, of 255."""
 
 
-def _colour(rng: np.random.Generator, luminance: float) -> np.ndarray:
-    """Any hue at a luminance in 0..255: float [3] in 0..255."""
-    pure = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.2, 1.0), 1.0)) * 255.0
-    has = float(pure @ LUMINANCE)
-    if luminance <= has:
-        return pure * (luminance / has)
-    return pure + (255.0 - pure) * ((luminance - has) / (255.0 - has))
-
-
-def _dye(rng: np.random.Generator, size: int, luminance: float) -> np.ndarray:
-    """A gradient between two colours of the same luminance: float [size, size, 3] in 0..255."""
-    first, second = _colour(rng, luminance), _colour(rng, luminance)
-    angle, reach = rng.uniform(0.0, 2 * np.pi), rng.uniform(0.4, 1.0)
-    axis = np.linspace(-0.5, 0.5, size)
-    along = 0.5 + (axis[None, :] * np.cos(angle) + axis[:, None] * np.sin(angle)) / np.sqrt(2)
-    return np.asarray(first + (second - first) * (reach * along[..., None]))
-
-
-def _light(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Soft light and shade, factors of the brightness: float [size, size, 1]."""
-    cells = int(rng.integers(2, 5))
-    coarse = Image.fromarray(rng.uniform(-LIGHT, LIGHT, (cells, cells)).astype(np.float32))
-    smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
-    return np.asarray(np.exp(smooth)[..., None])
-
-
-def _print(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Where the ink of a pattern is: float [size, size, 1] in 0..1."""
+def _ink(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Where the print of a motif is: float32 [size, size, 1] in 0..1."""
     side = size * SUPERSAMPLING
-    axis = ((np.arange(side) + 0.5) / side).astype(np.float32)
-    x, y = np.meshgrid(axis, axis)
-    period = np.exp(rng.uniform(*np.log(PERIOD)))
-    turn = np.radians(rng.uniform(-DIRECTION, DIRECTION))
-    for _ in range(2):
-        wave = rng.normal(0.0, 4.0, 2)
-        shift = rng.uniform(0.0, 0.015) * np.sin(wave[0] * x + wave[1] * y + rng.uniform(0, 7))
-        x, y = x + shift, y + shift * rng.uniform(-1.0, 1.0)
-    # Coordinates in periods, from anywhere in the endless pattern.
-    u = (x * np.cos(turn) + y * np.sin(turn)) / period + rng.uniform(0.0, 50.0)
-    v = (y * np.cos(turn) - x * np.sin(turn)) / period + rng.uniform(0.0, 50.0)
-    ink = PATTERNS[name](u, v, rng.uniform(0.4, 0.6))
-    blocks = ink.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING)
-    return np.asarray(blocks.mean(axis=(1, 3))[..., None])
+    image = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(image)
+    pitch = side / ROWS
+    origin = rng.uniform(0.0, 1.0, 2)
+    for row in range(-1, ROWS + 1):
+        for column in range(-1, ROWS + 1):
+            x, y = origin + rng.uniform(-0.12, 0.12, 2)
+            middle = np.array([column + x + 0.5 * (row % 2), row + y]) * pitch
+            turn = rng.uniform(0.0, 2 * np.pi)
+            c, s = np.cos(turn), np.sin(turn)
+            scale = RADIUS * rng.uniform(0.9, 1.1) * pitch
+            for outline, fill in MOTIFS[name]:
+                points = outline @ np.array([[c, s], [-s, c]]) * scale + middle
+                draw.polygon([(float(x), float(y)) for x, y in points], fill=255 * (fill == INK))
+    blocks = np.asarray(image, np.float32).reshape(size, SUPERSAMPLING, size, SUPERSAMPLING)
+    return np.asarray(blocks.mean(axis=(1, 3))[..., None] / 255.0)
 
 
 def render(name: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
@@ -82,13 +57,9 @@ def render(name: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image
 
     Raises KeyError for an unknown class.
     """
-    ink = _print(name, rng, size)
-    dark = rng.uniform(80.0, 110.0)
-    light = dark + rng.uniform(60.0, 90.0)
-    ground, print_ = (dark, light) if rng.uniform() < 0.5 else (light, dark)
-    cloth = _dye(rng, size, ground) * (1.0 - ink) + _dye(rng, size, print_) * ink
-    cloth = cloth * _light(rng, size) + rng.normal(0.0, 4.0, (size, size, 1))
-    return Image.fromarray(np.clip(cloth, 0.0, 255.0).astype(np.uint8))
+    ink = _ink(name, rng, size)
+    picture = CLOTH * (1.0 - ink) + PRINT * ink + rng.normal(0.0, GRAIN, (size, size, 1))
+    return Image.fromarray(np.clip(picture, 0.0, 255.0).astype(np.uint8))
 
 
 def _write(out: Path, seed: int, size: int, item: tuple[int, int, int]) -> None:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_scale.demo.patterns import PATTERNS
-from moco_scale.demo.pictures import CLASSES, render, write_folder
+from moco_scale.demo.pictures import CLASSES, CLOTH, PRINT, render, write_folder
 from moco_scale.evaluation.knn import weighted_knn
 
 
@@ -42,30 +41,22 @@ def test_an_existing_folder_is_not_mixed_with_another_set(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_pattern_has_ink_and_ground_and_repeats(name: str) -> None:
-    axis = np.linspace(0.0, 20.0, 401)
-    u, v = np.meshgrid(axis, axis)
-    thin, bold = (PATTERNS[name](u, v, weight) for weight in (0.0, 1.0))
-    assert thin.shape == u.shape and thin.dtype == bool
-    assert not thin.all() and bold.any()
-    assert 0.15 < PATTERNS[name](u, v, 0.5).mean() < 0.85
-    halves = PATTERNS[name](u, v, 0.5)[:, :200].mean(), PATTERNS[name](u, v, 0.5)[:, 200:].mean()
-    assert abs(halves[0] - halves[1]) < 0.05, "not the same everywhere"
+def test_a_motif_is_seen_everywhere_in_a_picture(name: str) -> None:
+    """In each quarter there is ink, darker than it is not."""
+    gray = np.asarray(render(name, np.random.default_rng(1), 64).convert("L"), dtype=float)
+    middle = (CLOTH.mean() + PRINT.mean()) / 2
+    quarters = [gray[i : i + 32, j : j + 32] > middle for i in (0, 32) for j in (0, 32)]
+    assert all(0.05 < quarter.mean() < 0.7 for quarter in quarters)
 
 
-def test_patterns_differ() -> None:
-    axis = np.linspace(0.0, 8.0, 200)
-    u, v = np.meshgrid(axis, axis)
-    printed = {PATTERNS[name](u, v, 0.5).tobytes() for name in CLASSES}
-    assert len(printed) == len(CLASSES)
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_a_pattern_is_seen_without_colour(name: str) -> None:
-    """Its ink differs in luminance from its ground, not in hue alone."""
-    for seed in range(4):
-        gray = np.asarray(render(name, np.random.default_rng(seed), 32).convert("L"), dtype=float)
-        assert np.percentile(gray, 97) - np.percentile(gray, 3) > 40
+def test_pictures_of_two_classes_differ_in_nothing_but_the_motif() -> None:
+    """The same draws give the same places and turns: what is not ink in either is the same."""
+    first, second = (
+        np.asarray(render(name, np.random.default_rng(2)), dtype=float)
+        for name in ("discs", "stars")
+    )
+    same = (np.abs(first - second) < 1).all(axis=-1)
+    assert 0.6 < same.mean() < 0.95
 
 
 def test_raw_pixels_do_not_give_the_class_away() -> None:
@@ -82,4 +73,4 @@ def test_raw_pixels_do_not_give_the_class_away() -> None:
     mean = bank.mean(dim=0)
     bank, queries = (torch.nn.functional.normalize(x - mean, dim=1) for x in (bank, queries))
     top1 = weighted_knn(bank, bank_labels, queries, labels, len(CLASSES), k=100)["top1"]
-    assert top1 < 20.0  # chance is 10
+    assert top1 < 40.0  # chance is 10; after the demo's training it is near 80
