@@ -25,7 +25,7 @@ from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import BatchPlan, pretraining_loader
 from moco_scale.encoders import build_encoder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SEED, PICTURES, BATCH, SIZE, DIM = 3, 230, 32, 36, 128
@@ -252,13 +252,21 @@ RUNS = [
     (V2, "forked zero1", 4),
     (SYMMETRIC, "forked", 2),
 ]
+QUICK = RUNS[0], RUNS[2], RUNS[6], RUNS[-1]
+"""One of each kind: the others are for `make test-slow`."""
 NAMES = {id(V1): "v1", id(V2): "v2", id(SYMMETRIC): "symmetric"}
 
 
 @pytest.mark.parametrize(
     ("case", "start", "world"),
-    RUNS,
-    ids=[f"{NAMES[id(case)]}-{start}-{world}" for case, start, world in RUNS],
+    [
+        pytest.param(
+            *run,
+            id=f"{NAMES[id(run[0])]}-{run[1]}-{run[2]}",
+            marks=[] if run in QUICK else pytest.mark.slow,
+        )
+        for run in RUNS
+    ],
 )
 def test_training_equals_the_textbook(
     case: Case,
@@ -286,6 +294,7 @@ def test_training_equals_the_textbook(
         assert counters and all(torch.equal(state[n], reference[n]) for n in counters)
 
 
+@pytest.mark.slow
 def test_processes_and_engines_agree(
     actual: Callable[[Case, str, int], Result],
 ) -> None:
