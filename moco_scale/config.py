@@ -23,7 +23,7 @@ from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
 from moco_scale.schedules import SCHEDULES
 from moco_scale.shuffle import MODES
 
-ENGINES = ("ddp", "deepspeed")
+ENGINES = ("ddp", "fsdp", "deepspeed")
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -144,7 +144,7 @@ class RunConfig:
     precision: str = _option(
         "",
         "of the encoders' arithmetic (default: the DeepSpeed file's, else fp32)",
-        choices=("fp32", "bf16"),
+        choices=("fp32", "bf16", "fp16"),
     )
     device: str = _option("auto", "where to compute", choices=("auto", "cuda", "cpu"))
     num_workers: int = _option(4, "decoding processes for each training process")
@@ -216,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--amp-opt-level",
         choices=("O0", "O1", "O2", "O3"),
-        help="older name of --precision: O0 is fp32",
+        help="older name of --precision: O0 is fp32, the others fp16",
     )
     for section, cls in _SECTIONS.items():
         group = parser.add_argument_group(section)
@@ -264,14 +264,12 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 
 def _precision_of_amp(level: str, precision: str | None) -> str:
-    if level != "O0":
+    means = "fp32" if level == "O0" else "fp16"
+    if precision not in (None, means):
         raise UserError(
-            f"--amp-opt-level {level} means fp16, which this version does not train in; "
-            "use --precision bf16 (same speed on GPUs since Ampere, no loss scaling)"
+            f"--amp-opt-level {level} means {means} but --precision is {precision}; drop one"
         )
-    if precision not in (None, "fp32"):
-        raise UserError(f"--amp-opt-level O0 means fp32 but --precision is {precision}; drop one")
-    return "fp32"
+    return means
 
 
 def build(recipe: str, given: dict[str, Any]) -> Config:
@@ -381,8 +379,10 @@ def _check(config: Config) -> None:
         )
     if run.engine == "deepspeed" and not run.deepspeed:
         raise UserError("--engine deepspeed needs --deepspeed FILE, such as ds_configs/zero1.json")
-    if run.engine == "ddp" and run.deepspeed:
-        raise UserError(f"--engine ddp contradicts --deepspeed {run.deepspeed}; drop one of them")
+    if run.engine != "deepspeed" and run.deepspeed:
+        raise UserError(
+            f"--engine {run.engine} contradicts --deepspeed {run.deepspeed}; drop one of them"
+        )
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

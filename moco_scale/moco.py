@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import torch
@@ -17,7 +18,11 @@ class MoCo(nn.Module):
     Attributes:
         query: trained by the optimizer.
         key: follows the query by an exponential moving average; never has a gradient.
+        compute_dtype: what the encoders compute in, by autocast; None: in their own fp32. The
+            casts are made in here, so that they are the same under every engine.
     """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, query: Encoder) -> None:
         super().__init__()
@@ -27,12 +32,21 @@ class MoCo(nn.Module):
 
     def forward(self, *views: Tensor) -> list[Tensor]:
         """Queries of each view: each [B, 3, S, S] -> fp32 unit rows [B, dim]."""
-        return [normalize(self.query(view)) for view in views]
+        with self._autocast(views[0].device.type):
+            features = [self.query(view) for view in views]
+        return [normalize(feature) for feature in features]
 
     @torch.no_grad()
     def keys(self, view: Tensor) -> Tensor:
         """Keys of a view: [B, 3, S, S] -> fp32 unit rows [B, dim]."""
-        return normalize(self.key(view))
+        with self._autocast(view.device.type):
+            feature = self.key(view)
+        return normalize(feature)
+
+    def _autocast(self, device: str) -> contextlib.AbstractContextManager[object]:
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device, dtype=self.compute_dtype)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The query's parameters that require gradients, by their names in this module."""

@@ -166,9 +166,9 @@ class Monitor:
     def _knn(self) -> float:
         """kNN top-1 in percent of the query encoder's projected output; all ranks call it."""
         assert self._evaluation is not None
-        query = self.run.engine.moco.query
-        distributed.average_(list(query.buffers()))  # see Pretraining.save
-        return self._evaluation.measure(query)["top1"]
+        # See Pretraining.save.
+        distributed.average_(list(self.run.engine.moco.query.buffers()))
+        return self._evaluation.measure(self.run.engine.query_encoder())["top1"]
 
     def restart_clock(self) -> None:
         """Do not count what is not training."""
@@ -199,7 +199,7 @@ class Monitor:
         before = run.initial_encoder().to(run.device)
         pictures.neighbours_sheet(
             chosen_output(before, "features"),
-            chosen_output(run.engine.moco.query, "features"),
+            chosen_output(run.engine.query_encoder(), "features"),
             config.data.data_dir,
             out / "neighbours.png",
             image_size=config.data.image_size,

@@ -69,6 +69,8 @@ class Pretraining:
         self.engine = make_engine(config, moco, self.device)
         if saved:
             self.engine.load_optimizer_state(_part(saved, "optimizer."))
+            if self.engine.loss_scale is not None and "loss_scale.state" in saved:
+                self.engine.loss_scale.load(saved["loss_scale.state"])
         self.shuffle = ShuffleBN(config.optim.batch_size, seed, config.contrast.shuffle_bn)
         self.augmentation = dataclasses.replace(
             AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
@@ -204,9 +206,12 @@ class Pretraining:
         # process would have. In place, so that a resumed run goes on from the same numbers.
         distributed.average_(list(moco.buffers()))
         epoch = self.step // self.plan.steps_per_epoch
-        tensors = {f"model.{name}": t for name, t in moco.state_dict().items()}
+        state = self.engine.model_state()
+        tensors = {f"model.{name}": t for name, t in state.items()}
         tensors |= {f"optimizer.{n}": t for n, t in self.engine.optimizer_state().items()}
         tensors |= {f"queue.{name}": t for name, t in self.queue.state_dict().items()}
+        if self.engine.loss_scale is not None:
+            tensors["loss_scale.state"] = self.engine.loss_scale.state()
         tensors["meters.sums"] = self.meters.globalize()
         if not tensors["meters.sums"].isfinite().all():
             raise self.folder.not_finite(self.step)
@@ -220,9 +225,9 @@ class Pretraining:
         model: dict[str, Any] = {}
         if distributed.is_main():
             model = {"opt": self.config.flat(), "epoch": epoch, "step": self.step}
-            for name, encoder in (("model", moco.query), ("model_ema", moco.key)):
+            for name, prefix in (("model", "query."), ("model_ema", "key.")):
                 # On the CPU, so that torch.load needs no GPU.
-                model[name] = {k: t.cpu() for k, t in encoder.state_dict().items()}
+                model[name] = {k: t.cpu() for k, t in _part(state, prefix).items()}
         keep = bool(every) and epoch_done and epoch % every == 0
         self.folder.save(self.step, tensors, meta, model, keep)
 

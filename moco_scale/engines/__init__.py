@@ -23,9 +23,9 @@ def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
     optimizer = SGDSettings(config.optim.momentum, config.optim.weight_decay)
     if config.run.engine == "deepspeed":
         # Imported late: it takes seconds, and the other engines work without it.
-        from moco_scale.engines.deepspeed import DeepSpeedEngine
+        from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
 
-        configuration = read_configuration(
+        configuration, scaling = read_configuration(
             config.run.deepspeed,
             batch_size=config.optim.batch_size,
             world=distributed.world_size(),
@@ -34,7 +34,13 @@ def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
             # Two communicators at work at once, DeepSpeed's and a BatchNorm group's, can deadlock.
             overlap=device.type == "cuda" and not spans_ranks(moco),
         )
-        return DeepSpeedEngine(moco, optimizer, config.run.precision, device, configuration)
+        stage = configuration["zero_optimization"]["stage"]
+        kind = ShardedDeepSpeedEngine if stage == 3 else DeepSpeedEngine
+        return kind(moco, optimizer, config.run.precision, device, configuration, scaling)
+    if config.run.engine == "fsdp":
+        from moco_scale.engines.fsdp import FSDPEngine
+
+        return FSDPEngine(moco, optimizer, config.run.precision, device)
     from moco_scale.engines.ddp import DDPEngine
 
     return DDPEngine(moco, optimizer, config.run.precision, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moco_scale.encoders import Encoder
+from moco_scale.loss_scale import LossScale, LossScaling
 from moco_scale.moco import MoCo, momentum_update
 
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,24 @@ class Engine(ABC):
 
     The initial or resumed weights are already in the module when an engine is made. Gradients
     are averaged over the ranks. Weights and key encoder are stored in fp32; ``precision`` only
-    decides what the encoders compute in.
+    decides what the encoders compute in, and with fp16 the loss is scaled.
 
     Attributes:
-        moco: the module itself, unwrapped.
+        moco: the module itself; where an engine shards, its parameters are shards.
         device: where it lies.
+        loss_scale: with fp16, else None.
     """
 
-    def __init__(self, moco: MoCo, precision: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        moco: MoCo,
+        precision: str,
+        device: torch.device,
+        scaling: LossScaling | None = None,
+    ) -> None:
         self.moco, self.device = moco, device
-        self.compute_dtype = PRECISIONS[precision]
-        # Built once: the tensors stay the same objects for the whole run.
-        self._query_weights, self._key_weights = moco.parameter_pairs()
+        moco.compute_dtype = PRECISIONS[precision]
+        self.loss_scale = LossScale(scaling or LossScaling()) if precision == "fp16" else None
 
     @abstractmethod
     def query(self, *views: Tensor) -> list[Tensor]:
@@ -47,8 +58,7 @@ class Engine(ABC):
 
     def key(self, view: Tensor) -> Tensor:
         """Keys of a view, without gradient: fp32 unit rows [B, dim]."""
-        with self.autocast():
-            return self.moco.keys(view)
+        return self.moco.keys(view)
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -60,7 +70,20 @@ class Engine(ABC):
 
     def ema(self, momentum: float) -> None:
         """Move the key encoder towards the query: fp32, this rank's own storage, no messages."""
-        momentum_update(self._key_weights, [w.detach() for w in self._query_weights], momentum)
+        query, key = self._local_pairs()
+        momentum_update(key, query, momentum)
+
+    @abstractmethod
+    def _local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's own storage of the query's parameters and, in the same order, the key's."""
+
+    @abstractmethod
+    def model_state(self) -> dict[str, Tensor]:
+        """Full fp32 state of both encoders on every rank, by name in MoCo; all ranks call it."""
+
+    @abstractmethod
+    def query_encoder(self) -> Encoder:
+        """The query encoder, whole, for evaluation on each rank alone; all ranks call it."""
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -70,11 +93,24 @@ class Engine(ABC):
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`optimizer_state` of any engine gave."""
 
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """The context in which the encoders compute."""
-        if self.compute_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+class Replicated:
+    """Mixin of engines under which every rank holds both encoders whole."""
+
+    moco: MoCo
+    _pairs: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def _local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        if self._pairs is None:  # once: the tensors stay the same objects for the whole run
+            query, key = self.moco.parameter_pairs()
+            self._pairs = [w.detach() for w in query], key
+        return self._pairs
+
+    def model_state(self) -> dict[str, Tensor]:
+        return self.moco.state_dict()
+
+    def query_encoder(self) -> Encoder:
+        return self.moco.query
 
 
 MOMENTUM = "momentum_buffer"
@@ -101,3 +137,23 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p][MOMENTUM] = torch.zeros_like(p)
+
+
+def scaled_sgd_step(
+    optimizer: torch.optim.Optimizer,
+    gradients: list[Tensor],
+    learning_rate: float,
+    loss_scale: LossScale | None,
+) -> bool:
+    """Step and clear an optimizer; False: left out, because scaled gradients were not finite.
+
+    gradients: this rank's own storage of them.
+    """
+    applied = loss_scale is None or loss_scale.unscale(gradients)
+    if applied:
+        set_learning_rate(optimizer, learning_rate)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if loss_scale is not None:
+        loss_scale.update(applied)
+    return applied

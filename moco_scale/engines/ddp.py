@@ -13,15 +13,16 @@ from moco_scale import distributed
 from moco_scale.engines.base import (
     MOMENTUM,
     Engine,
+    Replicated,
     SGDSettings,
     make_sgd,
-    set_learning_rate,
+    scaled_sgd_step,
     zero_momentum,
 )
 from moco_scale.moco import MoCo
 
 
-class DDPEngine(Engine):
+class DDPEngine(Replicated, Engine):
     """Replicated weights, gradients averaged while backward runs."""
 
     def __init__(
@@ -47,17 +48,14 @@ class DDPEngine(Engine):
                 )
 
     def query(self, *views: Tensor) -> list[Tensor]:
-        with self.autocast():
-            return self._wrapped(*views)
+        return self._wrapped(*views)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def step(self, learning_rate: float) -> bool:
-        set_learning_rate(self._optimizer, learning_rate)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return True
+        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+        return scaled_sgd_step(self._optimizer, gradients, learning_rate, self.loss_scale)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         return {

@@ -1,7 +1,8 @@
-"""DeepSpeed, ZeRO stages 0 and 1."""
+"""DeepSpeed, ZeRO stages 0 to 3."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Mapping
@@ -10,19 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
     Engine,
+    Replicated,
     SGDSettings,
     make_sgd,
+    scaled_sgd_step,
     set_learning_rate,
     zero_momentum,
 )
+from moco_scale.loss_scale import LossScaling
 from moco_scale.moco import MoCo
 
 
-class DeepSpeedEngine(Engine):
-    """Weights replicated, optimizer state replicated (stage 0) or sharded over ranks (stage 1)."""
+class DeepSpeedEngine(Replicated, Engine):
+    """Weights replicated; sharded over the ranks are optimizer state (1) and gradients (2).
+
+    DeepSpeed itself computes in fp32: casts are MoCo's own, and the loss scale is ours, handed to
+    its optimizer before each step (its own for torch_autocast never falls after an overflow).
+    """
 
     def __init__(
         self,
@@ -31,8 +40,9 @@ class DeepSpeedEngine(Engine):
         precision: str,
         device: torch.device,
         configuration: dict[str, Any],
+        scaling: LossScaling | None = None,
     ) -> None:
-        super().__init__(moco, precision, device)
+        super().__init__(moco, precision, device, scaling)
         deepspeed = _import_deepspeed()
         self._trained = moco.trained_parameters()
         self._stage = configuration["zero_optimization"]["stage"]
@@ -43,21 +53,35 @@ class DeepSpeedEngine(Engine):
             model=moco, optimizer=sgd, config=configuration, dist_init_required=False
         )
         if self._stage > 0:
-            # The optimizer now holds one flat fp32 partition per group; without a state there
-            # is nothing that a parameter's fragment could be looked up in.
-            zero_momentum(self._optimizer.optimizer)
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+            self._create_momentum()
+
+    def _create_momentum(self) -> None:
+        # The optimizer now holds one flat fp32 partition per group; without a state there is
+        # nothing that a parameter's fragment could be looked up in.
+        zero_momentum(self._optimizer.optimizer)
+        self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def query(self, *views: Tensor) -> list[Tensor]:
-        return self._engine(*views)  # applies torch_autocast itself
+        return self._engine(*views)
 
     def backward(self, loss: Tensor) -> None:
+        if self.loss_scale is not None:
+            if self._stage == 0:
+                loss = loss * self.loss_scale.value
+            else:
+                self._optimizer.loss_scale = self.loss_scale.value  # multiplies and divides
         self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> bool:
+        if self._stage == 0 and self.loss_scale is not None:
+            gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+            return scaled_sgd_step(self._optimizer, gradients, learning_rate, self.loss_scale)
         set_learning_rate(self._optimizer, learning_rate)
         self._engine.step()
-        return bool(self._engine.was_step_applied())
+        applied = bool(self._engine.was_step_applied())
+        if self.loss_scale is not None:
+            self.loss_scale.update(applied)
+        return applied
 
     def optimizer_state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -80,6 +104,49 @@ class DeepSpeedEngine(Engine):
                 self._optimizer.state[p][MOMENTUM].copy_(value)
             else:
                 safe_set_full_optimizer_state(p, value, MOMENTUM)
+
+
+class ShardedDeepSpeedEngine(DeepSpeedEngine):
+    """ZeRO stage 3: weights, gradients, optimizer state and key encoder sharded over the ranks."""
+
+    def __init__(
+        self,
+        moco: MoCo,
+        optimizer: SGDSettings,
+        precision: str,
+        device: torch.device,
+        configuration: dict[str, Any],
+        scaling: LossScaling | None = None,
+    ) -> None:
+        self._whole = copy.deepcopy(moco.query).to("meta")
+        super().__init__(moco, optimizer, precision, device, configuration, scaling)
+
+    def _create_momentum(self) -> None:
+        for flat in self._optimizer.fp32_partitioned_groups_flat:
+            self._optimizer.optimizer.state[flat][MOMENTUM] = torch.zeros_like(flat)
+
+    def _local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        query, key = self.moco.parameter_pairs()
+        # Looked up each time: a step gives the shards other storage.
+        return [p.ds_tensor.detach() for p in query], [p.ds_tensor for p in key]  # type: ignore[attr-defined]
+
+    def model_state(self) -> dict[str, Tensor]:
+        state = {name: _gathered(p).cpu() for name, p in self.moco.named_parameters()}
+        return state | dict(self.moco.named_buffers())
+
+    def query_encoder(self) -> Encoder:
+        query = self.moco.query
+        encoder = copy.deepcopy(self._whole).to_empty(device=self.device)
+        weights = {name: _gathered(p) for name, p in query.named_parameters()}
+        encoder.load_state_dict(weights | dict(query.named_buffers()))
+        return encoder.train(query.training)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    from deepspeed import zero
+
+    with zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def _import_deepspeed() -> Any:

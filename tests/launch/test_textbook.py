@@ -171,10 +171,12 @@ def actual(
     @functools.cache
     def run(case: Case, start: str, world: int) -> Result:
         out = tmp_path_factory.mktemp("run") / "out"
-        launcher, _, stage = start.partition(" zero")
+        launcher, _, engine = start.partition(" ")
         flags = [*case.command_line(), "--data-dir", shards, "--output-dir", out]
-        if stage:
-            flags += ["--deepspeed", f"ds_configs/zero{stage}.json"]
+        if engine.startswith("zero"):
+            flags += ["--deepspeed", f"ds_configs/{engine}.json"]
+        elif engine:
+            flags += ["--engine", engine]
         if launcher == "forked":
             status, output = forked(*flags, ranks=world)
         else:
@@ -247,6 +249,9 @@ RUNS = [
     (V1, "deepspeed zero0", 2),
     (V1, "deepspeed zero1", 2),
     *((V1, "forked zero1", world) for world in (1, 4)),
+    (V1, "forked zero2", 2),
+    *((V1, "forked zero3", world) for world in (1, 2, 4)),
+    *((V1, "forked fsdp", world) for world in (1, 2, 4)),
     (V2, "forked", 1),
     (V2, "forked zero1", 2),
     (V2, "forked zero1", 4),
@@ -300,7 +305,7 @@ def test_processes_and_engines_agree(
 ) -> None:
     """The queue after 20 steps, whichever way it was filled."""
     runs = [actual(*run) for run in RUNS if run[0] is V1]
-    assert len(runs) == 9
+    assert len(runs) == 16
     for one, other in itertools.pairwise(runs):
         assert one.pointer == other.pointer == STEPS * BATCH % V1.queue
         assert (one.queue * other.queue).sum(1).min() > 1 - 1e-5

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
 
 from moco_scale import config as module
 from moco_scale.config import Config, build, differences, make_parser, parse
@@ -145,7 +146,7 @@ FLAGS = {
     "--resume": "none",
     "--output-dir": "o",
     "--rng-seed": "4",
-    "--amp-opt-level": "O0",
+    "--amp-opt-level": "O1",
     "--recipe": "v2",
     "--batch-size": "512",
     "--engine": "ddp",
@@ -161,7 +162,7 @@ def test_a_flag_that_users_rely_on_exists_and_does_something(flag: str) -> None:
     text = FLAGS[flag]
     config = parse([flag, text])
     if flag == "--amp-opt-level":
-        assert config.run.precision == "fp32"
+        assert config.run.precision == "fp16"
         return
     name = flag.removeprefix("--").replace("-", "_")
     got = config.flat()["base_lr" if name == "base_learning_rate" else name]
@@ -264,9 +265,6 @@ BAD = [
     "--checkpoint-freq -1",
     "--max-steps -1",
     "--rng-seed -1",
-    "--amp-opt-level O1",
-    "--amp-opt-level O2",
-    "--amp-opt-level O3",
     "--engine deepspeed",
 ]
 
@@ -278,6 +276,24 @@ def test_a_value_that_cannot_work_is_an_error_with_the_flags_name(line: str) -> 
         parse([f"{flag}={value}"])
     assert flag in str(error.value)
     assert value in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--amp-opt-level O0 --precision fp16",
+        "--amp-opt-level O1 --precision fp32",
+        "--amp-opt-level O2 --precision bf16",
+        "--engine fsdp --deepspeed ds_configs/zero1.json",
+        "--engine ddp --deepspeed ds_configs/zero1.json",
+    ],
+)
+def test_two_flags_that_contradict_are_both_named(line: str) -> None:
+    first, value, second, other = line.split()
+    with pytest.raises(UserError) as error:
+        parse([first, value, second, str(REPOSITORY / other) if "/" in other else other])
+    assert f"{first} {value}" in str(error.value)
+    assert second in str(error.value) and other in str(error.value)
 
 
 UNREADABLE = [

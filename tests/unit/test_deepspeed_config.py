@@ -9,6 +9,7 @@ import pytest
 from moco_scale.config import parse
 from moco_scale.deepspeed_config import read_configuration, requested_precision
 from moco_scale.errors import UserError
+from moco_scale.loss_scale import LossScaling
 
 
 def write(folder: Path, content: Any) -> str:
@@ -33,15 +34,21 @@ def read(
         precision=precision,
         parameters=parameters,
         overlap=overlap,
-    )
+    )[0]
+
+
+def scaling(path: str) -> LossScaling:
+    return read_configuration(
+        path, batch_size=256, world=8, precision="fp16", parameters=1000, overlap=True
+    )[1]
 
 
 def leaves(value: Any) -> list[Any]:
     return [x for v in value.values() for x in leaves(v)] if isinstance(value, dict) else [value]
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_shipped_files_fit_every_run(repository: Path, stage: int, precision: str) -> None:
     path = str(repository / "ds_configs" / f"zero{stage}.json")
     got = read(path, precision=precision)
@@ -52,12 +59,13 @@ def test_the_shipped_files_fit_every_run(repository: Path, stage: int, precision
     assert got["gradient_clipping"] == 0.0  # DeepSpeed's own default would clip at 1
     assert got["zero_allow_untested_optimizer"] is True
     assert got["zero_optimization"]["stage"] == stage
-    assert got["torch_autocast"] == {
-        "enabled": precision == "bf16",
-        "dtype": "bfloat16",
-        "lower_precision_safe_modules": [],  # or gradients would be summed in bf16
-    }
-    assert "bf16" not in got and "fp16" not in got  # they would round the weights themselves
+    # They would round the weights themselves, or sum gradients in half precision.
+    assert not {"bf16", "fp16", "torch_autocast"} & got.keys()
+    if stage in (1, 2):
+        # A step with a gradient that is not finite is left out where the loss is scaled only.
+        assert got["zero_optimization"]["compute_grad_norm"] is (precision == "fp16")
+    if stage == 3:
+        assert got["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
 def test_an_empty_file_is_filled_in_too(tmp_path: Path) -> None:
@@ -103,6 +111,9 @@ def test_values_that_agree_and_unknown_sections_pass_through(tmp_path: Path) -> 
         ({"bf16": {"enabled": "auto"}}, "fp32"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "bf16"),
         ({"torch_autocast": {"enabled": "auto"}}, "fp32"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "fp16"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": False}}, "fp16"),
     ],
 )
 def test_a_file_may_choose_the_precision(
@@ -110,7 +121,17 @@ def test_a_file_may_choose_the_precision(
 ) -> None:
     path = write(tmp_path, section)
     assert requested_precision(path) == precision
-    assert read(path, precision=precision)["torch_autocast"]["enabled"] is (precision == "bf16")
+    assert not section.keys() & read(path, precision=precision).keys()
+
+
+def test_an_fp16_section_sets_the_loss_scale(tmp_path: Path) -> None:
+    usual = LossScaling(initial=65536.0, window=2000, minimum=1.0)
+    assert scaling(write(tmp_path, {})) == usual
+    auto = {"enabled": True, "loss_scale": 0, "initial_scale_power": "auto", "hysteresis": 2}
+    assert scaling(write(tmp_path, {"fp16": auto})) == usual
+    section = {"initial_scale_power": 8, "loss_scale_window": 100, "min_loss_scale": 0.5}
+    path = write(tmp_path, {"fp16": {"enabled": "auto", **section}})
+    assert scaling(path) == LossScaling(initial=256.0, window=100, minimum=0.5)
 
 
 # What the file says, the precision of the flags, and what the message must name.
@@ -164,7 +185,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         "bf16",
         ("torch_autocast.dtype 'float16'", "--precision bf16"),
     ),
-    ({"zero_optimization": {"stage": 2}}, "fp32", ("zero_optimization.stage 2", "0, 1")),
+    ({"zero_optimization": {"stage": 4}}, "fp32", ("zero_optimization.stage 4", "0, 1, 2, 3")),
+    (
+        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100000}},
+        "fp32",
+        ("stage3_param_persistence_threshold 100000", "set it to 0"),
+    ),
+    ({"fp16": {"enabled": False}}, "fp16", ("fp16 is disabled", "--precision fp32")),
+    ({"fp16": {"enabled": True, "loss_scale": 128}}, "fp16", ("loss_scale 128", "set it to 0")),
+    ({"fp16": {"initial_scale_power": "big"}}, "fp16", ("initial_scale_power 'big'",)),
+    ({"fp16": {"loss_scale_window": -1}}, "fp16", ("loss_scale_window -1",)),
     (
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         "fp32",

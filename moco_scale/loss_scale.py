@@ -1,0 +1,78 @@
+"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018, Mixed Precision Training, section 3.2).
+
+Gradients of a small loss underflow in fp16. The loss is therefore multiplied by a scale and the
+gradients are divided by it; a step whose gradients are not finite is left out, and the scale is
+lowered. The same rule under every engine, in plain numbers that a checkpoint can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moco_scale import distributed
+
+
+@dataclass(frozen=True)
+class LossScaling:
+    """How the scale starts and moves; DeepSpeed's and torch's usual values.
+
+    Attributes:
+        initial: scale of the first step.
+        window: finite steps in a row after which it doubles.
+        minimum: it is never lowered below this.
+    """
+
+    initial: float = 2.0**16
+    window: int = 2000
+    minimum: float = 1.0
+
+
+class LossScale:
+    """The scale of a run.
+
+    Attributes:
+        value: what the next loss is multiplied by.
+        skipped: steps left out since the run or its last resume began.
+    """
+
+    def __init__(self, settings: LossScaling) -> None:
+        self.settings = settings
+        self.value = settings.initial
+        self.skipped = 0
+        self._finite_steps = 0
+
+    def unscale(self, gradients: Sequence[Tensor]) -> bool:
+        """Divide gradients by the scale, in place. False: some rank's are not finite.
+
+        `gradients` are this rank's own storage, whole or shards. All ranks call it and get the
+        same answer.
+        """
+        torch._foreach_mul_(list(gradients), 1.0 / self.value)
+        # The largest magnitude is inf or nan when any element is; a sum might overflow by itself.
+        zero = torch.zeros((), device=distributed.device())  # a rank may hold no element at all
+        largest = torch.stack([zero, *(g.abs().max() for g in gradients if g.numel())])
+        bad = (~largest.isfinite().all()).float()
+        return distributed.sum_(bad).item() == 0
+
+    def update(self, applied: bool) -> None:
+        """After a step: lower the scale if it was left out, raise it after a while if not."""
+        if not applied:
+            self.value = max(self.value / 2, self.settings.minimum)
+            self.skipped += 1
+            self._finite_steps = 0
+            return
+        self._finite_steps += 1
+        if self._finite_steps == self.settings.window:
+            self.value *= 2
+            self._finite_steps = 0
+
+    def state(self) -> Tensor:
+        """float64 [2]: the scale, and finite steps since it last moved."""
+        return torch.tensor([self.value, self._finite_steps], dtype=torch.float64)
+
+    def load(self, state: Tensor) -> None:
+        self.value, self._finite_steps = float(state[0]), int(state[1])

@@ -1,0 +1,237 @@
+"""Every engine does the same steps as plain PyTorch in one process, in every precision."""
+
+import json
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from moco_scale import distributed
+from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
+from moco_scale.encoders import Encoder
+from moco_scale.engines.base import Engine, SGDSettings
+from moco_scale.infonce import infonce
+from moco_scale.loss_scale import LossScale, LossScaling
+from moco_scale.moco import MoCo
+
+pytestmark = pytest.mark.timeout(600)
+
+ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+BATCH, SIZE, DIM, GROUP = 8, 12, 16, 4
+RATE, MOMENTUM, ALPHA = 0.05, 0.9, 0.9
+
+
+def small_encoder() -> Encoder:
+    """A stem and two residual blocks: what a ResNet has, small enough for emulated half floats."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        stem = (nn.Conv2d(3, 8, 3, stride=2, bias=False), GroupedBatchNorm2d(8), nn.ReLU())
+        blocks = [BasicBlock(8, 8, norm_layer=GroupedBatchNorm2d) for _ in range(2)]
+        backbone = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return Encoder(backbone, nn.Linear(8, DIM), 8)
+
+
+def engine_around(kind: str, moco: MoCo, precision: str, scaling: LossScaling | None) -> Engine:
+    device, settings = torch.device("cpu"), SGDSettings(MOMENTUM, 1e-4)
+    if kind.startswith("zero"):
+        from moco_scale.deepspeed_config import read_configuration
+        from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
+
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump({"zero_optimization": {"stage": int(kind[4:])}}, file)
+            file.flush()
+            configuration, _ = read_configuration(
+                file.name,
+                batch_size=BATCH,
+                world=distributed.world_size(),
+                precision=precision,
+                parameters=sum(p.numel() for p in moco.query.parameters()),
+                overlap=False,
+            )
+        made = ShardedDeepSpeedEngine if kind == "zero3" else DeepSpeedEngine
+        return made(moco, settings, precision, device, configuration, scaling)
+    from moco_scale.engines.ddp import DDPEngine
+    from moco_scale.engines.fsdp import FSDPEngine
+
+    engine = (DDPEngine if kind == "ddp" else FSDPEngine)(moco, settings, precision, device)
+    if scaling is not None:
+        engine.loss_scale = LossScale(scaling)
+    return engine
+
+
+def cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+def train(
+    kind: str, precision: str, steps: int, scaling: LossScaling | None = None
+) -> dict[str, Any]:
+    """Some steps on random pictures: losses, which steps were made, final state."""
+    moco = MoCo(small_encoder())
+    before = cloned(moco.state_dict())
+    set_groups(moco, GROUP, BATCH)
+    engine = engine_around(kind, moco, precision, scaling)
+    generator = torch.Generator().manual_seed(1)
+    queue = nn.functional.normalize(torch.randn(40, DIM, generator=generator), dim=1)
+    mine = slice(
+        distributed.rank() * BATCH // distributed.world_size(),
+        (distributed.rank() + 1) * BATCH // distributed.world_size(),
+    )
+    result: dict[str, Any] = {"losses": [], "applied": [], "scales": [], "frozen": []}
+    engine.moco.train()
+    for _ in range(steps):
+        views = torch.randn(2, BATCH, 3, SIZE, SIZE, generator=generator)[:, mine]
+        (query,) = engine.query(views[0])
+        loss = infonce(query, engine.key(views[1]), queue, 0.2).loss.mean()
+        if engine.loss_scale is not None:
+            result["scales"].append(engine.loss_scale.value)
+        engine.backward(loss)
+        applied = engine.step(RATE)
+        if applied:
+            engine.ema(ALPHA)
+        else:
+            state = engine.model_state()
+            result["frozen"].append(
+                all(
+                    torch.equal(state[n], t)
+                    for n, t in before.items()
+                    if "running" not in n and "num_batches" not in n
+                )
+                and not any(t.any() for t in engine.optimizer_state().values())
+            )
+        result["losses"].append(float(loss))
+        result["applied"].append(applied)
+    distributed.average_(list(moco.buffers()))
+    result["state"] = cloned(engine.model_state())
+    result["momenta"] = cloned(engine.optimizer_state())
+    whole = engine.query_encoder().eval()
+    result["evaluated"] = whole(torch.ones(2, 3, SIZE, SIZE)).detach()
+    result["before"] = before
+    return result
+
+
+def movement(got: dict[str, Any], wanted: dict[str, Any], prefix: str) -> float:
+    """Relative error of how the weights moved, all of an encoder's together."""
+    error = length = 0.0
+    for name, before in wanted["before"].items():
+        if name.startswith(prefix) and "running" not in name and "num_batches" not in name:
+            moved = wanted["state"][name].double() - before
+            error += (got["state"][name].double() - wanted["state"][name]).square().sum().item()
+            length += moved.square().sum().item()
+    return (error / length) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    (result,) = run_ranks(train, 1, "ddp", "fp32", 5)
+    return result
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", ENGINES)
+def test_fp32_equals_one_process(reference: dict[str, Any], kind: str, world: int) -> None:
+    results = run_ranks(train, world, kind, "fp32", 5)
+    losses = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
+    assert losses.tolist() == pytest.approx(reference["losses"], rel=1e-4)
+    for got in results:
+        assert got["state"].keys() == reference["state"].keys()
+        assert got["momenta"].keys() == reference["momenta"].keys()
+        assert movement(got, reference, "query.") < 1e-3
+        assert movement(got, reference, "key.") < 1e-3
+        torch.testing.assert_close(got["evaluated"], reference["evaluated"], rtol=1e-3, atol=1e-4)
+    for got in results[1:]:
+        assert all(torch.equal(t, got["state"][n]) for n, t in results[0]["state"].items())
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_fp16_leaves_out_what_overflows_and_goes_on(reference: dict[str, Any], kind: str) -> None:
+    """A scale far too large: it falls step by step, nothing moves until gradients are finite."""
+    results = run_ranks(train, 2, kind, "fp16", 9, LossScaling(initial=2.0**24, window=3))
+    for got in results:
+        skipped = got["applied"].index(True)
+        assert 0 < skipped < 9, got["scales"]
+        assert got["frozen"] == [True] * got["applied"].count(False)
+        halvings = [2.0 ** (24 - i) for i in range(skipped + 1)]
+        assert got["scales"][: skipped + 1] == halvings
+        assert got["applied"] == results[0]["applied"]
+        assert all(t.dtype == torch.float32 for t in got["momenta"].values())
+        assert all(t.isfinite().all() for t in got["state"].values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ENGINES)
+def test_half_precision_differs_by_its_rounding_alone(
+    reference: dict[str, Any], kind: str, precision: str
+) -> None:
+    results = run_ranks(train, 2, kind, precision, 5)
+    losses = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
+    # A unit in the last place is 2^-8 in bf16 and 2^-11 in fp16; queries pass about 20 layers,
+    # whose errors add like a random walk, and a logit divides by T = 0.2.
+    bound = {"bf16": 2.0**-8, "fp16": 2.0**-11}[precision] * 20**0.5 / 0.2
+    assert losses.tolist() == pytest.approx(reference["losses"], abs=bound)
+    assert results[0]["applied"] == [True] * 5
+    wanted = {"bf16": 0.5, "fp16": 0.1}[precision]
+    assert movement(results[0], reference, "query.") < wanted
+    # Stored in fp32: a weight that was rounded on its way would be the same after rounding.
+    weight = results[0]["state"]["key.backbone.0.weight"]
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    assert not torch.equal(weight, weight.to(half).float())
+
+
+def average_for_long(kind: str, precision: str) -> float:
+    """Relative error of the key's movement against an average in fp64, after 1,000 steps."""
+    torch.manual_seed(3)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU())
+    moco = MoCo(Encoder(backbone, nn.Linear(8, 4), 8))
+    start = {n: t.double() for n, t in cloned(moco.query.state_dict()).items()}
+    exact = dict(start)
+    engine = engine_around(kind, moco, precision, None)
+    generator = torch.Generator().manual_seed(distributed.rank())
+    for _ in range(1000):
+        (query,) = engine.query(torch.randn(4, 3, 2, 2, generator=generator))
+        engine.key(torch.randn(4, 3, 2, 2, generator=generator))
+        engine.backward(query[:, 0].mean() - query[:, 1].square().mean())
+        assert engine.step(0.01)
+        engine.ema(0.999)
+        state = engine.model_state()
+        for name in exact:
+            exact[name] = 0.999 * exact[name] + 0.001 * state["query." + name].double()
+    key = engine.model_state()
+    error = sum(float((key["key." + n].double() - t).square().sum()) for n, t in exact.items())
+    length = sum(float((t - start[n]).square().sum()) for n, t in exact.items())
+    return float((error / length) ** 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_key_encoder_is_an_exact_average(kind: str, precision: str) -> None:
+    for error in run_ranks(average_for_long, 2, kind, precision):
+        assert error < 1e-3
+
+
+def test_the_loss_scale_grows_back_and_survives_a_checkpoint() -> None:
+    scale = LossScale(LossScaling(initial=8.0, window=2, minimum=2.0))
+    moves = []
+    for applied in (True, False, False, False, True, True, True):
+        scale.update(applied)
+        moves.append(scale.value)
+    assert moves == [8.0, 4.0, 2.0, 2.0, 2.0, 4.0, 4.0]
+    assert scale.skipped == 3
+    other = LossScale(LossScaling(window=2))
+    other.load(scale.state())
+    other.update(True)
+    assert other.value == 8.0
+
+
+def test_gradients_are_unscaled_and_checked_in_every_element() -> None:
+    scale = LossScale(LossScaling(initial=4.0))
+    fine = [torch.tensor([4.0, -8.0]), torch.tensor([]), torch.tensor(1e38)]
+    assert scale.unscale(fine)
+    assert fine[0].tolist() == [1.0, -2.0]
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        assert not scale.unscale([torch.ones(3), torch.tensor([0.0, bad])])
