@@ -28,9 +28,9 @@ SETTINGS = {
     "nce-k": "512",
     "nce-t": "0.2",
     "bn-group-size": "32",
-    "epochs": "8",
+    "epochs": "6",
     "num-workers": "1",
-    "knn-freq": "4",
+    "knn-freq": "2",
     "print-freq": "10",
 }
 

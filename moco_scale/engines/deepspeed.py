@@ -153,8 +153,9 @@ def _import_deepspeed() -> Any:
     import deepspeed
     from deepspeed import ops
 
-    # DeepSpeed 0.19 calls a collective by the name it had before torch 2.14.
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
+    # DeepSpeed 0.19 calls two collectives by the names they had before torch 2.14.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}`", FutureWarning)
     # Its warning about SGD being untested under ZeRO is what our tests are for.
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Only its inference kernels use this extension; building it takes a minute at the first start.

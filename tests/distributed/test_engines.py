@@ -195,7 +195,8 @@ def average_for_long(kind: str, precision: str) -> float:
         (query,) = engine.query(torch.randn(4, 3, 2, 2, generator=generator))
         engine.key(torch.randn(4, 3, 2, 2, generator=generator))
         engine.backward(query[:, 0].mean() - query[:, 1].square().mean())
-        assert engine.step(0.01)
+        if not engine.step(0.01):
+            continue  # fp16, until its scale fits
         engine.ema(0.999)
         state = engine.model_state()
         for name in exact:
