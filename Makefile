@@ -13,7 +13,7 @@ TRAIN_PER_CLASS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo cifar10 test test-slow lint format bench clean
+.PHONY: help setup demo cifar10 test test-slow lint format engines bench clean
 
 help: ## print this
 	@echo "usage: make TARGET    (PYTHON=$(PYTHON) makes $(VENV))"
@@ -52,6 +52,9 @@ lint: $(STAMP) ## ruff and mypy, changing nothing
 format: $(STAMP) ## let ruff put the layout and the imports right
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+engines: $(STAMP) ## every engine and precision against fp32 DDP after 20 steps: a table
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/engines.py
 
 bench: $(STAMP) ## every benchmark in its quick form
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done

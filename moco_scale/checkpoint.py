@@ -11,8 +11,9 @@ import os
 import pickle
 import shutil
 import warnings
+import zlib
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -68,7 +69,8 @@ def _complete(
         raise problem
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     with open(temporary / META, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **meta, "files": sizes}, file, indent=1)
+        sums = {name: _checksum(temporary / name) for name in sizes}
+        json.dump({"format": FORMAT, **meta, "files": sizes, "crc32": sums}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(temporary)
@@ -119,6 +121,67 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def verify(folder: Path) -> None:
+    """Compare every file with the checksum that was written beside it.
+
+    Raises:
+        UserError: a file is not what was written.
+    """
+    for name, expected in read_meta(folder).get("crc32", {}).items():
+        try:
+            found = _checksum(folder / name)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {folder} cannot be read: {failure_reason(error)}"
+            ) from None
+        if found != expected:
+            raise UserError(
+                f"checkpoint {folder} is damaged: the content of {name} is not what was written"
+            )
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def shapes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Shape, numbers and bytes of each tensor of a checkpoint, without reading their values.
+
+    Raises:
+        UserError: the index is damaged, or names anything but tensors.
+    """
+    found = {}
+    for name, entry in _entries(_Reader(folder), folder).items():
+        numbers = entry.size.numel()
+        found[name] = {
+            "shape": list(entry.size),
+            "numbers": numbers,
+            "bytes": numbers * entry.properties.dtype.itemsize,
+        }
+    return found
+
+
+_UNREADABLE = (
+    *(OSError, RuntimeError, AttributeError, KeyError, ValueError, TypeError, EOFError),
+    *(pickle.UnpicklingError, dcp.api.CheckpointException),
+)
+
+
+def _entries(reader: _Reader, folder: Path) -> dict[str, TensorStorageMetadata]:
+    try:
+        metadata = reader.read_metadata().state_dict_metadata
+        for name, entry in metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise pickle.UnpicklingError(f"{name} is not a tensor")
+    except _UNREADABLE as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(error)}") from None
+    return cast(dict[str, TensorStorageMetadata], metadata)
+
+
 def load(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, on the CPU; each rank reads by itself.
 
@@ -127,18 +190,14 @@ def load(folder: Path) -> dict[str, Tensor]:
     """
     reader = _Reader(folder)
     try:
-        metadata = reader.read_metadata()
-        tensors = {}
-        for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise pickle.UnpicklingError(f"{name} is not a tensor")
-            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in _entries(reader, folder).items()
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (OSError, RuntimeError, AttributeError, KeyError, ValueError, TypeError, EOFError) as e:
-        raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(e)}") from None
-    except (pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+    except _UNREADABLE as error:
         raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(error)}") from None
     return tensors
 

@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from moco_scale.errors import RankError, UserError
+from moco_scale.errors import RankError, StoppedEarly, UserError
+
+STOPPED_EARLY = 75
+"""Status of a run that stopped early and can go on: EX_TEMPFAIL of sysexits.h."""
 
 # What gloo and NCCL say when the process at the other end has gone.
 _PEER_GONE = re.compile(r"[Cc]onnection (reset|closed)|Broken pipe|remote process exited")
@@ -29,6 +32,10 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
         if isinstance(error, RankError) or _rank() == 0:
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except StoppedEarly as stop:
+        if _rank() == 0:
+            print(f"{name}: {stop}", file=sys.stderr, flush=True)
+        return STOPPED_EARLY
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

@@ -155,6 +155,9 @@ class RunConfig:
         0, "steps between checkpoints, besides the one after every epoch; 0: no others"
     )
     keep_checkpoints: int = _option(2, "newest checkpoints kept besides those kept for good")
+    max_time: float = _option(
+        0.0, "hours after which the run saves and leaves with status 75; 0: no limit"
+    )
     max_steps: int = _option(0, "stop after this step of the whole run; 0: run to the end")
 
 
@@ -344,6 +347,7 @@ def _check(config: Config) -> None:
         "--save-freq": run.save_freq,
         "--checkpoint-freq": run.checkpoint_freq,
         "--max-steps": run.max_steps,
+        "--max-time": run.max_time,
         "--rng-seed": optim.rng_seed,
     }
     for name, number in config.flat().items():

@@ -225,6 +225,16 @@ def sum_(tensor: Tensor, group: Any = None) -> Tensor:
     return tensor
 
 
+def start_max(tensor: Tensor) -> Any:
+    """Begin to replace a tensor by its maximum over the ranks; the result has a ``wait()``.
+
+    None in a single process, where there is nothing to do.
+    """
+    if world_size() == 1:
+        return None
+    return dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
+
+
 def broadcast_(tensors: Sequence[Tensor]) -> None:
     """Give every rank rank 0's values, in place."""
     if world_size() > 1:

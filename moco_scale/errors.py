@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class StoppedEarly(Exception):
+    """A run that was asked to stop has saved its state; says why and where."""
+
+
 class RankError(UserError):
     """A user's error that one rank alone met, such as a picture only it reads."""
 

@@ -12,6 +12,7 @@ import torchvision
 
 from moco_scale import __version__, distributed
 from moco_scale.data.reader import ViewBatch
+from moco_scale.encoders import Encoder
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.errors import RankError, UserError
 from moco_scale.evaluation import pictures
@@ -168,7 +169,10 @@ class Monitor:
         assert self._evaluation is not None
         # See Pretraining.save.
         distributed.average_(list(self.run.engine.moco.query.buffers()))
-        return self._evaluation.measure(self.run.engine.query_encoder())["top1"]
+        return self._evaluation.measure(self._query())["top1"]
+
+    def _query(self) -> Encoder:
+        return self.run.engine.query_encoder(self.run.initial_encoder)
 
     def restart_clock(self) -> None:
         """Do not count what is not training."""
@@ -199,7 +203,7 @@ class Monitor:
         before = run.initial_encoder().to(run.device)
         pictures.neighbours_sheet(
             chosen_output(before, "features"),
-            chosen_output(run.engine.query_encoder(), "features"),
+            chosen_output(self._query(), "features"),
             config.data.data_dir,
             out / "neighbours.png",
             image_size=config.data.image_size,

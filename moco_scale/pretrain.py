@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import BatchPlan, ViewBatch, pretraining_loader
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine
+from moco_scale.errors import StoppedEarly
 from moco_scale.infonce import infonce
 from moco_scale.moco import MoCo
 from moco_scale.monitor import Monitor
@@ -23,6 +25,7 @@ from moco_scale.queue import KeyQueue
 from moco_scale.run_folder import RunFolder
 from moco_scale.schedules import learning_rate
 from moco_scale.shuffle import ShuffleBN
+from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Meters, Telemetry
 
 
@@ -38,6 +41,7 @@ class Pretraining:
 
     def __init__(self, config: Config) -> None:
         self.config, seed = config, config.optim.rng_seed
+        self._started = time.monotonic()
         # A resumed run repeats the uninterrupted one bit for bit, on a GPU too.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         # fp32 means fp32; who wants tensor cores asks for bf16.
@@ -60,6 +64,7 @@ class Pretraining:
         saved: dict[str, Tensor] = {}
         if self.resumed_from is not None:
             folder = self.resumed_from
+            distributed.on_main(lambda: checkpoint.verify(folder))
             meta, saved = distributed.agree(
                 lambda: (checkpoint.read_meta(folder), checkpoint.load(folder))
             )
@@ -148,14 +153,19 @@ class Pretraining:
         self.meters.add(loss, probability.mean(), positive, negative)
 
     def run(self) -> None:
-        """Train from where the run stands to its last step, or to ``--max-steps``."""
+        """Train from where the run stands to its last step, or to ``--max-steps``.
+
+        Raises:
+            StoppedEarly: a signal or ``--max-time`` ended it; its state is saved.
+        """
         dropped = self.folder.begin(self.step)
         telemetry = Telemetry(self.folder.path, self.total_steps, self.step)
         monitor = Monitor(self, telemetry)
         try:
             monitor.announce(dropped)
             if self.step < self.last_step:
-                self._loop(telemetry, monitor)
+                with StopRequest(3600 * self.config.run.max_time, self._started) as stop:
+                    self._loop(telemetry, monitor, stop)
                 monitor.finish()
             else:
                 telemetry.say(f"nothing left to do: step {self.step} of {self.last_step} is done")
@@ -165,7 +175,7 @@ class Pretraining:
             telemetry.close()
             self.folder.release()
 
-    def _loop(self, telemetry: Telemetry, monitor: Monitor) -> None:
+    def _loop(self, telemetry: Telemetry, monitor: Monitor, stop: StopRequest) -> None:
         run = self.config.run
         loader = pretraining_loader(
             self.shards,
@@ -187,15 +197,21 @@ class Pretraining:
                 self.step += 1
                 epoch_done = self.step % self.plan.steps_per_epoch == 0
                 last = self.step == self.last_step
+                reason = stop.reason()
                 if self.step == 1 or self.step % run.print_freq == 0 or epoch_done or last:
                     monitor.report(epoch_done, last)
                 telemetry.advance(self.step)
                 if epoch_done:
                     self.meters.start_epoch()
                 due = run.checkpoint_freq and self.step % run.checkpoint_freq == 0
-                if epoch_done or last or due:
+                if epoch_done or last or due or reason:
                     self.save(epoch_done)
                     monitor.restart_clock()
+                if reason and not last:
+                    raise StoppedEarly(
+                        f"{reason}: stopped after step {self.step} of {self.last_step}, saved in "
+                        f"{self.folder.path}; the same command goes on from there"
+                    )
         finally:
             loader.close()
 

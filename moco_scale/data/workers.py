@@ -158,7 +158,8 @@ def _set_up_worker(worker: int) -> None:
     # Whoever stops the run (Ctrl-C, Slurm) signals the whole group. The main process decides what
     # to do about it, and may want to finish its step; it ends the workers itself, and they end on
     # their own within seconds when it is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _report_unless_alone
 
 

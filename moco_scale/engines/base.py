@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,8 +82,11 @@ class Engine(ABC):
         """Full fp32 state of both encoders on every rank, by name in MoCo; all ranks call it."""
 
     @abstractmethod
-    def query_encoder(self) -> Encoder:
-        """The query encoder, whole, for evaluation on each rank alone; all ranks call it."""
+    def query_encoder(self, fresh: Callable[[], Encoder]) -> Encoder:
+        """The query encoder, whole, for evaluation on each rank alone; all ranks call it.
+
+        fresh: makes an encoder of the same shape, which is filled where the own one is sharded.
+        """
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -109,7 +112,7 @@ class Replicated:
     def model_state(self) -> dict[str, Tensor]:
         return self.moco.state_dict()
 
-    def query_encoder(self) -> Encoder:
+    def query_encoder(self, fresh: Callable[[], Encoder]) -> Encoder:
         return self.moco.query
 
 

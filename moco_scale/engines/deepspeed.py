@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -109,18 +108,6 @@ class DeepSpeedEngine(Replicated, Engine):
 class ShardedDeepSpeedEngine(DeepSpeedEngine):
     """ZeRO stage 3: weights, gradients, optimizer state and key encoder sharded over the ranks."""
 
-    def __init__(
-        self,
-        moco: MoCo,
-        optimizer: SGDSettings,
-        precision: str,
-        device: torch.device,
-        configuration: dict[str, Any],
-        scaling: LossScaling | None = None,
-    ) -> None:
-        self._whole = copy.deepcopy(moco.query).to("meta")
-        super().__init__(moco, optimizer, precision, device, configuration, scaling)
-
     def _create_momentum(self) -> None:
         for flat in self._optimizer.fp32_partitioned_groups_flat:
             self._optimizer.optimizer.state[flat][MOMENTUM] = torch.zeros_like(flat)
@@ -134,12 +121,11 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
         state = {name: _gathered(p).cpu() for name, p in self.moco.named_parameters()}
         return state | dict(self.moco.named_buffers())
 
-    def query_encoder(self) -> Encoder:
-        query = self.moco.query
-        encoder = copy.deepcopy(self._whole).to_empty(device=self.device)
+    def query_encoder(self, fresh: Callable[[], Encoder]) -> Encoder:
+        query, encoder = self.moco.query, fresh().to(self.device)
         weights = {name: _gathered(p) for name, p in query.named_parameters()}
         encoder.load_state_dict(weights | dict(query.named_buffers()))
-        return encoder.train(query.training)
+        return encoder
 
 
 def _gathered(parameter: Tensor) -> Tensor:

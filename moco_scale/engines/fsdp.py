@@ -7,8 +7,7 @@ average needs no message.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -41,7 +40,6 @@ class FSDPEngine(Engine):
         self, moco: MoCo, optimizer: SGDSettings, precision: str, device: torch.device
     ) -> None:
         super().__init__(moco, precision, device)
-        self._whole = copy.deepcopy(moco.query).to("meta")
         mesh = init_device_mesh(device.type, (distributed.world_size(),))
         # Not the module that holds both: of two roots, each forward pass gathers only its own.
         for encoder in (moco.query, moco.key):
@@ -67,10 +65,10 @@ class FSDPEngine(Engine):
     def model_state(self) -> dict[str, Tensor]:
         return {name: _full(t).cpu() for name, t in self.moco.state_dict().items()}
 
-    def query_encoder(self) -> Encoder:
-        encoder = copy.deepcopy(self._whole).to_empty(device=self.device)
+    def query_encoder(self, fresh: Callable[[], Encoder]) -> Encoder:
+        encoder = fresh().to(self.device)
         encoder.load_state_dict({n: _full(t) for n, t in self.moco.query.state_dict().items()})
-        return encoder.train(self.moco.query.training)
+        return encoder
 
     def optimizer_state(self) -> dict[str, Tensor]:
         return {

@@ -108,7 +108,7 @@ def train(
     distributed.average_(list(moco.buffers()))
     result["state"] = cloned(engine.model_state())
     result["momenta"] = cloned(engine.optimizer_state())
-    whole = engine.query_encoder().eval()
+    whole = engine.query_encoder(small_encoder).eval()
     result["evaluated"] = whole(torch.ones(2, 3, SIZE, SIZE)).detach()
     result["before"] = before
     return result

@@ -5,15 +5,19 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from commands import TINY, ZERO1, Outcome, forked, killed_when, launched, make_shards
+from conftest import REPOSITORY
 from torch import Tensor
 
 from moco_scale import checkpoint
+from moco_scale.cli import STOPPED_EARLY
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -238,3 +242,124 @@ def test_moved_pictures_are_the_same_pictures(
     status, output = forked(*TINY, *flags)
     assert status == 0, output
     assert "nothing left to do" in output
+
+
+def signal_at(step: int, rank: int, *numbers: int) -> None:
+    """Let this process send itself signals in the given step, if it is that rank."""
+    from moco_scale.pretrain import Pretraining
+
+    original = Pretraining.train_step
+
+    def train_step(self: Pretraining, batch: Any) -> None:
+        if self.step + 1 == step and self.rank == rank:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        original(self, batch)
+
+    Pretraining.train_step = train_step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves(
+    plain_run: Path, tiny_shards: Path, tmp_path: Path, number: int
+) -> None:
+    flags = (*TINY, "--data-dir", tiny_shards, "--output-dir", tmp_path, "--num-workers", 1)
+    # Launchers often pass on what the whole group got: twice at once is one signal.
+    status, output = forked(*flags, prepare=signal_at, prepare_args=(3, 0, number, number))
+    assert status == STOPPED_EARLY, output
+    assert f"{signal.Signals(number).name}: stopped after step 3 of 8" in output
+    assert "Traceback" not in output
+    assert steps_of_checkpoints(tmp_path) == [3]
+    status, output = forked(*flags)
+    assert status == 0, output
+    assert_same_run(tmp_path, plain_run)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    zero1_run: tuple[Path, str], tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = (*TINY, *ZERO1, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    prepare_args = (5, 1, signal.SIGUSR1)
+    status, output = forked(*flags, ranks=2, prepare=signal_at, prepare_args=prepare_args)
+    assert status == STOPPED_EARLY, output
+    assert output.count("SIGUSR1: stopped after step 6 of 8") == 1
+    assert steps_of_checkpoints(tmp_path)[-1] == 6
+    status, output = forked(*flags, ranks=2)
+    assert status == 0, output
+    assert_same_run(tmp_path, zero1_run[0])
+
+
+def test_a_time_limit_stops_a_run_that_goes_on_later(
+    plain_run: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = (*TINY, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    status, output = forked(*flags, "--max-time", 1e-9)
+    assert status == STOPPED_EARLY, output
+    assert "--max-time is over: stopped after step 1 of 8" in output
+    status, output = forked(*flags, "--max-time", 10)
+    assert status == 0, output
+    assert_same_run(tmp_path, plain_run)
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from moco_scale import stopping\n"
+        "stopping.ONE_SIGNAL = 0.0\n"
+        "with stopping.StopRequest(0, 0.0) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(stop.reason(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still here', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == "SIGTERM\n"
+
+
+OTHERS = (
+    (1, ()),
+    (2, ("--engine", "fsdp")),
+    (4, ("--deepspeed", "ds_configs/zero3.json")),
+    (2, ("--deepspeed", "ds_configs/zero2.json")),
+)
+
+
+# Rounding grows from step to step, the faster the larger the steps are, and the fewer pixels a
+# BatchNorm group has in the last layers.
+GENTLE = (*TINY, "--base-lr", 0.001, "--image-size", 48)
+
+
+@pytest.fixture(scope="module")
+def gentle_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run of one process with small steps."""
+    out = tmp_path_factory.mktemp("gentle") / "out"
+    status, output = forked(*GENTLE, "--data-dir", tiny_shards, "--output-dir", out)
+    assert status == 0, output
+    return out
+
+
+@pytest.mark.parametrize(
+    "first", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 3))]
+)
+def test_a_checkpoint_is_resumed_under_any_engine_on_any_number_of_processes(
+    gentle_run: Path, tiny_shards: Path, tmp_path: Path, first: int
+) -> None:
+    """Each engine hands over to the next in mid-epoch; the curve is that of one process."""
+    flags = (*GENTLE, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    for turn, last in enumerate((2, 5, 8)):
+        world, engine = OTHERS[(first + turn) % len(OTHERS)]
+        status, output = forked(*flags, *engine, "--max-steps", last, ranks=world)
+        assert status == 0, output
+        assert steps_of_checkpoints(tmp_path)[-1] == last
+    mine, theirs = ([r["loss"] for r in curve(out)] for out in (tmp_path, gentle_run))
+    assert mine == pytest.approx(theirs, rel=5e-3)
+    got, wanted = final_state(tmp_path), final_state(gentle_run)
+    assert got.keys() == wanted.keys()
+    assert int(got["queue.pointer"]) == int(wanted["queue.pointer"])
+    assert (got["queue.keys"] * wanted["queue.keys"]).sum(1).min() > 1 - 1e-4
+    for name in (n for n in wanted if n.endswith("momentum_buffer")):
+        error = (got[name] - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)
+        assert error < 0.2, name

@@ -1,0 +1,112 @@
+"""Say what a checkpoint holds: step, who wrote it, settings, sizes, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from moco_scale import checkpoint
+from moco_scale.errors import UserError
+
+PARTS = ("model.query", "model.key", "optimizer", "queue")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's output folder"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor and its shape")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print it. Returns 1 where the checkpoint is damaged, else 0. Raises UserError."""
+    found = describe(args.path)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print(found, args.tensors)
+    return 0 if found["damage"] is None else 1
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, as plain values.
+
+    Raises:
+        UserError: there is no checkpoint, or nothing of it can be read.
+    """
+    folder = _newest(path)
+    damage = None
+    try:
+        meta = checkpoint.read_meta(folder)
+        checkpoint.verify(folder)
+        shapes = checkpoint.shapes(folder)
+    except UserError as error:
+        meta, shapes, damage = _readable_meta(folder, error), {}, str(error)
+    parts = {}
+    for part in PARTS:
+        members = [s for name, s in shapes.items() if name.startswith(part + ".")]
+        parts[part] = {
+            "tensors": len(members),
+            "numbers": sum(m["numbers"] for m in members),
+            "bytes": sum(m["bytes"] for m in members),
+        }
+    return {
+        "path": str(folder),
+        "damage": damage,
+        **{k: meta.get(k) for k in ("step", "epoch", "samples", "processes", "engine", "keep")},
+        "bytes": sum(meta.get("files", {}).values()),
+        "parts": parts,
+        "config": meta.get("config"),
+        "tensors": {name: s["shape"] for name, s in shapes.items()},
+    }
+
+
+def _newest(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder")
+    if (path / checkpoint.META).is_file():
+        return path
+    inside = sorted((path / "checkpoints").glob("step-*"))
+    if not inside:
+        raise UserError(
+            f"{path} is neither a checkpoint (it has no {checkpoint.META}) nor the output folder "
+            "of a run with checkpoints"
+        )
+    return inside[-1]
+
+
+def _readable_meta(folder: Path, error: UserError) -> dict[str, Any]:
+    """The plain values of a damaged checkpoint, as far as they can be read."""
+    try:
+        meta = json.loads((folder / checkpoint.META).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise error from None
+    return meta if isinstance(meta, dict) else {}
+
+
+def _print(found: dict[str, Any], tensors: bool) -> None:
+    print(found["path"])
+    print("  complete" if found["damage"] is None else f"  DAMAGED: {found['damage']}")
+    print(
+        f"  step {found['step']}, epoch {found['epoch']}, {found['samples']} samples; written by "
+        f"{found['processes']} process(es) under {found['engine']}"
+        + ("; kept for good" if found["keep"] else "")
+    )
+    print(f"  {found['bytes'] / 1e6:.1f} MB on disk")
+    for part, size in found["parts"].items():
+        print(
+            f"    {part:12} {size['tensors']:4} tensors {size['numbers']:>12,} numbers "
+            f"{size['bytes'] / 1e6:>9.1f} MB"
+        )
+    print("  settings")
+    for key, value in sorted((found["config"] or {}).items()):
+        print(f"    --{key.replace('_', '-'):22} {value}")
+    if tensors:
+        print("  tensors")
+        for name, shape in sorted(found["tensors"].items()):
+            print(f"    {name:60} {shape}")
+    sys.stdout.flush()

@@ -1,0 +1,89 @@
+"""Ending a run early in an orderly way: on a signal, or before a time limit.
+
+A scheduler that takes a job's GPUs away sends SIGTERM, or SIGUSR1 some time before; one rank may
+get it earlier than another, or alone. All ranks agree on the step after which they stop, save a
+checkpoint, and leave with a status that says: start the same command again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+
+from moco_scale import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ONE_SIGNAL = 2.0
+"""Seconds within which signals count as one: launchers pass on what the whole group got too."""
+_TIME_IS_UP = 1 << 20  # above every signal's number
+
+
+class StopRequest:
+    """Collects reasons to stop on this rank, and agrees with the others once a step.
+
+    Within the ``with`` block the signals are caught; a second one ends the process at once, as it
+    would have without.
+
+    Args:
+        max_seconds: stop this long after `started`; 0: no limit.
+        started: time.monotonic() when the run began.
+    """
+
+    def __init__(self, max_seconds: float, started: float) -> None:
+        self._deadline = started + max_seconds if max_seconds else float("inf")
+        self._signal, self._signal_time = 0, 0.0
+        self._before: dict[int, Any] = {}
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pending is not None and exception[0] is None:
+            self._agreed()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signal and now - self._signal_time > ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self._signal:
+            self._signal, self._signal_time = number, now
+
+    def reason(self) -> str | None:
+        """Why all ranks stop after this step, or None; each rank calls it after each step.
+
+        The ranks compare what each knew a step ago, so that nobody waits for the answer.
+        """
+        known = self._agreed() if self._pending is not None else 0
+        if known:
+            return _name(known)
+        mine = _TIME_IS_UP if time.monotonic() > self._deadline else self._signal
+        flag = torch.tensor([mine], dtype=torch.int64)  # on the CPU: no GPU is waited for
+        self._pending = (flag, distributed.start_max(flag))
+        if distributed.world_size() == 1:
+            return _name(self._agreed())
+        return None
+
+    def _agreed(self) -> int:
+        assert self._pending is not None
+        flag, work = self._pending
+        self._pending = None
+        if work is not None:
+            work.wait()
+        return int(flag.item())
+
+
+def _name(known: int) -> str | None:
+    if not known:
+        return None
+    return "--max-time is over" if known == _TIME_IS_UP else signal.Signals(known).name
