@@ -64,7 +64,6 @@ class Pretraining:
         saved: dict[str, Tensor] = {}
         if self.resumed_from is not None:
             folder = self.resumed_from
-            distributed.on_main(lambda: checkpoint.verify(folder))
             meta, saved = distributed.agree(
                 lambda: (checkpoint.read_meta(folder), checkpoint.load(folder))
             )

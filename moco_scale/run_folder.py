@@ -128,7 +128,7 @@ class RunFolder:
             if not inside:
                 raise UserError(f"--resume {wish}: the run in it has no complete checkpoint")
             named = inside[-1]
-        checkpoint.read_meta(named)
+        checkpoint.verify(named)
         newer = [c for c in own if c.resolve() != named.resolve() and _step_of(c) > _step_of(named)]
         foreign = [c for c in own if named.resolve().parent != c.resolve().parent]
         if newer or foreign:
@@ -142,7 +142,7 @@ class RunFolder:
 
     def _require_whole(self, own: list[Path]) -> None:
         try:
-            checkpoint.read_meta(own[-1])
+            checkpoint.verify(own[-1])
         except UserError as error:
             before = f"continue from {own[-2].name}" if len(own) > 1 else "start over"
             raise UserError(f"{error}; move {own[-1]} away to {before}") from None

@@ -21,8 +21,13 @@ from moco_scale.moco import MoCo
 pytestmark = pytest.mark.timeout(600)
 
 ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+SHARDED = ("fsdp", "zero3")
 BATCH, SIZE, DIM, GROUP = 8, 12, 16, 4
 RATE, MOMENTUM, ALPHA = 0.05, 0.9, 0.9
+
+
+def slow_unless(quick: bool) -> list[pytest.MarkDecorator]:
+    return [] if quick else [pytest.mark.slow]
 
 
 def small_encoder() -> Encoder:
@@ -131,8 +136,14 @@ def reference() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [
+        pytest.param(kind, world, marks=slow_unless(world == 2 or kind in SHARDED))
+        for kind in ENGINES
+        for world in (1, 2)
+    ],
+)
 def test_fp32_equals_one_process(reference: dict[str, Any], kind: str, world: int) -> None:
     results = run_ranks(train, world, kind, "fp32", 5)
     losses = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
@@ -163,7 +174,10 @@ def test_fp16_leaves_out_what_overflows_and_goes_on(reference: dict[str, Any], k
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=slow_unless(kind in (*SHARDED, "zero1"))) for kind in ENGINES],
+)
 def test_half_precision_differs_by_its_rounding_alone(
     reference: dict[str, Any], kind: str, precision: str
 ) -> None:

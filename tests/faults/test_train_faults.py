@@ -315,7 +315,8 @@ def test_a_damaged_checkpoint(stopped: Path, tiny_shards: Path) -> None:
     tensors.write_bytes(content[: len(content) // 2])
     assert_refused(forked(*flags), folder, "is damaged", tensors.name)
     tensors.write_bytes(bytes(len(content)))  # the right length, as after a crash of the machine
-    assert_refused(forked(*flags), folder, "cannot be read")
+    words = ("is damaged", tensors.name, "not what was written", "move", "away to start over")
+    assert_refused(forked(*flags), folder, *words)
 
 
 def test_resuming_from_what_is_no_checkpoint(tiny_shards: Path, tmp_path: Path) -> None:
