@@ -30,6 +30,7 @@ from torchvision.models.resnet import BasicBlock
 
 from moco_scale import checkpoint, config, distributed
 from moco_scale.batchnorm import GroupedBatchNorm2d
+from moco_scale.cli import leave, run_command
 from moco_scale.demo.pictures import write_folder
 from moco_scale.encoders import Encoder
 from moco_scale.pretrain import Pretraining
@@ -65,10 +66,14 @@ class SmallPretraining(Pretraining):
 
 def worker(arguments: list[str]) -> None:
     """One rank of one cell."""
-    settings = config.parse(arguments)
-    distributed.initialize(settings.run.device)
-    SmallPretraining(settings).run()
-    distributed.shutdown()
+
+    def train() -> None:
+        settings = config.parse(arguments)
+        distributed.initialize(settings.run.device)
+        SmallPretraining(settings).run()
+        distributed.shutdown()
+
+    leave(run_command("engines.py", train))
 
 
 def run(engine: str, precision: str, world: int, shards: Path, out: Path) -> dict[str, Tensor]:
