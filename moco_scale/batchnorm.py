@@ -8,6 +8,8 @@ activations are.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,10 +25,13 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
     Before :func:`set_groups` is called it is plain BatchNorm. Running statistics take the mean
     over this process's groups, so that their mean over ranks is what one process would have.
+    :func:`set_part` does the same for a step that is computed in parts.
     """
 
     local_groups: int = 1
     span: distributed.Subgroup | None = None
+    share: Tensor | None = None
+    counts: bool = True
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] in any floating dtype -> the same shape and dtype.
@@ -39,32 +44,85 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps
             )
-        assert self.running_mean is not None and self.running_var is not None
-        momentum = self.momentum if self.momentum is not None else 0.1
-        if self.num_batches_tracked is not None:
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None and var is not None
+        momentum: float | Tensor = self.momentum or 0.1
+        if _kept:
+            mean, var = mean.clone(), var.clone()
+        elif self.counts and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        if self.share is not None:
+            momentum = self.share
         if self.span is not None:
             return _SpanningBatchNorm.apply(
-                x, weight, bias, self.running_mean, self.running_var, momentum, self.eps, self.span
+                x, weight, bias, mean, var, momentum, self.eps, self.span
             )
-        if self.local_groups == 1:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, weight, bias, True, momentum, self.eps
-            )
+        if self.local_groups == 1 and isinstance(momentum, float):
+            return F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
         groups = self.local_groups
         if x.shape[0] % groups:
             raise ValueError(f"{x.shape[0]} samples do not make {groups} BatchNorm groups")
-        means = self.running_mean.repeat(groups, 1)
-        variances = self.running_var.repeat(groups, 1)
+        # A share is a tensor, which batch_norm does not take: let it leave the statistics alone.
+        rate = momentum if isinstance(momentum, float) else 1.0
+        means, variances = mean.repeat(groups, 1), var.repeat(groups, 1)
+        if rate == 1.0:
+            means, variances = torch.zeros_like(means), torch.zeros_like(variances)
         out = torch.cat(
             [
-                F.batch_norm(part, means[g], variances[g], weight, bias, True, momentum, self.eps)
+                F.batch_norm(part, means[g], variances[g], weight, bias, True, rate, self.eps)
                 for g, part in enumerate(x.chunk(groups))
             ]
         )
-        self.running_mean.copy_(means.mean(0))
-        self.running_var.copy_(variances.mean(0))
+        if isinstance(momentum, float):
+            mean.copy_(means.mean(0))
+            var.copy_(variances.mean(0))
+        else:
+            mean.lerp_(means.mean(0), momentum)
+            var.lerp_(variances.mean(0), momentum)
         return out
+
+
+_kept = False
+
+
+@contextlib.contextmanager
+def statistics_kept() -> Iterator[None]:
+    """Forward passes within leave running statistics as they are: they are repetitions."""
+    global _kept
+    before, _kept = _kept, True
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def set_part(model: nn.Module, part: int, parts: int, view: int = 0, views: int = 1) -> None:
+    """Say which forward pass of a step comes next, so that running statistics end up the same.
+
+    A step with V views makes V updates r <- (1 - m) r + m s, s being the mean over the parts'
+    statistics. The passes come part by part and each moves r by its own share, chosen such that
+    each statistic finally weighs what it would.
+
+    Args:
+        model: its :class:`GroupedBatchNorm2d` modules are set.
+        part: of the step, from 0.
+        parts: in a step; they are equally large.
+        view: of the part, from 0.
+        views: in a part.
+    """
+    for module in model.modules():
+        if isinstance(module, GroupedBatchNorm2d):
+            if module.share is None:
+                # A tensor, because compiled code would be made again for each new number.
+                module.share = torch.zeros((), device=module.running_mean.device)  # type: ignore[union-attr]
+            module.share.fill_(_share(module.momentum or 0.1, part, parts, view, views))
+            module.counts = part == 0
+
+
+def _share(momentum: float, part: int, parts: int, view: int, views: int) -> float:
+    each = [momentum * (1 - momentum) ** (views - 1 - v) / parts for v in range(views)]
+    after = sum(each[view + 1 :]) + (parts - 1 - part) * sum(each)
+    return each[view] / (1 - after)
 
 
 class _SpanningBatchNorm(torch.autograd.Function):
@@ -78,7 +136,7 @@ class _SpanningBatchNorm(torch.autograd.Function):
         bias: Tensor,
         running_mean: Tensor,
         running_var: Tensor,
-        momentum: float,
+        momentum: float | Tensor,
         eps: float,
         span: distributed.Subgroup,
     ) -> Tensor:
@@ -109,7 +167,7 @@ class _SpanningBatchNorm(torch.autograd.Function):
         return dx.to(x.dtype), grad_weight, grad_bias, None, None, None, None, None
 
 
-def set_groups(model: nn.Module, group_size: int, batch_size: int) -> None:
+def set_groups(model: nn.Module, group_size: int, batch_size: int, parts: int = 1) -> None:
     """Lay BatchNorm groups over the ranks of this job.
 
     Every rank calls it, once, after the process group exists.
@@ -118,14 +176,17 @@ def set_groups(model: nn.Module, group_size: int, batch_size: int) -> None:
         model: its :class:`GroupedBatchNorm2d` modules are set.
         group_size: samples of the global batch per group; ``batch_size`` is SyncBatchNorm.
         batch_size: samples of the global batch.
+        parts: equal parts that a rank computes its share in, one after another.
 
     Raises:
-        UserError: the groups tile neither the ranks nor the batch.
+        UserError: the groups tile neither the ranks nor the batch, or do not fit into a part.
     """
     per_rank = batch_size // distributed.world_size()
+    if parts > 1 and (per_rank % parts or per_rank // parts % group_size):
+        _require_whole_parts(model, group_size, per_rank, parts)
     groups, span = 1, None
     if group_size <= per_rank and per_rank % group_size == 0:
-        groups = per_rank // group_size
+        groups = max(per_rank // group_size // parts, 1)
     elif group_size % per_rank == 0 and batch_size % group_size == 0:
         span = distributed.neighbours(group_size // per_rank)
     else:
@@ -139,6 +200,21 @@ def set_groups(model: nn.Module, group_size: int, batch_size: int) -> None:
     for module in model.modules():
         if isinstance(module, GroupedBatchNorm2d):
             module.local_groups, module.span = groups, span
+
+
+def _require_whole_parts(model: nn.Module, group_size: int, per_rank: int, parts: int) -> None:
+    place = f"{per_rank} images of each of {distributed.world_size()} processes"
+    if per_rank % parts:
+        fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        raise UserError(
+            f"--accumulation-steps {parts} does not divide the {place}; "
+            f"these do: {', '.join(map(str, fitting))}"
+        )
+    if any(isinstance(m, GroupedBatchNorm2d) for m in model.modules()):
+        raise UserError(
+            f"--accumulation-steps {parts}: a part has {per_rank // parts} of the {place}, which "
+            f"BatchNorm groups of {group_size} (--bn-group-size) do not tile; use fewer parts"
+        )
 
 
 def spans_ranks(model: nn.Module) -> bool:

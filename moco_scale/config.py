@@ -16,7 +16,7 @@ from typing import Any
 from moco_scale import deepspeed_config
 from moco_scale.cli import Parser
 from moco_scale.data.augment import AUGMENTATIONS
-from moco_scale.encoders import HEADS, RESNETS, STEMS, WIDTHS
+from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.errors import UserError
 from moco_scale.infonce import MIN_TEMPERATURE
 from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
@@ -87,9 +87,13 @@ class DataConfig:
 class ModelConfig:
     """What is trained."""
 
-    model: str = _option("resnet50", "backbone", choices=tuple(RESNETS))
-    model_width: int = _option(1, "multiplies every channel count", choices=WIDTHS)
-    stem: str = _option("", "first layers (default: the data set's)", choices=STEMS)
+    model: str = _option("resnet50", "backbone", choices=MODELS)
+    model_width: int = _option(1, "multiplies a ResNet's channel counts", choices=WIDTHS)
+    stem: str = _option("", "a ResNet's first layers (default: the data set's)", choices=STEMS)
+    patch_size: int = _option(0, "a ViT's patches, pixels a side (default: the model's)")
+    train_patch_embedding: bool = _option(
+        False, "train a ViT's first layer, which MoCo v3 leaves as it was drawn"
+    )
     head: str = _option("linear", "projection: linear (v1) or mlp (v2)", choices=HEADS)
     dim: int = _option(128, "width of the projected feature")
     bn_group_size: int = _option(
@@ -121,6 +125,9 @@ class OptimConfig:
     )
     momentum: float = _option(0.9, "of SGD")
     weight_decay: float = _option(1e-4, "on every parameter, as the published code does")
+    clip_grad: float = _option(
+        0.0, "largest norm of all gradients together (default: the DeepSpeed file's, else 0: none)"
+    )
     lr_scheduler: str = _option("step", "see docs/recipes.md", choices=SCHEDULES)
     warmup_epoch: int = _option(0, "epochs of linear warm-up")
     warmup_multiplier: float = _option(100.0, "the warm-up starts at the rate divided by this")
@@ -146,6 +153,16 @@ class RunConfig:
         "of the encoders' arithmetic (default: the DeepSpeed file's, else fp32)",
         choices=("fp32", "bf16", "fp16"),
     )
+    accumulation_steps: int = _option(
+        0, "backward passes per step, with the same result (default: the DeepSpeed file's, else 1)"
+    )
+    activation_checkpointing: bool = _option(
+        False, "compute each block again in the backward pass: less memory, a third more time"
+    )
+    compile: bool = _option(False, "compile each block with torch.compile")
+    fsdp_shard_size: int = _option(
+        0, "of --engine fsdp: neighbouring processes that share one copy; 0: all of them"
+    )
     device: str = _option("auto", "where to compute", choices=("auto", "cuda", "cpu"))
     num_workers: int = _option(4, "decoding processes for each training process")
     print_freq: int = _option(10, "steps between log lines")
@@ -155,6 +172,8 @@ class RunConfig:
         0, "steps between checkpoints, besides the one after every epoch; 0: no others"
     )
     keep_checkpoints: int = _option(2, "newest checkpoints kept besides those kept for good")
+    async_save: bool = _option(True, "training goes on while a checkpoint is written")
+    max_nonfinite: int = _option(3, "stop after so many steps in a row that are not finite")
     max_time: float = _option(
         0.0, "hours after which the run saves and leaves with status 75; 0: no limit"
     )
@@ -316,7 +335,23 @@ def _resolve(config: Config, given: dict[str, Any]) -> Config:
         engine=run.engine or ("deepspeed" if run.deepspeed else "ddp"),
         precision=run.precision or _precision_of_file(run.deepspeed),
     )
+    if run.deepspeed:
+        run, optim = _numbers_of_file(run, optim, given)
+    run = replace(run, accumulation_steps=run.accumulation_steps or 1)
     return replace(config, data=data, model=model, optim=optim, run=run)
+
+
+def _numbers_of_file(
+    run: RunConfig, optim: OptimConfig, given: dict[str, Any]
+) -> tuple[RunConfig, OptimConfig]:
+    """What the user's DeepSpeed file says and no flag does."""
+    if "clip_grad" not in given:
+        norm = deepspeed_config.requested_number(run.deepspeed, "gradient_clipping", float)
+        optim = dataclasses.replace(optim, clip_grad=norm or 0.0)
+    if not run.accumulation_steps:
+        steps = deepspeed_config.requested_number(run.deepspeed, "gradient_accumulation_steps", int)
+        run = dataclasses.replace(run, accumulation_steps=int(steps or 1))
+    return run, optim
 
 
 def _precision_of_file(path: str) -> str:
@@ -335,9 +370,14 @@ def _check(config: Config) -> None:
         "--keep-checkpoints": run.keep_checkpoints,
         "--bn-group-size": config.model.bn_group_size,
         "--warmup-multiplier": optim.warmup_multiplier,
+        "--accumulation-steps": run.accumulation_steps,
+        "--max-nonfinite": run.max_nonfinite,
     }
     not_negative = {
         "--base-lr": optim.base_lr,
+        "--clip-grad": optim.clip_grad,
+        "--patch-size": config.model.patch_size,
+        "--fsdp-shard-size": run.fsdp_shard_size,
         "--weight-decay": optim.weight_decay,
         "--lr-min": optim.lr_min,
         "--lr-decay-rate": optim.lr_decay_rate,
@@ -380,6 +420,10 @@ def _check(config: Config) -> None:
         raise UserError(
             f"--warmup-epoch {optim.warmup_epoch} leaves nothing of --epochs {optim.epochs}; "
             "shorten the warm-up too"
+        )
+    if run.fsdp_shard_size and run.engine != "fsdp":
+        raise UserError(
+            f"--fsdp-shard-size {run.fsdp_shard_size} is for --engine fsdp, not {run.engine}"
         )
     if run.engine == "deepspeed" and not run.deepspeed:
         raise UserError("--engine deepspeed needs --deepspeed FILE, such as ds_configs/zero1.json")

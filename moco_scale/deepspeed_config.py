@@ -5,6 +5,7 @@ Plain data in, plain data out: DeepSpeed itself is not imported here.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from moco_scale.errors import UserError
@@ -45,9 +46,60 @@ def requested_precision(path: str) -> str:
     return "bf16" if _enabled(given.get("bf16"), False) else "fp32"
 
 
+def requested_number(path: str, key: str, kind: type[float] | type[int]) -> float | None:
+    """A number at the top of a JSON that a flag decides too; None: the JSON leaves it to the flag.
+
+    Args:
+        path: the JSON file.
+        key: in it.
+        kind: float for a number that is not negative, int for a whole one of at least 1.
+
+    Raises:
+        UserError: missing or malformed file, or not a number of this kind.
+    """
+    value = _read(path).get(key, "auto")
+    if value == "auto":
+        return None
+    whole = kind is int
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not fits or value < whole:
+        must = "a whole number of at least 1" if whole else "a number, 0 for none"
+        raise UserError(f"DeepSpeed configuration {path}: {key} {value!r}: must be {must}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class ReadConfiguration:
+    """A DeepSpeed JSON made ready.
+
+    Attributes:
+        configuration: what DeepSpeed gets.
+        scaling: fp16's loss scale, which is ours.
+        notes: lines that say what was changed, and why.
+    """
+
+    configuration: dict[str, Any]
+    scaling: LossScaling
+    notes: list[str]
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's, 0 to 3."""
+        return int(self.configuration["zero_optimization"]["stage"])
+
+
 def read_configuration(
-    path: str, *, batch_size: int, world: int, precision: str, parameters: int, overlap: bool
-) -> tuple[dict[str, Any], LossScaling]:
+    path: str,
+    *,
+    batch_size: int,
+    world: int,
+    precision: str,
+    clip_norm: float,
+    parts: int,
+    parameters: int,
+    overlap: bool,
+    compiled: bool,
+) -> ReadConfiguration:
     """A DeepSpeed JSON with every ``"auto"`` replaced and every contradiction refused.
 
     Half precision is not left to DeepSpeed: MoCo casts by itself and scales its loss by itself, so
@@ -59,14 +111,17 @@ def read_configuration(
         batch_size: global batch of the run.
         world: number of processes.
         precision: ``--precision``.
+        clip_norm: ``--clip-grad``.
+        parts: ``--accumulation-steps``.
         parameters: how many numbers are trained; bounds ``"auto"`` bucket sizes.
         overlap: whether gradients may be reduced while backward still runs.
+        compiled: ``--compile``.
 
     Raises:
         UserError: missing or malformed file, a value that contradicts a flag (both are named), or
             something this engine does not do.
     """
-    result = _read(path)
+    result, notes = _read(path), []
     _agree(
         path,
         result,
@@ -78,18 +133,17 @@ def read_configuration(
         path,
         result,
         "train_micro_batch_size_per_gpu",
-        batch_size // world,
-        f"--batch-size {batch_size} over {world} processes",
+        batch_size // world // parts,
+        f"--batch-size {batch_size} over {world} processes, --accumulation-steps {parts}",
     )
-    _agree(
-        path,
-        result,
-        "gradient_accumulation_steps",
-        1,
-        "one backward pass per step, which is how this version trains",
-    )
-    # DeepSpeed's own default is 1.0; the published recipes do not clip.
-    _agree(path, result, "gradient_clipping", 0.0, "recipes, which do not clip gradients")
+    source = f"--accumulation-steps {parts}"
+    _agree(path, result, "gradient_accumulation_steps", parts, source)
+    if "gradient_clipping" not in result and not clip_norm:
+        notes.append(
+            f"{path} does not say gradient_clipping: it is 0 here, where DeepSpeed would clip at "
+            "1.0, because the recipes do not clip"
+        )
+    _agree(path, result, "gradient_clipping", clip_norm, f"--clip-grad {clip_norm}")
     _agree(path, result, "zero_allow_untested_optimizer", True, "--deepspeed, which runs SGD")
     for key in (
         "communication_data_type",
@@ -112,9 +166,15 @@ def read_configuration(
                 f"{instead}, which decide here; remove the section"
             )
     scaling = _precision(path, result, precision)
-    _zero(path, result, parameters, overlap, norm=precision == "fp16")
+    norm = precision == "fp16" or clip_norm > 0
+    _zero(path, result, parameters, overlap, norm, notes)
+    if compiled and result["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            f"--compile does not go with stage 3 of {path}, which gathers weights layer by layer "
+            "in hooks that cannot be compiled; use --engine fsdp, or a lower stage"
+        )
     result.setdefault("steps_per_print", 1_000_000_000)
-    return result, scaling
+    return ReadConfiguration(result, scaling, notes)
 
 
 def _agree(path: str, section: dict[str, Any], key: str, value: Any, source: str) -> None:
@@ -190,7 +250,14 @@ def _enabled(section: dict[str, Any] | None, automatic: bool) -> bool:
     return automatic if value == "auto" else bool(value)
 
 
-def _zero(path: str, config: dict[str, Any], parameters: int, overlap: bool, norm: bool) -> None:
+def _zero(
+    path: str,
+    config: dict[str, Any],
+    parameters: int,
+    overlap: bool,
+    norm: bool,
+    notes: list[str],
+) -> None:
     zero = config.setdefault("zero_optimization", {"stage": 0})
     stage = zero.setdefault("stage", 0)
     if stage not in STAGES:
@@ -198,19 +265,7 @@ def _zero(path: str, config: dict[str, Any], parameters: int, overlap: bool, nor
             f"DeepSpeed configuration {path}: zero_optimization.stage {stage!r} is not supported; "
             f"use one of {', '.join(map(str, STAGES))}"
         )
-    if zero.get("cpu_offload"):
-        raise UserError(
-            f"DeepSpeed configuration {path}: zero_optimization.cpu_offload is not supported; "
-            "remove it"
-        )
-    for offload in ("offload_optimizer", "offload_param"):
-        section = zero.get(offload)
-        target = section.get("device") if isinstance(section, dict) else section
-        if target not in ("none", None):
-            raise UserError(
-                f"DeepSpeed configuration {path}: zero_optimization.{offload} is not supported; "
-                "remove it"
-            )
+    _offload(path, config, zero, stage)
     if stage == 0:
         config["zero_optimization"] = {"stage": 0}
         return
@@ -220,20 +275,56 @@ def _zero(path: str, config: dict[str, Any], parameters: int, overlap: bool, nor
     if zero.get("overlap_comm", "auto") == "auto":
         zero["overlap_comm"] = overlap
     if stage == 3:
-        _stage3(path, zero, parameters)
+        _stage3(path, zero, parameters, notes)
         return
     # The norm costs a device synchronisation, and turns a step whose gradients are not finite into
     # one that is left out: what scaled gradients need, and what must not happen silently else.
     zero["compute_grad_norm"] = norm
 
 
-def _stage3(path: str, zero: dict[str, Any], parameters: int) -> None:
+def _offload(path: str, config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:
+    """Optimizer state on the CPU is DeepSpeed's business; weights there are refused."""
+    for key in ("cpu_offload", "offload_param"):
+        section = zero.get(key)
+        target = section.get("device") if isinstance(section, dict) else section
+        if target not in ("none", None, False):
+            raise UserError(
+                f"DeepSpeed configuration {path}: zero_optimization.{key} is not supported; remove "
+                'it, or use "offload_optimizer": {"device": "cpu"}'
+            )
+    section = zero.get("offload_optimizer")
+    if section is None:
+        return
+    if not isinstance(section, dict):
+        raise UserError(
+            f"DeepSpeed configuration {path}: zero_optimization.offload_optimizer must be an "
+            'object such as {"device": "cpu"}'
+        )
+    target = section.get("device")
+    if target in ("none", None):
+        del zero["offload_optimizer"]
+        return
+    if target != "cpu":
+        raise UserError(
+            f"DeepSpeed configuration {path}: zero_optimization.offload_optimizer to {target!r} is "
+            'not supported; use "cpu"'
+        )
+    if stage == 0:
+        raise UserError(
+            f"DeepSpeed configuration {path}: offload_optimizer needs zero_optimization.stage 1, 2 "
+            "or 3"
+        )
+    # DeepSpeed has no SGD of its own for the CPU; torch's is a single pass over memory.
+    config["zero_force_ds_cpu_optimizer"] = False
+
+
+def _stage3(path: str, zero: dict[str, Any], parameters: int, notes: list[str]) -> None:
     # Small parameters that stay gathered would not see the moving average, which works on shards.
     threshold = zero.get("stage3_param_persistence_threshold", "auto")
     if threshold not in ("auto", 0):
-        raise UserError(
-            f"DeepSpeed configuration {path}: stage3_param_persistence_threshold {threshold!r} "
-            "would keep small weights of the key encoder from following the query; set it to 0"
+        notes.append(
+            f"{path}: stage3_param_persistence_threshold is 0 here, not {threshold!r}: small "
+            "weights of the key encoder that stay gathered would not follow the query"
         )
     zero["stage3_param_persistence_threshold"] = 0
     if zero.get("stage3_prefetch_bucket_size", "auto") == "auto":

@@ -8,6 +8,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.errors import UserError
+from moco_scale.vit import VITS, build_vit
+from moco_scale.vit import Block as ViTBlock
 
 Block = type[BasicBlock] | type[Bottleneck]
 
@@ -18,6 +20,9 @@ RESNETS: dict[str, tuple[Block, list[int]]] = {
     "resnet101": (Bottleneck, [3, 4, 23, 3]),
     "resnet152": (Bottleneck, [3, 8, 36, 3]),
 }
+MODELS = (*RESNETS, *VITS)
+BLOCKS = (BasicBlock, Bottleneck, ViTBlock)
+"""Parts of a backbone that engines shard, recompute or compile as a whole."""
 WIDTHS = (1, 2, 4)
 STEMS = ("imagenet", "cifar")
 HEADS = ("linear", "mlp")
@@ -27,7 +32,7 @@ class Encoder(nn.Module):
     """A backbone and the head that projects its features for the contrastive loss.
 
     Attributes:
-        backbone: [B, 3, S, S] -> [B, feature_dim], average-pooled.
+        backbone: [B, 3, S, S] -> [B, feature_dim], average-pooled or a class token.
         head: [B, feature_dim] -> [B, dim].
         feature_dim: width of the backbone's output.
     """
@@ -54,6 +59,9 @@ def build_encoder(
     stem: str = "imagenet",
     head: str = "linear",
     dim: int = 128,
+    image_size: int = 224,
+    patch_size: int = 0,
+    train_patch_embedding: bool = False,
     seed: int = 0,
 ) -> Encoder:
     """Build an encoder whose initial weights are a function of the seed alone.
@@ -61,27 +69,42 @@ def build_encoder(
     The global random generator is left as it was.
 
     Args:
-        model: a key of :data:`RESNETS`.
-        width: multiplies every channel count (ResNet-50 "4x" of the MoCo paper has 8192 features).
-        stem: ``"imagenet"`` (7x7 stride 2, max-pool) or ``"cifar"`` (3x3, no pooling).
+        model: one of :data:`MODELS`.
+        width: of a ResNet: multiplies every channel count (ResNet-50 "4x" of the MoCo paper has
+            8192 features).
+        stem: of a ResNet: ``"imagenet"`` (7x7 stride 2, max-pool) or ``"cifar"`` (3x3, no pooling).
         head: ``"linear"`` (MoCo v1) or ``"mlp"`` (MoCo v2: two layers, ReLU, no BatchNorm).
         dim: width of the projected output.
+        image_size: of a transformer: pixels a side of the pictures it takes.
+        patch_size: of a transformer: pixels a side of a patch; 0: the model's own.
+        train_patch_embedding: of a transformer: its first layer is trained too.
         seed: of the initial weights.
 
     Raises:
-        UserError: an unknown name or width.
+        UserError: an unknown name or width, or pictures that are no whole number of patches.
     """
-    if model not in RESNETS:
-        raise UserError(f"--model {model}: unknown; choose one of {', '.join(RESNETS)}")
+    if model not in MODELS:
+        raise UserError(f"--model {model}: unknown; choose one of {', '.join(MODELS)}")
     if stem not in STEMS:
         raise UserError(f"--stem {stem}: choose one of {', '.join(STEMS)}")
     if width not in WIDTHS:
         raise UserError(f"--model-width {width}: choose one of {', '.join(map(str, WIDTHS))}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        block, layers = RESNETS[model]
-        backbone = _WideResNet(block, layers, width, stem)
-        feature_dim = 512 * block.expansion * width
+        backbone: nn.Module
+        if model in VITS:
+            if width != 1:
+                raise UserError(f"--model-width {width} is for ResNets, not for {model}")
+            backbone, feature_dim = build_vit(
+                model,
+                image_size=image_size,
+                patch_size=patch_size,
+                train_patch_embedding=train_patch_embedding,
+            )
+        else:
+            block, layers = RESNETS[model]
+            backbone = _WideResNet(block, layers, width, stem)
+            feature_dim = 512 * block.expansion * width
         return Encoder(backbone, _head(head, feature_dim, dim), feature_dim)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco_scale.encoders import HEADS, RESNETS, STEMS, WIDTHS, build_encoder
+from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS, build_encoder
 from moco_scale.errors import UserError
 
 # One pass over elements that are already there: no matrix product hides behind these.
@@ -124,9 +124,12 @@ def _fused_attention_layer(inputs: list[Any], outputs: list[Any]) -> Counter[str
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``python -m moco_scale flops``."""
-    parser.add_argument("--model", default="resnet50", help=f"one of {', '.join(RESNETS)}")
+    parser.add_argument("--model", default="resnet50", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--model-width", type=int, default=1, help=f"one of {WIDTHS}")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side")
+    parser.add_argument(
+        "--patch-size", type=int, default=0, help="of a ViT, in pixels; 0: the model's own"
+    )
     parser.add_argument("--stem", default="imagenet", help=f"one of {', '.join(STEMS)}")
     parser.add_argument("--head", default="linear", help=f"one of {', '.join(HEADS)}")
     parser.add_argument("--dim", type=int, default=128, help="width of the head's output")
@@ -154,7 +157,13 @@ def run(args: argparse.Namespace) -> None:
         )
     with torch.device("meta"):
         encoder = build_encoder(
-            args.model, width=args.model_width, stem=args.stem, head=args.head, dim=args.dim
+            args.model,
+            width=args.model_width,
+            stem=args.stem,
+            head=args.head,
+            dim=args.dim,
+            image_size=args.image_size,
+            patch_size=args.patch_size,
         )
     # Counting needs shapes, not numbers: nobody waits for a billion of them to be drawn.
     encoder = encoder.to_empty(device="cpu")

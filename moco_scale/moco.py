@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moco_scale.batchnorm import set_part
 from moco_scale.encoders import Encoder
 
 
@@ -30,18 +31,29 @@ class MoCo(nn.Module):
         self.key = copy.deepcopy(query)
         self.key.requires_grad_(False)
 
-    def forward(self, *views: Tensor) -> list[Tensor]:
-        """Queries of each view: each [B, 3, S, S] -> fp32 unit rows [B, dim]."""
+    def forward(self, *views: Tensor, part: int = 0, parts: int = 1) -> list[Tensor]:
+        """Queries of each view: each [B, 3, S, S] -> fp32 unit rows [B, dim].
+
+        part, parts: the views are this part of a step's, for BatchNorm's running statistics.
+        """
+        features = []
         with self._autocast(views[0].device.type):
-            features = [self.query(view) for view in views]
+            for number, view in enumerate(views):
+                if parts > 1:
+                    set_part(self.query, part, parts, number, len(views))
+                features.append(self.query(view))
         return [normalize(feature) for feature in features]
 
     @torch.no_grad()
-    def keys(self, view: Tensor) -> Tensor:
-        """Keys of a view: [B, 3, S, S] -> fp32 unit rows [B, dim]."""
+    def keys(self, view: Tensor, parts: int = 1) -> Tensor:
+        """Keys of a view: [B, 3, S, S] -> fp32 unit rows [B, dim], computed in equal parts."""
+        features = []
         with self._autocast(view.device.type):
-            feature = self.key(view)
-        return normalize(feature)
+            for part, pictures in enumerate(view.chunk(parts)):
+                if parts > 1:
+                    set_part(self.key, part, parts)
+                features.append(self.key(pictures))
+        return normalize(torch.cat(features) if parts > 1 else features[0])
 
     def _autocast(self, device: str) -> contextlib.AbstractContextManager[object]:
         if self.compute_dtype is None:

@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 from moco_scale import __version__, distributed
+from moco_scale.config import Config
 from moco_scale.data.reader import ViewBatch
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import PRECISIONS
@@ -78,6 +79,8 @@ class Monitor:
             f"BatchNorm groups of {config.model.bn_group_size}; {config.optim.epochs} epochs of "
             f"{run.plan.steps_per_epoch} steps"
         )
+        for text in (*run.engine.notes, *_extras(config)):
+            say(text)
         if run.resumed_from is not None:
             again = f" ({dropped} later log lines dropped)" if dropped else ""
             say(f"resumed from {run.resumed_from} at step {run.step}{again}")
@@ -215,3 +218,17 @@ class Monitor:
             title=title,
         )
         self.telemetry.say(f"done: {out}/current.pth, report.png, neighbours.png")
+
+
+def _extras(config: Config) -> list[str]:
+    """What is done besides the usual."""
+    extras = []
+    if config.run.accumulation_steps > 1:
+        extras.append(f"{config.run.accumulation_steps} backward passes per step")
+    if config.optim.clip_grad:
+        extras.append(f"gradients are clipped at norm {config.optim.clip_grad}")
+    if config.run.activation_checkpointing:
+        extras.append("blocks are computed again in the backward pass")
+    if config.run.compile:
+        extras.append("blocks are compiled; the first steps take minutes")
+    return ["; ".join(extras)] if extras else []

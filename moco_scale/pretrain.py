@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from moco_scale.monitor import Monitor
 from moco_scale.queue import KeyQueue
 from moco_scale.run_folder import RunFolder
 from moco_scale.schedules import learning_rate
-from moco_scale.shuffle import ShuffleBN
+from moco_scale.shuffle import Exchange, ShuffleBN
 from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Meters, Telemetry
 
@@ -69,7 +70,8 @@ class Pretraining:
             )
             self.step = meta["step"]
             self._load(moco, saved)
-        set_groups(moco, config.model.bn_group_size, config.optim.batch_size)
+        self.parts = config.run.accumulation_steps
+        set_groups(moco, config.model.bn_group_size, config.optim.batch_size, self.parts)
         self.engine = make_engine(config, moco, self.device)
         if saved:
             self.engine.load_optimizer_state(_part(saved, "optimizer."))
@@ -90,6 +92,9 @@ class Pretraining:
             stem=model.stem,
             head=model.head,
             dim=model.dim,
+            image_size=self.config.data.image_size,
+            patch_size=model.patch_size,
+            train_patch_embedding=model.train_patch_embedding,
             seed=self.config.optim.rng_seed,
         )
 
@@ -103,26 +108,38 @@ class Pretraining:
             self.shuffle.send(crops[k], batch.step, stream) for stream, (_, k) in enumerate(terms)
         ]
         mine = self.plan.rank_indices(batch.step, self.rank, self.world)
-        queries = self.engine.query(
-            *[self.augmented(crops[q], batch.epoch, mine, q) for q, _ in terms]
-        )
-        everyone = self.plan.global_indices(batch.step)
-        all_keys = []
-        for exchange, (_, k) in zip(sent, terms, strict=True):
-            received = self.augmented(exchange.wait(), batch.epoch, everyone[exchange.received], k)
-            all_keys.append(exchange.gather_back(self.engine.key(received)))
-        own = slice(self.rank * len(mine), (self.rank + 1) * len(mine))
-        terms_loss = [
-            infonce(query, keys[own], queue.keys, config.nce_t)
-            for query, keys in zip(queries, all_keys, strict=True)
-        ]
-        loss = torch.stack([term.loss.mean() for term in terms_loss]).sum()
-        self.engine.backward(loss)
-        self._measure(loss, terms_loss[0].positive_probability, queries[0], all_keys[0][own])
-        if self.engine.step(self.learning_rate(batch.step)):
+        all_keys: list[Tensor] = []
+        for part, rows in enumerate(np.split(np.arange(len(mine)), self.parts)):
+            own = slice(rows[0], rows[-1] + 1)
+            queries = self.engine.query(
+                *[self.augmented(crops[q][own], batch.epoch, mine[own], q) for q, _ in terms],
+                part=part,
+            )
+            if part == 0:  # the exchange has been under way during the first queries
+                all_keys = [
+                    self._keys(exchange, batch, view)
+                    for exchange, (_, view) in zip(sent, terms, strict=True)
+                ]
+            first = self.rank * len(mine)
+            positives = [keys[first + own.start : first + own.stop] for keys in all_keys]
+            parts_terms = [
+                infonce(query, positive, queue.keys, config.nce_t)
+                for query, positive in zip(queries, positives, strict=True)
+            ]
+            loss = torch.stack([term.loss.mean() for term in parts_terms]).sum()
+            self.engine.backward(loss / self.parts)
+            self._measure(loss, parts_terms[0].positive_probability, queries[0], positives[0])
+        applied = self.engine.step(self.learning_rate(batch.step))
+        if applied:
             self.engine.ema(config.alpha)
         for keys in all_keys:
             queue.enqueue(keys)
+
+    def _keys(self, exchange: Exchange, batch: ViewBatch, view: int) -> Tensor:
+        """Keys of the whole global batch, of which this rank computes those it was sent."""
+        samples = self.plan.global_indices(batch.step)[exchange.received]
+        crops = self.augmented(exchange.wait(), batch.epoch, samples, view)
+        return exchange.gather_back(self.engine.key(crops))
 
     def augmented(self, crops: Tensor, epoch: int, samples: Any, view: int) -> Tensor:
         """Colours, blur and normalisation: uint8 [B, 3, S, S] -> float32, by sample and view."""
@@ -149,7 +166,7 @@ class Pretraining:
     def _measure(self, loss: Tensor, probability: Tensor, query: Tensor, key: Tensor) -> None:
         positive = (query * key).sum(1).mean()
         negative = torch.dot(query.mean(0), self.queue.keys[: 1 << 14].mean(0))
-        self.meters.add(loss, probability.mean(), positive, negative)
+        self.meters.add(1 / self.parts, loss, probability.mean(), positive, negative)
 
     def run(self) -> None:
         """Train from where the run stands to its last step, or to ``--max-steps``.

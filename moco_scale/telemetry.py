@@ -137,11 +137,11 @@ class Meters:
         # Rows: since the last report, since the start of the epoch. Last column: steps.
         self.sums = torch.zeros(2, len(self.NAMES) + 1, dtype=torch.float64, device=device)
 
-    def add(self, *values: Tensor) -> None:
-        """One step's values on this rank, in the order of :data:`NAMES`."""
+    def add(self, weight: float, *values: Tensor) -> None:
+        """Values of this part of a step on this rank, in the order of :data:`NAMES`."""
         row = torch.stack([v.detach().double() for v in values])
-        self.sums[:, :-1] += row
-        self.sums[:, -1] += 1
+        self.sums[:, :-1] += weight * row
+        self.sums[:, -1] += weight
 
     def read(self) -> tuple[dict[str, float], float]:
         """Means since the last call, and the epoch's mean loss, over all ranks together."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from moco_scale import distributed
 from moco_scale.batchnorm import spans_ranks
 from moco_scale.config import Config
 from moco_scale.deepspeed_config import read_configuration
-from moco_scale.engines.base import Engine, SGDSettings
+from moco_scale.engines.base import Engine, EngineSettings
 from moco_scale.moco import MoCo
 
-__all__ = ["Engine", "make_engine"]
+__all__ = ["Engine", "EngineSettings", "make_engine"]
 
 
 def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
@@ -20,27 +22,42 @@ def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
     Raises:
         UserError: a DeepSpeed configuration that cannot be used.
     """
-    optimizer = SGDSettings(config.optim.momentum, config.optim.weight_decay)
-    if config.run.engine == "deepspeed":
+    optim, run = config.optim, config.run
+    settings = EngineSettings(
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        precision=run.precision,
+        clip_norm=optim.clip_grad,
+        parts=run.accumulation_steps,
+        compile=run.compile,
+        recompute=run.activation_checkpointing,
+        shard_size=run.fsdp_shard_size,
+    )
+    if run.engine == "deepspeed":
         # Imported late: it takes seconds, and the other engines work without it.
         from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
 
-        configuration, scaling = read_configuration(
-            config.run.deepspeed,
-            batch_size=config.optim.batch_size,
+        read = read_configuration(
+            run.deepspeed,
+            batch_size=optim.batch_size,
             world=distributed.world_size(),
-            precision=config.run.precision,
+            precision=run.precision,
+            clip_norm=optim.clip_grad,
+            parts=run.accumulation_steps,
             parameters=sum(p.numel() for p in moco.trained_parameters().values()),
             # Two communicators at work at once, DeepSpeed's and a BatchNorm group's, can deadlock.
             overlap=device.type == "cuda" and not spans_ranks(moco),
+            compiled=run.compile,
         )
-        stage = configuration["zero_optimization"]["stage"]
-        kind = ShardedDeepSpeedEngine if stage == 3 else DeepSpeedEngine
-        return kind(moco, optimizer, config.run.precision, device, configuration, scaling)
-    if config.run.engine == "fsdp":
+        settings = dataclasses.replace(settings, scaling=read.scaling)
+        kind = ShardedDeepSpeedEngine if read.stage == 3 else DeepSpeedEngine
+        engine: Engine = kind(moco, settings, device, read.configuration)
+        engine.notes += read.notes
+        return engine
+    if run.engine == "fsdp":
         from moco_scale.engines.fsdp import FSDPEngine
 
-        return FSDPEngine(moco, optimizer, config.run.precision, device)
+        return FSDPEngine(moco, settings, device)
     from moco_scale.engines.ddp import DDPEngine
 
-    return DDPEngine(moco, optimizer, config.run.precision, device)
+    return DDPEngine(moco, settings, device)

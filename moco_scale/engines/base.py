@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from moco_scale import distributed
 from moco_scale.encoders import Encoder
+from moco_scale.engines.blocks import transform_blocks
 from moco_scale.loss_scale import LossScale, LossScaling
 from moco_scale.moco import MoCo, momentum_update
 
@@ -20,49 +22,91 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 }
 
 
+Keep = Callable[[str], bool]
+
+
+def everything(name: str) -> bool:
+    """Keep whatever its name."""
+    return True
+
+
 @dataclass(frozen=True)
-class SGDSettings:
-    """Hyper-parameters of the optimizer that do not change during a run."""
+class EngineSettings:
+    """How a model is trained, whatever the engine.
+
+    Attributes:
+        momentum: of SGD.
+        weight_decay: of SGD, on every trained parameter.
+        precision: a key of :data:`PRECISIONS`: what the encoders compute in.
+        clip_norm: gradients together are scaled down to this length; 0: never.
+        parts: backward passes per step.
+        compile: blocks are compiled.
+        recompute: blocks are computed again in the backward pass instead of being kept.
+        shard_size: FSDP shards over so many neighbouring ranks; 0: over all.
+        scaling: fp16's loss scale.
+    """
 
     momentum: float
     weight_decay: float
+    precision: str = "fp32"
+    clip_norm: float = 0.0
+    parts: int = 1
+    compile: bool = False
+    recompute: bool = False
+    shard_size: int = 0
+    scaling: LossScaling = field(default_factory=LossScaling)
 
 
 class Engine(ABC):
     """Wraps a :class:`MoCo` for one way of training it on all ranks.
 
     The initial or resumed weights are already in the module when an engine is made. Gradients
-    are averaged over the ranks. Weights and key encoder are stored in fp32; ``precision`` only
+    are averaged over the ranks. Weights and key encoder are stored in fp32; the precision only
     decides what the encoders compute in, and with fp16 the loss is scaled.
 
     Attributes:
         moco: the module itself; where an engine shards, its parameters are shards.
+        settings: as given.
         device: where it lies.
         loss_scale: with fp16, else None.
+        notes: lines for the log: what was changed of the user's wishes, and why.
     """
 
-    def __init__(
-        self,
-        moco: MoCo,
-        precision: str,
-        device: torch.device,
-        scaling: LossScaling | None = None,
-    ) -> None:
-        self.moco, self.device = moco, device
-        moco.compute_dtype = PRECISIONS[precision]
-        self.loss_scale = LossScale(scaling or LossScaling()) if precision == "fp16" else None
+    def __init__(self, moco: MoCo, settings: EngineSettings, device: torch.device) -> None:
+        self.moco, self.settings, self.device = moco, settings, device
+        self.notes: list[str] = []
+        moco.compute_dtype = PRECISIONS[settings.precision]
+        half = settings.precision == "fp16"
+        self.loss_scale = LossScale(settings.scaling) if half else None
+        transform_blocks(moco, compiled=settings.compile, recompute=settings.recompute)
 
-    @abstractmethod
-    def query(self, *views: Tensor) -> list[Tensor]:
-        """Queries of each view, differentiable: fp32 unit rows [B, dim]."""
+    def query(self, *views: Tensor, part: int = 0) -> list[Tensor]:
+        """Queries of each view, differentiable: fp32 unit rows [B, dim].
+
+        With several parts to a step, of one of them; each is followed by its :meth:`backward`,
+        and the last one's gradients are those of the step.
+        """
+        parts = self.settings.parts
+        self._start_part(last=part == parts - 1)
+        return self._forward(*views, part=part, parts=parts)
 
     def key(self, view: Tensor) -> Tensor:
-        """Keys of a view, without gradient: fp32 unit rows [B, dim]."""
-        return self.moco.keys(view)
+        """Keys of a view, without gradient: fp32 unit rows [B, dim]; in as many parts."""
+        return self.moco.keys(view, self.settings.parts)
+
+    def _start_part(self, last: bool) -> None:  # noqa: B027
+        """A forward and backward pass begins; gradients are averaged over ranks in the last."""
+
+    @abstractmethod
+    def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
+        """MoCo's forward, through whatever wraps it."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a scalar loss, this rank's mean over its samples."""
+        """Add the gradients of a scalar loss, this rank's mean over its samples.
+
+        With several parts, the mean over a part's samples divided by the number of parts.
+        """
 
     @abstractmethod
     def step(self, learning_rate: float) -> bool:
@@ -73,13 +117,22 @@ class Engine(ABC):
         query, key = self._local_pairs()
         momentum_update(key, query, momentum)
 
+    def weights_finite(self) -> Tensor:
+        """Whether this rank's own storage of the query's weights is finite: bool scalar."""
+        # A sum of magnitudes: infinite when any of them is; fp32 weights never get near overflow.
+        norms = torch._foreach_norm([w for w in self._local_pairs()[0] if w.numel()], 1)
+        return torch.stack(norms).sum().isfinite()
+
     @abstractmethod
     def _local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's own storage of the query's parameters and, in the same order, the key's."""
 
     @abstractmethod
-    def model_state(self) -> dict[str, Tensor]:
-        """Full fp32 state of both encoders on every rank, by name in MoCo; all ranks call it."""
+    def model_state(self, keep: Keep = everything) -> dict[str, Tensor]:
+        """Full fp32 state of both encoders by name in MoCo; all ranks call it.
+
+        keep: names that this rank wants; the others it only helps to gather.
+        """
 
     @abstractmethod
     def query_encoder(self, fresh: Callable[[], Encoder]) -> Encoder:
@@ -89,12 +142,30 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Full fp32 optimizer state on every rank, as ``PARAMETER.STATE``; all ranks call it."""
+    def optimizer_state(self, keep: Keep = everything) -> dict[str, Tensor]:
+        """Full fp32 optimizer state as ``PARAMETER.STATE``; all ranks call it, as above."""
 
     @abstractmethod
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`optimizer_state` of any engine gave."""
+
+    @abstractmethod
+    def storage(self) -> dict[str, list[Tensor]]:
+        """This rank's own tensors: ``weights``, ``key``, ``gradients``, ``optimizer``.
+
+        Between :meth:`backward` and :meth:`step`; for measuring, see :func:`storage_bytes`.
+        """
+
+
+def storage_bytes(storage: Mapping[str, list[Tensor]]) -> dict[str, int]:
+    """Bytes of memory behind tensors by kind; what several share is the first one's."""
+    seen: set[int] = set()
+    result = {}
+    for kind, tensors in storage.items():
+        pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        result[kind] = sum(n for place, n in pieces.items() if place not in seen)
+        seen |= pieces.keys()
+    return result
 
 
 class Replicated:
@@ -109,8 +180,8 @@ class Replicated:
             self._pairs = [w.detach() for w in query], key
         return self._pairs
 
-    def model_state(self) -> dict[str, Tensor]:
-        return self.moco.state_dict()
+    def model_state(self, keep: Keep = everything) -> dict[str, Tensor]:
+        return {name: t for name, t in self.moco.state_dict().items() if keep(name)}
 
     def query_encoder(self, fresh: Callable[[], Encoder]) -> Encoder:
         return self.moco.query
@@ -119,7 +190,7 @@ class Replicated:
 MOMENTUM = "momentum_buffer"
 
 
-def make_sgd(parameters: list[nn.Parameter], settings: SGDSettings) -> torch.optim.SGD:
+def make_sgd(parameters: list[nn.Parameter], settings: EngineSettings) -> torch.optim.SGD:
     """torch's SGD; its learning rate is set before every step."""
     return torch.optim.SGD(
         parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -142,21 +213,47 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[p][MOMENTUM] = torch.zeros_like(p)
 
 
-def scaled_sgd_step(
+@torch.no_grad()
+def clip_(gradients: list[Tensor], norm: float, copies: int) -> None:
+    """Scale gradients so that all of them together are at most so long, without a device sync.
+
+    Args:
+        gradients: this rank's own storage of them, in place.
+        norm: the largest length they may have.
+        copies: ranks that hold the same numbers as this one; the others hold other shards.
+    """
+    zero = torch.zeros((), device=distributed.device())  # a rank may hold no element at all
+    parts = torch._foreach_norm([g for g in gradients if g.numel()])
+    square = torch.stack([zero, *parts]).square().sum()
+    if copies < distributed.world_size():
+        square = distributed.sum_(square) / copies
+    torch._foreach_mul_(gradients, (norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
+
+
+def plain_step(
+    engine: Engine,
     optimizer: torch.optim.Optimizer,
     gradients: list[Tensor],
     learning_rate: float,
-    loss_scale: LossScale | None,
+    copies: int,
 ) -> bool:
-    """Step and clear an optimizer; False: left out, because scaled gradients were not finite.
+    """Unscale, clip, step and clear; False: left out, because scaled gradients were not finite.
 
-    gradients: this rank's own storage of them.
+    Args:
+        engine: whose settings and loss scale count.
+        optimizer: torch's.
+        gradients: this rank's own storage of them.
+        learning_rate: of this step.
+        copies: ranks that hold the same numbers as this one.
     """
-    applied = loss_scale is None or loss_scale.unscale(gradients)
+    scale, clip_norm = engine.loss_scale, engine.settings.clip_norm
+    applied = scale is None or scale.unscale(gradients)
     if applied:
+        if clip_norm:
+            clip_(gradients, clip_norm, copies)
         set_learning_rate(optimizer, learning_rate)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if loss_scale is not None:
-        loss_scale.update(applied)
+    if scale is not None:
+        scale.update(applied)
     return applied

@@ -13,10 +13,12 @@ from moco_scale import distributed
 from moco_scale.engines.base import (
     MOMENTUM,
     Engine,
+    EngineSettings,
+    Keep,
     Replicated,
-    SGDSettings,
+    everything,
     make_sgd,
-    scaled_sgd_step,
+    plain_step,
     zero_momentum,
 )
 from moco_scale.moco import MoCo
@@ -25,12 +27,10 @@ from moco_scale.moco import MoCo
 class DDPEngine(Replicated, Engine):
     """Replicated weights, gradients averaged while backward runs."""
 
-    def __init__(
-        self, moco: MoCo, optimizer: SGDSettings, precision: str, device: torch.device
-    ) -> None:
-        super().__init__(moco, precision, device)
+    def __init__(self, moco: MoCo, settings: EngineSettings, device: torch.device) -> None:
+        super().__init__(moco, settings, device)
         self._trained = moco.trained_parameters()
-        self._optimizer = make_sgd(list(self._trained.values()), optimizer)
+        self._optimizer = make_sgd(list(self._trained.values()), settings)
         zero_momentum(self._optimizer)
         self._wrapped: nn.Module = moco
         if distributed.world_size() > 1:
@@ -47,22 +47,38 @@ class DDPEngine(Replicated, Engine):
                     gradient_as_bucket_view=True,
                 )
 
-    def query(self, *views: Tensor) -> list[Tensor]:
-        return self._wrapped(*views)
+    def _start_part(self, last: bool) -> None:
+        if isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped.require_backward_grad_sync = last
+
+    def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
+        return self._wrapped(*views, part=part, parts=parts)
 
     def backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
-    def step(self, learning_rate: float) -> bool:
-        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-        return scaled_sgd_step(self._optimizer, gradients, learning_rate, self.loss_scale)
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trained.values() if p.grad is not None]
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{MOMENTUM}": self._optimizer.state[p][MOMENTUM]
-            for name, p in self._trained.items()
-        }
+    def step(self, learning_rate: float) -> bool:
+        return plain_step(
+            self, self._optimizer, self._gradients(), learning_rate, distributed.world_size()
+        )
+
+    def optimizer_state(self, keep: Keep = everything) -> dict[str, Tensor]:
+        state = {f"{n}.{MOMENTUM}": self._optimizer.state[p] for n, p in self._trained.items()}
+        return {name: value[MOMENTUM] for name, value in state.items() if keep(name)}
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         for name, p in self._trained.items():
             self._optimizer.state[p][MOMENTUM].copy_(state[f"{name}.{MOMENTUM}"])
+
+    def storage(self) -> dict[str, list[Tensor]]:
+        query, key = self.moco.parameter_pairs()
+        momenta = [self._optimizer.state[p][MOMENTUM] for p in self._trained.values()]
+        return {
+            "weights": query,
+            "key": key,
+            "gradients": self._gradients(),
+            "optimizer": momenta,
+        }

@@ -8,20 +8,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moco_scale import distributed
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
     Engine,
+    EngineSettings,
+    Keep,
     Replicated,
-    SGDSettings,
+    everything,
     make_sgd,
-    scaled_sgd_step,
+    plain_step,
     set_learning_rate,
     zero_momentum,
 )
-from moco_scale.loss_scale import LossScaling
 from moco_scale.moco import MoCo
 
 
@@ -35,17 +37,20 @@ class DeepSpeedEngine(Replicated, Engine):
     def __init__(
         self,
         moco: MoCo,
-        optimizer: SGDSettings,
-        precision: str,
+        settings: EngineSettings,
         device: torch.device,
         configuration: dict[str, Any],
-        scaling: LossScaling | None = None,
     ) -> None:
-        super().__init__(moco, precision, device, scaling)
+        super().__init__(moco, settings, device)
         deepspeed = _import_deepspeed()
         self._trained = moco.trained_parameters()
         self._stage = configuration["zero_optimization"]["stage"]
-        sgd = make_sgd(list(self._trained.values()), optimizer)
+        if self._stage == 3:
+            # It uses the weights of its last layer without calling that: gather them with it.
+            deepspeed.utils.set_z3_leaf_modules(
+                moco, [nn.MultiheadAttention], raise_if_not_found=False
+            )
+        sgd = make_sgd(list(self._trained.values()), settings)
         if self._stage == 0:
             zero_momentum(sgd)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -60,8 +65,11 @@ class DeepSpeedEngine(Replicated, Engine):
         zero_momentum(self._optimizer.optimizer)
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
-    def query(self, *views: Tensor) -> list[Tensor]:
-        return self._engine(*views)
+    def _start_part(self, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+
+    def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
+        return self._engine(*views, part=part, parts=parts)
 
     def backward(self, loss: Tensor) -> None:
         if self.loss_scale is not None:
@@ -69,12 +77,15 @@ class DeepSpeedEngine(Replicated, Engine):
                 loss = loss * self.loss_scale.value
             else:
                 self._optimizer.loss_scale = self.loss_scale.value  # multiplies and divides
-        self._engine.backward(loss)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trained.values() if p.grad is not None]
 
     def step(self, learning_rate: float) -> bool:
-        if self._stage == 0 and self.loss_scale is not None:
-            gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-            return scaled_sgd_step(self._optimizer, gradients, learning_rate, self.loss_scale)
+        if self._stage == 0:  # DeepSpeed has summed the gradients; there is nothing else to it
+            world = distributed.world_size()
+            return plain_step(self, self._optimizer, self._gradients(), learning_rate, world)
         set_learning_rate(self._optimizer, learning_rate)
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
@@ -82,7 +93,7 @@ class DeepSpeedEngine(Replicated, Engine):
             self.loss_scale.update(applied)
         return applied
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def optimizer_state(self, keep: Keep = everything) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = {}
@@ -91,7 +102,8 @@ class DeepSpeedEngine(Replicated, Engine):
                 value = self._optimizer.state[p][MOMENTUM]
             else:
                 value = safe_get_full_optimizer_state(p, MOMENTUM)
-            state[f"{name}.{MOMENTUM}"] = value
+            if keep(f"{name}.{MOMENTUM}"):
+                state[f"{name}.{MOMENTUM}"] = value if self._stage == 0 else value.cpu()
         return state
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
@@ -103,6 +115,30 @@ class DeepSpeedEngine(Replicated, Engine):
                 self._optimizer.state[p][MOMENTUM].copy_(value)
             else:
                 safe_set_full_optimizer_state(p, value, MOMENTUM)
+
+    def storage(self) -> dict[str, list[Tensor]]:
+        query, key = self.moco.parameter_pairs()
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        momenta = [state[MOMENTUM] for state in inner.state.values()]
+        if self._stage == 0:
+            masters, gradients = [], self._gradients()
+        else:
+            masters = [p for group in inner.param_groups for p in group["params"]]
+            summed = [g for g in self._optimizer.averaged_gradients.values() if g is not None]
+            gradients = [
+                *self._gradients(),  # stage 1 keeps them all
+                *(t for g in summed for t in ([g] if isinstance(g, Tensor) else g)),
+                *(p.grad for p in masters if p.grad is not None),  # where they are offloaded
+            ]
+        return {
+            "weights": self._own(query),
+            "key": self._own(key),
+            "gradients": gradients,
+            "optimizer": [*momenta, *masters],
+        }
+
+    def _own(self, parameters: list[Tensor]) -> list[Tensor]:
+        return parameters
 
 
 class ShardedDeepSpeedEngine(DeepSpeedEngine):
@@ -117,9 +153,16 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
         # Looked up each time: a step gives the shards other storage.
         return [p.ds_tensor.detach() for p in query], [p.ds_tensor for p in key]  # type: ignore[attr-defined]
 
-    def model_state(self) -> dict[str, Tensor]:
-        state = {name: _gathered(p).cpu() for name, p in self.moco.named_parameters()}
-        return state | dict(self.moco.named_buffers())
+    def _own(self, parameters: list[Tensor]) -> list[Tensor]:
+        return [p.ds_tensor for p in parameters]  # type: ignore[attr-defined]
+
+    def model_state(self, keep: Keep = everything) -> dict[str, Tensor]:
+        state = {}
+        for name, p in self.moco.named_parameters():
+            whole = _gathered(p)
+            if keep(name):
+                state[name] = whole.cpu()
+        return state | {name: t for name, t in self.moco.named_buffers() if keep(name)}
 
     def query_encoder(self, fresh: Callable[[], Encoder]) -> Encoder:
         query, encoder = self.moco.query, fresh().to(self.device)

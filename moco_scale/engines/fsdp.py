@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: torch's ``fully_shard`` (FSDP2), one unit per residual block.
+"""Fully sharded data parallelism: torch's ``fully_shard`` (FSDP2), one unit per block.
 
 Each rank keeps 1/W of the weights, gradients, optimizer state and key encoder. A block is gathered
 just before it computes and released after. Query and key are sharded alike, so that the moving
@@ -7,74 +7,88 @@ average needs no message.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from moco_scale import distributed
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
+    PRECISIONS,
     Engine,
-    SGDSettings,
+    EngineSettings,
+    Keep,
+    everything,
     make_sgd,
-    scaled_sgd_step,
+    plain_step,
     zero_momentum,
 )
+from moco_scale.engines.blocks import blocks_of
+from moco_scale.errors import UserError
 from moco_scale.moco import MoCo
 
-UNITS = (BasicBlock, Bottleneck)
-"""Modules that are gathered and released as a whole."""
+NORMS = (nn.BatchNorm2d, nn.LayerNorm)
+"""Modules whose weights are gathered in fp32 whatever the precision."""
 
 
 class FSDPEngine(Engine):
-    """Weights, gradients, optimizer state and key encoder sharded over all ranks."""
+    """Weights, gradients, optimizer state and key encoder sharded over the ranks.
 
-    def __init__(
-        self, moco: MoCo, optimizer: SGDSettings, precision: str, device: torch.device
-    ) -> None:
-        super().__init__(moco, precision, device)
-        mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    With ``shard_size`` they are sharded over so many neighbouring ranks, those of a node, and
+    gradients are averaged between such groups: less traffic across nodes, more memory.
+
+    Raises:
+        UserError: ``shard_size`` does not divide the number of ranks.
+    """
+
+    def __init__(self, moco: MoCo, settings: EngineSettings, device: torch.device) -> None:
+        super().__init__(moco, settings, device)
+        mesh = _mesh(device, settings.shard_size)
+        self._copies = mesh.size(0) if mesh.ndim == 2 else 1
         # Not the module that holds both: of two roots, each forward pass gathers only its own.
         for encoder in (moco.query, moco.key):
-            _shard(encoder, mesh)
+            _shard(encoder, mesh, PRECISIONS[settings.precision])
         self._trained = moco.trained_parameters()
-        self._optimizer = make_sgd(list(self._trained.values()), optimizer)
+        self._optimizer = make_sgd(list(self._trained.values()), settings)
         zero_momentum(self._optimizer)
 
-    def query(self, *views: Tensor) -> list[Tensor]:
-        return self.moco(*views)
+    def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
+        return self.moco(*views, part=part, parts=parts)
 
     def backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
+    def _gradients(self) -> list[Tensor]:
+        return [_local(p.grad) for p in self._trained.values() if p.grad is not None]
+
     def step(self, learning_rate: float) -> bool:
-        gradients = [_local(p.grad) for p in self._trained.values() if p.grad is not None]
-        return scaled_sgd_step(self._optimizer, gradients, learning_rate, self.loss_scale)
+        gradients = self._gradients()
+        return plain_step(self, self._optimizer, gradients, learning_rate, self._copies)
 
     def _local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         query, key = self.moco.parameter_pairs()
         return [_local(w).detach() for w in query], [_local(w) for w in key]
 
-    def model_state(self) -> dict[str, Tensor]:
-        return {name: _full(t).cpu() for name, t in self.moco.state_dict().items()}
+    def model_state(self, keep: Keep = everything) -> dict[str, Tensor]:
+        return _gathered(self.moco.state_dict(), keep)
 
     def query_encoder(self, fresh: Callable[[], Encoder]) -> Encoder:
         encoder = fresh().to(self.device)
         encoder.load_state_dict({n: _full(t) for n, t in self.moco.query.state_dict().items()})
         return encoder
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{MOMENTUM}": _full(self._optimizer.state[p][MOMENTUM]).cpu()
-            for name, p in self._trained.items()
-        }
+    def optimizer_state(self, keep: Keep = everything) -> dict[str, Tensor]:
+        state = self._optimizer.state
+        return _gathered(
+            {f"{n}.{MOMENTUM}": state[p][MOMENTUM] for n, p in self._trained.items()}, keep
+        )
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         for name, p in self._trained.items():
@@ -86,14 +100,46 @@ class FSDPEngine(Engine):
             )
             buffer.to_local().copy_(mine.to_local())
 
+    def storage(self) -> dict[str, list[Tensor]]:
+        query, key = self._local_pairs()
+        momenta = [_local(self._optimizer.state[p][MOMENTUM]) for p in self._trained.values()]
+        gradients = self._gradients()
+        return {"weights": query, "key": key, "gradients": gradients, "optimizer": momenta}
 
-def _shard(encoder: nn.Module, mesh: DeviceMesh) -> None:
+
+def _mesh(device: torch.device, shard_size: int) -> DeviceMesh:
+    world = distributed.world_size()
+    if not shard_size or shard_size == world:
+        return init_device_mesh(device.type, (world,))
+    if world % shard_size:
+        raise UserError(
+            f"--fsdp-shard-size {shard_size} does not divide the {world} processes of this job"
+        )
+    shape, names = (world // shard_size, shard_size), ("replicate", "shard")
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def _shard(encoder: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
     # reshard_after_forward also for the root: a forward pass without gradient would otherwise
     # leave it gathered, and the moving average would miss it.
-    for module in encoder.modules():
-        if isinstance(module, UNITS):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
+    blocks = blocks_of(encoder)
+    policy = MixedPrecisionPolicy()
+    if compute is not None:
+        # What autocast would round after gathering is rounded before: half the traffic. Sums of
+        # gradients stay fp32, and so do the few weights of normalisation, which are a unit of
+        # their own, gathered together.
+        policy = MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        norms: list[nn.Module] = [part for part in encoder.modules() if isinstance(part, NORMS)]
+        if norms:
+            fully_shard(norms, mesh=mesh, reshard_after_forward=True)
+    for module in (*blocks, encoder):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    # The next block is gathered while one computes, without waiting for the CPU to get there.
+    for block, following in itertools.pairwise(cast(list[FSDPModule], blocks)):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -102,3 +148,12 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(state: Mapping[str, Tensor], keep: Keep) -> dict[str, Tensor]:
+    result = {}
+    for name, tensor in state.items():
+        whole = _full(tensor)
+        if keep(name):
+            result[name] = whole.cpu()
+    return result

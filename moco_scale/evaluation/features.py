@@ -79,6 +79,8 @@ def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
             stem=opt["stem"],
             head=opt["head"],
             dim=opt["dim"],
+            image_size=opt["image_size"],
+            patch_size=opt["patch_size"],
         )
         encoder.load_state_dict(state)
     except KeyError as error:

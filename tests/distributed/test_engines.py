@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from torchvision.models.resnet import BasicBlock
 from moco_scale import distributed
 from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
 from moco_scale.encoders import Encoder
-from moco_scale.engines.base import Engine, SGDSettings
+from moco_scale.engines.base import Engine, EngineSettings, clip_
 from moco_scale.infonce import infonce
 from moco_scale.loss_scale import LossScale, LossScaling
 from moco_scale.moco import MoCo
+from moco_scale.vit import MoCoViT, ViTShape
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -40,61 +42,84 @@ def small_encoder() -> Encoder:
         return Encoder(backbone, nn.Linear(8, DIM), 8)
 
 
-def engine_around(kind: str, moco: MoCo, precision: str, scaling: LossScaling | None) -> Engine:
-    device, settings = torch.device("cpu"), SGDSettings(MOMENTUM, 1e-4)
+def engine_around(
+    kind: str, moco: MoCo, settings: EngineSettings, zero: dict[str, Any] | None = None
+) -> Engine:
+    device = torch.device("cpu")
     if kind.startswith("zero"):
         from moco_scale.deepspeed_config import read_configuration
         from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
 
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump({"zero_optimization": {"stage": int(kind[4:])}}, file)
+            json.dump({"zero_optimization": {"stage": int(kind[4:]), **(zero or {})}}, file)
             file.flush()
-            configuration, _ = read_configuration(
+            read = read_configuration(
                 file.name,
                 batch_size=BATCH,
                 world=distributed.world_size(),
-                precision=precision,
+                precision=settings.precision,
+                clip_norm=settings.clip_norm,
+                parts=settings.parts,
                 parameters=sum(p.numel() for p in moco.query.parameters()),
                 overlap=False,
+                compiled=settings.compile,
             )
         made = ShardedDeepSpeedEngine if kind == "zero3" else DeepSpeedEngine
-        return made(moco, settings, precision, device, configuration, scaling)
+        return made(moco, settings, device, read.configuration)
     from moco_scale.engines.ddp import DDPEngine
     from moco_scale.engines.fsdp import FSDPEngine
 
-    engine = (DDPEngine if kind == "ddp" else FSDPEngine)(moco, settings, precision, device)
-    if scaling is not None:
-        engine.loss_scale = LossScale(scaling)
-    return engine
+    return (DDPEngine if kind == "ddp" else FSDPEngine)(moco, settings, device)
 
 
 def cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in tensors.items()}
 
 
+def small_transformer() -> Encoder:
+    """A transformer of two blocks on patches of four pixels; its first layer stays as drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        backbone = MoCoViT(ViTShape(4, 16, 2, 4), SIZE, train_patch_embedding=False)
+        return Encoder(backbone, nn.Linear(16, DIM), 16)
+
+
+ENCODERS = {"resnet": small_encoder, "vit": small_transformer}
+
+
 def train(
-    kind: str, precision: str, steps: int, scaling: LossScaling | None = None
+    kind: str,
+    steps: int,
+    encoder: str = "resnet",
+    views: int = 1,
+    group: int = GROUP,
+    zero: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Some steps on random pictures: losses, which steps were made, final state."""
-    moco = MoCo(small_encoder())
+    chosen = EngineSettings(MOMENTUM, 1e-4, **settings)
+    moco, parts = MoCo(ENCODERS[encoder]()), chosen.parts
     before = cloned(moco.state_dict())
-    set_groups(moco, GROUP, BATCH)
-    engine = engine_around(kind, moco, precision, scaling)
+    set_groups(moco, group, BATCH, parts)
+    engine = engine_around(kind, moco, chosen, zero)
     generator = torch.Generator().manual_seed(1)
     queue = nn.functional.normalize(torch.randn(40, DIM, generator=generator), dim=1)
-    mine = slice(
-        distributed.rank() * BATCH // distributed.world_size(),
-        (distributed.rank() + 1) * BATCH // distributed.world_size(),
-    )
+    per_rank = BATCH // distributed.world_size()
+    mine = slice(distributed.rank() * per_rank, (distributed.rank() + 1) * per_rank)
     result: dict[str, Any] = {"losses": [], "applied": [], "scales": [], "frozen": []}
     engine.moco.train()
     for _ in range(steps):
-        views = torch.randn(2, BATCH, 3, SIZE, SIZE, generator=generator)[:, mine]
-        (query,) = engine.query(views[0])
-        loss = infonce(query, engine.key(views[1]), queue, 0.2).loss.mean()
+        pictures = torch.randn(views + 1, BATCH, 3, SIZE, SIZE, generator=generator)[:, mine]
+        keys = engine.key(pictures[-1])
         if engine.loss_scale is not None:
             result["scales"].append(engine.loss_scale.value)
-        engine.backward(loss)
+        mean = 0.0
+        for part, rows in enumerate(torch.arange(per_rank).chunk(parts)):
+            queries = engine.query(*(pictures[v, rows] for v in range(views)), part=part)
+            losses = [infonce(query, keys[rows], queue, 0.2).loss.mean() for query in queries]
+            loss = torch.stack(losses).sum()
+            engine.backward(loss / parts)
+            mean += float(loss) / parts
         applied = engine.step(RATE)
         if applied:
             engine.ema(ALPHA)
@@ -108,12 +133,12 @@ def train(
                 )
                 and not any(t.any() for t in engine.optimizer_state().values())
             )
-        result["losses"].append(float(loss))
+        result["losses"].append(mean)
         result["applied"].append(applied)
     distributed.average_(list(moco.buffers()))
     result["state"] = cloned(engine.model_state())
     result["momenta"] = cloned(engine.optimizer_state())
-    whole = engine.query_encoder(small_encoder).eval()
+    whole = engine.query_encoder(ENCODERS[encoder]).eval()
     result["evaluated"] = whole(torch.ones(2, 3, SIZE, SIZE)).detach()
     result["before"] = before
     return result
@@ -132,7 +157,7 @@ def movement(got: dict[str, Any], wanted: dict[str, Any], prefix: str) -> float:
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Any]:
-    (result,) = run_ranks(train, 1, "ddp", "fp32", 5)
+    (result,) = run_ranks(train, 1, "ddp", 5)
     return result
 
 
@@ -145,7 +170,11 @@ def reference() -> dict[str, Any]:
     ],
 )
 def test_fp32_equals_one_process(reference: dict[str, Any], kind: str, world: int) -> None:
-    results = run_ranks(train, world, kind, "fp32", 5)
+    assert_same(run_ranks(train, world, kind, 5), reference)
+
+
+def assert_same(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """All ranks end alike, where one process ends, to the rounding of fp32."""
     losses = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
     assert losses.tolist() == pytest.approx(reference["losses"], rel=1e-4)
     for got in results:
@@ -154,14 +183,98 @@ def test_fp32_equals_one_process(reference: dict[str, Any], kind: str, world: in
         assert movement(got, reference, "query.") < 1e-3
         assert movement(got, reference, "key.") < 1e-3
         torch.testing.assert_close(got["evaluated"], reference["evaluated"], rtol=1e-3, atol=1e-4)
+        for name, wanted in reference["state"].items():
+            if "running" in name or "num_batches" in name:
+                torch.testing.assert_close(got["state"][name], wanted, rtol=1e-3, atol=1e-5)
     for got in results[1:]:
         assert all(torch.equal(t, got["state"][n]) for n, t in results[0]["state"].items())
+
+
+# Two views as in the symmetric loss; gradients are a few times longer than what they are cut to.
+PARTLY: dict[str, Any] = {"views": 2, "group": 2, "clip_norm": 0.1}
+
+
+@pytest.fixture(scope="module")
+def whole_steps() -> dict[str, Any]:
+    (result,) = run_ranks(partial(train, **PARTLY), 1, "ddp", 5)
+    (unclipped,) = run_ranks(partial(train, views=2, group=2), 1, "ddp", 5)
+    assert movement(unclipped, result, "query.") > 0.1
+    return result
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_parts_and_recomputation_change_nothing(whole_steps: dict[str, Any], kind: str) -> None:
+    """Two backward passes per step, blocks computed again in each; gradients are clipped."""
+    ways = partial(train, **PARTLY, parts=2, recompute=True)
+    assert_same(run_ranks(ways, 2, kind, 5), whole_steps)
+
+
+@pytest.fixture(scope="module")
+def transformer() -> dict[str, Any]:
+    (result,) = run_ranks(partial(train, encoder="vit"), 1, "ddp", 5)
+    patch = "query.backbone.conv_proj.weight"
+    assert torch.equal(result["state"][patch], result["before"][patch])
+    assert f"{patch}.momentum_buffer" not in result["momenta"]
+    return result
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=slow_unless(k in SHARDED)) for k in ENGINES]
+)
+def test_a_transformer_with_frozen_patches(transformer: dict[str, Any], kind: str) -> None:
+    ways = partial(train, encoder="vit", recompute=True)
+    assert_same(run_ranks(ways, 2, kind, 5), transformer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("kind", [kind for kind in ENGINES if kind != "zero3"])
+def test_compiled_blocks(kind: str, encoder: str) -> None:
+    (reference,) = run_ranks(partial(train, encoder=encoder, views=2, group=2), 1, "ddp", 5)
+    ways = partial(train, encoder=encoder, views=2, group=2, compile=True, parts=2, recompute=True)
+    assert_same(run_ranks(ways, 2, kind, 5, timeout=500.0), reference)
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_sharding_within_groups_of_ranks(precision: str) -> None:
+    ways = partial(train, group=2, clip_norm=0.1, precision=precision)
+    (reference,) = run_ranks(ways, 1, "fsdp", 5)
+    results = run_ranks(partial(ways, shard_size=2), 4, "fsdp", 5)
+    if precision == "fp32":
+        assert_same(results, reference)
+    else:
+        losses = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
+        assert losses.tolist() == pytest.approx(reference["losses"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "kind", ["zero1", *(pytest.param(k, marks=pytest.mark.slow) for k in ("zero2", "zero3"))]
+)
+def test_offloaded_optimizer_state(kind: str) -> None:
+    (reference,) = run_ranks(partial(train, **PARTLY), 1, "ddp", 5)
+    zero = {"offload_optimizer": {"device": "cpu"}}
+    assert_same(run_ranks(partial(train, **PARTLY, parts=2, zero=zero), 2, kind, 5), reference)
+
+
+def test_clipping_is_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(n, generator=generator) for n in (3, 0, 7)]
+    for norm in (0.5, 100.0):
+        weights = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        nn.utils.clip_grad_norm_(weights, norm)
+        ours = [g.clone() for g in gradients]
+        clip_(ours, norm, copies=1)
+        for got, weight in zip(ours, weights, strict=True):
+            torch.testing.assert_close(got, weight.grad)
 
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_fp16_leaves_out_what_overflows_and_goes_on(reference: dict[str, Any], kind: str) -> None:
     """A scale far too large: it falls step by step, nothing moves until gradients are finite."""
-    results = run_ranks(train, 2, kind, "fp16", 9, LossScaling(initial=2.0**24, window=3))
+    scaling = LossScaling(initial=2.0**24, window=3)
+    results = run_ranks(partial(train, precision="fp16", scaling=scaling), 2, kind, 9)
     for got in results:
         skipped = got["applied"].index(True)
         assert 0 < skipped < 9, got["scales"]
@@ -181,7 +294,7 @@ def test_fp16_leaves_out_what_overflows_and_goes_on(reference: dict[str, Any], k
 def test_half_precision_differs_by_its_rounding_alone(
     reference: dict[str, Any], kind: str, precision: str
 ) -> None:
-    results = run_ranks(train, 2, kind, precision, 5)
+    results = run_ranks(partial(train, precision=precision), 2, kind, 5)
     losses = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
     # A unit in the last place is 2^-8 in bf16 and 2^-11 in fp16; queries pass about 20 layers,
     # whose errors add like a random walk, and a logit divides by T = 0.2.
@@ -203,7 +316,7 @@ def average_for_long(kind: str, precision: str) -> float:
     moco = MoCo(Encoder(backbone, nn.Linear(8, 4), 8))
     start = {n: t.double() for n, t in cloned(moco.query.state_dict()).items()}
     exact = dict(start)
-    engine = engine_around(kind, moco, precision, None)
+    engine = engine_around(kind, moco, EngineSettings(MOMENTUM, 1e-4, precision))
     generator = torch.Generator().manual_seed(distributed.rank())
     for _ in range(1000):
         (query,) = engine.query(torch.randn(4, 3, 2, 2, generator=generator))

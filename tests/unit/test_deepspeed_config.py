@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moco_scale.config import parse
-from moco_scale.deepspeed_config import read_configuration, requested_precision
+from moco_scale.deepspeed_config import ReadConfiguration, read_configuration, requested_precision
 from moco_scale.errors import UserError
 from moco_scale.loss_scale import LossScaling
 
@@ -18,29 +18,20 @@ def write(folder: Path, content: Any) -> str:
     return str(path)
 
 
-def read(
-    path: str,
-    *,
-    batch_size: int = 256,
-    world: int = 8,
-    precision: str = "fp32",
-    parameters: int = 1000,
-    overlap: bool = True,
-) -> dict[str, Any]:
-    return read_configuration(
-        path,
-        batch_size=batch_size,
-        world=world,
-        precision=precision,
-        parameters=parameters,
-        overlap=overlap,
-    )[0]
+def complete(path: str, **changed: Any) -> ReadConfiguration:
+    usual: dict[str, Any] = {
+        **{"batch_size": 256, "world": 8, "precision": "fp32", "clip_norm": 0.0, "parts": 1},
+        **{"parameters": 1000, "overlap": True, "compiled": False},
+    }
+    return read_configuration(path, **usual | changed)
+
+
+def read(path: str, **changed: Any) -> dict[str, Any]:
+    return complete(path, **changed).configuration
 
 
 def scaling(path: str) -> LossScaling:
-    return read_configuration(
-        path, batch_size=256, world=8, precision="fp16", parameters=1000, overlap=True
-    )[1]
+    return complete(path, precision="fp16").scaling
 
 
 def leaves(value: Any) -> list[Any]:
@@ -145,9 +136,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     (
         {"gradient_accumulation_steps": 4},
         "fp32",
-        ("gradient_accumulation_steps 4", "one backward pass per step"),
+        ("gradient_accumulation_steps 4", "--accumulation-steps 1"),
     ),
-    ({"gradient_clipping": 1.0}, "fp32", ("gradient_clipping 1.0", "do not clip")),
+    ({"gradient_clipping": 1.0}, "fp32", ("gradient_clipping 1.0", "--clip-grad 0.0")),
     ({"optimizer": {"type": "Adam"}}, "fp32", ("'optimizer'", "--base-lr", "--weight-decay")),
     ({"scheduler": {"type": "WarmupLR"}}, "fp32", ("'scheduler'", "--lr-scheduler")),
     ({"fp16": {"enabled": True}}, "fp32", ("fp16", "--precision is fp32")),
@@ -186,19 +177,24 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         ("torch_autocast.dtype 'float16'", "--precision bf16"),
     ),
     ({"zero_optimization": {"stage": 4}}, "fp32", ("zero_optimization.stage 4", "0, 1, 2, 3")),
-    (
-        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100000}},
-        "fp32",
-        ("stage3_param_persistence_threshold 100000", "set it to 0"),
-    ),
     ({"fp16": {"enabled": False}}, "fp16", ("fp16 is disabled", "--precision fp32")),
     ({"fp16": {"enabled": True, "loss_scale": 128}}, "fp16", ("loss_scale 128", "set it to 0")),
     ({"fp16": {"initial_scale_power": "big"}}, "fp16", ("initial_scale_power 'big'",)),
     ({"fp16": {"loss_scale_window": -1}}, "fp16", ("loss_scale_window -1",)),
     (
-        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
         "fp32",
-        ("zero_optimization.offload_optimizer",),
+        ("zero_optimization.offload_optimizer", "'nvme'", "cpu"),
+    ),
+    (
+        {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+        "fp32",
+        ("offload_optimizer needs", "stage 1, 2 or 3"),
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+        "fp32",
+        ("zero_optimization.offload_param", "offload_optimizer"),
     ),
 ]
 
@@ -233,3 +229,61 @@ def test_a_missing_file_or_a_folder_is_refused_before_anything_starts(tmp_path: 
         parse(["--deepspeed", str(tmp_path / "nowhere.json")])
     with pytest.raises(UserError, match="Is a directory"):
         parse(["--deepspeed", str(tmp_path)])
+
+
+def test_what_the_file_says_and_no_flag_does_is_done(tmp_path: Path) -> None:
+    path = write(tmp_path, {"gradient_clipping": 0.5, "gradient_accumulation_steps": 4})
+    config = parse(["--deepspeed", path])
+    assert (config.optim.clip_grad, config.run.accumulation_steps) == (0.5, 4)
+    got = read(path, clip_norm=0.5, parts=4)
+    assert got["train_micro_batch_size_per_gpu"] == 8
+    flags = ["--deepspeed", path, "--clip-grad", "2", "--accumulation-steps", "1"]
+    config = parse(flags)
+    assert (config.optim.clip_grad, config.run.accumulation_steps) == (2.0, 1)
+    with pytest.raises(UserError, match=r"gradient_clipping 0\.5 contradicts --clip-grad 2\.0"):
+        read(path, clip_norm=config.optim.clip_grad, parts=4)
+    auto = write(tmp_path, {"gradient_clipping": "auto", "gradient_accumulation_steps": "auto"})
+    config = parse(["--deepspeed", auto])
+    assert (config.optim.clip_grad, config.run.accumulation_steps) == (0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gradient_clipping", "much"),
+        ("gradient_clipping", -1),
+        ("gradient_accumulation_steps", 0),
+        ("gradient_accumulation_steps", 1.5),
+        ("gradient_accumulation_steps", True),
+    ],
+)
+def test_numbers_of_the_file_are_numbers(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"ds\.json: {key} {value!r}: must be a"):
+        parse(["--deepspeed", write(tmp_path, {key: value})])
+
+
+def test_what_is_changed_is_said(tmp_path: Path) -> None:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 100000}
+    done = complete(write(tmp_path, {"zero_optimization": zero}))
+    assert done.configuration["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+    clipping, threshold = done.notes
+    assert "gradient_clipping: it is 0 here" in clipping
+    assert "persistence_threshold is 0 here, not 100000" in threshold
+    content = {"gradient_clipping": "auto", "zero_optimization": {"stage": 3}}
+    assert complete(write(tmp_path, content)).notes == []
+
+
+def test_optimizer_state_may_live_on_the_cpu(tmp_path: Path) -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    got = read(write(tmp_path, {"zero_optimization": zero}))
+    assert got["zero_optimization"]["offload_optimizer"] == zero["offload_optimizer"]
+    assert got["zero_force_ds_cpu_optimizer"] is False
+    none = {"stage": 0, "offload_optimizer": {"device": "none"}}
+    assert "offload_optimizer" not in read(write(tmp_path, {"zero_optimization": none}))
+
+
+def test_stage_3_cannot_be_compiled(tmp_path: Path) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match=r"--compile .* stage 3 .*--engine fsdp"):
+        read(path, compiled=True)
+    assert read(write(tmp_path, {"zero_optimization": {"stage": 2}}), compiled=True)

@@ -1,0 +1,48 @@
+"""What is done to the blocks of an encoder before an engine wraps it: compiling, recomputing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moco_scale.batchnorm import statistics_kept
+from moco_scale.encoders import BLOCKS
+from moco_scale.moco import MoCo
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Its residual or transformer blocks, in the order of the forward pass."""
+    return [part for part in module.modules() if isinstance(part, BLOCKS)]
+
+
+def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
+    """Replace the ``forward`` of each block, under its old name and with the same parameters.
+
+    Args:
+        moco: changed in place.
+        compiled: each block of both encoders becomes one compiled graph.
+        recompute: the query's blocks keep their inputs alone and are computed again in the
+            backward pass (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost);
+            BatchNorm's running statistics then stay as the first pass left them.
+    """
+    for encoder in (moco.query, moco.key):
+        for block in blocks_of(encoder):
+            forward: Callable[..., Any] = block.forward
+            if compiled:
+                forward = torch.compile(forward, dynamic=False)
+            if recompute and encoder is moco.query:
+                forward = partial(
+                    checkpoint, forward, use_reentrant=False, context_fn=_recompute_contexts
+                )
+            if forward is not block.forward:
+                block.forward = forward  # type: ignore[method-assign]
+
+
+def _recompute_contexts() -> tuple[Any, Any]:
+    return contextlib.nullcontext(), statistics_kept()
