@@ -28,19 +28,25 @@ FORMAT = 1
 META = "meta.json"
 
 
-def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write one checkpoint; all ranks call it with the same full tensors.
+def owner(name: str) -> int:
+    """The rank that writes a tensor: a function of its name, so that nobody has to ask."""
+    return zlib.crc32(name.encode()) % distributed.world_size()
+
+
+def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], group: Any = None) -> None:
+    """Write one checkpoint; all ranks call it, each with the full tensors that it owns.
 
     Args:
         folder: final name; must not exist.
-        tensors: global state by plain name.
+        tensors: global state by plain name; a name may be given by several ranks.
         meta: plain values kept beside it.
+        group: of :func:`distributed.side_group`, when called from another thread.
 
     Raises:
         UserError: it cannot be written (disk full, no permission); nothing is left of it.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    _on_main(lambda: _make_empty(temporary), temporary)
+    _on_main(lambda: _make_empty(temporary), temporary, group)
     problem: BaseException | None = None
     try:
         with warnings.catch_warnings():
@@ -48,11 +54,12 @@ def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None
             dcp.save(
                 {name: t.detach() for name, t in tensors.items()},
                 storage_writer=dcp.FileSystemWriter(temporary, sync_files=True),
+                process_group=group,
                 no_dist=distributed.world_size() == 1,
             )
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         problem = error
-    _on_main(lambda: _complete(temporary, folder, meta, problem), temporary)
+    _on_main(lambda: _complete(temporary, folder, meta, problem), temporary, group)
 
 
 def _make_empty(folder: Path) -> None:
@@ -80,7 +87,7 @@ def _complete(
     sync_folder(folder.parent)
 
 
-def _on_main(action: Any, temporary: Path) -> None:
+def _on_main(action: Any, temporary: Path, group: Any) -> None:
     """Run on rank 0; a failure there becomes the same error everywhere, and leaves no part."""
     failure = None
     if distributed.is_main():
@@ -92,7 +99,7 @@ def _on_main(action: Any, temporary: Path) -> None:
                 f"cannot write the checkpoint {temporary.parent}: {failure_reason(error)}; earlier "
                 "checkpoints are untouched: make room or fix the folder, then start again"
             )
-    failure = distributed.first_error(failure)
+    failure = distributed.first_error(failure, group)
     if failure is not None:
         raise failure
 

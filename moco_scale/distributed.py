@@ -251,13 +251,25 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def first_error(error: UserError | None) -> UserError | None:
-    """The error of the lowest rank that has one, on every rank: all stop for the same reason."""
+def side_group() -> Any:
+    """A group of all ranks over gloo, for a thread that works beside the training loop.
+
+    Its messages cannot be mistaken for those of the loop. Every rank calls it; None in a single
+    process.
+    """
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+
+
+def first_error(error: UserError | None, group: Any = None) -> UserError | None:
+    """The error of the lowest rank that has one, on every rank: all stop for the same reason.
+
+    group: of :func:`side_group`; the default is for the main thread.
+    """
     if world_size() == 1:
         return error
     mine = None if error is None else (socket.gethostname(), str(error))
     found: list[tuple[str, str] | None] = [None] * world_size()
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine, group=group)
     for number, each in enumerate(found):
         if each is not None:
             # Rank 0 meets what all ranks meet; what it does not meet needs a place.

@@ -119,11 +119,7 @@ class Monitor:
             yield batch
 
     def report(self, epoch_done: bool, last: bool) -> None:
-        """Log the steps since the last report; evaluate by kNN where that is due.
-
-        Raises:
-            UserError: the loss is not finite.
-        """
+        """Log the steps since the last report; evaluate by kNN where that is due."""
         run, config = self.run, self.run.config
         means, epoch_loss = run.meters.read()
         elapsed = time.perf_counter() - self._since
@@ -155,7 +151,8 @@ class Monitor:
             record["knn_top1_initial"], self._initial_knn = self._initial_knn, None
         if not math.isfinite(means["loss"]):
             self.telemetry.say(line)
-            raise run.folder.not_finite(run.step)
+            self.restart_clock()
+            return
         if self._knn_due(epoch_done, last):
             record["knn_top1"] = self._knn()
             line += f"; kNN top-1 {record['knn_top1']:.2f} %"
@@ -170,6 +167,7 @@ class Monitor:
     def _knn(self) -> float:
         """kNN top-1 in percent of the query encoder's projected output; all ranks call it."""
         assert self._evaluation is not None
+        self.run.folder.settle()  # the evaluation forks processes, which threads do not survive
         # See Pretraining.save.
         distributed.average_(list(self.run.engine.moco.query.buffers()))
         return self._evaluation.measure(self._query())["top1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -18,7 +19,8 @@ from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import BatchPlan, ViewBatch, pretraining_loader
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine
-from moco_scale.errors import StoppedEarly
+from moco_scale.errors import StoppedEarly, UserError
+from moco_scale.health import WEIGHTS, FiniteWatch
 from moco_scale.infonce import infonce
 from moco_scale.moco import MoCo
 from moco_scale.monitor import Monitor
@@ -61,6 +63,7 @@ class Pretraining:
         moco = MoCo(self.initial_encoder()).to(self.device)
         self.queue = KeyQueue(config.contrast.nce_k, config.model.dim, seed, self.device)
         self.meters = Meters(self.device)
+        self.watch = FiniteWatch(config.run.max_nonfinite, self.rank)
         self.step = 0
         saved: dict[str, Tensor] = {}
         if self.resumed_from is not None:
@@ -109,6 +112,7 @@ class Pretraining:
         ]
         mine = self.plan.rank_indices(batch.step, self.rank, self.world)
         all_keys: list[Tensor] = []
+        total = torch.zeros((), device=self.device)
         for part, rows in enumerate(np.split(np.arange(len(mine)), self.parts)):
             own = slice(rows[0], rows[-1] + 1)
             queries = self.engine.query(
@@ -129,9 +133,12 @@ class Pretraining:
             loss = torch.stack([term.loss.mean() for term in parts_terms]).sum()
             self.engine.backward(loss / self.parts)
             self._measure(loss, parts_terms[0].positive_probability, queries[0], positives[0])
+            total = total + loss.detach()
         applied = self.engine.step(self.learning_rate(batch.step))
         if applied:
             self.engine.ema(config.alpha)
+        skipped = not applied and self.engine.loss_scale is None
+        self.watch.record(batch.step + 1, total, self.engine.weights_finite(), skipped)
         for keys in all_keys:
             queue.enqueue(keys)
 
@@ -182,11 +189,17 @@ class Pretraining:
             if self.step < self.last_step:
                 with StopRequest(3600 * self.config.run.max_time, self._started) as stop:
                     self._loop(telemetry, monitor, stop)
+                    self.folder.settle()
                 monitor.finish()
             else:
                 telemetry.say(f"nothing left to do: step {self.step} of {self.last_step} is done")
                 if not monitor.is_finished():
                     monitor.finish()  # the pictures, which a kill has prevented
+        except Exception:
+            if self.world == 1:  # else the others may be gone, and nothing can be completed
+                with contextlib.suppress(UserError):
+                    self.folder.settle()
+            raise
         finally:
             telemetry.close()
             self.folder.release()
@@ -209,11 +222,16 @@ class Pretraining:
             for batch in monitor.timed(iter(loader)):
                 if self.step == 0:
                     monitor.before_training(batch)
+                code = self.watch.code()
                 self.train_step(batch)
                 self.step += 1
                 epoch_done = self.step % self.plan.steps_per_epoch == 0
                 last = self.step == self.last_step
-                reason = stop.reason()
+                reason, worst = stop.agree(code)
+                problem = self.watch.judge(worst)
+                if problem:
+                    self.folder.settle()
+                    raise self.folder.not_finite(self.step, problem)
                 if self.step == 1 or self.step % run.print_freq == 0 or epoch_done or last:
                     monitor.report(epoch_done, last)
                 telemetry.advance(self.step)
@@ -224,6 +242,7 @@ class Pretraining:
                     self.save(epoch_done)
                     monitor.restart_clock()
                 if reason and not last:
+                    self.folder.settle()
                     raise StoppedEarly(
                         f"{reason}: stopped after step {self.step} of {self.last_step}, saved in "
                         f"{self.folder.path}; the same command goes on from there"
@@ -234,19 +253,28 @@ class Pretraining:
     def save(self, epoch_done: bool) -> None:
         """Write a checkpoint and ``current.pth``; all ranks call it."""
         moco, every = self.engine.moco, self.config.run.save_freq
+        if distributed.sum_((~self.engine.weights_finite()).float()).item():
+            raise self.folder.not_finite(self.step, f"not finite: the {WEIGHTS}")
         # Running statistics are linear in what they average: their mean over ranks is what one
         # process would have. In place, so that a resumed run goes on from the same numbers.
         distributed.average_(list(moco.buffers()))
         epoch = self.step // self.plan.steps_per_epoch
-        state = self.engine.model_state()
+        main = distributed.is_main()
+
+        def mine(name: str) -> bool:
+            return checkpoint.owner(name) == self.rank
+
+        # Rank 0 takes the whole model, for current.pth.
+        state = self.engine.model_state(lambda n: main or mine(f"model.{n}"))
+        momenta = self.engine.optimizer_state(lambda n: mine(f"optimizer.{n}"))
         tensors = {f"model.{name}": t for name, t in state.items()}
-        tensors |= {f"optimizer.{n}": t for n, t in self.engine.optimizer_state().items()}
+        tensors |= {f"optimizer.{n}": t for n, t in momenta.items()}
         tensors |= {f"queue.{name}": t for name, t in self.queue.state_dict().items()}
         if self.engine.loss_scale is not None:
             tensors["loss_scale.state"] = self.engine.loss_scale.state()
         tensors["meters.sums"] = self.meters.globalize()
-        if not tensors["meters.sums"].isfinite().all():
-            raise self.folder.not_finite(self.step)
+        # Only what this rank writes is copied.
+        tensors = {n: t for n, t in tensors.items() if mine(n) or n.startswith("model.")}
         meta = {
             "step": self.step,
             "epoch": epoch,
@@ -254,14 +282,14 @@ class Pretraining:
             "processes": self.world,
             "engine": self.config.run.engine,
         }
-        model: dict[str, Any] = {}
-        if distributed.is_main():
-            model = {"opt": self.config.flat(), "epoch": epoch, "step": self.step}
-            for name, prefix in (("model", "query."), ("model_ema", "key.")):
-                # On the CPU, so that torch.load needs no GPU.
-                model[name] = {k: t.cpu() for k, t in _part(state, prefix).items()}
+        sections = {"query": "model", "key": "model_ema"}
+        model = {
+            f"model.{name}": f"{sections[encoder]}.{rest}"
+            for name in (state if main else ())
+            for encoder, _, rest in [name.partition(".")]
+        }
         keep = bool(every) and epoch_done and epoch % every == 0
-        self.folder.save(self.step, tensors, meta, model, keep)
+        self.folder.save(self.step, tensors, model, meta, keep)
 
     def _load(self, moco: MoCo, saved: dict[str, Tensor]) -> None:
         moco.load_state_dict(_part(saved, "model."))

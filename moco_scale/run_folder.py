@@ -17,6 +17,7 @@ from moco_scale import checkpoint, distributed
 from moco_scale.config import Config, differences
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, save_atomically, write_atomically
+from moco_scale.saver import BackgroundSaver
 
 T = TypeVar("T")
 _STEP = re.compile(r"step-(\d{8,})")
@@ -35,6 +36,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self._config, self._fingerprint = config, data_fingerprint
         self._lock: TextIO | None = None
+        self._saver = BackgroundSaver(config.run.async_save)
 
     def prepare(self) -> Path | None:
         """Make the folder and decide what to start from; all ranks call it.
@@ -160,12 +162,12 @@ class RunFolder:
                 + "\nuse that run's values to continue it, or another --output-dir for a new run"
             )
 
-    def not_finite(self, step: int) -> UserError:
-        """The error that ends a run whose loss is not finite."""
+    def not_finite(self, step: int, what: str) -> UserError:
+        """The error that ends a run whose numbers have gone wrong."""
         saved = self.checkpoints()
         return UserError(
-            f"the loss is not finite at step {step}; lower --base-lr or lengthen "
-            f"--warmup-epoch; last good checkpoint: {saved[-1] if saved else 'none'}"
+            f"stopped at step {step}: {what}; lower --base-lr or lengthen --warmup-epoch; "
+            f"last good checkpoint: {saved[-1] if saved else 'none'}"
         )
 
     def checkpoints(self) -> list[Path]:
@@ -176,17 +178,21 @@ class RunFolder:
         self,
         step: int,
         tensors: dict[str, Tensor],
+        model: dict[str, str],
         meta: dict[str, Any],
-        model: dict[str, Any],
         keep: bool,
     ) -> None:
         """Write a checkpoint, point ``latest`` at it, replace ``current.pth``, drop old ones.
 
+        All ranks call it. With ``--async-save`` it returns as soon as the tensors are copied;
+        an error is then raised by the next call, or by :meth:`settle`.
+
         Args:
             step: of the run.
-            tensors: global state.
+            tensors: global state by name: what this rank owns, and on rank 0 the whole model.
+            model: which of them rank 0 writes to ``current.pth``, and under which names there:
+                ``"model.backbone.conv1.weight"``, the part before the first dot being a section.
             meta: plain values; the configuration is added.
-            model: content of ``current.pth``.
             keep: keep this checkpoint for good.
 
         Raises:
@@ -199,21 +205,48 @@ class RunFolder:
             "data_fingerprint": self._fingerprint,
             "keep": keep,
         }
-        checkpoint.save(folder, tensors, meta)
-        failure = None
-        if distributed.is_main():
-            try:
-                write_atomically(folder.parent / "latest", folder.name + "\n")
-                save_atomically(self.path / "current.pth", model)
-                self._drop_old()
-            except (OSError, RuntimeError) as error:
-                failure = UserError(
-                    f"cannot write to {self.path}: {failure_reason(error)}; checkpoint "
-                    f"{folder.name} is complete: make room, then start again"
-                )
-        failure = distributed.first_error(failure)
-        if failure is not None:
-            raise failure
+
+        def write(copies: dict[str, Tensor], group: Any) -> None:
+            owned = {n: t for n, t in copies.items() if checkpoint.owner(n) == distributed.rank()}
+            checkpoint.save(folder, owned, meta, group)
+            failure = None
+            if distributed.is_main():
+                try:
+                    write_atomically(folder.parent / "latest", folder.name + "\n")
+                    save_atomically(self.path / "current.pth", self._model(copies, model, meta))
+                    self._drop_old()
+                except (OSError, RuntimeError) as error:
+                    failure = UserError(
+                        f"cannot write to {self.path}: {failure_reason(error)}; checkpoint "
+                        f"{folder.name} is complete: make room, then start again"
+                    )
+            failure = distributed.first_error(failure, group)
+            if failure is not None:
+                raise failure
+
+        self._saver.start(tensors, write)
+
+    def _model(
+        self, tensors: dict[str, Tensor], names: dict[str, str], meta: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The content of ``current.pth``; on the CPU, so that torch.load needs no GPU."""
+        content: dict[str, Any] = {
+            "opt": self._config.flat(),
+            "epoch": meta["epoch"],
+            "step": meta["step"],
+        }
+        for name, place in names.items():
+            section, _, rest = place.partition(".")
+            content.setdefault(section, {})[rest] = tensors[name].cpu()
+        return content
+
+    def settle(self) -> None:
+        """Wait until nothing is being written; all ranks call it.
+
+        Raises:
+            UserError: the last save failed.
+        """
+        self._saver.wait()
 
     def _drop_old(self) -> None:
         passing = [c for c in self.checkpoints() if not _is_kept(c)]

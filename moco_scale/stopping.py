@@ -59,28 +59,33 @@ class StopRequest:
         elif not self._signal:
             self._signal, self._signal_time = number, now
 
-    def reason(self) -> str | None:
-        """Why all ranks stop after this step, or None; each rank calls it after each step.
+    def agree(self, code: int = 0) -> tuple[str | None, int]:
+        """Each rank calls it after each step.
 
         The ranks compare what each knew a step ago, so that nobody waits for the answer.
-        """
-        known = self._agreed() if self._pending is not None else 0
-        if known:
-            return _name(known)
-        mine = _TIME_IS_UP if time.monotonic() > self._deadline else self._signal
-        flag = torch.tensor([mine], dtype=torch.int64)  # on the CPU: no GPU is waited for
-        self._pending = (flag, distributed.start_max(flag))
-        if distributed.world_size() == 1:
-            return _name(self._agreed())
-        return None
 
-    def _agreed(self) -> int:
+        Args:
+            code: a number of this rank's, not negative.
+
+        Returns:
+            Why all ranks stop after this step, or None; and the largest code of all ranks.
+        """
+        known = self._agreed() if self._pending is not None else (0, 0)
+        mine = _TIME_IS_UP if time.monotonic() > self._deadline else self._signal
+        flags = torch.tensor([mine, code], dtype=torch.int64)  # on the CPU: no GPU is waited for
+        self._pending = (flags, distributed.start_max(flags))
+        if distributed.world_size() == 1:
+            known = self._agreed()
+        return _name(known[0]), known[1]
+
+    def _agreed(self) -> tuple[int, int]:
         assert self._pending is not None
-        flag, work = self._pending
+        flags, work = self._pending
         self._pending = None
         if work is not None:
             work.wait()
-        return int(flag.item())
+        reason, code = flags.tolist()
+        return reason, code
 
 
 def _name(known: int) -> str | None:

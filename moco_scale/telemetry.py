@@ -140,8 +140,9 @@ class Meters:
     def add(self, weight: float, *values: Tensor) -> None:
         """Values of this part of a step on this rank, in the order of :data:`NAMES`."""
         row = torch.stack([v.detach().double() for v in values])
-        self.sums[:, :-1] += weight * row
-        self.sums[:, -1] += weight
+        finite = row.isfinite().all()  # others are reported elsewhere, and are in no mean
+        self.sums[:, :-1] += torch.where(finite, weight * row, 0.0)
+        self.sums[:, -1] += weight * finite
 
     def read(self) -> tuple[dict[str, float], float]:
         """Means since the last call, and the epoch's mean loss, over all ranks together."""

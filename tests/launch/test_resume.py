@@ -107,7 +107,7 @@ def test_one_process_killed_again_and_again(
     step = random.Random(5).randrange(1, 4)
     killed_when("python", *flags, *every_step, when=lambda line: f"step {step}/8" in line)
     done = (steps_of_checkpoints(tmp_path) or [0])[-1]
-    assert step - 1 <= done <= step
+    assert step - 2 <= done <= step  # one may be complete and one in the writing
     for when, crash in CRASHES.items():
         status, output = forked(*flags, *every_step, prepare=die_in, prepare_args=crash)
         assert status == -signal.SIGKILL, f"{when}: {output}"
@@ -308,7 +308,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         "stopping.ONE_SIGNAL = 0.0\n"
         "with stopping.StopRequest(0, 0.0) as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(stop.reason(), flush=True)\n"
+        "    print(stop.agree()[0], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('still here', flush=True)\n"
     )

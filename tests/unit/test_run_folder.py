@@ -24,7 +24,8 @@ def folder(path: Path, fingerprint: str = "f", **values: Any) -> RunFolder:
 def save(run: RunFolder, *steps: int, keep: tuple[int, ...] = ()) -> None:
     for step in steps:
         tensors = {"x": torch.tensor(float(step))}
-        run.save(step, tensors, {"step": step}, {"step": step}, keep=step in keep)
+        run.save(step, tensors, {"x": "model.y.z"}, {"step": step, "epoch": 0}, step in keep)
+    run.settle()
 
 
 def steps(run: RunFolder) -> list[int]:
@@ -57,7 +58,9 @@ def test_the_last_few_checkpoints_are_kept_and_some_for_good(tmp_path: Path) -> 
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["latest", *(f"step-{s:08d}" for s in (2, 4, 5, 6))]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000006\n"
-    assert torch.load(tmp_path / "current.pth", weights_only=True) == {"step": 6}
+    current = torch.load(tmp_path / "current.pth", weights_only=True)
+    assert current.keys() == {"opt", "epoch", "step", "model"}
+    assert (current["step"], current["model"]) == (6, {"y.z": 6.0})
     for c, step in zip(run.checkpoints(), (2, 4, 5, 6), strict=True):
         assert checkpoint.load(c)["x"].item() == step
 
@@ -93,7 +96,7 @@ def test_a_complete_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
     run.prepare()
     save(run, 1)
     with pytest.raises(UserError, match="earlier checkpoints are untouched"):
-        run.save(1, {"x": torch.tensor(-1.0)}, {"step": 1}, {"step": 1}, keep=False)
+        save(run, 1)
     assert checkpoint.load(run.checkpoints()[0])["x"].item() == 1
 
 
@@ -270,7 +273,7 @@ def test_a_full_disk_after_the_checkpoint_keeps_the_checkpoint(
     with pytest.raises(UserError, match="No space left on device; checkpoint step-00000002"):
         save(run, 2)
     monkeypatch.undo()
-    assert torch.load(tmp_path / "current.pth", weights_only=True) == {"step": 1}
+    assert torch.load(tmp_path / "current.pth", weights_only=True)["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         ".lock",
         "checkpoints",

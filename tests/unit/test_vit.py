@@ -9,7 +9,7 @@ from torch import nn
 
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.errors import UserError
-from moco_scale.vit import VITS, sincos_positions
+from moco_scale.vit import VITS, MoCoViT, sincos_positions
 
 # Multiply-adds and parameters are those of the usual architecture: torchvision has three of them.
 TORCHVISION = {"vit_base": "vit_b_16", "vit_large": "vit_l_16", "vit_huge": "vit_h_14"}
@@ -52,6 +52,7 @@ def test_positions_are_sines_and_cosines_of_column_and_row() -> None:
 def test_initial_weights_follow_the_paper() -> None:
     encoder = build_encoder("vit_small", image_size=32, seed=1)
     backbone = encoder.backbone
+    assert isinstance(backbone, MoCoViT)
     bound = math.sqrt(6 / (3 * 16 * 16 + 384))
     assert bound * 0.99 < backbone.conv_proj.weight.abs().max() <= bound
     assert backbone.class_token.abs().max() < 1e-5

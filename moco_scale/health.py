@@ -1,0 +1,93 @@
+"""Noticing that a run has gone wrong in its numbers, without ever waiting for the device."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOSS, WEIGHTS = "loss", "weights after the step"
+
+
+class _Flags(NamedTuple):
+    step: int
+    values: Tensor
+    skipped: bool
+    ready: torch.cuda.Event | None
+
+
+class FiniteWatch:
+    """Looks at each step's loss and weights once it is done, one step later.
+
+    A gradient that is not finite shows in the weights that it was added to, or in a step that was
+    left out although no loss is scaled. A step that fp16's loss scale leaves out is none of these.
+
+    Args:
+        limit: bad steps in a row that end the run.
+        rank: this process's.
+    """
+
+    def __init__(self, limit: int, rank: int) -> None:
+        self._limit, self._rank = limit, rank
+        self._pending: _Flags | None = None
+        self._bad_before = False
+        self._in_a_row = 0
+
+    def record(self, step: int, loss: Tensor, weights_finite: Tensor, skipped: bool) -> None:
+        """What a step left behind.
+
+        Args:
+            step: its number.
+            loss: scalar, this rank's.
+            weights_finite: bool scalar, this rank's.
+            skipped: it was left out, and not because of a loss scale.
+        """
+        flags = torch.stack([~loss.detach().isfinite(), ~weights_finite])
+        ready = None
+        if flags.is_cuda:
+            flags = flags.to("cpu", non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending = _Flags(step, flags, skipped, ready)
+
+    def code(self) -> int:
+        """What was wrong with the recorded step on this rank, for :meth:`judge`; 0: nothing.
+
+        Says so, once, where it happened.
+        """
+        if self._pending is None:
+            return 0
+        step, values, skipped, ready = self._pending
+        self._pending = None
+        if ready is not None:
+            ready.synchronize()  # of the step before: the device is well past it
+        bad_loss, bad_weights = values.tolist()
+        if not (bad_loss or bad_weights or skipped):
+            self._bad_before = False
+            return 0
+        what = LOSS if bad_loss else WEIGHTS
+        if not self._bad_before:
+            print(
+                f"rank {self._rank} on {socket.gethostname()}: the {what} of step {step} "
+                f"{'is' if bad_loss else 'are'} not finite",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._bad_before = True
+        return 2 * self._rank + 1 + bool(bad_loss) * (1 << 30)
+
+    def judge(self, code: int) -> str | None:
+        """Count a step by the largest code of all ranks; why the run must end, or None."""
+        if not code:
+            self._in_a_row = 0
+            return None
+        self._in_a_row += 1
+        if self._in_a_row < self._limit:
+            return None
+        what = LOSS if code >> 30 else WEIGHTS
+        rank = (code & ((1 << 30) - 1)) // 2
+        times = f"{self._in_a_row} steps in a row" if self._limit > 1 else "a step"
+        return f"not finite in {times} (on rank {rank}: the {what})"

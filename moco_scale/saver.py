@@ -1,0 +1,88 @@
+"""Writing a checkpoint in a thread while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco_scale import distributed
+from moco_scale.errors import UserError
+
+
+class BackgroundSaver:
+    """Copies tensors to memory of its own and writes them from there, one checkpoint at a time.
+
+    The copy is all that the training loop waits for. Its memory is kept for the next time: a copy
+    into fresh pages takes several times as long. The ranks agree in the thread over a group of its
+    own, so that its messages never mix with those of the loop.
+
+    Args:
+        asynchronous: False: :meth:`start` returns when everything is written.
+    """
+
+    def __init__(self, asynchronous: bool) -> None:
+        self._asynchronous = asynchronous
+        self.group = distributed.side_group() if asynchronous else None
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def start(
+        self, tensors: dict[str, Tensor], write: Callable[[dict[str, Tensor], Any], None]
+    ) -> None:
+        """Copy the tensors, then call ``write(copies, group)`` in the background.
+
+        Waits for the save before this one.
+
+        Raises:
+            UserError: that of the save before, or of this one if not asynchronous.
+        """
+        self.wait()
+        if not self._asynchronous:
+            write(tensors, None)
+            return
+        copies = self._copy(tensors)
+        # A daemon: when the process dies of something else, it does not wait for the disk.
+        self._thread = threading.Thread(
+            target=self._run, args=(copies, write), name="saver", daemon=True
+        )
+        self._thread.start()
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_gpu = any(t.is_cuda for t in tensors.values())
+        for name, tensor in tensors.items():
+            kept = self._copies.get(name)
+            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._copies[name] = kept
+            kept.copy_(tensor.detach(), non_blocking=True)
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return {name: self._copies[name] for name in tensors}
+
+    def _run(
+        self, copies: dict[str, Tensor], write: Callable[[dict[str, Tensor], Any], None]
+    ) -> None:
+        try:
+            write(copies, self.group)
+        except BaseException as error:
+            self._failure = error
+
+    def wait(self) -> None:
+        """Until nothing is being written any more.
+
+        Raises:
+            UserError: the last save failed; the same on every rank.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if isinstance(failure, UserError):
+            raise failure
+        if failure is not None:
+            raise RuntimeError("writing a checkpoint failed") from failure
