@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LOSS, WEIGHTS = "loss", "weights after the step"
+LOSS, WEIGHTS = "its loss", "the weights after it"
 
 
 class _Flags(NamedTuple):
@@ -68,11 +68,10 @@ class FiniteWatch:
         if not (bad_loss or bad_weights or skipped):
             self._bad_before = False
             return 0
-        what = LOSS if bad_loss else WEIGHTS
         if not self._bad_before:
             print(
-                f"rank {self._rank} on {socket.gethostname()}: the {what} of step {step} "
-                f"{'is' if bad_loss else 'are'} not finite",
+                f"rank {self._rank} on {socket.gethostname()}: step {step} is not finite: "
+                f"{LOSS if bad_loss else WEIGHTS}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -90,4 +89,4 @@ class FiniteWatch:
         what = LOSS if code >> 30 else WEIGHTS
         rank = (code & ((1 << 30) - 1)) // 2
         times = f"{self._in_a_row} steps in a row" if self._limit > 1 else "a step"
-        return f"not finite in {times} (on rank {rank}: the {what})"
+        return f"not finite in {times} (on rank {rank}: {what})"

@@ -230,7 +230,6 @@ class Pretraining:
                 reason, worst = stop.agree(code)
                 problem = self.watch.judge(worst)
                 if problem:
-                    self.folder.settle()
                     raise self.folder.not_finite(self.step, problem)
                 if self.step == 1 or self.step % run.print_freq == 0 or epoch_done or last:
                     monitor.report(epoch_done, last)
@@ -254,7 +253,7 @@ class Pretraining:
         """Write a checkpoint and ``current.pth``; all ranks call it."""
         moco, every = self.engine.moco, self.config.run.save_freq
         if distributed.sum_((~self.engine.weights_finite()).float()).item():
-            raise self.folder.not_finite(self.step, f"not finite: the {WEIGHTS}")
+            raise self.folder.not_finite(self.step, f"not finite: {WEIGHTS}")
         # Running statistics are linear in what they average: their mean over ranks is what one
         # process would have. In place, so that a resumed run goes on from the same numbers.
         distributed.average_(list(moco.buffers()))

@@ -164,6 +164,7 @@ class RunFolder:
 
     def not_finite(self, step: int, what: str) -> UserError:
         """The error that ends a run whose numbers have gone wrong."""
+        self.settle()
         saved = self.checkpoints()
         return UserError(
             f"stopped at step {step}: {what}; lower --base-lr or lengthen --warmup-epoch; "

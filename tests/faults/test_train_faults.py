@@ -1,6 +1,7 @@
 """Bad input to ``train.py``: one clear message and status 2, no traceback, and never a hang."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from PIL import Image
 
 from moco_scale import checkpoint
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.reader import BatchPlan
+from moco_scale.data.reader import BatchPlan, ViewBatch
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -339,3 +341,76 @@ def test_a_folder_that_holds_another_run(stopped: Path, tiny_shards: Path, tmp_p
     run = forked(*flags)
     assert_refused(run, other, "holds a model but no checkpoint")
     assert (other / "current.pth").read_bytes() == b"a model of somebody's"
+
+
+# Numbers that go wrong
+
+
+def spoil(where: str, first: int, last: int, rank: int) -> None:
+    """Let one rank's loss, or what its backward pass starts from, be no number in some steps."""
+    from moco_scale import pretrain
+    from moco_scale.engines.ddp import DDPEngine
+
+    now = {"step": 0}
+    train_step, infonce = pretrain.Pretraining.train_step, pretrain.infonce
+    backward = DDPEngine.backward
+
+    def bad() -> bool:
+        return first <= now["step"] <= last and int(os.environ.get("RANK", "0")) == rank
+
+    def counted(self: pretrain.Pretraining, batch: ViewBatch) -> None:
+        now["step"] = batch.step + 1
+        train_step(self, batch)
+
+    def lossy(*arguments: object) -> Any:
+        result = infonce(*arguments)  # type: ignore[arg-type]
+        return result._replace(loss=result.loss * math.nan) if bad() else result
+
+    def steep(self: DDPEngine, loss: torch.Tensor) -> None:
+        backward(self, loss * math.inf if bad() else loss)
+
+    pretrain.Pretraining.train_step = counted  # type: ignore[method-assign]
+    if where == "loss":
+        pretrain.infonce = lossy  # type: ignore[assignment]
+    else:
+        DDPEngine.backward = steep  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [("loss", "its loss"), ("gradient", "the weights after it")]
+)
+def test_numbers_that_go_wrong_are_named_and_end_the_run(
+    tiny_shards: Path, tmp_path: Path, where: str, said: str
+) -> None:
+    flags = (*flags_for(tiny_shards, tmp_path), "--max-nonfinite", 2)
+    run = forked(*flags, ranks=2, prepare=spoil, prepare_args=(where, 5, 99, 1))
+    good = tmp_path / "checkpoints" / "step-00000004"
+    words = ("stopped at step 8: not finite in 2 steps in a row (on rank 1: its loss)", "--base-lr")
+    assert_refused(run, *words, f"last good checkpoint: {good}")
+    assert re.search(rf"rank 1 on \S+: step 5 is not finite: {said}\n", run.output), run.output
+    assert run.output.count(" is not finite: ") == 2
+    assert [c.name for c in (tmp_path / "checkpoints").glob("step-*")] == [good.name]
+
+
+def test_what_is_not_finite_is_not_saved(tiny_shards: Path, tmp_path: Path) -> None:
+    flags = (*flags_for(tiny_shards, tmp_path), "--checkpoint-freq", 3)
+    run = forked(*flags, prepare=spoil, prepare_args=("gradient", 4, 4, 0))
+    words = "stopped at step 4: not finite: the weights after it"
+    assert_refused(run, words, tmp_path / "checkpoints" / "step-00000003")
+    assert [c.name for c in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+@pytest.mark.slow
+def test_an_overflow_of_fp16_is_no_such_step(tiny_shards: Path, tmp_path: Path) -> None:
+    """fp16 leaves out a step for any gradient that is not finite; a loss that is none counts."""
+    flags = (*flags_for(tiny_shards, tmp_path), "--precision", "fp16")
+    run = forked(*flags, prepare=spoil, prepare_args=("loss", 3, 4, 0))
+    assert run.status == 0, run.output
+    assert run.output.count("is not finite") == 1
+    run = forked(*flags, "--output-dir", tmp_path / "other", "--max-nonfinite", 2,
+                 prepare=spoil, prepare_args=("loss", 3, 4, 0))  # fmt: skip
+    assert_refused(run, "not finite in 2 steps in a row (on rank 0: its loss)")
+    run = forked(*flags, "--output-dir", tmp_path / "third", "--max-nonfinite", 1,
+                 prepare=spoil, prepare_args=("gradient", 3, 4, 0))  # fmt: skip
+    assert run.status == 0, run.output
+    assert "is not finite" not in run.output
