@@ -24,16 +24,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.queues import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
+from _ranks import run_ranks
 from torch import Tensor
 
 from moco_scale import distributed
@@ -52,25 +50,9 @@ class Measured(NamedTuple):
     bytes_gathered: int
 
 
-def one_rank(
-    rank: int,
-    world: int,
-    port: int,
-    batch: int,
-    size: int,
-    repeats: int,
-    out: SimpleQueue[Measured],
-) -> None:
-    """Measure on one rank; rank 0 puts the result into ``out``."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
-    distributed.initialize("cpu")
+def measure(batch: int, size: int, repeats: int) -> Measured:
+    """Measure on this rank, one of several."""
+    rank, world = distributed.rank(), distributed.world_size()
     generator = torch.Generator().manual_seed(rank)
     crops = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
     images = crops.float()
@@ -103,38 +85,8 @@ def one_rank(
         if step >= WARM_UP:
             ours.append(times[exchange])
             gathering.append(times[gather])
-    if distributed.is_main():
-        gathered = world * images.numel() * images.element_size()
-        out.put(Measured(ours, gathering, crops.numel() * crops.element_size(), gathered))
-    distributed.barrier()
-    distributed.shutdown()
-
-
-def measure(world: int, batch: int, size: int, repeats: int) -> Measured:
-    """Start ``world`` processes and return what they measured."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "moco_scale.shuffle"])
-    out = context.SimpleQueue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        context.Process(
-            target=one_rank, args=(rank, world, port, batch, size, repeats, out), daemon=True
-        )
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    failed = False
-    while any(p.is_alive() for p in processes) and not failed:
-        multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()])
-        failed = any(p.exitcode not in (None, 0) for p in processes)
-    if failed:
-        for process in processes:
-            process.kill()  # they would wait for the one that failed
-        raise SystemExit(f"benchmark of {world} ranks failed: see the traceback above")
-    return out.get()
+    gathered = world * images.numel() * images.element_size()
+    return Measured(ours, gathering, crops.numel() * crops.element_size(), gathered)
 
 
 def main() -> None:
@@ -154,7 +106,7 @@ def main() -> None:
     )
     result: dict[str, Any] = {}
     for world in args.ranks:
-        got = measure(world, args.batch, args.size, repeats)
+        got = run_ranks(measure, world, args.batch, args.size, repeats)[0]
         ours, gathering = statistics.median(got.ours), statistics.median(got.gathering)
         ratio = statistics.median(
             slow / fast for slow, fast in zip(got.gathering, got.ours, strict=True)

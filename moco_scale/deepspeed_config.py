@@ -269,9 +269,11 @@ def _zero(
     if stage == 0:
         config["zero_optimization"] = {"stage": 0}
         return
+    # Large enough to fill a link, small enough that the first is sent while backward goes on.
+    size = min(parameters, max(parameters // 8, 2_000_000), 50_000_000)
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         if zero.get(bucket, "auto") == "auto":
-            zero[bucket] = min(50_000_000, parameters)
+            zero[bucket] = size
     if zero.get("overlap_comm", "auto") == "auto":
         zero["overlap_comm"] = overlap
     if stage == 3:

@@ -1,17 +1,25 @@
-"""Every engine in every precision against DDP in fp32 on one process: a table after 20 steps.
+"""Every engine in every precision against DDP in fp32 on one process, and every handover.
 
-``make engines``. The network is small (a stem and two residual blocks), because CPUs emulate half
-floats; everything else is a whole run: reader, augmentation, ShuffleBN, queue, engine, checkpoint.
+``make engines`` prints two tables. The network is small (a stem and two residual blocks), because
+CPUs emulate half floats; everything else is a whole run: reader, augmentation, ShuffleBN, queue,
+engine, checkpoint.
 
-A row's errors are relative: the largest of the 20 losses, and the distance of all weights of the
-query encoder, of the key encoder, and of the queue from the reference's, over the reference's
-length. Bounds:
+The first table is after 20 steps. Its errors are relative: the largest of the 20 losses, and the
+distance of all weights of the query encoder, of the key encoder, and of the queue from the
+reference's, over the reference's length. Bounds:
 
 - fp32: 1e-4. Sums are taken in another order, nothing else differs.
 - bf16 and fp16: a unit in the last place is u = 2^-8 or 2^-11. A feature passes L = 8 layers, whose
-  roundings add like a random walk, and a logit divides it by T: losses and features agree to
-  u sqrt(L) / T. A gradient passes all layers twice more: how far the weights moved agrees to
-  3 u sqrt(L) / T, and the weights themselves to that times the share that they moved.
+  roundings add like a random walk to e = u sqrt(L), and a logit divides it by T: losses and
+  features agree to e / T. A gradient differs by more: a share e of the activations is close enough
+  to zero to fall on the other side of a ReLU, where the whole gradient of that element comes or
+  goes, which changes a gradient by sqrt(e) of its length. How far the weights moved therefore
+  agrees to sqrt(e), and the weights themselves to that times the share of them that moved.
+
+The second table is of checkpoints: each kind of run is stopped in the middle of an epoch and
+resumed by each of the others. Its numbers are the largest relative errors of the remaining losses,
+against the run that was not stopped: 0 on the diagonal, and otherwise at most the bound of the
+loss above. Position in the data, queue pointer and loss scale must be equal.
 """
 
 from __future__ import annotations
@@ -37,13 +45,17 @@ from moco_scale.pretrain import Pretraining
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
-STEPS, TEMPERATURE, LAYERS = 20, 0.2, 8
+PRECISIONS = ("fp32", "bf16", "fp16")
+COLUMNS = ("loss", "query", "key", "queue")
+HANDOVERS = (("ddp", 1), ("zero1", 2), ("zero3", 4), ("fsdp", 2))
+STEPS, STOP, END = 20, 8, 12  # an epoch has 5
+TEMPERATURE, LAYERS = 0.2, 8
 UNIT = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 FLAGS = (
     *("--recipe", "v2", "--dataset", "images", "--image-size", "24", "--batch-size", "16"),
     *("--bn-group-size", "4", "--nce-k", "96", "--nce-t", str(TEMPERATURE), "--epochs", "10"),
     *("--base-lr", "0.5", "--alpha", "0.9", "--num-workers", "0", "--knn-freq", "0"),
-    *("--max-steps", str(STEPS), "--print-freq", "1", "--aug", "null", "--dim", "16"),
+    *("--print-freq", "1", "--aug", "null", "--dim", "16"),
 )
 
 
@@ -76,9 +88,20 @@ def worker(arguments: list[str]) -> None:
     leave(run_command("engines.py", train))
 
 
-def run(engine: str, precision: str, world: int, shards: Path, out: Path) -> dict[str, Tensor]:
-    """One cell: losses [20], and the weights and queue of its checkpoint."""
+def run(
+    engine: str,
+    precision: str,
+    world: int,
+    shards: Path,
+    out: Path,
+    steps: int = STEPS,
+    resume: Path | None = None,
+) -> dict[str, Tensor]:
+    """One whole run: its losses, and the tensors of its last checkpoint."""
     flags = [*FLAGS, "--precision", precision, "--data-dir", str(shards), "--output-dir", str(out)]
+    flags += ["--max-steps", str(steps)]
+    if resume is not None:
+        flags += ["--resume", str(resume)]
     if engine.startswith("zero"):
         flags += ["--deepspeed", str(ROOT / "ds_configs" / f"{engine}.json")]
     else:
@@ -90,7 +113,7 @@ def run(engine: str, precision: str, world: int, shards: Path, out: Path) -> dic
         raise SystemExit(f"{engine} {precision} on {world}:\n{done.stdout}\n{done.stderr}")
     lines = (out / "metrics.jsonl").read_text().splitlines()
     losses = torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
-    saved = checkpoint.load(out / "checkpoints" / f"step-{STEPS:08d}")
+    saved = checkpoint.load(out / "checkpoints" / f"step-{steps:08d}")
     return {"losses": losses, **saved}
 
 
@@ -108,22 +131,82 @@ def errors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float
     return result
 
 
+def loss_bound(precision: str) -> float:
+    return 1e-4 if precision == "fp32" else UNIT[precision] * math.sqrt(LAYERS) / TEMPERATURE
+
+
 def bounds(precision: str, wanted: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, float]:
+    """Of each column of the first table; see the top of this file."""
     if precision == "fp32":
-        return dict.fromkeys(("loss", "query", "key", "queue"), 1e-4)
-    feature = UNIT[precision] * math.sqrt(LAYERS) / TEMPERATURE
-    result = {"loss": feature, "queue": feature}
+        return dict.fromkeys(COLUMNS, 1e-4)
+    result = dict.fromkeys(("loss", "queue"), loss_bound(precision))
     for name in ("query", "key"):
         last, first = (together(s, f"model.{name}.") for s in (wanted, start))
-        result[name] = 3 * feature * float((last - first).norm() / last.norm())
+        moved = float((last - first).norm() / last.norm())
+        result[name] = math.sqrt(UNIT[precision] * math.sqrt(LAYERS)) * moved
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Engines and precisions against fp32 DDP.")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4], help="processes")
-    args = parser.parse_args()
+def compare_engines(root: Path, worlds: list[int]) -> int:
+    """Print the first table; how many cells are off."""
+    wanted = run("ddp", "fp32", 1, root / "shards", root / "reference")
+    encoder = small_encoder(config.parse(list(FLAGS)))
+    state = {n: t.detach() for n, t in encoder.state_dict().items()}
+    start = {f"model.{e}.{n}": t for e in ("query", "key") for n, t in state.items()}
+    print(f"relative errors after {STEPS} steps, each with its bound; reference: ddp, fp32, 1 rank")
+    print(f"{'engine':8}{'precision':11}{'ranks':7}" + "".join(f"{c:22}" for c in COLUMNS))
     failed = 0
+    for precision in PRECISIONS:
+        limit = bounds(precision, wanted, start)
+        for engine in ENGINES:
+            for world in worlds:
+                out = root / f"{engine}-{precision}-{world}"
+                found = errors(run(engine, precision, world, root / "shards", out), wanted)
+                good = all(found[c] <= limit[c] for c in COLUMNS)
+                failed += not good
+                cells = "".join(f"{f'{found[c]:.1e} <= {limit[c]:.1e}':22}" for c in COLUMNS)
+                mark = "" if good else "TOO LARGE"
+                print(f"{engine:8}{precision:11}{world:<7}{cells}{mark}", flush=True)
+    return failed
+
+
+def compare_handovers(root: Path, precision: str) -> int:
+    """Print the second table for one precision; how many cells are off."""
+    limit = loss_bound(precision)
+    print(f"\n{precision}: written after step {STOP} by the row, resumed by the column to {END};")
+    print(
+        f"largest relative error of the losses since; elsewhere than on the diagonal <= {limit:.1e}"
+    )
+    names = [f"{engine} on {world}" for engine, world in HANDOVERS]
+    print(f"{'':12}" + "".join(f"{name:14}" for name in names))
+    failed = 0
+    for name, (engine, world) in zip(names, HANDOVERS, strict=True):
+        whole = run(engine, precision, world, root / "shards", root / f"{precision}-{name}", END)
+        first = root / f"{precision}-{name}-stopped"
+        run(engine, precision, world, root / "shards", first, STOP)
+        cells = ""
+        for other, (engine2, world2) in zip(names, HANDOVERS, strict=True):
+            out = root / f"{precision}-{name}-{other}"
+            start = first / "checkpoints" / f"step-{STOP:08d}"
+            got = run(engine2, precision, world2, root / "shards", out, END, start)
+            rest = whole["losses"][STOP:]
+            error = float(((got["losses"] - rest) / rest).abs().max())
+            exact = ("queue.pointer", "queue.enqueued", "loss_scale.state")
+            good = all(torch.equal(got[n], whole[n]) for n in exact if n in whole)
+            good &= error <= (0.0 if other == name else limit)
+            failed += not good
+            cells += f"{f'{error:.1e}' + ('' if good else ' WRONG'):14}"
+        print(f"{name:12}{cells}", flush=True)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Engines, precisions and handovers.")
+    parser.add_argument("--worlds", type=int, nargs="*", default=[2, 4], help="processes")
+    parser.add_argument(
+        "--handovers", nargs="*", default=["fp32", "fp16"], help="precisions of the second table"
+    )
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_folder(root / "pictures", train_per_class=8, val_per_class=1, size=48)
@@ -131,26 +214,8 @@ def main() -> None:
         subprocess.run(
             [*shard, "--out", str(root / "shards")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
         )
-        wanted = run("ddp", "fp32", 1, root / "shards", root / "reference")
-        encoder = small_encoder(config.parse(list(FLAGS)))
-        state = {n: t.detach() for n, t in encoder.state_dict().items()}
-        start = {f"model.{e}.{n}": t for e in ("query", "key") for n, t in state.items()}
-        print(
-            "relative errors after 20 steps, each with its bound; reference: DDP, fp32, 1 process"
-        )
-        columns = ("loss", "query", "key", "queue")
-        print(f"{'engine':8}{'precision':11}{'ranks':7}" + "".join(f"{c:22}" for c in columns))
-        for precision in ("fp32", "bf16", "fp16"):
-            limit = bounds(precision, wanted, start)
-            for engine in ENGINES:
-                for world in args.worlds:
-                    out = root / f"{engine}-{precision}-{world}"
-                    found = errors(run(engine, precision, world, root / "shards", out), wanted)
-                    good = all(found[c] <= limit[c] for c in columns)
-                    failed += not good
-                    cells = "".join(f"{f'{found[c]:.1e} <= {limit[c]:.1e}':22}" for c in columns)
-                    mark = "" if good else "TOO LARGE"
-                    print(f"{engine:8}{precision:11}{world:<7}{cells}{mark}", flush=True)
+        failed = compare_engines(root, args.worlds) if args.worlds else 0
+        failed += sum(compare_handovers(root, precision) for precision in args.handovers)
     if failed:
         raise SystemExit(f"{failed} cells are off by more than rounding explains")
 

@@ -59,6 +59,18 @@ def test_the_shipped_files_fit_every_run(repository: Path, stage: int, precision
         assert got["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_file_for_each_half_precision(repository: Path, stage: int, precision: str) -> None:
+    path = str(repository / "ds_configs" / f"zero{stage}_{precision}.json")
+    config = parse(["--deepspeed", path])
+    assert (config.run.precision, config.run.engine) == (precision, "deepspeed")
+    got = complete(path, precision=precision)
+    plain = read(str(repository / "ds_configs" / f"zero{stage}.json"), precision=precision)
+    assert (got.configuration, got.scaling) == (plain, LossScaling())
+    assert got.notes == []
+
+
 def test_an_empty_file_is_filled_in_too(tmp_path: Path) -> None:
     got = read(write(tmp_path, {}), batch_size=64, world=2)
     assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"]) == (64, 32)
@@ -71,6 +83,8 @@ def test_buckets_and_overlap_follow_the_model_and_the_device(tmp_path: Path) -> 
     small = read(path, parameters=1000, overlap=False)["zero_optimization"]
     assert small["reduce_bucket_size"] == small["allgather_bucket_size"] == 1000
     assert small["overlap_comm"] is False
+    resnet50 = read(path, parameters=28_000_000)["zero_optimization"]
+    assert resnet50["reduce_bucket_size"] == 3_500_000
     large = read(path, parameters=10**9, overlap=True)["zero_optimization"]
     assert large["reduce_bucket_size"] == 50_000_000
     assert large["overlap_comm"] is True

@@ -1,0 +1,70 @@
+"""Run a function on several gloo processes of this machine, one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+
+from moco_scale import distributed
+
+
+def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    """What ``function(*args)`` returned on each rank, in their order; ends when one fails.
+
+    Args:
+        function: importable by name; called in a process group that has been joined.
+        world: number of processes.
+        args: and the result must pickle.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "moco_scale.pretrain"])
+    out = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        context.Process(target=_one_rank, args=(function, rank, world, port, args, out))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    failed = False
+    while len(results) < world and not failed:
+        ready = wait([out._reader, *(p.sentinel for p in processes)])  # type: ignore[attr-defined]
+        if not out.empty():
+            rank, value = out.get()
+            results[rank] = value
+        elif out._reader not in ready:  # type: ignore[attr-defined]
+            failed = any(p.exitcode for p in processes)
+    for process in processes:
+        if failed:
+            process.kill()  # they would wait for the one that failed
+        process.join()
+    if failed:
+        raise SystemExit(f"benchmark of {world} ranks failed: see the traceback above")
+    return [results[rank] for rank in range(world)]
+
+
+def _one_rank(
+    function: Callable[..., Any], rank: int, world: int, port: int, args: tuple[Any, ...], out: Any
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    distributed.initialize("cpu")
+    out.put((rank, function(*args)))
+    distributed.barrier()
+    os._exit(0)  # without the teardown of gloo's and DeepSpeed's threads
