@@ -7,9 +7,9 @@ from moco_scale.cli import leave, run_command
 
 
 def main() -> None:
-    from moco_scale import config, distributed
+    from moco_scale import command_line, distributed
 
-    settings = config.parse()
+    settings = command_line.parse()
     distributed.initialize(settings.run.device)
     from moco_scale.pretrain import Pretraining
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from _ranks import run_ranks
 
-from moco_scale import config
+from moco_scale import command_line
 from moco_scale.batchnorm import set_groups
 from moco_scale.encoders import build_encoder
 from moco_scale.engines import make_engine
@@ -53,7 +53,7 @@ def measure(engine: str, model: str) -> dict[str, int]:
             flags += ["--deepspeed", file.name]
         else:
             flags += ["--engine", engine]
-        settings = config.parse(flags)
+        settings = command_line.parse(flags)
         moco = MoCo(build_encoder(model, image_size=size))
         set_groups(moco, PER_RANK, batch)
         made = make_engine(settings, moco, torch.device("cpu"))

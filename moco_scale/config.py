@@ -1,25 +1,22 @@
-"""The configuration: one tree of frozen dataclasses, from which the command line is made.
+"""The configuration: one tree of frozen dataclasses, resolved and checked.
 
 A value comes from, in this order: a flag, the recipe, the data set's preset, the field's default.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from moco_scale import deepspeed_config
-from moco_scale.cli import Parser
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.errors import UserError
 from moco_scale.infonce import MIN_TEMPERATURE
-from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
+from moco_scale.recipes import RECIPES
 from moco_scale.schedules import SCHEDULES
 from moco_scale.shuffle import MODES
 
@@ -209,89 +206,18 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """Every value by flag name (underscores), as JSON-able plain values."""
         flat: dict[str, Any] = {"recipe": self.recipe}
-        for section in _SECTIONS:
+        for section in SECTIONS:
             flat |= dataclasses.asdict(getattr(self, section))
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
 
 
-_SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "model": ModelConfig,
     "contrast": ContrastConfig,
     "optim": OptimConfig,
     "run": RunConfig,
 }
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of ``train.py``: one flag per field."""
-    parser = Parser(
-        "train.py",
-        description="Momentum-contrast pretraining.",
-        epilog="Flags that are not given take the recipe's value.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--recipe", choices=tuple(RECIPES), default=DEFAULT_RECIPE, help="published settings"
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--amp-opt-level",
-        choices=("O0", "O1", "O2", "O3"),
-        help="older name of --precision: O0 is fp32, the others fp16",
-    )
-    for section, cls in _SECTIONS.items():
-        group = parser.add_argument_group(section)
-        for field in fields(cls):
-            _add_flag(group, field)
-    return parser
-
-
-def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
-    meta = dict(field.metadata)
-    names = ["--" + field.name.replace("_", "-"), *meta.get("flags", ())]
-    text = meta["help"].replace("%", "%%")
-    keywords: dict[str, Any] = {"dest": field.name, "default": None}
-    if isinstance(field.default, bool):
-        group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **keywords)
-        return
-    choices = meta.get("choices")
-    if isinstance(field.default, tuple):
-        keywords |= {"nargs": "+", "type": _integers, "metavar": "N"}
-    else:
-        keywords["type"] = meta.get("type", type(field.default))
-        if not choices:
-            keywords["metavar"] = meta.get("metavar", type(field.default).__name__.upper())
-    group.add_argument(*names, choices=choices, help=text, **keywords)
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
-
-
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """Read a command line.
-
-    Raises:
-        UserError: values that contradict each other or cannot work.
-    """
-    args = vars(make_parser().parse_args(argv))
-    amp = args.pop("amp_opt_level")
-    if args["lr_decay_epochs"] is not None:
-        args["lr_decay_epochs"] = tuple(n for part in args["lr_decay_epochs"] for n in part)
-    if amp is not None:
-        args["precision"] = _precision_of_amp(amp, args["precision"])
-    given = {k: v for k, v in args.items() if v is not None and k not in ("recipe", "local_rank")}
-    return build(args["recipe"], given)
-
-
-def _precision_of_amp(level: str, precision: str | None) -> str:
-    means = "fp32" if level == "O0" else "fp16"
-    if precision not in (None, means):
-        raise UserError(
-            f"--amp-opt-level {level} means {means} but --precision is {precision}; drop one"
-        )
-    return means
 
 
 def build(recipe: str, given: dict[str, Any]) -> Config:
@@ -305,7 +231,7 @@ def build(recipe: str, given: dict[str, Any]) -> Config:
     values = RECIPES[recipe].settings | given
     sections = {
         name: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        for name, cls in _SECTIONS.items()
+        for name, cls in SECTIONS.items()
     }
     config = _resolve(Config(recipe=recipe, **sections), given)
     _check(config)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from moco_scale import distributed
-from moco_scale.errors import UserError
 
 
 class BackgroundSaver:
@@ -77,12 +76,11 @@ class BackgroundSaver:
 
         Raises:
             UserError: the last save failed; the same on every rank.
+            RuntimeError: another rank has gone.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, None
-        if isinstance(failure, UserError):
-            raise failure
         if failure is not None:
-            raise RuntimeError("writing a checkpoint failed") from failure
+            raise failure

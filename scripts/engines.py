@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from moco_scale import checkpoint, config, distributed
+from moco_scale import checkpoint, command_line, config, distributed
 from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.cli import leave, run_command
 from moco_scale.demo.pictures import write_folder
@@ -80,7 +80,7 @@ def worker(arguments: list[str]) -> None:
     """One rank of one cell."""
 
     def train() -> None:
-        settings = config.parse(arguments)
+        settings = command_line.parse(arguments)
         distributed.initialize(settings.run.device)
         SmallPretraining(settings).run()
         distributed.shutdown()
@@ -150,7 +150,7 @@ def bounds(precision: str, wanted: dict[str, Tensor], start: dict[str, Tensor]) 
 def compare_engines(root: Path, worlds: list[int]) -> int:
     """Print the first table; how many cells are off."""
     wanted = run("ddp", "fp32", 1, root / "shards", root / "reference")
-    encoder = small_encoder(config.parse(list(FLAGS)))
+    encoder = small_encoder(command_line.parse(list(FLAGS)))
     state = {n: t.detach() for n, t in encoder.state_dict().items()}
     start = {f"model.{e}.{n}": t for e in ("query", "key") for n, t in state.items()}
     print(f"relative errors after {STEPS} steps, each with its bound; reference: ddp, fp32, 1 rank")

@@ -10,7 +10,7 @@ from harness import run_ranks
 from textbook import epoch_batches, permutation
 from torch import Tensor, nn
 
-from moco_scale import config
+from moco_scale import command_line
 from moco_scale.data.reader import pretraining_loader
 from moco_scale.pretrain import Pretraining
 
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 
 def one_rank(flags: list[str]) -> Seen:
-    run = Pretraining(config.parse(flags))
+    run = Pretraining(command_line.parse(flags))
     seen = Seen([], [], [], [], [], run.queue.keys)
 
     def inputs(into: list[Tensor]) -> Any:

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import threading
 import time
@@ -50,7 +49,7 @@ def test_killed_at_thirty_random_moments(tiny_shards: Path, tmp_path: Path) -> N
         status, done = -1, 0
         while status != 0:
             delay, victims = rng.uniform(0, length / 6), rng.choice([(0,), (1,), (0, 1)])
-            arguments = (delay, victims) if kills < KILLS else (0.0, ())
+            arguments = (delay, victims) if kills < KILLS else (0.0, ())  # let the last one end
             status, output = forked(
                 *flags, "--output-dir", out, ranks=2, prepare=die_after, prepare_args=arguments
             )
@@ -60,5 +59,5 @@ def test_killed_at_thirty_random_moments(tiny_shards: Path, tmp_path: Path) -> N
             newest = (steps_of_checkpoints(out) or [0])[-1] if out.is_dir() else 0
             assert newest >= done, output
             done = newest
-            assert "Traceback" not in re.sub(r"(?s)Exception in thread.*", "", output), output
+            assert "Traceback" not in output, output
         assert_same_run(out, tmp_path / "reference")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moco_scale.config import parse
+from moco_scale.command_line import parse
 from moco_scale.deepspeed_config import ReadConfiguration, read_configuration, requested_precision
 from moco_scale.errors import UserError
 from moco_scale.loss_scale import LossScaling

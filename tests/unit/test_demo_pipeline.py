@@ -48,7 +48,7 @@ def test_only_flags_that_were_given_reach_train_py() -> None:
 
 
 def test_the_flags_handed_on_and_the_demo_settings_exist_in_train_py() -> None:
-    from moco_scale.config import make_parser, parse
+    from moco_scale.command_line import make_parser, parse
 
     known = make_parser().format_help()
     for name in (*pipeline.TRAIN_FLAGS, *run.SETTINGS):

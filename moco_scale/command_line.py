@@ -1,0 +1,85 @@
+"""The command line of ``train.py``, made from the configuration: one flag per field."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from moco_scale.cli import Parser
+from moco_scale.config import SECTIONS, Config, build
+from moco_scale.errors import UserError
+from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of ``train.py``: one flag per field."""
+    parser = Parser(
+        "train.py",
+        description="Momentum-contrast pretraining.",
+        epilog="Flags that are not given take the recipe's value.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe", choices=tuple(RECIPES), default=DEFAULT_RECIPE, help="published settings"
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--amp-opt-level",
+        choices=("O0", "O1", "O2", "O3"),
+        help="older name of --precision: O0 is fp32, the others fp16",
+    )
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(section)
+        for field in fields(cls):
+            _add_flag(group, field)
+    return parser
+
+
+def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
+    meta = dict(field.metadata)
+    names = ["--" + field.name.replace("_", "-"), *meta.get("flags", ())]
+    text = meta["help"].replace("%", "%%")
+    keywords: dict[str, Any] = {"dest": field.name, "default": None}
+    if isinstance(field.default, bool):
+        group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **keywords)
+        return
+    choices = meta.get("choices")
+    if isinstance(field.default, tuple):
+        keywords |= {"nargs": "+", "type": _integers, "metavar": "N"}
+    else:
+        keywords["type"] = meta.get("type", type(field.default))
+        if not choices:
+            keywords["metavar"] = meta.get("metavar", type(field.default).__name__.upper())
+    group.add_argument(*names, choices=choices, help=text, **keywords)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Read a command line.
+
+    Raises:
+        UserError: values that contradict each other or cannot work.
+    """
+    args = vars(make_parser().parse_args(argv))
+    amp = args.pop("amp_opt_level")
+    if args["lr_decay_epochs"] is not None:
+        args["lr_decay_epochs"] = tuple(n for part in args["lr_decay_epochs"] for n in part)
+    if amp is not None:
+        args["precision"] = _precision_of_amp(amp, args["precision"])
+    given = {k: v for k, v in args.items() if v is not None and k not in ("recipe", "local_rank")}
+    return build(args["recipe"], given)
+
+
+def _precision_of_amp(level: str, precision: str | None) -> str:
+    means = "fp32" if level == "O0" else "fp16"
+    if precision not in (None, means):
+        raise UserError(
+            f"--amp-opt-level {level} means {means} but --precision is {precision}; drop one"
+        )
+    return means
