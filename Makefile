@@ -57,7 +57,7 @@ engines: $(STAMP) ## every engine and precision against fp32 DDP, every handover
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/engines.py
 
 bench: $(STAMP) ## every benchmark in its quick form
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file --quick; done
 
 clean: ## remove caches and build leftovers; keeps .venv, runs and data
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

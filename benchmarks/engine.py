@@ -27,7 +27,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _ranks import run_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,6 +37,7 @@ from moco_scale.engines.ddp import DDPEngine
 from moco_scale.health import FiniteWatch
 from moco_scale.infonce import infonce
 from moco_scale.moco import MoCo
+from moco_scale.ranks import run_ranks
 
 RATE, MOMENTUM, DECAY, ALPHA, T, QUEUE = 0.03, 0.9, 1e-4, 0.999, 0.2, 4096
 WARM_UP = 3

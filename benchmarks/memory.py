@@ -22,7 +22,6 @@ import tempfile
 from typing import Any
 
 import torch
-from _ranks import run_ranks
 
 from moco_scale import command_line
 from moco_scale.batchnorm import set_groups
@@ -30,6 +29,7 @@ from moco_scale.encoders import build_encoder
 from moco_scale.engines import make_engine
 from moco_scale.engines.base import storage_bytes
 from moco_scale.moco import MoCo
+from moco_scale.ranks import run_ranks
 from moco_scale.vit import VITS
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp")

@@ -31,10 +31,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from _ranks import run_ranks
 from torch import Tensor
 
 from moco_scale import distributed
+from moco_scale.ranks import run_ranks
 from moco_scale.shuffle import ShuffleBN
 
 SEED = 0

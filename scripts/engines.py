@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,12 +37,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from moco_scale import checkpoint, command_line, config, distributed
+from moco_scale import checkpoint, command_line, config
 from moco_scale.batchnorm import GroupedBatchNorm2d
-from moco_scale.cli import leave, run_command
 from moco_scale.demo.pictures import write_folder
 from moco_scale.encoders import Encoder
 from moco_scale.pretrain import Pretraining
+from moco_scale.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
@@ -76,16 +77,12 @@ class SmallPretraining(Pretraining):
         return small_encoder(self.config)
 
 
-def worker(arguments: list[str]) -> None:
-    """One rank of one cell."""
-
-    def train() -> None:
-        settings = command_line.parse(arguments)
-        distributed.initialize(settings.run.device)
-        SmallPretraining(settings).run()
-        distributed.shutdown()
-
-    leave(run_command("engines.py", train))
+def train(arguments: list[str], log: str) -> None:
+    """A whole run on this rank, which writes what it has to say into a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    SmallPretraining(command_line.parse(arguments)).run()
 
 
 def run(
@@ -106,11 +103,12 @@ def run(
         flags += ["--deepspeed", str(ROOT / "ds_configs" / f"{engine}.json")]
     else:
         flags += ["--engine", engine]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launch, "--nproc-per-node", str(world), __file__, "--worker", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{engine} {precision} on {world}:\n{done.stdout}\n{done.stderr}")
+    log = f"{out}.log"
+    try:
+        run_ranks(train, world, flags, log)
+    except SystemExit:
+        said = Path(log).read_text()
+        raise SystemExit(f"{engine} {precision} on {world} ranks failed:\n{said}") from None
     lines = (out / "metrics.jsonl").read_text().splitlines()
     losses = torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
     saved = checkpoint.load(out / "checkpoints" / f"step-{steps:08d}")
@@ -221,7 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2:])
-    else:
-        main()
+    main()

@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes of this machine, one thread each."""
+"""Run a function on several gloo processes of this machine: for benchmarks and comparisons."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from moco_scale import distributed
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """What ``function(*args)`` returned on each rank, in their order; ends when one fails.
 
+    The processes are forked off a server that has imported everything: a start takes a moment.
+
     Args:
         function: importable by name; called in a process group that has been joined.
         world: number of processes.
         args: and the result must pickle.
+
+    Raises:
+        SystemExit: a process failed; it has printed why.
     """
+    # Otherwise DeepSpeed looks for an accelerator and warns that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "moco_scale.pretrain"])
+    context.set_forkserver_preload(["moco_scale.pretrain", "torch.utils.tensorboard", "deepspeed"])
     out = context.SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -48,7 +55,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
             process.kill()  # they would wait for the one that failed
         process.join()
     if failed:
-        raise SystemExit(f"benchmark of {world} ranks failed: see the traceback above")
+        raise SystemExit(f"one of {world} processes failed: see the traceback above")
     return [results[rank] for rank in range(world)]
 
 
