@@ -5,6 +5,7 @@ torchvision's download of it.
 """
 
 import argparse
+import shutil
 import tarfile
 import time
 from collections.abc import Sequence
@@ -28,7 +29,9 @@ HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pipeline.add_arguments(parser, "runs/cifar10")
+    pipeline.add_arguments(
+        parser, "runs/cifar10", "the same command goes on with a run that was interrupted"
+    )
     parser.add_argument(
         "--source", type=Path, metavar="SRC", help=f"{HELP} (default: torchvision's download)"
     )
@@ -52,14 +55,16 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     if args.source is not None and not args.source.exists():
         raise UserError(f"There is no source {args.source}. --source takes {HELP}")
-    pipeline.claim(args.output_dir)
     flags = {"recipe": RECIPE} | pipeline.given_flags(args)
     shard_flags: tuple[str, ...] = ()
     if args.train_per_class is not None:
         shard_flags = ("--per-class", str(args.train_per_class))
+    settings = {"source": args.source, "shard": shard_flags, "train": flags}
+    if pipeline.claim_or_continue(args.output_dir, settings):
+        print(f"== Going on with the run in {args.output_dir}", flush=True)
     experiment = pipeline.Experiment(
         title="CIFAR-10",
-        source=prepare(args.source, args.output_dir, args.download_dir),
+        source=lambda: prepare(args.source, args.output_dir, args.download_dir),
         out=args.output_dir,
         train_flags=flags,
         batch_size=int(flags.get("batch-size", RECIPES[RECIPE].settings["batch_size"])),
@@ -89,6 +94,7 @@ def prepare(source: Path | None, out: Path, download_dir: Path) -> Path:
     else:
         return source
     pictures = out / "pictures"
+    shutil.rmtree(pictures, ignore_errors=True)  # of an interrupted run
     for split, train in (("train", True), ("val", False)):
         try:
             dataset = CIFAR10(str(root), train=train)

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from moco_scale.errors import UserError
 from moco_scale.evaluation.knn import weighted_knn
 
 MARKER = ".moco_scale-demo"
-"""The file that says: this folder was made by a demo and may be replaced by the next one."""
+"""The file that says: this folder was made by a demo."""
+REPLACEABLE = "Made by a moco_scale demo; the next one may delete it.\n"
+SUMMARY = "summary.json"
 
 TRAIN_FLAGS = (
     *("epochs", "batch-size", "base-lr", "weight-decay", "alpha", "nce-k", "nce-t", "model"),
@@ -43,7 +45,8 @@ class Experiment:
 
     Attributes:
         title: first line of what is printed.
-        source: the pictures, as ``python -m moco_scale shard --source`` takes them.
+        source: gets the pictures ready, as ``python -m moco_scale shard --source`` takes them;
+            not called when there are shards already.
         out: folder for everything that is written; made by :func:`claim`.
         shard_flags: further flags of the shard command.
         train_flags: flags of train.py by name.
@@ -53,7 +56,7 @@ class Experiment:
     """
 
     title: str
-    source: Path
+    source: Callable[[], Path]
     out: Path
     train_flags: dict[str, str]
     batch_size: int
@@ -62,15 +65,17 @@ class Experiment:
     shard_flags: tuple[str, ...] = ()
 
 
-def add_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
-    """The flags that all demos have."""
+def add_arguments(parser: argparse.ArgumentParser, output_dir: str, before: str) -> None:
+    """The flags that all demos have.
+
+    before: what happens to an earlier run in the folder, for the help.
+    """
     parser.add_argument(
         "--output-dir",
         type=Path,
         default=Path(output_dir),
         metavar="OUT",
-        help="folder for everything that is written; what an earlier demo left in it is replaced "
-        "(default: %(default)s)",
+        help=f"folder for everything that is written; {before} (default: %(default)s)",
     )
     parser.add_argument(
         "--num-processes",
@@ -98,16 +103,44 @@ def claim(out: Path) -> None:
     """
     try:
         if out.is_dir() and any(out.iterdir()):
-            if not (out / MARKER).is_file():
+            marker = out / MARKER
+            if not (marker.is_file() and marker.read_text(encoding="utf-8") == REPLACEABLE):
                 raise UserError(
                     f"--output-dir {out} holds files that no demo made; "
                     "name another folder, or move them away"
                 )
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / MARKER).write_text("Made by a moco_scale demo; the next one may delete it.\n")
+        (out / MARKER).write_text(REPLACEABLE, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
+
+
+def claim_or_continue(out: Path, settings: dict[str, Any]) -> bool:
+    """Make `out` this run's folder, or keep what an interrupted run of the same settings left.
+
+    Returns:
+        Whether there is something to go on with.
+
+    Raises:
+        UserError: it holds another run, a finished one, or anything else, or cannot be written.
+    """
+    text = json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n"
+    marker = out / MARKER
+    try:
+        if not out.is_dir() or not any(out.iterdir()):
+            out.mkdir(parents=True, exist_ok=True)
+            marker.write_text(text, encoding="utf-8")
+            return False
+        same = marker.is_file() and marker.read_text(encoding="utf-8") == text
+    except OSError as error:
+        raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
+    if not same or (out / SUMMARY).exists():
+        holds = "a finished run" if same else "something else, or a run with other flags"
+        raise UserError(
+            f"--output-dir {out} holds {holds}; name another folder, or move that one away"
+        )
+    return True
 
 
 def run(experiment: Experiment, *, processes: int = 0, started: float | None = None) -> None:
@@ -132,10 +165,12 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
             command += [f"--{flag.replace('_', '-')}", *([] if value is True else [str(value)])]
         run_step(name, command, root, environment)
 
-    shard = [sys.executable, "-m", "moco_scale", "shard", *experiment.shard_flags]
-    step("Sharding", shard, source=experiment.source.resolve(), out=shards)
+    if not has_split(shards, "train"):  # else an interrupted run has made them
+        shutil.rmtree(shards, ignore_errors=True)
+        shard = [sys.executable, "-m", "moco_scale", "shard", *experiment.shard_flags]
+        step("Sharding", shard, source=experiment.source().resolve(), out=shards)
     if not has_split(shards, "val"):
-        raise UserError(f"{experiment.source} has no val/ pictures to evaluate on")
+        raise UserError("the source has no val/ pictures to evaluate on")
     train = [*launch, "train.py", "--deepspeed", "ds_configs/zero1.json"]
     step("Pretraining", train, data_dir=shards, output_dir=out, **experiment.train_flags)
     evaluate = [*launch, "eval.py"]
@@ -148,7 +183,8 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
     ):
         folder = out / f"eval-{protocol}"
         flags = {**shared, "output_dir": folder, "protocol": protocol, **more}
-        step(f"Evaluating, {protocol}", evaluate, **flags)
+        if not (folder / "results.json").exists():
+            step(f"Evaluating, {protocol}", evaluate, **flags)
     summary: dict[str, Any] = {
         "knn_pixels": knn_on_pixels(shards, experiment.image_size, experiment.resize_ratio),
         "knn_initial": initial_knn(out / "metrics.jsonl"),
@@ -157,7 +193,7 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
     }
     summary = {name: round(value, 2) for name, value in summary.items()}
     summary["seconds"] = round(time.monotonic() - started, 1)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     _print_table(experiment, summary)
 
 
@@ -269,7 +305,7 @@ def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:
     for name, what in (
         ("report.png", "loss and kNN curves"),
         ("neighbours.png", "nearest neighbours before and after training"),
-        ("summary.json", "this table"),
+        (SUMMARY, "this table"),
     ):
         path = experiment.out / name
         if path.exists():

@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pipeline.add_arguments(parser, "runs/demo")
+    pipeline.add_arguments(parser, "runs/demo", "what an earlier demo left in it is replaced")
     for flag, default, what in (
         ("--train-per-class", TRAIN_PER_CLASS, "training pictures rendered"),
         ("--val-per-class", VAL_PER_CLASS, "held-out pictures rendered"),
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     flags = SETTINGS | pipeline.given_flags(args)
     experiment = pipeline.Experiment(
         title="Demo",
-        source=pictures,
+        source=lambda: pictures,
         out=args.output_dir,
         train_flags=flags,
         batch_size=int(flags["batch-size"]),

@@ -35,6 +35,24 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "words"
 
 
+def test_an_interrupted_run_goes_on_and_no_other_is_touched(tmp_path: Path) -> None:
+    out, settings = tmp_path / "runs" / "cifar10", {"train": {"epochs": "200"}}
+    assert not pipeline.claim_or_continue(out, settings)
+    (out / "current.pth").write_text("a hundred epochs")
+    assert pipeline.claim_or_continue(out, settings)
+    with pytest.raises(UserError, match="a run with other flags; name another folder"):
+        pipeline.claim_or_continue(out, {"train": {"epochs": "100"}})
+    (out / pipeline.SUMMARY).write_text("{}")
+    with pytest.raises(UserError, match="holds a finished run"):
+        pipeline.claim_or_continue(out, settings)
+    with pytest.raises(UserError, match="no demo made"):
+        pipeline.claim(out)
+    assert (out / "current.pth").read_text() == "a hundred epochs"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output-dir .*file cannot be written"):
+        pipeline.claim_or_continue(tmp_path / "file", settings)
+
+
 def test_an_output_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output-dir .*file"):
