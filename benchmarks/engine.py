@@ -59,7 +59,6 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
     watch = FiniteWatch(3, distributed.rank())
 
     def under_engine(step: int) -> Tensor:
-        watch.code()
         (query,) = engine.query(views[0])
         keys = distributed.all_gather_rows(engine.key(views[1]))
         loss = infonce(query, keys[mine], queue, T).loss.mean()
@@ -67,6 +66,7 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
         if engine.step(RATE):
             engine.ema(ALPHA)
         watch.record(step, loss, engine.weights_finite(), skipped=False)
+        watch.code()
         return loss
 
     query_encoder, key_encoder = copy.deepcopy(start), copy.deepcopy(start).requires_grad_(False)

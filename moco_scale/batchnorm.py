@@ -184,6 +184,8 @@ def set_groups(model: nn.Module, group_size: int, batch_size: int, parts: int = 
     per_rank = batch_size // distributed.world_size()
     if parts > 1 and (per_rank % parts or per_rank // parts % group_size):
         _require_whole_parts(model, group_size, per_rank, parts)
+    if not any(isinstance(m, GroupedBatchNorm2d) for m in model.modules()):
+        return
     groups, span = 1, None
     if group_size <= per_rank and per_rank % group_size == 0:
         groups = max(per_rank // group_size // parts, 1)

@@ -363,6 +363,9 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line for each value that differs between two runs' :meth:`Config.defining`."""
     # Through JSON, so that tuples and lists, 1 and 1.0 compare as they will after a reload.
     now = json.loads(json.dumps(now))
+    # What a run of an earlier version does not say was not there to be chosen.
+    defaults = {f.name: f.default for section in SECTIONS.values() for f in fields(section)}
+    saved = {name: defaults.get(name) for name in now.keys() - saved.keys()} | saved
     return [
         f"  --{key.replace('_', '-')}: {saved.get(key)!r} in the run, {now.get(key)!r} now"
         for key in sorted(saved.keys() | now.keys())

@@ -281,7 +281,7 @@ def _zero(
         return
     # The norm costs a device synchronisation, and turns a step whose gradients are not finite into
     # one that is left out: what scaled gradients need, and what must not happen silently else.
-    zero["compute_grad_norm"] = norm
+    zero["compute_grad_norm"] = norm or "offload_optimizer" in zero  # which DeepSpeed insists on
 
 
 def _offload(path: str, config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:

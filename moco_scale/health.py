@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections import deque
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-LOSS, WEIGHTS = "its loss", "the weights after it"
+LOSS, WEIGHTS, GRADIENTS = KINDS = ("its loss", "the weights after it", "its gradients")
 
 
 class _Flags(NamedTuple):
@@ -20,10 +21,11 @@ class _Flags(NamedTuple):
 
 
 class FiniteWatch:
-    """Looks at each step's loss and weights once it is done, one step later.
+    """Looks at each step's loss and weights when the next one is under way.
 
     A gradient that is not finite shows in the weights that it was added to, or in a step that was
-    left out although no loss is scaled. A step that fp16's loss scale leaves out is none of these.
+    left out although no loss scale could be lowered. A step that fp16's loss scale leaves out is
+    none of these.
 
     Args:
         limit: bad steps in a row that end the run.
@@ -32,7 +34,7 @@ class FiniteWatch:
 
     def __init__(self, limit: int, rank: int) -> None:
         self._limit, self._rank = limit, rank
-        self._pending: _Flags | None = None
+        self._pending: deque[_Flags] = deque()
         self._bad_before = False
         self._in_a_row = 0
 
@@ -43,7 +45,7 @@ class FiniteWatch:
             step: its number.
             loss: scalar, this rank's.
             weights_finite: bool scalar, this rank's.
-            skipped: it was left out, and not because of a loss scale.
+            skipped: it was left out, and not because a loss scale was too large.
         """
         flags = torch.stack([~loss.detach().isfinite(), ~weights_finite])
         ready = None
@@ -51,32 +53,32 @@ class FiniteWatch:
             flags = flags.to("cpu", non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._pending = _Flags(step, flags, skipped, ready)
+        self._pending.append(_Flags(step, flags, skipped, ready))
 
     def code(self) -> int:
-        """What was wrong with the recorded step on this rank, for :meth:`judge`; 0: nothing.
+        """What was wrong with the step before the last on this rank, for :meth:`judge`; 0: nothing.
 
         Says so, once, where it happened.
         """
-        if self._pending is None:
+        if len(self._pending) < 2:
             return 0
-        step, values, skipped, ready = self._pending
-        self._pending = None
+        step, values, skipped, ready = self._pending.popleft()
         if ready is not None:
-            ready.synchronize()  # of the step before: the device is well past it
+            ready.synchronize()  # of the step before: the device is busy with a whole step more
         bad_loss, bad_weights = values.tolist()
         if not (bad_loss or bad_weights or skipped):
             self._bad_before = False
             return 0
+        kind = 0 if bad_loss else 1 if bad_weights else 2
         if not self._bad_before:
             print(
                 f"rank {self._rank} on {socket.gethostname()}: step {step} is not finite: "
-                f"{LOSS if bad_loss else WEIGHTS}",
+                f"{KINDS[kind]}",
                 file=sys.stderr,
                 flush=True,
             )
         self._bad_before = True
-        return 2 * self._rank + 1 + bool(bad_loss) * (1 << 30)
+        return (3 - kind << 30) + self._rank  # a loss before what follows from it
 
     def judge(self, code: int) -> str | None:
         """Count a step by the largest code of all ranks; why the run must end, or None."""
@@ -86,7 +88,6 @@ class FiniteWatch:
         self._in_a_row += 1
         if self._in_a_row < self._limit:
             return None
-        what = LOSS if code >> 30 else WEIGHTS
-        rank = (code & ((1 << 30) - 1)) // 2
+        what, rank = KINDS[3 - (code >> 30)], code & ((1 << 30) - 1)
         times = f"{self._in_a_row} steps in a row" if self._limit > 1 else "a step"
         return f"not finite in {times} (on rank {rank}: {what})"

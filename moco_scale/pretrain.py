@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale import checkpoint, distributed
+from moco_scale import distributed
 from moco_scale.batchnorm import set_groups
 from moco_scale.config import Config
 from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
@@ -19,13 +19,14 @@ from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import BatchPlan, ViewBatch, pretraining_loader
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine
-from moco_scale.errors import StoppedEarly, UserError
-from moco_scale.health import WEIGHTS, FiniteWatch
+from moco_scale.errors import StoppedEarly
+from moco_scale.health import FiniteWatch
 from moco_scale.infonce import infonce
 from moco_scale.moco import MoCo
 from moco_scale.monitor import Monitor
 from moco_scale.queue import KeyQueue
 from moco_scale.run_folder import RunFolder
+from moco_scale.run_state import load_model, load_optimizer, read_state, save_state
 from moco_scale.schedules import learning_rate
 from moco_scale.shuffle import Exchange, ShuffleBN
 from moco_scale.stopping import StopRequest
@@ -67,19 +68,13 @@ class Pretraining:
         self.step = 0
         saved: dict[str, Tensor] = {}
         if self.resumed_from is not None:
-            folder = self.resumed_from
-            meta, saved = distributed.agree(
-                lambda: (checkpoint.read_meta(folder), checkpoint.load(folder))
-            )
-            self.step = meta["step"]
-            self._load(moco, saved)
+            self.step, saved = read_state(self.resumed_from)
+            load_model(self, moco, saved)
         self.parts = config.run.accumulation_steps
         set_groups(moco, config.model.bn_group_size, config.optim.batch_size, self.parts)
         self.engine = make_engine(config, moco, self.device)
         if saved:
-            self.engine.load_optimizer_state(_part(saved, "optimizer."))
-            if self.engine.loss_scale is not None and "loss_scale.state" in saved:
-                self.engine.loss_scale.load(saved["loss_scale.state"])
+            load_optimizer(self, saved)
         self.shuffle = ShuffleBN(config.optim.batch_size, seed, config.contrast.shuffle_bn)
         self.augmentation = dataclasses.replace(
             AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
@@ -134,13 +129,15 @@ class Pretraining:
             self.engine.backward(loss / self.parts)
             self._measure(loss, parts_terms[0].positive_probability, queries[0], positives[0])
             total = total + loss.detach()
+        scale = self.engine.loss_scale
+        lowest = scale is None or scale.value <= scale.settings.minimum
         applied = self.engine.step(self.learning_rate(batch.step))
         if applied:
             self.engine.ema(config.alpha)
-        skipped = not applied and self.engine.loss_scale is None
-        self.watch.record(batch.step + 1, total, self.engine.weights_finite(), skipped)
-        for keys in all_keys:
-            queue.enqueue(keys)
+            for keys in all_keys:  # of a step that was left out, some may not be finite
+                queue.enqueue(keys)
+        finite = self.engine.weights_finite()
+        self.watch.record(batch.step + 1, total, finite, skipped=lowest and not applied)
 
     def _keys(self, exchange: Exchange, batch: ViewBatch, view: int) -> Tensor:
         """Keys of the whole global batch, of which this rank computes those it was sent."""
@@ -196,9 +193,9 @@ class Pretraining:
                 if not monitor.is_finished():
                     monitor.finish()  # the pictures, which a kill has prevented
         except Exception:
-            if self.world == 1:  # else the others may be gone, and nothing can be completed
-                with contextlib.suppress(UserError):
-                    self.folder.settle()
+            # What is being written can be completed, unless others are gone.
+            with contextlib.suppress(Exception):
+                self.folder.settle(timeout=60.0)
             raise
         finally:
             telemetry.close()
@@ -222,12 +219,11 @@ class Pretraining:
             for batch in monitor.timed(iter(loader)):
                 if self.step == 0:
                     monitor.before_training(batch)
-                code = self.watch.code()
                 self.train_step(batch)
                 self.step += 1
                 epoch_done = self.step % self.plan.steps_per_epoch == 0
                 last = self.step == self.last_step
-                reason, worst = stop.agree(code)
+                reason, worst = stop.agree(self.watch.code())
                 problem = self.watch.judge(worst)
                 if problem:
                     raise self.folder.not_finite(self.step, problem)
@@ -238,7 +234,7 @@ class Pretraining:
                     self.meters.start_epoch()
                 due = run.checkpoint_freq and self.step % run.checkpoint_freq == 0
                 if epoch_done or last or due or reason:
-                    self.save(epoch_done)
+                    save_state(self, epoch_done)
                     monitor.restart_clock()
                 if reason and not last:
                     self.folder.settle()
@@ -248,53 +244,3 @@ class Pretraining:
                     )
         finally:
             loader.close()
-
-    def save(self, epoch_done: bool) -> None:
-        """Write a checkpoint and ``current.pth``; all ranks call it."""
-        moco, every = self.engine.moco, self.config.run.save_freq
-        if distributed.sum_((~self.engine.weights_finite()).float()).item():
-            raise self.folder.not_finite(self.step, f"not finite: {WEIGHTS}")
-        # Running statistics are linear in what they average: their mean over ranks is what one
-        # process would have. In place, so that a resumed run goes on from the same numbers.
-        distributed.average_(list(moco.buffers()))
-        epoch = self.step // self.plan.steps_per_epoch
-        main = distributed.is_main()
-
-        def mine(name: str) -> bool:
-            return checkpoint.owner(name) == self.rank
-
-        # Rank 0 takes the whole model, for current.pth.
-        state = self.engine.model_state(lambda n: main or mine(f"model.{n}"))
-        momenta = self.engine.optimizer_state(lambda n: mine(f"optimizer.{n}"))
-        tensors = {f"model.{name}": t for name, t in state.items()}
-        tensors |= {f"optimizer.{n}": t for n, t in momenta.items()}
-        tensors |= {f"queue.{name}": t for name, t in self.queue.state_dict().items()}
-        if self.engine.loss_scale is not None:
-            tensors["loss_scale.state"] = self.engine.loss_scale.state()
-        tensors["meters.sums"] = self.meters.globalize()
-        # Only what this rank writes is copied.
-        tensors = {n: t for n, t in tensors.items() if mine(n) or n.startswith("model.")}
-        meta = {
-            "step": self.step,
-            "epoch": epoch,
-            "samples": self.step * self.config.optim.batch_size,
-            "processes": self.world,
-            "engine": self.config.run.engine,
-        }
-        sections = {"query": "model", "key": "model_ema"}
-        model = {
-            f"model.{name}": f"{sections[encoder]}.{rest}"
-            for name in (state if main else ())
-            for encoder, _, rest in [name.partition(".")]
-        }
-        keep = bool(every) and epoch_done and epoch % every == 0
-        self.folder.save(self.step, tensors, model, meta, keep)
-
-    def _load(self, moco: MoCo, saved: dict[str, Tensor]) -> None:
-        moco.load_state_dict(_part(saved, "model."))
-        self.queue.load_state_dict(_part(saved, "queue."))
-        self.meters.sums.copy_(saved["meters.sums"])
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

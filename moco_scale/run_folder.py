@@ -241,13 +241,13 @@ class RunFolder:
             content.setdefault(section, {})[rest] = tensors[name].cpu()
         return content
 
-    def settle(self) -> None:
-        """Wait until nothing is being written; all ranks call it.
+    def settle(self, timeout: float | None = None) -> None:
+        """Wait until nothing is being written, or so many seconds; all ranks call it.
 
         Raises:
             UserError: the last save failed.
         """
-        self._saver.wait()
+        self._saver.wait(timeout)
 
     def _drop_old(self) -> None:
         passing = [c for c in self.checkpoints() if not _is_kept(c)]

@@ -66,20 +66,24 @@ class BackgroundSaver:
     def _run(
         self, copies: dict[str, Tensor], write: Callable[[dict[str, Tensor], Any], None]
     ) -> None:
+        if distributed.device().type == "cuda":
+            torch.cuda.set_device(distributed.device())  # a thread begins with the first GPU
         try:
             write(copies, self.group)
         except BaseException as error:
             self._failure = error
 
-    def wait(self) -> None:
-        """Until nothing is being written any more.
+    def wait(self, timeout: float | None = None) -> None:
+        """Until nothing is being written any more, or so many seconds have passed.
 
         Raises:
             UserError: the last save failed; the same on every rank.
             RuntimeError: another rank has gone.
         """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                return
             self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:

@@ -120,7 +120,8 @@ class Engine(ABC):
     def weights_finite(self) -> Tensor:
         """Whether this rank's own storage of the query's weights is finite: bool scalar."""
         # A sum of magnitudes: infinite when any of them is; fp32 weights never get near overflow.
-        norms = torch._foreach_norm([w for w in self._local_pairs()[0] if w.numel()], 1)
+        zero = torch.zeros(1, device=self.device)  # a rank may hold no element at all
+        norms = torch._foreach_norm([zero, *(w for w in self._local_pairs()[0] if w.numel())], 1)
         return torch.stack(norms).sum().isfinite()
 
     @abstractmethod
@@ -222,9 +223,9 @@ def clip_(gradients: list[Tensor], norm: float, copies: int) -> None:
         norm: the largest length they may have.
         copies: ranks that hold the same numbers as this one; the others hold other shards.
     """
-    zero = torch.zeros((), device=distributed.device())  # a rank may hold no element at all
-    parts = torch._foreach_norm([g for g in gradients if g.numel()])
-    square = torch.stack([zero, *parts]).square().sum()
+    zero = torch.zeros(1, device=distributed.device())  # a rank may hold no element at all
+    parts = torch._foreach_norm([zero, *(g for g in gradients if g.numel())])
+    square = torch.stack(parts).square().sum()
     if copies < distributed.world_size():
         square = distributed.sum_(square) / copies
     torch._foreach_mul_(gradients, (norm / (square.sqrt() + 1e-6)).clamp(max=1.0))

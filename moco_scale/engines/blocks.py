@@ -31,6 +31,10 @@ def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
             backward pass (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost);
             BatchNorm's running statistics then stay as the first pass left them.
     """
+    if compiled:
+        # All blocks of a class share one limit, and each shape, with gradients and without, in
+        # each part of a step and recomputed, is a graph.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     for encoder in (moco.query, moco.key):
         for block in blocks_of(encoder):
             forward: Callable[..., Any] = block.forward

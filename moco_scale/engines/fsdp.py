@@ -54,7 +54,9 @@ class FSDPEngine(Engine):
         self._copies = mesh.size(0) if mesh.ndim == 2 else 1
         # Not the module that holds both: of two roots, each forward pass gathers only its own.
         for encoder in (moco.query, moco.key):
-            _shard(encoder, mesh, PRECISIONS[settings.precision])
+            # Recomputation would enter the normalisation layers' own unit a second time.
+            gathered = None if settings.recompute else PRECISIONS[settings.precision]
+            _shard(encoder, mesh, gathered)
         self._trained = moco.trained_parameters()
         self._optimizer = make_sgd(list(self._trained.values()), settings)
         zero_momentum(self._optimizer)
@@ -119,23 +121,27 @@ def _mesh(device: torch.device, shard_size: int) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
-def _shard(encoder: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+def _shard(encoder: nn.Module, mesh: DeviceMesh, gathered: torch.dtype | None) -> None:
     # reshard_after_forward also for the root: a forward pass without gradient would otherwise
     # leave it gathered, and the moving average would miss it.
     blocks = blocks_of(encoder)
     policy = MixedPrecisionPolicy()
-    if compute is not None:
+    if gathered is not None:
         # What autocast would round after gathering is rounded before: half the traffic. Sums of
-        # gradients stay fp32, and so do the few weights of normalisation, which are a unit of
-        # their own, gathered together.
+        # gradients stay fp32. So do normalisation, whose few weights are a unit of their own and
+        # gathered together, and the rest of the encoder, where a transformer's positions would
+        # lower the precision of all that is added to them.
         policy = MixedPrecisionPolicy(
-            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        norms: list[nn.Module] = [part for part in encoder.modules() if isinstance(part, NORMS)]
+        norms: list[nn.Module] = [
+            part for block in blocks for part in block.modules() if isinstance(part, NORMS)
+        ]
         if norms:
             fully_shard(norms, mesh=mesh, reshard_after_forward=True)
-    for module in (*blocks, encoder):
+    for module in blocks:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
     # The next block is gathered while one computes, without waiting for the CPU to get there.
     for block, following in itertools.pairwise(cast(list[FSDPModule], blocks)):
         block.set_modules_to_forward_prefetch([following])

@@ -251,9 +251,37 @@ def test_sharding_within_groups_of_ranks(precision: str) -> None:
     "kind", ["zero1", *(pytest.param(k, marks=pytest.mark.slow) for k in ("zero2", "zero3"))]
 )
 def test_offloaded_optimizer_state(kind: str) -> None:
-    (reference,) = run_ranks(partial(train, **PARTLY), 1, "ddp", 5)
-    zero = {"offload_optimizer": {"device": "cpu"}}
-    assert_same(run_ranks(partial(train, **PARTLY, parts=2, zero=zero), 2, kind, 5), reference)
+    (reference,) = run_ranks(partial(train, views=2, group=2), 1, "ddp", 5)
+    ways = partial(train, views=2, group=2, zero={"offload_optimizer": {"device": "cpu"}})
+    assert_same(run_ranks(ways, 2, kind, 5), reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_offloaded_optimizer_state_in_parts(whole_steps: dict[str, Any], kind: str) -> None:
+    ways = partial(train, **PARTLY, parts=2, zero={"offload_optimizer": {"device": "cpu"}})
+    assert_same(run_ranks(ways, 2, kind, 5), whole_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("kind", SHARDED)
+def test_recomputation_in_half_precision(kind: str, encoder: str) -> None:
+    half = partial(train, encoder=encoder, views=2, group=2, precision="bf16")
+    plain = run_ranks(half, 2, "ddp", 5)
+    recomputed = run_ranks(partial(half, recompute=True), 2, kind, 5)
+    for got, wanted in zip(recomputed, plain, strict=True):
+        assert got["losses"] == pytest.approx(wanted["losses"], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_gathering_in_half_precision_changes_no_number(encoder: str) -> None:
+    """What autocast would round is rounded before it travels: the same losses to the digit."""
+    half = partial(train, encoder=encoder, precision="bf16")
+    plain, gathered = (run_ranks(half, 2, kind, 3) for kind in ("ddp", "fsdp"))
+    for got, wanted in zip(gathered, plain, strict=True):
+        assert got["losses"] == pytest.approx(wanted["losses"], rel=1e-6)
 
 
 def test_clipping_is_torchs() -> None:

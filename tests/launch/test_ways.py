@@ -55,6 +55,7 @@ def test_groups_that_a_part_cannot_hold_are_named(tiny_shards: Path, tmp_path: P
 def test_a_transformer_is_trained_and_evaluated(tiny_shards: Path, tmp_path: Path) -> None:
     vit = ("--model", "vit_small", "--patch-size", 8, "--dim", 16)
     flags = (*TINY, *vit, "--data-dir", tiny_shards, "--max-steps", 2, "--epochs", 1)
+    flags = (*flags, "--batch-size", 12, "--bn-group-size", 4)  # which no process's 6 would hold
     status, output = forked(*flags, "--engine", "fsdp", "--output-dir", tmp_path, ranks=2)
     assert status == 0, output
     status, output = forked(

@@ -359,3 +359,11 @@ def test_what_defines_a_run_and_what_only_carries_it_out() -> None:
     for section in ("data", "model", "contrast", "optim"):
         for field in dataclasses.fields(getattr(config, section)):
             assert field.name == "data_dir" or field.name in saved
+
+
+def test_a_run_that_did_not_know_a_flag_has_its_default() -> None:
+    now = build("v2", {"dataset": "images"}).defining()
+    before = {name: value for name, value in now.items() if name != "clip_grad"}
+    assert differences(before, now) == []
+    clipped = build("v2", {"dataset": "images", "clip_grad": 1.0}).defining()
+    assert differences(before, clipped) == ["  --clip-grad: 0.0 in the run, 1.0 now"]

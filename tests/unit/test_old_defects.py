@@ -22,9 +22,16 @@ from moco_scale.config import build
 from moco_scale.data.augment import draw_params
 from moco_scale.data.reader import pretraining_loader
 from moco_scale.pretrain import Pretraining
+from moco_scale.run_state import save_state
 
 BATCH = 8
 PER_EPOCH = 4  # of the 32 pictures
+
+
+def saved(run: Pretraining) -> None:
+    """Write a checkpoint to its end."""
+    save_state(run, epoch_done=False)
+    run.folder.settle()
 
 
 def start(tiny_shards: Path, out: Path, **values: Any) -> Pretraining:
@@ -139,7 +146,7 @@ def test_the_queue_its_pointer_and_its_count_survive_a_resume(
 
     first = start(tiny_shards, tmp_path / "parts")
     train(first, 3)
-    first.save(epoch_done=False)
+    saved(first)
     (saved,) = first.folder.checkpoints()
     tensors = checkpoint.load(saved)
     assert torch.equal(tensors["queue.keys"], first.queue.keys)
@@ -212,7 +219,7 @@ def test_a_run_that_is_stopped_while_saving_goes_on_from_the_checkpoint_before(
     """Defect: checkpoints written in place, so that a kill destroyed the only one."""
     run = start(tiny_shards, tmp_path)
     train(run, 1)
-    run.save(epoch_done=False)
+    saved(run)
     model = (tmp_path / "current.pth").read_bytes()
     train(run, 1)
     real = checkpoint.dcp.save
@@ -224,7 +231,7 @@ def test_a_run_that_is_stopped_while_saving_goes_on_from_the_checkpoint_before(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.dcp, "save", stopped_when_written)
         with pytest.raises(Killed):
-            run.save(epoch_done=False)
+            saved(run)
     assert [c.name for c in run.folder.checkpoints()] == ["step-00000001"]
 
     write = torch.save
@@ -241,10 +248,10 @@ def test_a_run_that_is_stopped_while_saving_goes_on_from_the_checkpoint_before(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", stopped_half_way)
         with pytest.raises(Killed):
-            resumed.save(epoch_done=False)
+            saved(resumed)
     assert (tmp_path / "current.pth").read_bytes() == model
     again = start(tiny_shards, tmp_path)
     assert again.step == 2
     train(again, 1)
-    again.save(epoch_done=False)
+    saved(again)
     assert torch.load(tmp_path / "current.pth", weights_only=True)["step"] == 3

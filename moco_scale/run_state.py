@@ -1,0 +1,104 @@
+"""The state of a run: what a checkpoint takes from it and gives back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moco_scale import checkpoint, distributed
+from moco_scale.health import WEIGHTS
+from moco_scale.moco import MoCo
+
+if TYPE_CHECKING:
+    from moco_scale.pretrain import Pretraining
+
+
+def read_state(folder: Path) -> tuple[int, dict[str, Tensor]]:
+    """The step and the tensors of a checkpoint; each rank reads by itself.
+
+    Raises:
+        UserError: on any rank, it cannot be read.
+    """
+    meta, saved = distributed.agree(lambda: (checkpoint.read_meta(folder), checkpoint.load(folder)))
+    return meta["step"], saved
+
+
+def load_model(run: Pretraining, moco: MoCo, saved: dict[str, Tensor]) -> None:
+    """Give both encoders, the queue and the log's means what was saved; before an engine exists."""
+    moco.load_state_dict(_part(saved, "model."))
+    run.queue.load_state_dict(_part(saved, "queue."))
+    run.meters.sums.copy_(saved["meters.sums"])
+
+
+def load_optimizer(run: Pretraining, saved: dict[str, Tensor]) -> None:
+    """Give the engine's optimizer and loss scale what was saved."""
+    run.engine.load_optimizer_state(_part(saved, "optimizer."))
+    if run.engine.loss_scale is not None and "loss_scale.state" in saved:
+        run.engine.loss_scale.load(saved["loss_scale.state"])
+
+
+def save_state(run: Pretraining, epoch_done: bool) -> None:
+    """Write a checkpoint and ``current.pth``; all ranks call it.
+
+    Raises:
+        UserError: something in it is not finite, or an earlier checkpoint could not be written.
+    """
+    moco, every = run.engine.moco, run.config.run.save_freq
+    state_finite = {
+        WEIGHTS: run.engine.weights_finite(),
+        "BatchNorm's running statistics": _all_finite(list(moco.buffers()), run.device),
+        "the queue": _all_finite([run.queue.keys], run.device),
+    }
+    bad = distributed.sum_(torch.stack([~finite for finite in state_finite.values()]).float())
+    for what, count in zip(state_finite, bad.tolist(), strict=True):
+        if count:
+            raise run.folder.not_finite(run.step, f"not finite: {what}")
+    # Running statistics are linear in what they average: their mean over ranks is what one
+    # process would have. In place, so that a resumed run goes on from the same numbers.
+    distributed.average_(list(moco.buffers()))
+    epoch = run.step // run.plan.steps_per_epoch
+    main = distributed.is_main()
+
+    def mine(name: str) -> bool:
+        return checkpoint.owner(name) == run.rank
+
+    # Rank 0 takes the whole model, for current.pth.
+    state = run.engine.model_state(lambda n: main or mine(f"model.{n}"))
+    momenta = run.engine.optimizer_state(lambda n: mine(f"optimizer.{n}"))
+    tensors = {f"model.{name}": t for name, t in state.items()}
+    tensors |= {f"optimizer.{n}": t for n, t in momenta.items()}
+    tensors |= {f"queue.{name}": t for name, t in run.queue.state_dict().items()}
+    if run.engine.loss_scale is not None:
+        tensors["loss_scale.state"] = run.engine.loss_scale.state()
+    tensors["meters.sums"] = run.meters.globalize()
+    # Only what this rank writes is copied.
+    tensors = {n: t for n, t in tensors.items() if mine(n) or n.startswith("model.")}
+    meta = {
+        "step": run.step,
+        "epoch": epoch,
+        "samples": run.step * run.config.optim.batch_size,
+        "processes": run.world,
+        "engine": run.config.run.engine,
+    }
+    sections = {"query": "model", "key": "model_ema"}
+    model = {
+        f"model.{name}": f"{sections[encoder]}.{rest}"
+        for name in (state if main else ())
+        for encoder, _, rest in [name.partition(".")]
+    }
+    keep = bool(every) and epoch_done and epoch % every == 0
+    run.folder.save(run.step, tensors, model, meta, keep)
+
+
+def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Bool scalar; sums of magnitudes, so that nothing as large as a tensor is made."""
+    zero = torch.zeros(1, device=device)
+    norms = torch._foreach_norm([zero, *(t for t in tensors if t.is_floating_point())], 1)
+    return torch.stack(norms).sum().isfinite()
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
