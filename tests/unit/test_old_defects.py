@@ -28,7 +28,7 @@ BATCH = 8
 PER_EPOCH = 4  # of the 32 pictures
 
 
-def saved(run: Pretraining) -> None:
+def written(run: Pretraining) -> None:
     """Write a checkpoint to its end."""
     save_state(run, epoch_done=False)
     run.folder.settle()
@@ -146,7 +146,7 @@ def test_the_queue_its_pointer_and_its_count_survive_a_resume(
 
     first = start(tiny_shards, tmp_path / "parts")
     train(first, 3)
-    saved(first)
+    written(first)
     (saved,) = first.folder.checkpoints()
     tensors = checkpoint.load(saved)
     assert torch.equal(tensors["queue.keys"], first.queue.keys)
@@ -219,7 +219,7 @@ def test_a_run_that_is_stopped_while_saving_goes_on_from_the_checkpoint_before(
     """Defect: checkpoints written in place, so that a kill destroyed the only one."""
     run = start(tiny_shards, tmp_path)
     train(run, 1)
-    saved(run)
+    written(run)
     model = (tmp_path / "current.pth").read_bytes()
     train(run, 1)
     real = checkpoint.dcp.save
@@ -231,7 +231,7 @@ def test_a_run_that_is_stopped_while_saving_goes_on_from_the_checkpoint_before(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.dcp, "save", stopped_when_written)
         with pytest.raises(Killed):
-            saved(run)
+            written(run)
     assert [c.name for c in run.folder.checkpoints()] == ["step-00000001"]
 
     write = torch.save
@@ -248,10 +248,10 @@ def test_a_run_that_is_stopped_while_saving_goes_on_from_the_checkpoint_before(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", stopped_half_way)
         with pytest.raises(Killed):
-            saved(resumed)
+            written(resumed)
     assert (tmp_path / "current.pth").read_bytes() == model
     again = start(tiny_shards, tmp_path)
     assert again.step == 2
     train(again, 1)
-    saved(again)
+    written(again)
     assert torch.load(tmp_path / "current.pth", weights_only=True)["step"] == 3
