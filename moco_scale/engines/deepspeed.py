@@ -45,17 +45,18 @@ class DeepSpeedEngine(Replicated, Engine):
         deepspeed = _import_deepspeed()
         self._trained = moco.trained_parameters()
         self._stage = configuration["zero_optimization"]["stage"]
-        if self._stage == 3:
-            # It uses the weights of its last layer without calling that: gather them with it.
-            deepspeed.utils.set_z3_leaf_modules(
-                moco, [nn.MultiheadAttention], raise_if_not_found=False
-            )
         sgd = make_sgd(list(self._trained.values()), settings)
         if self._stage == 0:
             zero_momentum(sgd)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=moco, optimizer=sgd, config=configuration, dist_init_required=False
         )
+        if self._stage == 3:
+            for module in moco.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    # It uses its last layer's weights without calling it: gather them with it.
+                    for p in module.out_proj.parameters():
+                        deepspeed.zero.register_external_parameter(module, p)
         if self._stage > 0:
             self._create_momentum()
 

@@ -211,7 +211,7 @@ def test_parts_and_recomputation_change_nothing(whole_steps: dict[str, Any], kin
 
 @pytest.fixture(scope="module")
 def transformer() -> dict[str, Any]:
-    (result,) = run_ranks(partial(train, encoder="vit"), 1, "ddp", 5)
+    (result,) = run_ranks(partial(train, encoder="vit", views=2), 1, "ddp", 5)
     patch = "query.backbone.conv_proj.weight"
     assert torch.equal(result["state"][patch], result["before"][patch])
     assert f"{patch}.momentum_buffer" not in result["momenta"]
@@ -222,7 +222,7 @@ def transformer() -> dict[str, Any]:
     "kind", [pytest.param(k, marks=slow_unless(k in SHARDED)) for k in ENGINES]
 )
 def test_a_transformer_with_frozen_patches(transformer: dict[str, Any], kind: str) -> None:
-    ways = partial(train, encoder="vit", recompute=True)
+    ways = partial(train, encoder="vit", views=2, recompute=True)
     assert_same(run_ranks(ways, 2, kind, 5), transformer)
 
 
