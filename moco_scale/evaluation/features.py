@@ -80,7 +80,7 @@ def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
             head=opt["head"],
             dim=opt["dim"],
             image_size=opt["image_size"],
-            patch_size=opt["patch_size"],
+            patch_size=opt.get("patch_size", 0),  # files of earlier versions have none
         )
         encoder.load_state_dict(state)
     except KeyError as error:
