@@ -63,7 +63,10 @@ def initialize(device: str = "auto") -> None:
     global _device
     _device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    # A process on its own has nobody to meet, and no port that another program could hold.
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    keywords: dict[str, Any] = alone if os.environ["WORLD_SIZE"] == "1" else {}
+    dist.init_process_group(backend, timeout=TIMEOUT, **keywords)
 
 
 def shutdown() -> None:
@@ -88,14 +91,9 @@ def _complete_environment() -> None:
     environ.setdefault("RANK", "0")
     environ.setdefault("WORLD_SIZE", "1")
     environ.setdefault("LOCAL_RANK", "0")
-    environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in environ:
-        if int(environ["WORLD_SIZE"]) > 1:
-            environ["MASTER_PORT"] = "29500"
-        else:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    if int(environ["WORLD_SIZE"]) > 1:
+        environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        environ.setdefault("MASTER_PORT", "29500")
 
 
 _device = torch.device("cpu")
