@@ -117,7 +117,7 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--ranks", type=int, default=2, help="processes")
-    parser.add_argument("--batch", type=int, default=8, help="pictures of each rank")
+    parser.add_argument("--batch", type=int, default=16, help="pictures of each rank")
     parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
     parser.add_argument("--repeats", type=int, help="timed steps (default 100, --quick 20)")
     parser.add_argument("--quick", action="store_true", help="under a minute")
