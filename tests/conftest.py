@@ -1,8 +1,12 @@
 """Fixtures that several test folders share."""
 
+from __future__ import annotations
+
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported, and for the processes that tests start: several ranks share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from hosts import Host
 
 # Jobs in the background of a shell ignore Ctrl-C, and what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -65,6 +72,17 @@ def zero1_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     )
     assert status == 0, output
     return out, output
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts on this machine, joined by a cable; skips where it cannot make them."""
+    from hosts import two_hosts, why_not
+
+    if reason := why_not():
+        pytest.skip(reason)
+    with two_hosts() as pair:
+        yield pair
 
 
 @pytest.fixture
