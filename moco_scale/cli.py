@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from moco_scale.errors import RankError, StoppedEarly, UserError
+from moco_scale.launchers import rank_of
 
 STOPPED_EARLY = 75
 """Status of a run that stopped early and can go on: EX_TEMPFAIL of sysexits.h."""
@@ -80,4 +81,4 @@ class Parser(argparse.ArgumentParser):
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    return rank_of(os.environ)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moco_scale.allocator import keep_freed_memory
 from moco_scale.errors import RankError, UserError
+from moco_scale.launchers import SCHEDULERS, complete_environment
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -30,21 +31,21 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def initialize(device: str = "auto") -> None:
     """Join the process group described by the environment of whatever launched this process.
 
-    Understands ``deepspeed``, ``torchrun``, Slurm's ``srun`` with one task per GPU, and no
-    launcher at all (one process).
+    Understands what ``launchers.complete_environment`` does, and no launcher at all (one process).
 
     Args:
         device: ``"auto"`` (CUDA when there is one), ``"cuda"`` or ``"cpu"``.
 
     Raises:
-        UserError: CUDA is asked for and absent, or there are more processes than GPUs here.
+        UserError: CUDA is asked for and absent, there are more processes than GPUs here, or the
+            environment does not say which process this is.
     """
     if dist.is_initialized():
         return
-    _complete_environment()
+    complete_environment(os.environ)
     local = local_rank()
-    if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
-        local = 0  # Slurm has hidden the other tasks' GPUs from this one
+    if torch.cuda.device_count() == 1 and any(name in os.environ for name in SCHEDULERS):
+        local = 0  # the scheduler has hidden the other tasks' GPUs from this one
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda:
         if not torch.cuda.is_available():
@@ -73,27 +74,6 @@ def shutdown() -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _complete_environment() -> None:
-    environ = os.environ
-    # Only a step started by srun has a step id; a batch script has the other variables too.
-    if "RANK" not in environ and {"SLURM_STEP_ID", "SLURM_PROCID"} <= environ.keys():
-        environ["RANK"] = environ["SLURM_PROCID"]
-        environ["WORLD_SIZE"] = environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"]
-        environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
-        if "MASTER_ADDR" not in environ and int(environ["WORLD_SIZE"]) > 1:
-            raise UserError(
-                "started by srun with several tasks but MASTER_ADDR is not set; in the job script: "
-                'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
-                "MASTER_PORT=29500"
-            )
-    environ.setdefault("RANK", "0")
-    environ.setdefault("WORLD_SIZE", "1")
-    environ.setdefault("LOCAL_RANK", "0")
-    if int(environ["WORLD_SIZE"]) > 1:
-        environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        environ.setdefault("MASTER_PORT", "29500")
 
 
 _device = torch.device("cpu")

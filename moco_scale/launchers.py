@@ -1,0 +1,259 @@
+"""What launchers say through the environment, in the words of ``torchrun``.
+
+``torchrun`` and ``deepspeed`` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+Slurm's ``srun``, Open MPI's ``mpirun``, and MPICH's, Intel's and Cray's, which speak PMI, say the
+same in words of their own. All of it is a function of the environment: nothing is asked of a
+scheduler, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping, MutableMapping
+from typing import NamedTuple
+
+from moco_scale.errors import UserError
+
+SCHEDULERS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PMI_LOCAL_RANK")
+"""Variables of launchers that may show each process its own GPU only."""
+DEFAULT_PORT = 29500
+# Below the ports that Linux hands out by itself (from 32768), above those of services.
+_PORTS = range(12000, 32000)
+
+
+class Place(NamedTuple):
+    """Which process of a job this is.
+
+    Attributes:
+        launcher: what to call it in messages.
+        rank: in the whole job.
+        world_size: processes of the job.
+        local_rank: on this host.
+        local_world_size: processes on this host; None when the launcher does not say.
+        address: of rank 0's host; None when the launcher does not say.
+        port: likewise.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int | None = None
+    address: str | None = None
+    port: int | None = None
+
+
+def rank_of(environ: Mapping[str, str]) -> int:
+    """This process's number in the job; 0 where the environment does not say, or says nonsense."""
+    try:
+        place = find_place(environ)
+    except UserError:
+        return 0
+    return place.rank if place else 0
+
+
+def complete_environment(environ: MutableMapping[str, str]) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK and, for several processes, MASTER_ADDR and MASTER_PORT.
+
+    What is set already stays. LOCAL_WORLD_SIZE is set where it is known.
+
+    Raises:
+        UserError: the environment contradicts itself, or does not say what is needed.
+    """
+    place = find_place(environ)
+    if place is None:
+        place = Place("no launcher", 0, 1, 0, 1)
+    if not 0 <= place.rank < place.world_size:
+        raise UserError(
+            f"{place.launcher}: rank {place.rank} of {place.world_size} processes: ranks are "
+            f"numbered from 0 to {place.world_size - 1}"
+        )
+    environ["RANK"] = str(place.rank)
+    environ["WORLD_SIZE"] = str(place.world_size)
+    environ["LOCAL_RANK"] = str(place.local_rank)
+    if place.world_size > 1:
+        address = environ.get("MASTER_ADDR") or place.address
+        if address is None:
+            raise UserError(
+                f"started by {place.launcher} as {place.world_size} processes, but MASTER_ADDR is "
+                f"not set: {_HOW_TO_NAME.get(place.launcher, 'name the host of rank 0 in it')}"
+            )
+        environ["MASTER_ADDR"] = address
+        environ["MASTER_PORT"] = environ.get("MASTER_PORT") or str(place.port or DEFAULT_PORT)
+        _number(environ, "MASTER_PORT")
+    local = place.local_world_size
+    if local is None and environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
+        local = place.world_size
+    if local is not None:
+        environ.setdefault("LOCAL_WORLD_SIZE", str(local))
+
+
+_EXPORT = 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+_HOW_TO_NAME = {
+    "mpirun": "mpirun -x MASTER_ADDR=HOST_OF_RANK_0 -x MASTER_PORT=29500 ... names it",
+    "PMI": "mpiexec -genv MASTER_ADDR HOST_OF_RANK_0 -genv MASTER_PORT 29500 ... names it",
+    "srun": f"{_EXPORT} in the job script",
+}
+
+
+def find_place(environ: Mapping[str, str]) -> Place | None:
+    """Which process this is, or None when no launcher started it.
+
+    Raises:
+        UserError: what a launcher is known to set is incomplete, or not a number.
+    """
+    place = _torchrun(environ) or _slurm(environ) or _open_mpi(environ) or _pmi(environ)
+    if place is not None:
+        return place
+    if environ.get("PET_NNODES", "1") != "1":
+        raise UserError(
+            f"PET_NNODES={environ['PET_NNODES']}: this container is one of several that Kubernetes "
+            "has prepared for torchrun; its command has to be `torchrun train.py ...`"
+        )
+    return None
+
+
+def _torchrun(environ: Mapping[str, str]) -> Place | None:
+    """torchrun, deepspeed, Kubernetes, and whoever sets the variables by hand."""
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in environ]
+    if not given:
+        return None
+    if len(given) == 1:
+        missing = "WORLD_SIZE" if given == ["RANK"] else "RANK"
+        raise UserError(
+            f"{given[0]}={environ[given[0]]} is set but {missing} is not; set both, or neither for "
+            "a single process"
+        )
+    local = _number(environ, "LOCAL_WORLD_SIZE", -1)
+    local = local if local >= 0 else _number(environ, "LOCAL_SIZE", -1)  # deepspeed's name
+    return Place(
+        "torchrun",
+        _number(environ, "RANK"),
+        _number(environ, "WORLD_SIZE"),
+        _number(environ, "LOCAL_RANK", 0),
+        local if local >= 0 else None,
+        # One host, unless somebody has said otherwise.
+        "127.0.0.1",
+    )
+
+
+def _slurm(environ: Mapping[str, str]) -> Place | None:
+    # Only a step started by srun has a step id; a batch script has the other variables too.
+    if not {"SLURM_STEP_ID", "SLURM_PROCID"} <= environ.keys():
+        return None
+    counted = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    world, local = _number(environ, counted), None
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
+    per_node = tasks_per_node(tasks) if tasks else []
+    if sum(per_node) == world:  # otherwise they are the whole job's, of which this is a part
+        node = _number(environ, "SLURM_NODEID", 0 if len(per_node) == 1 else None)
+        local = per_node[node] if node < len(per_node) else None
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    job = _number(environ, "SLURM_JOB_ID", _number(environ, "SLURM_JOBID", 0))
+    return Place(
+        "srun",
+        _number(environ, "SLURM_PROCID"),
+        world,
+        _number(environ, "SLURM_LOCALID", 0),
+        local,
+        first_host(nodes) if nodes else None,
+        # Steps of a job may run beside each other, and jobs on shared nodes too.
+        _PORTS[(job + 1009 * _number(environ, "SLURM_STEP_ID")) % len(_PORTS)],
+    )
+
+
+def _open_mpi(environ: Mapping[str, str]) -> Place | None:
+    if "OMPI_COMM_WORLD_RANK" not in environ:
+        return None
+    world = _number(environ, "OMPI_COMM_WORLD_SIZE")
+    local = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    return Place(
+        "mpirun",
+        _number(environ, "OMPI_COMM_WORLD_RANK"),
+        world,
+        _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        local,
+        _address_without_launcher(environ, alone=local == world),
+        _port_of(environ, "PMIX_NAMESPACE"),
+    )
+
+
+def _pmi(environ: Mapping[str, str]) -> Place | None:
+    """MPICH's and Intel's hydra, Cray's PALS."""
+    if not {"PMI_RANK", "PMI_SIZE"} <= environ.keys():
+        return None
+    names = {"MPI_LOCALRANKID": "MPI_LOCALNRANKS", "PMI_LOCAL_RANK": "PMI_LOCAL_SIZE"}
+    name = next((name for name in names if name in environ), None)
+    world = _number(environ, "PMI_SIZE")
+    if name is None and world > 1:
+        raise UserError(
+            "PMI_RANK and PMI_SIZE are set but none of LOCAL_RANK's names "
+            f"({', '.join(names)}): set RANK, WORLD_SIZE and LOCAL_RANK yourself"
+        )
+    local = _number(environ, names[name], -1) if name else 1
+    return Place(
+        "PMI",
+        _number(environ, "PMI_RANK"),
+        world,
+        _number(environ, name) if name else 0,
+        local if local >= 0 else None,
+        _address_without_launcher(environ, alone=local == world),
+    )
+
+
+def _address_without_launcher(environ: Mapping[str, str], *, alone: bool) -> str | None:
+    if alone:
+        return "127.0.0.1"
+    nodes = environ.get("SLURM_JOB_NODELIST")  # mpirun inside an allocation
+    return first_host(nodes) if nodes else None
+
+
+def _port_of(environ: Mapping[str, str], name: str) -> int | None:
+    """A port that differs between jobs, from what names the job; None when nothing does."""
+    value = environ.get(name)
+    return _PORTS[zlib.crc32(value.encode()) % len(_PORTS)] if value else None
+
+
+def first_host(nodes: str) -> str:
+    """The first host of Slurm's list: ``gpu[07-12,3],login1`` begins with ``gpu07``.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    # The first comma outside brackets ends the first entry; brackets do not nest.
+    entry = re.match(r"(?:[^\[\],]|\[[^\[\]]*\])+(?=,|$)", nodes.strip())
+    # Every bracket gives its first number: rack[1-2]n[1-4] begins with rack1n1.
+    host = re.sub(r"\[(\d+)[^\[\]]*\]", r"\1", entry[0]) if entry else ""
+    if not re.fullmatch(r"[\w.-]+", host):
+        raise UserError(
+            f"cannot read the first host from Slurm's list {nodes!r}; set MASTER_ADDR in the job "
+            f"script: {_EXPORT}"
+        )
+    return host
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's short form written out: ``2(x3),1`` is 2, 2, 2, 1.
+
+    Raises:
+        UserError: it is no such form.
+    """
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise UserError(f"cannot read Slurm's tasks per node {text!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None:
+        if default is not None:
+            return default
+        raise UserError(f"{name} is not set, although the launcher's other variables are")
+    if not re.fullmatch(r"\d{1,18}", text.strip()):
+        raise UserError(f"{name}={text!r} in the environment is not a number")
+    return int(text)
