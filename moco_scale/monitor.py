@@ -12,6 +12,7 @@ import torchvision
 
 from moco_scale import __version__, distributed
 from moco_scale.config import Config
+from moco_scale.data.order import Samples
 from moco_scale.data.reader import ViewBatch
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import PRECISIONS
@@ -89,9 +90,9 @@ class Monitor:
     def before_training(self, batch: ViewBatch) -> None:
         """Once, at step 0: the sheet of augmented pairs and the kNN of the initial encoder."""
         run = self.run
-        mine = batch.index[:16].numpy()
+        mine = Samples(batch.index[:16].numpy(), batch.passes[:16].numpy())
         rows = [
-            run.augmented(batch.views[v, :16].to(run.device), batch.epoch, mine, v)
+            run.augmented(batch.views[v, :16].to(run.device), mine, v)
             for v in range(batch.views.shape[0])
         ]
         pairs = torch.stack(rows, 1).flatten(0, 1).float().cpu()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from moco_scale import distributed
 from moco_scale.batchnorm import set_groups
 from moco_scale.config import Config
 from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
-from moco_scale.data.index import IndexedShards
-from moco_scale.data.reader import BatchPlan, ViewBatch, pretraining_loader
+from moco_scale.data.open_shards import open_shards
+from moco_scale.data.order import BatchPlan, Samples
+from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine
 from moco_scale.errors import StoppedEarly
@@ -52,9 +52,9 @@ class Pretraining:
         torch.backends.cudnn.allow_tf32 = False
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
-        self.shards = distributed.agree(lambda: IndexedShards.open(config.data.data_dir, "train"))
+        self.shards = distributed.agree(lambda: open_shards(config.data.data_dir, "train"))
         distributed.require_same(self.shards.fingerprint, f"--data-dir {config.data.data_dir}")
-        self.plan = BatchPlan(len(self.shards), config.optim.batch_size, seed)
+        self.plan = BatchPlan(self.shards.order(seed), config.optim.batch_size)
         self.plan.check_world(self.world)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch
         self.last_step = min(config.run.max_steps or self.total_steps, self.total_steps)
@@ -105,13 +105,14 @@ class Pretraining:
         sent = [
             self.shuffle.send(crops[k], batch.step, stream) for stream, (_, k) in enumerate(terms)
         ]
-        mine = self.plan.rank_indices(batch.step, self.rank, self.world)
+        mine = self.plan.share(batch.step, self.rank, self.world)
         all_keys: list[Tensor] = []
         total = torch.zeros((), device=self.device)
-        for part, rows in enumerate(np.split(np.arange(len(mine)), self.parts)):
+        for part, rows in enumerate(np.split(np.arange(len(mine.index)), self.parts)):
             own = slice(rows[0], rows[-1] + 1)
+            samples = mine.part(own.start, own.stop)
             queries = self.engine.query(
-                *[self.augmented(crops[q][own], batch.epoch, mine[own], q) for q, _ in terms],
+                *[self.augmented(crops[q][own], samples, q) for q, _ in terms],
                 part=part,
             )
             if part == 0:  # the exchange has been under way during the first queries
@@ -119,7 +120,7 @@ class Pretraining:
                     self._keys(exchange, batch, view)
                     for exchange, (_, view) in zip(sent, terms, strict=True)
                 ]
-            first = self.rank * len(mine)
+            first = self.rank * len(mine.index)
             positives = [keys[first + own.start : first + own.stop] for keys in all_keys]
             parts_terms = [
                 infonce(query, positive, queue.keys, config.nce_t)
@@ -141,14 +142,15 @@ class Pretraining:
 
     def _keys(self, exchange: Exchange, batch: ViewBatch, view: int) -> Tensor:
         """Keys of the whole global batch, of which this rank computes those it was sent."""
-        samples = self.plan.global_indices(batch.step)[exchange.received]
-        crops = self.augmented(exchange.wait(), batch.epoch, samples, view)
+        batch_samples = self.plan.batch(batch.step)
+        samples = Samples(*(column[exchange.received] for column in batch_samples))
+        crops = self.augmented(exchange.wait(), samples, view)
         return exchange.gather_back(self.engine.key(crops))
 
-    def augmented(self, crops: Tensor, epoch: int, samples: Any, view: int) -> Tensor:
+    def augmented(self, crops: Tensor, samples: Samples, view: int) -> Tensor:
         """Colours, blur and normalisation: uint8 [B, 3, S, S] -> float32, by sample and view."""
         seed = self.config.optim.rng_seed
-        params = draw_params(self.augmentation, seed, epoch, samples, view)
+        params = draw_params(self.augmentation, seed, samples.passes, samples.index, view)
         return self.augment(crops, params).contiguous(memory_format=torch.channels_last)
 
     def learning_rate(self, step: int) -> float:

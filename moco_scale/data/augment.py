@@ -87,13 +87,18 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 
 def draw_params(
-    aug: Augmentation, seed: int, epoch: int, samples: npt.NDArray[np.int64], view: int
+    aug: Augmentation,
+    seed: int,
+    epoch: int | npt.NDArray[np.int64],
+    samples: npt.NDArray[np.int64],
+    view: int,
 ) -> Params:
     """What the device does to one view of each sample: float32 [len(samples), 8].
 
     Columns: FLIP 0 or 1; factors BRIGHTNESS, CONTRAST, SATURATION; HUE shift in turns; ORDER, an
-    index into ORDERS or NO_JITTER; GRAY 0 or 1; SIGMA of the blur in pixels, 0 for none. A
-    function of the arguments alone, not of the picture: any rank can compute any sample's.
+    index into ORDERS or NO_JITTER; GRAY 0 or 1; SIGMA of the blur in pixels, 0 for none. `epoch`
+    is one number or one for each sample. A function of the arguments alone, not of the picture:
+    any rank can compute any sample's.
     """
     u = uniforms(seed, epoch, samples, view, VIEW_SLOTS)
     params = np.empty((len(u), 8), dtype=np.float32)

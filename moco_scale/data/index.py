@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from moco_scale.data.order import FullPermutation
 from moco_scale.errors import UserError
 
 FORMAT = "moco_scale shards"
@@ -135,8 +136,16 @@ class IndexedShards:
         _check_shards(data_dir, header["splits"][split])
         return cls(data_dir, split, header, rows)
 
+    @property
+    def name(self) -> str:
+        return str(self.data_dir)
+
     def __len__(self) -> int:
         return len(self._rows)
+
+    def order(self, seed: int) -> FullPermutation:
+        """Anything is as near as anything else, so a pass mixes all pictures with each other."""
+        return FullPermutation(len(self), seed)
 
     def read(self, i: int) -> memoryview:
         """The encoded bytes of picture i, not copied: a view into the mapped tar.

@@ -44,17 +44,22 @@ def _checked_seed(seed: int) -> int:
 
 
 def uniforms(
-    seed: int, epoch: int, samples: npt.NDArray[np.int64], view: int, count: int
+    seed: int,
+    epoch: int | npt.NDArray[np.int64],
+    samples: npt.NDArray[np.int64],
+    view: int,
+    count: int,
 ) -> npt.NDArray[np.float64]:
     """`count` uniform numbers in [0, 1) for each sample, float64 [len(samples), count].
 
     Row i is a function of (seed, epoch, samples[i], view) alone, and its first n numbers do not
-    depend on `count`. Key: the two halves of the seed. Counter: (block | view << 16, low half of
-    the sample, high half of the sample, epoch), so no two names share a number. Each number is a
-    32-bit word times 2**-32.
+    depend on `count`. `epoch` is one number or one for each sample. Key: the two halves of the
+    seed. Counter: (block | view << 16, low half of the sample, high half of the sample, epoch), so
+    no two names share a number. Each number is a 32-bit word times 2**-32.
     """
     _checked_seed(seed)
-    if not (0 <= view < 2**16 and 0 <= epoch < 2**32):
+    epochs = np.asarray(epoch, dtype=np.int64)
+    if not 0 <= view < 2**16 or bool(((epochs < 0) | (epochs >= 2**32)).any()):
         raise ValueError(f"view {view} or epoch {epoch} is out of range")
     blocks = -(-count // 4)
     if blocks > 2**16:
@@ -64,7 +69,7 @@ def uniforms(
     counter[..., 0] = np.arange(blocks, dtype=np.uint64) | np.uint64(view << 16)
     counter[..., 1] = (names & _LOW)[:, None]
     counter[..., 2] = (names >> _SHIFT)[:, None]
-    counter[..., 3] = np.uint64(epoch)
+    counter[..., 3] = epochs.astype(np.uint64)[..., None]
     words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
     return words.reshape(len(names), blocks * 4)[:, :count] * np.float64(2.0**-32)
 

@@ -1,20 +1,15 @@
-"""Exact, deterministic epochs: which samples make a batch, and the workers that prepare it.
+"""Batches of crops: what the workers make of the samples that a plan names.
 
-The order is a function of (seed, epoch), a global batch a function of the order and the step, a
-rank's share a contiguous slice of it, and a crop a function of (seed, epoch, sample, view). So
-neither the number of ranks nor the number of workers changes what is read.
+A crop is a function of (seed, pass, sample, view), where the pass says how often the data set was
+gone through before. So neither the number of ranks nor the number of workers changes what is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
@@ -22,81 +17,12 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from moco_scale.data.augment import Augmentation
 from moco_scale.data.decode import DecodeError, Pixels, decode_rgb
 from moco_scale.data.index import shard_command
-from moco_scale.data.random import permutation, uniforms
+from moco_scale.data.order import BatchPlan, Samples
+from moco_scale.data.random import uniforms
+from moco_scale.data.shard_set import Pictures
 from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
 from moco_scale.data.workers import BatchLoader, Failure, batch_memory
 from moco_scale.errors import UserError
-
-Indices = npt.NDArray[np.int64]
-
-
-class Shards(Protocol):
-    """What the reader needs of `moco_scale.data.index.IndexedShards`."""
-
-    data_dir: Path
-    labels: npt.NDArray[np.int32]
-
-    def __len__(self) -> int: ...
-    def read(self, i: int) -> memoryview: ...
-    def where(self, i: int) -> str: ...
-
-
-@lru_cache(maxsize=2)
-def epoch_order(num_samples: int, seed: int, epoch: int) -> Indices:
-    """The order in which `epoch` reads the samples: a permutation, int64 [N], read-only."""
-    order = permutation(num_samples, seed, "epoch order", epoch)
-    order.setflags(write=False)
-    return order
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Which samples are in the global batch of each step of a run.
-
-    An epoch has as many steps as there are whole global batches; the samples left over, others in
-    each epoch, are dropped. Raises UserError when there is not one whole batch.
-    """
-
-    num_samples: int
-    global_batch: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.global_batch < 1:
-            raise UserError(f"the global batch size must be positive, not {self.global_batch}")
-        if self.num_samples < self.global_batch:
-            raise UserError(
-                f"{self.num_samples} samples do not fill one global batch of {self.global_batch}; "
-                "lower --batch-size or add pictures"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.num_samples // self.global_batch
-
-    def epoch_of(self, step: int) -> int:
-        return step // self.steps_per_epoch
-
-    def global_indices(self, step: int) -> Indices:
-        """Samples of the global batch of `step` (counted over the whole run), int64 [G]."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = step_in_epoch * self.global_batch
-        order = epoch_order(self.num_samples, self.seed, epoch)
-        return order[start : start + self.global_batch]
-
-    def rank_indices(self, step: int, rank: int, world: int) -> Indices:
-        """The slice of the global batch that `rank` of `world` owns, int64 [G / world]."""
-        self.check_world(world)
-        share = self.global_batch // world
-        return self.global_indices(step)[rank * share : (rank + 1) * share]
-
-    def check_world(self, world: int) -> None:
-        """UserError unless the global batch can be shared equally among `world` processes."""
-        if self.global_batch % world:
-            raise UserError(
-                f"the global batch of {self.global_batch} cannot be shared equally among {world} "
-                f"processes; choose a --batch-size that is a multiple of {world}"
-            )
 
 
 class ViewBatch(NamedTuple):
@@ -106,6 +32,8 @@ class ViewBatch(NamedTuple):
     epoch: int
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
     """int64 [b], the samples' places in the data set."""
+    passes: Tensor
+    """int64 [b], how often the data set was gone through before; see `order.Samples`."""
     labels: Tensor
     """int64 [b], -1 where there is none."""
     views: Tensor
@@ -113,7 +41,7 @@ class ViewBatch(NamedTuple):
 
 
 def pretraining_loader(
-    shards: Shards,
+    shards: Pictures,
     plan: BatchPlan,
     aug: Augmentation,
     image_size: int,
@@ -133,16 +61,18 @@ def pretraining_loader(
     Raises UserError, also while iterating: a batch that `world` does not divide, a picture that
     cannot be decoded, a worker that died.
     """
-    if len(shards) != plan.num_samples:
-        raise ValueError(f"a plan for {plan.num_samples} samples, but there are {len(shards)}")
+    if len(shards) != plan.order.num_samples:
+        raise ValueError(
+            f"a plan for {plan.order.num_samples} samples, but there are {len(shards)}"
+        )
     plan.check_world(world)
     jobs = _PlannedJobs(plan, rank, world, start_step, end_step)
-    crops = _RandomCrops(shards, plan.seed, aug.crop_min, aug.crop_max, image_size, views)
+    crops = _RandomCrops(shards, plan.order.seed, aug.crop_min, aug.crop_max, image_size, views)
     return BatchLoader(crops, jobs, num_workers, start_method)
 
 
 def evaluation_loader(
-    shards: Shards,
+    shards: Pictures,
     image_size: int,
     resize_ratio: float,
     *,
@@ -173,7 +103,7 @@ def rank_slice(num_samples: int, rank: int, world: int) -> range:
 class _Job(NamedTuple):
     step: int
     epoch: int
-    samples: Indices
+    samples: Samples
 
 
 class _PlannedJobs(Sampler[_Job]):
@@ -186,7 +116,7 @@ class _PlannedJobs(Sampler[_Job]):
 
     def __iter__(self) -> Iterator[_Job]:
         for step in self.steps:
-            samples = self.plan.rank_indices(step, self.rank, self.world)
+            samples = self.plan.share(step, self.rank, self.world)
             yield _Job(step, self.plan.epoch_of(step), samples)
 
 
@@ -200,7 +130,8 @@ class _OrderedJobs(Sampler[_Job]):
     def __iter__(self) -> Iterator[_Job]:
         for step in range(len(self)):
             part = self.samples[step * self.batch_size : (step + 1) * self.batch_size]
-            yield _Job(step, 0, np.asarray(part, dtype=np.int64))
+            index = np.asarray(part, dtype=np.int64)
+            yield _Job(step, 0, Samples(index, np.zeros_like(index)))
 
 
 class _Crops(Dataset[Any]):
@@ -208,11 +139,11 @@ class _Crops(Dataset[Any]):
 
     views = 1
 
-    def __init__(self, shards: Shards, image_size: int) -> None:
+    def __init__(self, shards: Pictures, image_size: int) -> None:
         self.shards, self.image_size = shards, image_size
 
     def __getitem__(self, job: _Job) -> ViewBatch | Failure:
-        shape = (self.views, len(job.samples), 3, self.image_size, self.image_size)
+        shape = (self.views, len(job.samples.index), 3, self.image_size, self.image_size)
         try:
             views = batch_memory(shape)
             self.fill(views, job)
@@ -220,9 +151,9 @@ class _Crops(Dataset[Any]):
             if get_worker_info() is None:
                 raise
             return Failure(str(error))
-        samples = np.array(job.samples)
-        labels = torch.from_numpy(np.asarray(self.shards.labels[samples], dtype=np.int64))
-        return ViewBatch(job.step, job.epoch, torch.from_numpy(samples), labels, views)
+        index, passes = (torch.from_numpy(np.array(column)) for column in job.samples)
+        labels = torch.from_numpy(self.shards.labels[index.numpy()].astype(np.int64))
+        return ViewBatch(job.step, job.epoch, index, passes, labels, views)
 
     def fill(self, views: Tensor, job: _Job) -> None:
         raise NotImplementedError
@@ -231,7 +162,7 @@ class _Crops(Dataset[Any]):
         try:
             return decode_rgb(self.shards.read(sample))
         except DecodeError as error:
-            folder = self.shards.data_dir
+            folder = self.shards.name
             raise UserError(
                 f"cannot decode the picture in {folder}, {self.shards.where(sample)}: {error}. "
                 f"Make the shards again with `{shard_command('PICTURES', folder)} --verify "
@@ -242,7 +173,7 @@ class _Crops(Dataset[Any]):
 class _RandomCrops(_Crops):
     def __init__(
         self,
-        shards: Shards,
+        shards: Pictures,
         seed: int,
         crop_min: float,
         crop_max: float,
@@ -253,11 +184,12 @@ class _RandomCrops(_Crops):
         self.seed, self.crop_min, self.crop_max, self.views = seed, crop_min, crop_max, views
 
     def fill(self, views: Tensor, job: _Job) -> None:
+        index, passes = job.samples
         draws = [
-            uniforms(self.seed, job.epoch, job.samples, view, CROP_SLOTS).tolist()
+            uniforms(self.seed, passes, index, view, CROP_SLOTS).tolist()
             for view in range(self.views)
         ]
-        for i, sample in enumerate(job.samples.tolist()):
+        for i, sample in enumerate(job.samples.index.tolist()):
             pixels = self.pixels(sample)
             for view in range(self.views):
                 height, width = pixels.shape[:2]
@@ -266,10 +198,10 @@ class _RandomCrops(_Crops):
 
 
 class _CentreCrops(_Crops):
-    def __init__(self, shards: Shards, image_size: int, resize_ratio: float) -> None:
+    def __init__(self, shards: Pictures, image_size: int, resize_ratio: float) -> None:
         super().__init__(shards, image_size)
         self.resize_ratio = resize_ratio
 
     def fill(self, views: Tensor, job: _Job) -> None:
-        for i, sample in enumerate(job.samples.tolist()):
+        for i, sample in enumerate(job.samples.index.tolist()):
             write_centre(views[0, i], self.pixels(sample), self.resize_ratio)

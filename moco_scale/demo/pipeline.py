@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 import moco_scale
-from moco_scale.data.index import IndexedShards, has_split
+from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import evaluation_loader
+from moco_scale.data.shard_set import Pictures
 from moco_scale.errors import UserError
 from moco_scale.evaluation.knn import weighted_knn
 
@@ -200,8 +201,7 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
 def knn_on_pixels(shards: Path, image_size: int, resize_ratio: float) -> float:
     """Top-1 in percent of the weighted kNN on mean-subtracted, L2-normalised pixels."""
     (bank, bank_labels), (queries, labels) = (
-        _pixels(IndexedShards.open(shards, split), image_size, resize_ratio)
-        for split in ("train", "val")
+        _pixels(open_shards(shards, split), image_size, resize_ratio) for split in ("train", "val")
     )
     mean = bank.mean(dim=0)
     bank, queries = (torch.nn.functional.normalize(x - mean, dim=1) for x in (bank, queries))
@@ -211,7 +211,7 @@ def knn_on_pixels(shards: Path, image_size: int, resize_ratio: float) -> float:
 
 
 def _pixels(
-    shards: IndexedShards, image_size: int, resize_ratio: float
+    shards: Pictures, image_size: int, resize_ratio: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All pictures of a split in order: float32 [N, 3 * S * S] in 0..1, and int64 labels [N]."""
     loader = evaluation_loader(shards, image_size, resize_ratio, batch_size=256, num_workers=0)

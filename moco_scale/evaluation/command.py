@@ -17,7 +17,8 @@ from moco_scale import distributed
 from moco_scale.cli import Parser
 from moco_scale.config import DATASETS
 from moco_scale.data.augment import AUGMENTATIONS
-from moco_scale.data.index import IndexedShards, has_split
+from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.shard_set import Shards
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear
 from moco_scale.evaluation.features import WHICH, Pixels, Pretrained, load_pretrained
@@ -232,8 +233,8 @@ def _pixels(args: argparse.Namespace, pretrained: Pretrained) -> Pixels:
     return Pixels(int(size), preset.resize_ratio, preset.mean, preset.std)
 
 
-def _splits(data_dir: str) -> tuple[IndexedShards, IndexedShards]:
-    return IndexedShards.open(data_dir, "train"), IndexedShards.open(data_dir, "val")
+def _splits(data_dir: str) -> tuple[Shards, Shards]:
+    return open_shards(data_dir, "train"), open_shards(data_dir, "val")
 
 
 def _knn(args: argparse.Namespace, pretrained: Pretrained) -> KnnMonitor:
@@ -285,8 +286,8 @@ _OUTPUTS = {"features": "backbone's features", "projection": "head's output"}
 def _run_linear(
     args: argparse.Namespace,
     pretrained: Pretrained,
-    train: IndexedShards,
-    val: IndexedShards,
+    train: Shards,
+    val: Shards,
     folder: Path,
 ) -> dict[str, Any]:
     config = linear.LinearConfig(

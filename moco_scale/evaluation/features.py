@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moco_scale import distributed
-from moco_scale.data.reader import Shards, evaluation_loader
+from moco_scale.data.reader import evaluation_loader
+from moco_scale.data.shard_set import Pictures
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.errors import UserError
 
@@ -207,7 +208,7 @@ class Pixels:
 
 def extract(
     encode: Encode,
-    shards: Shards,
+    shards: Pictures,
     *,
     image_size: int,
     resize_ratio: float,

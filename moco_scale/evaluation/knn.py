@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_scale import distributed
-from moco_scale.data.index import IndexedShards, has_split
+from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.shard_set import Shards
 from moco_scale.encoders import Encoder
 from moco_scale.errors import UserError
 from moco_scale.evaluation.features import Encode, chosen_output, extract
@@ -148,13 +149,13 @@ def _nearest(
 
 def is_labelled(data_dir: str | Path) -> bool:
     """Whether every training picture has a label, so that kNN means something."""
-    labels = IndexedShards.open(data_dir, "train").labels
+    labels = open_shards(data_dir, "train").labels
     return len(labels) > 0 and int(labels.min()) >= 0
 
 
 def bank_and_queries(
     data_dir: str | Path, max_bank: int = 0, max_queries: int = 0, seed: int = 0
-) -> tuple[IndexedShards, IndexedShards]:
+) -> tuple[Shards, Shards]:
     """Pictures to compare with and pictures to classify.
 
     The bank is the train split, the queries the val split. Without a val split, a seeded tenth of
@@ -169,9 +170,9 @@ def bank_and_queries(
     Raises:
         UserError: the folder cannot be used, or the splits have different classes.
     """
-    bank = IndexedShards.open(data_dir, "train")
+    bank = open_shards(data_dir, "train")
     if has_split(data_dir, "val"):
-        queries = IndexedShards.open(data_dir, "val")
+        queries = open_shards(data_dir, "val")
         return _some(bank, max_bank, seed), _some(queries, max_queries, seed + 1)
     if len(bank) < 2:
         raise UserError(f"{data_dir} has one picture: nothing to compare it with")
@@ -182,7 +183,7 @@ def bank_and_queries(
     return _some(rest, max_bank, seed), _some(queries, max_queries, seed + 1)
 
 
-def _some(shards: IndexedShards, limit: int, seed: int) -> IndexedShards:
+def _some(shards: Shards, limit: int, seed: int) -> Shards:
     if not limit or len(shards) <= limit:
         return shards
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(shards))
@@ -211,8 +212,8 @@ class KnnMonitor:
         label: for progress reports; empty reports nothing.
     """
 
-    bank: IndexedShards
-    queries: IndexedShards
+    bank: Shards
+    queries: Shards
     image_size: int
     resize_ratio: float
     mean: Sequence[float]
@@ -263,9 +264,7 @@ class KnnMonitor:
         )
         return _percent(hits, len(queries))
 
-    def _features(
-        self, encode: Encode, shards: IndexedShards, gather: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _features(self, encode: Encode, shards: Shards, gather: bool) -> tuple[Tensor, Tensor]:
         return extract(
             encode,
             shards,

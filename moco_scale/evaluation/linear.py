@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from moco_scale import distributed
 from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
-from moco_scale.data.index import IndexedShards
-from moco_scale.data.reader import BatchPlan, ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.order import BatchPlan
+from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.shard_set import Shards
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (
@@ -119,8 +120,8 @@ class LinearEvaluation:
     def __init__(
         self,
         pretrained: Pretrained,
-        train: IndexedShards,
-        val: IndexedShards,
+        train: Shards,
+        val: Shards,
         pixels: Pixels,
         config: LinearConfig,
         folder: Path,
@@ -137,7 +138,7 @@ class LinearEvaluation:
         self.world, self.rank = distributed.world_size(), distributed.rank()
         self.device = distributed.device()
         self.num_classes = _count_classes(train, val)
-        self.plan = BatchPlan(len(train), config.batch_size, config.seed)
+        self.plan = BatchPlan(train.order(config.seed), config.batch_size)
         self.plan.check_world(self.world)
         encoder = pretrained.encoder.to(self.device)
         self.encode = chosen_output(encoder, config.features)
@@ -218,7 +219,7 @@ class LinearEvaluation:
         finally:
             batches.close()
 
-    def _cache(self, shards: IndexedShards, gather: bool) -> tuple[Tensor, Tensor] | None:
+    def _cache(self, shards: Shards, gather: bool) -> tuple[Tensor, Tensor] | None:
         if not self.config.cache_features:
             return None
         features, labels = extract(
@@ -239,7 +240,7 @@ class LinearEvaluation:
         )
         if cache is not None:
             for step in steps:
-                mine = torch.from_numpy(self.plan.rank_indices(step, self.rank, self.world).copy())
+                mine = torch.from_numpy(self.plan.share(step, self.rank, self.world).index.copy())
                 mine = mine.to(self.device)
                 yield cache[0][mine], cache[1][mine]
             return
@@ -259,7 +260,8 @@ class LinearEvaluation:
         ) as loader:
             for batch in loader:
                 crops = batch.views[0].to(self.device, non_blocking=True)
-                params = draw_params(aug, self.config.seed, batch.epoch, batch.index.numpy(), 0)
+                named = batch.passes.numpy(), batch.index.numpy()
+                params = draw_params(aug, self.config.seed, *named, 0)
                 yield self._features(augment(crops, params)), self._labels(batch)
 
     def _features(self, x: Tensor) -> Tensor:
@@ -370,21 +372,21 @@ class LinearEvaluation:
         linear_state.save(self.state_path, state)
 
 
-def _count_classes(train: IndexedShards, val: IndexedShards) -> int:
+def _count_classes(train: Shards, val: Shards) -> int:
     highest = 0
     for shards in (train, val):
         missing = int((shards.labels < 0).sum())
         if missing:
             raise UserError(
                 f"linear evaluation needs labels: {missing} of the {len(shards)} {shards.split} "
-                f"pictures in {shards.data_dir} have none"
+                f"pictures in {shards.name} have none"
             )
         highest = max(highest, int(shards.labels.max()))
     known = set(train.labels.tolist())
     strangers = sorted(set(val.labels.tolist()) - known)
     if strangers:
         raise UserError(
-            f"{val.data_dir}: {len(strangers)} classes of the val pictures are in no train "
+            f"{val.name}: {len(strangers)} classes of the val pictures are in no train "
             f"picture (first: {train.classes[strangers[0]]}), so nothing can learn them; "
             "make the shards from a source whose splits have the same classes"
         )

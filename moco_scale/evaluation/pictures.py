@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from moco_scale import distributed
-from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import evaluation_loader
+from moco_scale.data.shard_set import Pictures
 from moco_scale.errors import UserError
 from moco_scale.evaluation.curves import INK, report, save
 from moco_scale.evaluation.features import Encode, extract
@@ -239,7 +239,7 @@ def _varied(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return chosen[np.argsort(labels[chosen], kind="stable")]
 
 
-def _crops(shards: IndexedShards, image_size: int, resize_ratio: float) -> Tensor:
+def _crops(shards: Pictures, image_size: int, resize_ratio: float) -> Tensor:
     """Centre crops of a few pictures: uint8 [N, 3, S, S]."""
     with evaluation_loader(
         shards, image_size, resize_ratio, batch_size=len(shards), num_workers=0

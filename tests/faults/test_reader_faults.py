@@ -15,7 +15,8 @@ import pytest
 from moco_scale.data import shard_command, workers
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.reader import BatchPlan, ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.order import BatchPlan, FullPermutation
+from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
@@ -39,7 +40,7 @@ def damaged(picture_folder: Path, tmp_path: Path) -> IndexedShards:
 
 
 def loaders(shards: IndexedShards, count: int) -> Iterator[workers.BatchLoader[ViewBatch]]:
-    plan = BatchPlan(len(shards), 8, 0)
+    plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     yield pretraining_loader(shards, plan, AUG, 16, num_workers=count, end_step=3)
     yield evaluation_loader(shards, 16, 1.0, batch_size=8, num_workers=count)
 
@@ -87,7 +88,7 @@ def test_a_shard_lost_during_the_run_is_named(
 
 def test_a_killed_worker_is_an_error_not_a_hang(picture_folder: Path, tmp_path: Path) -> None:
     shards = make_shards(picture_folder, tmp_path / "shards")
-    plan = BatchPlan(len(shards), 8, 0)
+    plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     loader = pretraining_loader(shards, plan, AUG, 16, num_workers=2, end_step=1000)
     next(loader)
     victim = multiprocessing.active_children()[0]
@@ -117,10 +118,11 @@ READS_FOR_EVER = """
 import multiprocessing, signal, sys
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.reader import BatchPlan, pretraining_loader
+from moco_scale.data.order import BatchPlan, FullPermutation
+from moco_scale.data.reader import pretraining_loader
 
 shards = IndexedShards.open(sys.argv[1])
-plan = BatchPlan(len(shards), 8, 0)
+plan = BatchPlan(FullPermutation(len(shards), 0), 8)
 loader = pretraining_loader(shards, plan, AUGMENTATIONS["cifar"], 16, num_workers=2, end_step=10**9)
 asked = []
 if sys.argv[2] == "patient":

@@ -20,7 +20,8 @@ from PIL import Image
 
 from moco_scale import checkpoint
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.reader import BatchPlan, ViewBatch
+from moco_scale.data.order import BatchPlan, FullPermutation
+from moco_scale.data.reader import ViewBatch
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -103,7 +104,7 @@ def damage_picture(shards: Path, split: str, sample: int) -> str:
 def damaged(tiny_shards: Path, tmp_path: Path) -> tuple[Path, str]:
     """Shards whose picture for the second of two processes in the second step is damaged."""
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
-    sample = int(BatchPlan(32, 8, 0).rank_indices(1, 1, 2)[0])
+    sample = int(BatchPlan(FullPermutation(32, 0), 8).share(1, 1, 2).index[0])
     return shards, damage_picture(shards, "train", sample)
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from moco_scale import checkpoint
 from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.reader import BatchPlan, pretraining_loader
+from moco_scale.data.order import BatchPlan, FullPermutation
+from moco_scale.data.reader import pretraining_loader
 from moco_scale.encoders import build_encoder
 
 pytestmark = pytest.mark.timeout(900)
@@ -114,7 +115,7 @@ def batches(case: Case, shards: Path) -> Iterator[tuple[list[int], list[Tensor]]
     opened = IndexedShards.open(shards, "train")
     aug = AUGMENTATIONS[case.recipe]
     augment = DeviceAugment(aug, MEAN, STD)
-    plan = BatchPlan(PICTURES, BATCH, SEED)
+    plan = BatchPlan(FullPermutation(PICTURES, SEED), BATCH)
     for batch in pretraining_loader(opened, plan, aug, SIZE, num_workers=0, end_step=case.steps):
         samples = batch.index.numpy()
         yield (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moco_scale.__main__ import main
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.reader import Shards
+from moco_scale.data.shard_set import Shards
 from moco_scale.encoders import build_encoder
 from moco_scale.errors import UserError
 from moco_scale.evaluation import features, knn

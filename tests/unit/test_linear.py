@@ -14,7 +14,7 @@ from torch import nn
 
 from moco_scale.__main__ import main
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.reader import BatchPlan
+from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.encoders import Encoder
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear, linear_state
@@ -66,14 +66,14 @@ def textbook(data: Path, config: LinearConfig) -> tuple[np.ndarray, np.ndarray, 
     start = linear._new_classifier(6, 3, config.seed).weight.detach()
     weight, bias = start.double().numpy(), np.zeros(3)
     v_weight, v_bias = np.zeros_like(weight), np.zeros(3)
-    plan = BatchPlan(len(train), config.batch_size, config.seed)
+    plan = BatchPlan(FullPermutation(len(train), config.seed), config.batch_size)
     history = []
     for epoch in range(config.epochs):
         rate = config.learning_rate * (0.1 if epoch >= 0.6 * config.epochs else 1)
         rate *= 0.1 if epoch >= 0.8 * config.epochs else 1
         losses = []
         for step in range(plan.steps_per_epoch):
-            rows = plan.global_indices(epoch * plan.steps_per_epoch + step)
+            rows = plan.batch(epoch * plan.steps_per_epoch + step).index
             scores = x[rows] @ weight.T + bias
             p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
             losses.append(-np.log(p[np.arange(len(rows)), y[rows]]).mean())

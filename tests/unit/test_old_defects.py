@@ -127,7 +127,7 @@ def test_ranks_views_and_epochs_augment_differently(tiny_shards: Path, tmp_path:
     rows = []
     for epoch in (0, 1):
         for rank in (0, 1):
-            mine = run.plan.rank_indices(epoch * PER_EPOCH, rank, 2)
+            mine = run.plan.share(epoch * PER_EPOCH, rank, 2).index
             for view in (0, 1):
                 seed = run.config.optim.rng_seed
                 rows += list(draw_params(run.augmentation, seed, epoch, mine, view))

@@ -17,11 +17,10 @@ from moco_scale.data import shard_command, workers
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.decode import decode_rgb
 from moco_scale.data.index import IndexedShards
+from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.data.random import permutation, uniforms
 from moco_scale.data.reader import (
-    BatchPlan,
     ViewBatch,
-    epoch_order,
     evaluation_loader,
     pretraining_loader,
     rank_slice,
@@ -36,7 +35,7 @@ AUG = AUGMENTATIONS["cifar"]
 class PicturesInMemory:
     """The part of IndexedShards that the reader uses."""
 
-    data_dir = Path("in-memory")
+    name = "in-memory"
 
     def __init__(self, count: int) -> None:
         self.labels = np.arange(count, dtype=np.int32) % 3
@@ -103,53 +102,55 @@ def global_batches(
 
 
 def test_the_order_of_an_epoch_is_a_permutation_of_its_own() -> None:
-    order = epoch_order(100, 3, 4)
+    order = FullPermutation(100, 3).epoch(4).index
     assert np.array_equal(order, permutation(100, 3, "epoch order", 4))
     with pytest.raises(ValueError, match="read-only"):
         order[0] = 1
 
 
 def test_each_epoch_has_whole_batches_of_distinct_samples() -> None:
-    plan = BatchPlan(num_samples=22, global_batch=5, seed=1)
+    plan = BatchPlan(FullPermutation(22, seed=1), 5)
     assert plan.steps_per_epoch == 4
     left_out = []
     for epoch in range(3):
         steps = range(4 * epoch, 4 * epoch + 4)
         assert {plan.epoch_of(step) for step in steps} == {epoch}
-        read = np.concatenate([plan.global_indices(step) for step in steps])
-        assert np.array_equal(read, epoch_order(22, 1, epoch)[:20])
+        read = np.concatenate([plan.batch(step).index for step in steps])
+        assert np.array_equal(read, plan.order.epoch(epoch).index[:20])
         left_out.append(sorted(set(range(22)) - set(read.tolist())))
     assert len({tuple(samples) for samples in left_out}) > 1  # not always the same ones
 
 
 def test_ranks_own_contiguous_slices_of_the_global_batch() -> None:
-    plan = BatchPlan(40, 8, 0)
+    plan = BatchPlan(FullPermutation(40, 0), 8)
     for world in (1, 2, 4, 8):
-        slices = [plan.rank_indices(3, rank, world) for rank in range(world)]
-        assert np.array_equal(np.concatenate(slices), plan.global_indices(3))
+        slices = [plan.share(3, rank, world).index for rank in range(world)]
+        assert np.array_equal(np.concatenate(slices), plan.batch(3).index)
         assert {len(part) for part in slices} == {8 // world}
 
 
 def test_impossible_plans_are_refused_with_the_numbers() -> None:
     with pytest.raises(UserError, match=r"7 samples .* batch of 8"):
-        BatchPlan(7, 8, 0)
+        BatchPlan(FullPermutation(7, 0), 8)
     with pytest.raises(UserError, match="positive"):
-        BatchPlan(7, 0, 0)
+        BatchPlan(FullPermutation(7, 0), 0)
     with pytest.raises(UserError, match=r"batch of 8 .* 3 processes"):
-        BatchPlan(40, 8, 0).check_world(3)
+        BatchPlan(FullPermutation(40, 0), 8).check_world(3)
     with pytest.raises(UserError, match=r"batch of 8 .* 3 processes"):
-        BatchPlan(40, 8, 0).rank_indices(0, 0, 3)
+        BatchPlan(FullPermutation(40, 0), 8).share(0, 0, 3)
 
 
 def test_a_plan_for_other_data_is_refused(pictures: PicturesInMemory) -> None:
     with pytest.raises(ValueError, match="21 samples"):
-        pretraining_loader(pictures, BatchPlan(21, 4, 0), AUG, SIZE, end_step=1)
+        pretraining_loader(pictures, BatchPlan(FullPermutation(21, 0), 4), AUG, SIZE, end_step=1)
     with pytest.raises(UserError, match="3 processes"):
-        pretraining_loader(pictures, BatchPlan(22, 4, 0), AUG, SIZE, world=3, end_step=1)
+        pretraining_loader(
+            pictures, BatchPlan(FullPermutation(22, 0), 4), AUG, SIZE, world=3, end_step=1
+        )
 
 
 def test_batches_hold_the_documented_crops(pictures: PicturesInMemory) -> None:
-    plan = BatchPlan(22, 4, seed=9)
+    plan = BatchPlan(FullPermutation(22, seed=9), 4)
     with pretraining_loader(
         pictures, plan, AUG, SIZE, views=3, num_workers=0, start_step=4, end_step=7
     ) as loader:
@@ -157,7 +158,7 @@ def test_batches_hold_the_documented_crops(pictures: PicturesInMemory) -> None:
         batches = list(loader)
     assert [(batch.step, batch.epoch) for batch in batches] == [(4, 0), (5, 1), (6, 1)]
     for batch in batches:
-        samples = plan.global_indices(batch.step)
+        samples = plan.batch(batch.step).index
         assert batch.index.dtype == batch.labels.dtype == torch.int64
         assert batch.index.tolist() == samples.tolist()
         assert batch.labels.tolist() == pictures.labels[samples].tolist()
@@ -180,7 +181,7 @@ def test_batches_hold_the_documented_crops(pictures: PicturesInMemory) -> None:
 def test_ranks_and_workers_change_nothing(
     pictures: PicturesInMemory, world: int, workers: int
 ) -> None:
-    plan = BatchPlan(22, 8, seed=2)
+    plan = BatchPlan(FullPermutation(22, seed=2), 8)
     expected = global_batches(pictures, plan, 1, 0, 5)  # two and a half epochs
     got = global_batches(pictures, plan, world, workers, 5)
     assert len(got) == len(expected) == 5
@@ -191,7 +192,7 @@ def test_ranks_and_workers_change_nothing(
 
 @pytest.mark.parametrize("start", [1, 3, 5])
 def test_a_restart_reads_what_was_left(pictures: PicturesInMemory, start: int) -> None:
-    plan = BatchPlan(22, 8, seed=2)
+    plan = BatchPlan(FullPermutation(22, seed=2), 8)
     whole = list(pretraining_loader(pictures, plan, AUG, SIZE, num_workers=0, end_step=5))
     rest = list(
         pretraining_loader(pictures, plan, AUG, SIZE, num_workers=2, start_step=start, end_step=5)
@@ -205,7 +206,7 @@ def test_a_restart_reads_what_was_left(pictures: PicturesInMemory, start: int) -
 def test_views_epochs_and_seeds_have_crops_of_their_own(pictures: PicturesInMemory) -> None:
     def views(seed: int) -> list[tuple[Tensor, Tensor]]:
         loader = pretraining_loader(
-            pictures, BatchPlan(22, 22, seed), AUG, SIZE, num_workers=0, end_step=2
+            pictures, BatchPlan(FullPermutation(22, seed), 22), AUG, SIZE, num_workers=0, end_step=2
         )
         return [(batch.views[:, batch.index.argsort()], batch.index) for batch in loader]
 
@@ -220,7 +221,7 @@ def test_views_epochs_and_seeds_have_crops_of_their_own(pictures: PicturesInMemo
 
 
 def test_one_pool_of_workers_serves_all_epochs(pictures: PicturesInMemory) -> None:
-    plan = BatchPlan(22, 8, 0)
+    plan = BatchPlan(FullPermutation(22, 0), 8)
     before = set(multiprocessing.active_children())
     pools = []
     with pretraining_loader(pictures, plan, AUG, SIZE, num_workers=2, end_step=7) as loader:
@@ -244,7 +245,9 @@ def test_a_worker_builds_batches_in_shared_memory(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_closed_loader_has_no_batches(pictures: PicturesInMemory) -> None:
-    loader = pretraining_loader(pictures, BatchPlan(22, 8, 0), AUG, SIZE, num_workers=1, end_step=7)
+    loader = pretraining_loader(
+        pictures, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=1, end_step=7
+    )
     assert next(loader).step == 0
     loader.close()
     loader.close()
@@ -253,7 +256,7 @@ def test_a_closed_loader_has_no_batches(pictures: PicturesInMemory) -> None:
 
 
 def test_no_steps_are_no_batches(pictures: PicturesInMemory) -> None:
-    plan = BatchPlan(22, 8, 0)
+    plan = BatchPlan(FullPermutation(22, 0), 8)
     assert list(pretraining_loader(pictures, plan, AUG, SIZE, start_step=4, end_step=4)) == []
 
 
@@ -262,7 +265,12 @@ def test_no_global_generator_is_used(pictures: PicturesInMemory) -> None:
     for number in (0, 1):
         list(
             pretraining_loader(
-                pictures, BatchPlan(22, 8, 0), AUG, SIZE, num_workers=number, end_step=1
+                pictures,
+                BatchPlan(FullPermutation(22, 0), 8),
+                AUG,
+                SIZE,
+                num_workers=number,
+                end_step=1,
             )
         )
     assert torch.equal(state, torch.get_rng_state())
@@ -321,7 +329,7 @@ def test_real_shards_are_read_by_any_number_of_ranks_and_workers(
     picture_folder: Path, tmp_path: Path, make_shards: MakeShards, start_method: str, world: int
 ) -> None:
     shards = make_shards(picture_folder, tmp_path / "shards")
-    plan = BatchPlan(len(shards), 8, seed=0)
+    plan = BatchPlan(FullPermutation(len(shards), seed=0), 8)
     alone = global_batches(shards, plan, 1, 0, 4)
     shared = global_batches(shards, plan, world, 1, 4, start_method)
     for ours, theirs in zip(shared, alone, strict=True):
@@ -339,7 +347,7 @@ def test_workers_can_start_while_other_threads_run(pictures: PicturesInMemory) -
     thread.start()
     try:
         loader = pretraining_loader(
-            pictures, BatchPlan(22, 8, 0), AUG, SIZE, num_workers=2, end_step=2
+            pictures, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=2, end_step=2
         )
         assert len(list(loader)) == 2
     finally:

@@ -1,0 +1,130 @@
+"""Which samples are read when: the order of an epoch, and the plan of a run's batches.
+
+An order is a function of (seed, epoch), a global batch a function of the order and the step, and a
+rank's share a contiguous slice of it. So a position in a run is one number, the samples consumed,
+whatever the number of ranks that consume them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moco_scale.data.random import permutation
+from moco_scale.errors import UserError
+
+Indices = npt.NDArray[np.int64]
+
+
+class Samples(NamedTuple):
+    """Samples in the order in which they are read."""
+
+    index: Indices  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
+    """int64 [n], places in the data set."""
+    passes: Indices
+    """int64 [n], how often the data set was gone through before: what is drawn at random for a
+    sample is a function of its place and this number."""
+
+    def part(self, start: int, stop: int) -> Samples:
+        """Those from `start` to `stop` - 1; views, not copies."""
+        return Samples(self.index[start:stop], self.passes[start:stop])
+
+
+class Order(Protocol):
+    """The order in which a data set is read."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the data set: an order names places below this number."""
+        ...
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples that an epoch reads."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Also of everything that is drawn for a sample."""
+        ...
+
+    def epoch(self, number: int) -> Samples:
+        """All samples of one epoch in their order: a function of the order's fields and `number`.
+
+        Asked for once a batch: an order that costs something to make is to be kept.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FullPermutation:
+    """Each epoch is one pass over all samples, in a random order of its own."""
+
+    num_samples: int
+    seed: int
+
+    @property
+    def epoch_samples(self) -> int:
+        return self.num_samples
+
+    def epoch(self, number: int) -> Samples:
+        return _full_permutation(self.num_samples, self.seed, number)
+
+
+@lru_cache(maxsize=2)
+def _full_permutation(num_samples: int, seed: int, number: int) -> Samples:
+    order = permutation(num_samples, seed, "epoch order", number)
+    order.setflags(write=False)
+    return Samples(order, np.broadcast_to(np.int64(number), len(order)))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which samples are in the global batch of each step of a run.
+
+    An epoch has as many steps as there are whole global batches; the samples left over, others in
+    each epoch, are dropped. Raises UserError when there is not one whole batch.
+    """
+
+    order: Order
+    global_batch: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch < 1:
+            raise UserError(f"the global batch size must be positive, not {self.global_batch}")
+        if self.order.epoch_samples < self.global_batch:
+            raise UserError(
+                f"{self.order.epoch_samples} samples do not fill one global batch of "
+                f"{self.global_batch}; lower --batch-size or add pictures"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.epoch_samples // self.global_batch
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def batch(self, step: int) -> Samples:
+        """The global batch of `step` (counted over the whole run): G samples."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        start = step_in_epoch * self.global_batch
+        return self.order.epoch(epoch).part(start, start + self.global_batch)
+
+    def share(self, step: int, rank: int, world: int) -> Samples:
+        """The slice of the global batch that `rank` of `world` owns: G / world samples."""
+        self.check_world(world)
+        share = self.global_batch // world
+        return self.batch(step).part(rank * share, (rank + 1) * share)
+
+    def check_world(self, world: int) -> None:
+        """UserError unless the global batch can be shared equally among `world` processes."""
+        if self.global_batch % world:
+            raise UserError(
+                f"the global batch of {self.global_batch} cannot be shared equally among {world} "
+                f"processes; choose a --batch-size that is a multiple of {world}"
+            )

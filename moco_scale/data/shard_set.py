@@ -1,0 +1,62 @@
+"""What readers, evaluation and reports need of a set of pictures, wherever it lies."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moco_scale.data.order import Indices, Order
+
+
+class Pictures(Protocol):
+    """Encoded pictures with labels, each readable on its own: what a loader needs.
+
+    Can be pickled, and used after a fork.
+    """
+
+    @property
+    def name(self) -> str:
+        """Where they lie, as the user said it; for messages."""
+        ...
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """int32 [N], class numbers; -1 = unlabelled."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int) -> memoryview:
+        """The encoded bytes of picture i; UserError when they are no longer what they were."""
+        ...
+
+    def where(self, i: int) -> str:
+        """Shard, byte and key of picture i; for messages."""
+        ...
+
+
+class Shards(Pictures, Protocol):
+    """The pictures of one split."""
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; [] when there are none."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where pictures, labels or their places differ: a resumed run checks it."""
+        ...
+
+    def order(self, seed: int) -> Order:
+        """The order in which training reads them."""
+        ...
+
+    def subset(self, indices: Indices) -> Any:
+        """The same (Shards) for some of the pictures: int64 [M] places, kept in this order."""
+        ...
