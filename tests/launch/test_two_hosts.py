@@ -1,12 +1,14 @@
 """Runs across two hosts give the curve of the same ranks on one host, whatever launches them."""
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from commands import BIN, TINY, forked
-from hosts import Host, Started, wait_all
+from hosts import NAMES, Host, Started, wait_all
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -55,5 +57,106 @@ def test_torchrun_with_rendezvous(
             *("train.py", *FLAGS, "--data-dir", tiny_shards, "--output-dir", tmp_path),
         )
         for host in hosts
+    ]
+    assert_same_curve(started, tmp_path, on_one_host)
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Path:
+    """What deepspeed reads: both hosts, two processes each."""
+    file = tmp_path / "hostfile"
+    file.write_text("".join(f"{name} slots=2\n" for name in NAMES))
+    return file
+
+
+@pytest.mark.slow
+def test_deepspeed_on_each_host_without_ssh(
+    hosts: tuple[Host, Host],
+    tiny_shards: Path,
+    tmp_path: Path,
+    hostfile: Path,
+    on_one_host: list[float],
+) -> None:
+    started = [
+        host.start(
+            *(BIN / "deepspeed", "--hostfile", hostfile, "--no_ssh", "--node_rank", number),
+            *("--master_addr", hosts[0].address, "train.py", *FLAGS),
+            *("--data-dir", tiny_shards, "--output-dir", tmp_path / "out"),
+        )
+        for number, host in enumerate(hosts)
+    ]
+    assert_same_curve(started, tmp_path / "out", on_one_host)
+
+
+@pytest.mark.slow
+def test_deepspeed_over_pdsh(
+    hosts: tuple[Host, Host],
+    tiny_shards: Path,
+    tmp_path: Path,
+    hostfile: Path,
+    on_one_host: list[float],
+) -> None:
+    missing = [name for name in ("pdsh", "ssh", "sshd", "ssh-keygen") if not shutil.which(name)]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} missing: apt-get install pdsh openssh-server")
+    offer_ssh(hosts, tmp_path)
+    # The variables that pdsh's shells do not inherit, where deepspeed looks for them.
+    (tmp_path / "environment").write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n")
+    started = hosts[0].start(
+        *(BIN / "deepspeed", "--hostfile", hostfile, "train.py", *FLAGS),
+        *("--data-dir", tiny_shards, "--output-dir", tmp_path / "out"),
+        DS_ENV_FILE=tmp_path / "environment",
+    )
+    assert_same_curve([started], tmp_path / "out", on_one_host)
+    assert "host-b" in started.output()
+
+
+def offer_ssh(hosts: tuple[Host, Host], folder: Path) -> None:
+    """Both hosts let root of the other log in with a key made for this."""
+    for key in ("login", "host"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True
+        )
+    server = {
+        "HostKey": folder / "host",
+        "AuthorizedKeysFile": folder / "login.pub",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PermitRootLogin": "prohibit-password",
+        "PidFile": "none",
+    }
+    (folder / "sshd_config").write_text("".join(f"{k} {v}\n" for k, v in server.items()))
+    known = "".join(f"{name} {(folder / 'host.pub').read_text()}" for name in NAMES)
+    (folder / "known").write_text(known)
+    client = {"IdentityFile": folder / "login", "UserKnownHostsFile": folder / "known"}
+    (folder / "ssh_config").write_text("".join(f"{k} {v}\n" for k, v in client.items()))
+    for host in hosts:
+        # The host's own view of /etc: nobody else sees it.
+        host.run("mount", "--bind", folder / "ssh_config", "/etc/ssh/ssh_config")
+        listening = host.start(shutil.which("sshd"), "-D", "-e", "-f", folder / "sshd_config")
+        listening.wait_for("Server listening")
+
+
+@pytest.mark.slow
+def test_the_variables_of_srun(
+    hosts: tuple[Host, Host], tiny_shards: Path, tmp_path: Path, on_one_host: list[float]
+) -> None:
+    job = {
+        "SLURM_JOB_ID": 4711,
+        "SLURM_JOB_NODELIST": "host-a,host-b",
+        "SLURM_NTASKS": 4,
+        "SLURM_TASKS_PER_NODE": "2(x2)",
+        "SLURM_STEP_ID": 0,
+    }
+    started = [
+        hosts[rank // 2].start(
+            *(sys.executable, "train.py", *FLAGS),
+            *("--data-dir", tiny_shards, "--output-dir", tmp_path),
+            **job,
+            SLURM_PROCID=rank,
+            SLURM_NODEID=rank // 2,
+            SLURM_LOCALID=rank % 2,
+        )
+        for rank in range(4)
     ]
     assert_same_curve(started, tmp_path, on_one_host)
