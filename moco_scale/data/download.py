@@ -1,0 +1,205 @@
+"""Fetch one file until it is whole and right, or say why it is not to be had."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from moco_scale.data.remote import Body, FetchError, Place
+from moco_scale.errors import UserError
+
+_WRONG_AT_MOST = 3  # a file that arrives whole and wrong so often is wrong over there
+_CHUNK = 1 << 20
+_jitter = random.SystemRandom()  # clients that failed together shall not come back together
+
+
+class RemoteFile(NamedTuple):
+    """A file that lies elsewhere, and what is known of it."""
+
+    name: str
+    bytes: int | None = None
+    checksum: str | None = None
+    """Hex BLAKE2b-128 of its bytes."""
+
+
+class Sink(Protocol):
+    """What is written to; one may hold the beginning of the file already."""
+
+    def write(self, data: bytes, /) -> object: ...
+    def read(self, size: int, /) -> bytes: ...
+    def seek(self, offset: int, /) -> int: ...
+    def truncate(self, size: int, /) -> int: ...
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to try.
+
+    Attributes:
+        give_up: seconds without anything new after which a file is given up. One that advances,
+            however often its connection breaks, is not.
+        first_wait: longest wait after the first failure, in seconds; doubled after each further
+            one without anything new. The wait itself is drawn between a half and the whole of it.
+        longest_wait: where the doubling ends.
+    """
+
+    give_up: float = 600.0
+    first_wait: float = 0.5
+    longest_wait: float = 30.0
+
+
+class Stopped(Exception):
+    """Whoever wanted the file does not want it any more."""
+
+
+def never() -> bool:
+    return False
+
+
+def download(
+    place: Place,
+    file: RemoteFile,
+    sink: Sink,
+    patience: Patience,
+    stopped: Callable[[], bool] = never,
+    held: int = 0,
+) -> None:
+    """Bring a file into `sink`, which holds its first `held` bytes already.
+
+    After a broken connection it goes on where it was, where the place can do that.
+
+    Raises:
+        UserError: it is not there, or stays broken; says what happened how often.
+        Stopped: `stopped` became true.
+        OSError: the sink cannot be written.
+    """
+    transfer = _Transfer(place, file, sink, stopped)
+    if held:
+        transfer.resume(held)
+    failures: Counter[str] = Counter()
+    started = advanced = time.monotonic()
+    furthest, idle = held, 0
+    while True:
+        wait = 0.0
+        try:
+            transfer.attempt()
+            return
+        except FetchError as error:
+            now = time.monotonic()
+            failures[str(error)] += 1
+            if transfer.furthest > furthest:
+                furthest, advanced, idle = transfer.furthest, now, 0
+            hopeless = not error.passing or transfer.wrong >= _WRONG_AT_MOST
+            wait = min(patience.longest_wait, patience.first_wait * 2**idle)
+            wait = max(error.wait, wait * _jitter.uniform(0.5, 1.0))
+            idle += 1
+            if hopeless or now + wait - advanced > patience.give_up:
+                raise UserError(
+                    _gave_up(place, file, failures, str(error), now - started)
+                ) from None
+        _sleep(wait, stopped)
+
+
+class _Transfer:
+    """One file on its way over any number of connections.
+
+    Attributes:
+        furthest: bytes it had at its best.
+        wrong: how often it arrived whole with other bytes than it should have.
+    """
+
+    def __init__(
+        self, place: Place, file: RemoteFile, sink: Sink, stopped: Callable[[], bool]
+    ) -> None:
+        self._place, self._file, self._sink, self._stopped = place, file, sink, stopped
+        self._offset, self._hash = 0, hashlib.blake2b(digest_size=16)
+        self.furthest, self.wrong = 0, 0
+
+    def resume(self, held: int) -> None:
+        self._sink.seek(0)
+        while self._offset < held:
+            chunk = self._sink.read(min(_CHUNK, held - self._offset))
+            if not chunk:
+                break
+            self._hash.update(chunk)
+            self._offset += len(chunk)
+        self.furthest = self._offset
+
+    def _restart(self) -> None:
+        self._sink.seek(0)
+        self._sink.truncate(0)
+        self._offset, self._hash = 0, hashlib.blake2b(digest_size=16)
+
+    def attempt(self) -> None:
+        """Over one connection. Raises FetchError, Stopped, OSError of the sink."""
+        wanted = self._file.bytes
+        if wanted is None or self._offset < wanted:
+            with self._place.open(self._file.name, self._offset) as body:
+                self._receive(body)
+        self._check()
+
+    def _receive(self, body: Body) -> None:
+        wanted = self._file.bytes
+        if body.start != self._offset:
+            self._restart()
+        if body.total is not None and wanted is not None and body.total != wanted:
+            self._restart()
+            self.wrong += 1
+            raise FetchError(f"it has {body.total} bytes there, its index says {wanted}")
+        for chunk in body.chunks():
+            if self._stopped():
+                raise Stopped
+            self._sink.write(chunk)
+            self._hash.update(chunk)
+            self._offset += len(chunk)
+            if wanted is not None and self._offset > wanted:
+                self._restart()
+                self.wrong += 1
+                raise FetchError(f"more than the {wanted} bytes its index says arrived")
+            self.furthest = max(self.furthest, self._offset)
+        whole = wanted if wanted is not None else body.total
+        if whole is not None and self._offset < whole:
+            raise FetchError("the connection ended early")
+
+    def _check(self) -> None:
+        if self._file.checksum is not None and self._hash.hexdigest() != self._file.checksum:
+            self._restart()
+            self.wrong += 1
+            raise FetchError("all of it arrived, but its checksum is wrong")
+
+
+def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if stopped():
+            raise Stopped
+        time.sleep(min(0.1, left))
+
+
+def _gave_up(
+    place: Place, file: RemoteFile, failures: Counter[str], last: str, seconds: float
+) -> str:
+    count = sum(failures.values())
+    where = f"{file.name} could not be fetched from {place.address(file.name)}"
+    if count == 1:
+        return f"{where}: {last}. {_advice(last)}"
+    each = ", ".join(f"{number} x {reason}" for reason, number in failures.most_common(5))
+    return f"{where}: given up after {count} attempts in {seconds:.0f} s ({each}). {_advice(last)}"
+
+
+def _advice(reason: str) -> str:
+    if "checksum" in reason or "index says" in reason:
+        return (
+            "What lies there is not what was made: copy the shards there again, all of one making "
+            "and with their index"
+        )
+    if "404" in reason or "NotFound" in reason:
+        return "Check the address; it names the folder that holds the shards and their index.json"
+    if "401" in reason or "403" in reason or "Permission" in reason or "Credentials" in reason:
+        return "Check the credentials, and that they allow reading there"
+    return "Check the address and the network; start again to go on where the run was"

@@ -1,0 +1,331 @@
+"""Where files can be fetched from: HTTP, object stores, and commands that the user has allowed.
+
+A place is asked for a file by name, from some byte on, and gives its bytes or says what went wrong
+and whether trying again can help. It neither retries nor checks what it gets: `shard_cache` does.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import os
+import re
+import shlex
+import signal
+import subprocess
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import IO, Any
+
+from moco_scale.errors import UserError
+
+PIPE = "pipe:"
+EXTRA = "pip install 'moco_scale[remote]'"
+_SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
+_CHUNK = 1 << 20
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+# Statuses that tell of the moment rather than of the file.
+_PASSING = {408, 423, 425, 429, 500, 502, 503, 504}
+
+
+class FetchError(Exception):
+    """A file did not arrive.
+
+    Attributes:
+        passing: whether trying again can help.
+        wait: seconds the server asks for before the next attempt; 0: it did not say.
+    """
+
+    def __init__(self, message: str, *, passing: bool = True, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.passing, self.wait = passing, wait
+
+
+class Body(ABC):
+    """The bytes of a file from `start` on.
+
+    Attributes:
+        start: where they begin: as asked for, or 0 where the place can only send all.
+        total: size of the whole file; None when unknown.
+    """
+
+    start: int = 0
+    total: int | None = None
+
+    @abstractmethod
+    def chunks(self) -> Iterator[bytes]:
+        """Them, up to the end or until the connection ends: a body may be short.
+
+        Raises FetchError.
+        """
+
+
+class Place(ABC):
+    """A folder elsewhere."""
+
+    @abstractmethod
+    def address(self, name: str) -> str:
+        """Where a file is, for messages: without passwords and signatures."""
+
+    @abstractmethod
+    def open(self, name: str, start: int) -> contextlib.AbstractContextManager[Body]:
+        """A file's bytes from `start` on. Raises FetchError."""
+
+
+def is_remote(spec: str) -> bool:
+    """Whether a data set's name is an address rather than a folder."""
+    return spec.startswith(PIPE) or _SCHEME.match(spec) is not None
+
+
+def place(spec: str, allow_pipe: bool) -> Place:
+    """What a user's address stands for; nothing is fetched yet.
+
+    Raises UserError: no such protocol, a library is not installed, or a command without permission.
+    """
+    if spec.startswith(PIPE):
+        return CommandPlace(spec, allow_pipe)
+    match = _SCHEME.match(spec)
+    if match is None:
+        raise ValueError(f"{spec} is no address")
+    if match[1].lower() in ("http", "https"):
+        return HttpPlace(spec)
+    return FsspecPlace(spec)
+
+
+def shown(spec: str) -> str:
+    """An address for messages and logs: without a password, and without what signs it."""
+    if spec.startswith(PIPE) or _SCHEME.match(spec) is None:
+        return spec
+    parts = urllib.parse.urlsplit(spec)
+    host = parts.netloc.rpartition("@")[2]
+    return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "", "")).rstrip("/")
+
+
+class HttpPlace(Place):
+    """``https://[user:password@]host/path[?signature]``; the signature is sent for every file.
+
+    Redirects are followed and the usual proxy variables (https_proxy, no_proxy) obeyed.
+    """
+
+    def __init__(self, spec: str) -> None:
+        parts = urllib.parse.urlsplit(spec)
+        if not parts.hostname:
+            raise UserError(f"--data-dir {shown(spec)}: there is no host in this address")
+        self._parts, self._shown = parts, shown(spec)
+        self._headers = {"User-Agent": "moco_scale", "Accept-Encoding": "identity"}
+        if parts.username is not None:
+            pair = f"{urllib.parse.unquote(parts.username)}:"
+            pair += urllib.parse.unquote(parts.password or "")
+            self._headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+
+    def address(self, name: str) -> str:
+        return f"{self._shown}/{name}"
+
+    def _url(self, name: str) -> str:
+        path = f"{self._parts.path.rstrip('/')}/{urllib.parse.quote(name)}"
+        host = self._parts.netloc.rpartition("@")[2]
+        return urllib.parse.urlunsplit((self._parts.scheme, host, path, self._parts.query, ""))
+
+    @contextlib.contextmanager
+    def open(self, name: str, start: int) -> Iterator[Body]:
+        headers = self._headers | ({"Range": f"bytes={start}-"} if start else {})
+        request = urllib.request.Request(self._url(name), headers=headers)
+        try:
+            answer = urllib.request.urlopen(request, timeout=_SILENCE)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _http_error(error) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise FetchError(_network_reason(error)) from None
+        with answer:
+            yield _HttpBody(answer, start)
+
+
+class _HttpBody(Body):
+    def __init__(self, answer: Any, start: int) -> None:
+        self._answer = answer
+        length = answer.headers.get("Content-Length")
+        if answer.status == http.client.PARTIAL_CONTENT:
+            found = re.fullmatch(
+                r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", "").strip()
+            )
+            if found is None or int(found[1]) != start:
+                raise FetchError("the server sent another part than it was asked for")
+            self.start = start
+            self.total = None if found[2] == "*" else int(found[2])
+        elif length is not None and length.isdigit():
+            self.total = int(length)
+
+    def chunks(self) -> Iterator[bytes]:
+        try:
+            while chunk := self._answer.read1(_CHUNK):
+                yield chunk
+        except (OSError, http.client.HTTPException) as error:
+            raise FetchError(_network_reason(error)) from None
+
+
+def _http_error(error: urllib.error.HTTPError) -> FetchError:
+    asked = error.headers.get("Retry-After", "") if error.headers else ""
+    wait = float(asked) if asked.isdigit() else 0.0
+    passing = error.code in _PASSING
+    return FetchError(f"HTTP {error.code} {error.reason}", passing=passing, wait=wait)
+
+
+def _network_reason(error: BaseException) -> str:
+    """One line without addresses, so that equal failures read alike."""
+    cause = getattr(error, "reason", error)  # what URLError wraps
+    if isinstance(cause, TimeoutError):
+        return f"no answer for {_SILENCE:.0f} s"
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return f"{type(error).__name__}: {cause}" if str(cause) else type(error).__name__
+
+
+class FsspecPlace(Place):
+    """``s3://bucket/path``, ``gs://bucket/path`` and whatever else fsspec knows.
+
+    Credentials are those of the library behind it: environment, profile, instance role.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self._spec = spec.rstrip("/")
+        self._system = _file_system(self._spec)
+
+    def __getstate__(self) -> str:
+        return self._spec
+
+    def __setstate__(self, spec: str) -> None:
+        self.__init__(spec)  # type: ignore[misc]
+
+    def address(self, name: str) -> str:
+        return f"{shown(self._spec)}/{name}"
+
+    @contextlib.contextmanager
+    def open(self, name: str, start: int) -> Iterator[Body]:
+        with contextlib.ExitStack() as stack:
+            try:
+                file = self._system.open(
+                    f"{self._spec}/{name}", "rb", block_size=16 << 20, cache_type="readahead"
+                )
+                stack.enter_context(file)
+                body = _FileBody(file, start)
+            except Exception as error:
+                raise _store_error(error) from None
+            yield body
+
+
+class _FileBody(Body):
+    def __init__(self, file: Any, start: int) -> None:
+        self._file, self.start = file, start
+        size = getattr(file, "size", None)
+        self.total = size if isinstance(size, int) else None
+        file.seek(start)
+
+    def chunks(self) -> Iterator[bytes]:
+        while True:
+            try:
+                chunk = self._file.read(_CHUNK)
+            except Exception as error:
+                raise _store_error(error) from None
+            if not chunk:
+                return
+            yield chunk
+
+
+def _store_error(error: Exception) -> FetchError:
+    """The libraries behind fsspec raise whatever theirs raise; what they mean by it is in these."""
+    lasting = isinstance(error, FileNotFoundError | PermissionError | NotImplementedError)
+    lasting |= type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError")
+    text = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+    return FetchError(reason, passing=not lasting)
+
+
+def _file_system(spec: str) -> Any:
+    protocol = spec.partition("://")[0]
+    try:
+        import fsspec
+    except ImportError:
+        raise UserError(
+            f"--data-dir {shown(spec)}: {protocol}:// needs fsspec; install it with: {EXTRA}"
+        ) from None
+    try:
+        # An instance of its own: those that fsspec keeps do not survive a fork.
+        return fsspec.filesystem(protocol, skip_instance_cache=True)
+    except ImportError as error:
+        raise UserError(
+            f"--data-dir {shown(spec)}: {error}. For s3:// and gs:// install: {EXTRA}"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"--data-dir {shown(spec)}: {error}. Name a folder, or an address that begins with "
+            "https://, http://, s3:// or gs://"
+        ) from None
+
+
+class CommandPlace(Place):
+    """``pipe:COMMAND`` whose output is the file; ``{}`` in it stands for the file's name.
+
+    A command runs in a shell, so it comes from the command line alone, with permission. Names come
+    from an index: one that means anything to a shell is refused.
+    """
+
+    def __init__(self, spec: str, allowed: bool) -> None:
+        self._command = spec.removeprefix(PIPE).strip()
+        if not allowed:
+            raise UserError(
+                f"--data-dir {spec}: this runs a command in a shell for every shard, which is done "
+                "only with --allow-pipe; give it if you trust the command"
+            )
+        if "{}" not in self._command:
+            raise UserError(
+                f"--data-dir {spec}: write {{}} where a file's name belongs, as in "
+                "'pipe:aws s3 cp s3://bucket/folder/{} -'"
+            )
+
+    def address(self, name: str) -> str:
+        return f"{PIPE}{self._command.replace('{}', name)}"
+
+    @contextlib.contextmanager
+    def open(self, name: str, start: int) -> Iterator[Body]:
+        if shlex.quote(name) != name:  # inside the user's own quotes, ours would protect nothing
+            raise FetchError("a shell would not take this name literally", passing=False)
+        with tempfile.TemporaryFile() as complaints:
+            process = subprocess.Popen(
+                self._command.replace("{}", name),
+                shell=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                start_new_session=True,  # so that all it has started can be ended
+            )
+            try:
+                yield _CommandBody(process, complaints)
+            finally:
+                assert process.stdout is not None
+                process.stdout.close()
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+
+
+class _CommandBody(Body):
+    def __init__(self, process: subprocess.Popen[bytes], complaints: IO[bytes]) -> None:
+        self._process, self._complaints = process, complaints
+
+    def chunks(self) -> Iterator[bytes]:
+        assert self._process.stdout is not None
+        while chunk := self._process.stdout.read(_CHUNK):
+            yield chunk
+        status = self._process.wait()
+        if status:
+            self._complaints.seek(0)
+            lines = self._complaints.read().decode(errors="replace").strip().splitlines()
+            said = f": {lines[-1][:200]}" if lines else ""
+            raise FetchError(f"the command ended with status {status}{said}")

@@ -1,0 +1,332 @@
+"""A folder of fetched shards, bounded in size and shared by all processes of a machine.
+
+``ROOT/SET/shards/NAME`` is a whole and checked shard; ``.NAME.BYTES.partial`` beside it is one on
+its way, BYTES being the room that is kept for it. Locks are ``flock``'s, which end with the
+process that holds them:
+
+- who fetches holds its partial file exclusively, so that two never fetch one shard;
+- who reads holds the shard shared, for as long as it is mapped (a mapping keeps the file's
+  descriptor, and with it the lock);
+- who makes room removes only what it can lock exclusively, the least recently used first;
+- ``ROOT/.lock`` is held for the moment in which room is counted and made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moco_scale.data.download import Patience, RemoteFile, Stopped, download, never
+from moco_scale.data.remote import Place
+from moco_scale.errors import UserError
+
+SHARDS = "shards"
+_PARTIAL = ".partial"
+_POLL = 0.05  # seconds between looks at what another process does
+GB = 10**9
+
+
+def default_root() -> Path:
+    """Where shards are kept unless the user says otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "moco_scale" / "shards"
+
+
+def size_text(size: int) -> str:
+    """Bytes in GB, for messages that speak of --shard-cache-size; rounded up, so that it does."""
+    return f"{-(-size * 1000 // GB) / 1000:g} GB"
+
+
+class NoRoom(Exception):
+    """Everything in the cache is in use or wanted."""
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """Files that lie elsewhere, kept in a folder of at most so many bytes.
+
+    Args:
+        root: the folder; made when needed.
+        limit: bytes of all that is in it.
+        patience: with places that fail, and for room that others take.
+    """
+
+    root: Path
+    limit: int
+    patience: Patience = field(default_factory=Patience)
+
+    def hold(
+        self,
+        place: Place,
+        folder: Path,
+        file: RemoteFile,
+        *,
+        stopped: Callable[[], bool] = never,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> io.FileIO:
+        """A shard, open for reading; nobody removes it until this and what maps it are closed.
+
+        It is fetched unless it is there, or somebody else's fetching is waited for. While the
+        cache is full of what others read, this waits. `let_go` is called first and should give up
+        whatever this process holds.
+
+        Raises:
+            UserError: it is not to be had, the cache is too small, the disk is full.
+            Stopped: `stopped` became true.
+        """
+        deadline = time.monotonic() + self.patience.give_up
+        while True:
+            held = self._open_whole(folder, file)
+            if held is not None:
+                return held
+            try:
+                self.fetch(place, folder, file, stopped=stopped)
+            except NoRoom:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"--shard-cache {self.root}: all {size_text(self.limit)} are in use, by "
+                        "other runs perhaps; give this one a larger --shard-cache-size or a "
+                        "--shard-cache of its own"
+                    ) from None
+                let_go()
+                time.sleep(_POLL)
+
+    def has(self, folder: Path, file: RemoteFile) -> bool:
+        """Whether a shard is there now."""
+        return (folder / SHARDS / file.name).exists()
+
+    def fetch(
+        self,
+        place: Place,
+        folder: Path,
+        file: RemoteFile,
+        *,
+        keep: Collection[Path] = (),
+        stopped: Callable[[], bool] = never,
+    ) -> None:
+        """Bring a shard here, unless another process does: then wait for that.
+
+        Args:
+            keep: shards that are not to be removed for it.
+
+        Raises:
+            NoRoom: nothing more can be removed.
+            UserError, Stopped: as `hold` does.
+        """
+        path = folder / SHARDS / file.name
+        if (file.bytes or 0) > self.limit:
+            raise UserError(
+                f"--shard-cache-size: {file.name} alone has {size_text(file.bytes or 0)}, the "
+                f"cache {size_text(self.limit)}"
+            )
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.{file.bytes or 0}{_PARTIAL}")
+            sink = self._claim(partial, path, stopped)
+            if sink is None:
+                return
+            with sink:
+                # What an earlier process left is trusted only where a checksum will tell.
+                held = os.fstat(sink.fileno()).st_size if file.checksum is not None else 0
+                try:
+                    self._make_room(keep)
+                    download(place, file, sink, self.patience, stopped, held)
+                    _touch(sink)
+                    os.fdatasync(sink.fileno())  # a name that outlives a power cut means content
+                    os.rename(partial, path)
+                except (NoRoom, OSError):
+                    partial.unlink(missing_ok=True)
+                    raise
+
+    def _open_whole(self, folder: Path, file: RemoteFile) -> io.FileIO | None:
+        path = folder / SHARDS / file.name
+        with contextlib.ExitStack() as stack, self._explained():
+            try:
+                held = stack.enter_context(io.FileIO(path, "r"))
+            except FileNotFoundError:
+                return None
+            fcntl.flock(held, fcntl.LOCK_SH)
+            status = os.fstat(held.fileno())
+            if status.st_nlink == 0:  # removed between the two lines above
+                return None
+            if file.bytes is not None and status.st_size != file.bytes:  # by another hand
+                path.unlink(missing_ok=True)
+                return None
+            _touch(held)
+            stack.pop_all()
+            return held
+        return None
+
+    def _claim(self, partial: Path, path: Path, stopped: Callable[[], bool]) -> _Sink | None:
+        """The partial file, locked; None when the shard has arrived meanwhile."""
+        while not path.exists():
+            with contextlib.ExitStack() as stack:
+                sink = stack.enter_context(_Sink(partial, self._make_way))
+                if not _locked(sink):
+                    if stopped():
+                        raise Stopped
+                    time.sleep(_POLL)
+                elif path.exists():  # what was locked is a new file, which nobody needs
+                    partial.unlink(missing_ok=True)
+                elif _is_at(sink, partial):
+                    stack.pop_all()
+                    return sink
+        return None
+
+    def _make_room(self, keep: Collection[Path]) -> None:
+        """Remove shards until what is here or announced fits.
+
+        Raises NoRoom: what is left is in use, or in `keep`.
+        """
+        left, _ = self._evict(keep, lambda used, _: used <= self.limit)
+        if left > self.limit:
+            raise NoRoom
+
+    def _make_way(self) -> int:
+        """Remove one shard, whatever the limit; returns its bytes, 0 when none can be removed."""
+        return self._evict((), lambda _, removed: removed > 0)[1]
+
+    def _evict(self, keep: Collection[Path], enough: Callable[[int, int], bool]) -> tuple[int, int]:
+        """Remove the least recently used until `enough(used, removed)`; returns these two."""
+        with open(self.root / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            used, candidates = self._inventory()
+            removed = 0
+            for _, size, path in candidates:
+                if enough(used, removed):
+                    break
+                if path not in keep and _remove_unless_used(path):
+                    used, removed = used - size, removed + size
+        return used, removed
+
+    def _inventory(self) -> tuple[int, list[tuple[int, int, Path]]]:
+        """Bytes here or announced, and what could be removed (last use, bytes, path), by age."""
+        used, found = 0, []
+        for folder in self.root.glob(f"*/{SHARDS}"):
+            for entry in os.scandir(folder):
+                path = Path(entry.path)
+                try:
+                    status = entry.stat()
+                    announced = _announced(path)
+                except FileNotFoundError:
+                    continue
+                if announced is not None:
+                    used += max(announced, status.st_size)
+                else:
+                    used += status.st_size
+                    found.append((status.st_mtime_ns, status.st_size, path))
+        return used, sorted(found)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns errors of the folder into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                with contextlib.suppress(OSError):
+                    free = shutil.disk_usage(self.root).free
+                    raise UserError(
+                        f"--shard-cache {self.root}: the disk is full ({size_text(free)} free) and "
+                        "no shard there can be removed. Free some, choose a folder on another "
+                        "disk, or a smaller --shard-cache-size"
+                    ) from None
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise UserError(
+                    f"--shard-cache {self.root}: this file system has no locks; choose a folder on "
+                    "a disk of this machine"
+                ) from None
+            raise UserError(
+                f"--shard-cache {self.root} cannot be used: {error.strerror or error}; choose "
+                "another folder"
+            ) from None
+
+
+class _Sink(io.FileIO):
+    """A partial file. When the disk is full, shards make way for it."""
+
+    def __init__(self, path: Path, make_way: Callable[[], int]) -> None:
+        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+        self._make_way = make_way
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._write_some(view) :]
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                if not self._make_way():
+                    raise
+        return len(data)
+
+    def _write_some(self, data: memoryview) -> int:
+        return super().write(data)
+
+
+def _touch(file: io.FileIO) -> None:
+    """It was used now; by a finer clock than the kernel's own time stamps."""
+    now = time.time_ns()
+    os.utime(file.fileno(), ns=(now, now))
+
+
+def _is_at(file: io.FileIO, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _locked(file: io.FileIO) -> bool:
+    """Whether this could be locked for this process alone."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_unless_used(path: Path) -> bool:
+    try:
+        with io.FileIO(path, "r") as file:
+            if not _locked(file):
+                return False
+            path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _announced(path: Path) -> int | None:
+    """Bytes of a shard that somebody is fetching; None for a whole one, and for one that was left
+    by a process that has ended."""
+    if not path.name.endswith(_PARTIAL):
+        return None
+    with io.FileIO(path, "r") as file:
+        if _locked(file):
+            return None
+    return int(path.name.removesuffix(_PARTIAL).rpartition(".")[2])
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """A file that appears whole, whoever else writes it too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
