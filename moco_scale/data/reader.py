@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from moco_scale.data.augment import Augmentation
-from moco_scale.data.decode import DecodeError, Pixels, decode_rgb
+from moco_scale.data.decode import DecodeError, Decoder, Pixels
 from moco_scale.data.index import shard_command
 from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.random import uniforms
@@ -141,6 +141,7 @@ class _Crops(Dataset[Any]):
 
     def __init__(self, shards: Pictures, image_size: int) -> None:
         self.shards, self.image_size = shards, image_size
+        self.decode = Decoder()
 
     def __getitem__(self, job: _Job) -> ViewBatch | Failure:
         shape = (self.views, len(job.samples.index), 3, self.image_size, self.image_size)
@@ -159,8 +160,9 @@ class _Crops(Dataset[Any]):
         raise NotImplementedError
 
     def pixels(self, sample: int) -> Pixels:
+        """RGB pixels of a picture, uint8 [H, W, 3]; the next call may overwrite them."""
         try:
-            return decode_rgb(self.shards.read(sample))
+            return self.decode(self.shards.read(sample))
         except DecodeError as error:
             folder = self.shards.name
             raise UserError(

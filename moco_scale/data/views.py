@@ -21,6 +21,8 @@ _LOG_RATIO_MIN, _LOG_RATIO_MAX = math.log(RATIO_MIN), math.log(RATIO_MAX)
 
 Box = tuple[int, int, int, int]
 
+_resize_into = torch.ops.aten._upsample_bilinear2d_aa.out
+
 
 def crop_box(
     uniforms: Sequence[float], height: int, width: int, crop_min: float, crop_max: float
@@ -55,8 +57,12 @@ def write_crop(out: Tensor, pixels: Pixels, box: Box) -> None:
     Bilinear with antialiasing, as PIL does it. Without, it is faster and wrong.
     """
     top, left, height, width = box
-    region = torch.from_numpy(pixels[top : top + height, left : left + width])
-    out.copy_(_resized(region.permute(2, 0, 1), out.shape[1], out.shape[2]))
+    region = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)
+    if region.shape == out.shape:
+        out.copy_(region)
+    else:
+        # What F.interpolate calls, which would make a tensor of its own to be copied.
+        _resize_into(region[None], out.shape[1:], False, None, None, out=out[None])
 
 
 def write_centre(out: Tensor, pixels: Pixels, resize_ratio: float) -> None:

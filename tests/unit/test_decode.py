@@ -1,15 +1,16 @@
 """Every kind of picture that turns up in real folders, and broken ones."""
 
 import io
+import struct
 import tarfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
-from moco_scale.data.decode import DecodeError, decode_rgb
+from moco_scale.data.decode import ORIENTATION, DecodeError, Decoder, decode_rgb, orientation
 
 
 def photo(height: int = 37, width: int = 50) -> np.ndarray:
@@ -103,10 +104,92 @@ def test_an_animation_gives_its_first_frame(kind: str) -> None:
     assert (pixels[..., 2] < 5).all()
 
 
-def test_the_orientation_in_exif_is_ignored() -> None:
+@pytest.mark.parametrize("turned", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "CMYK", "PNG", "WEBP", "TIFF"])
+def test_pictures_are_upright_as_pil_turns_them(kind: str, turned: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    assert decode_rgb(encoded(Image.fromarray(photo()), "JPEG", exif=exif)).shape == (37, 50, 3)
+    exif[ORIENTATION] = turned
+    image = Image.fromarray(photo())
+    if kind == "CMYK":
+        data = encoded(image.convert("CMYK"), "JPEG", exif=exif)
+    else:
+        data = encoded(image, kind, exif=exif, **{"lossless": True} if kind == "WEBP" else {})
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert expected.size == ((50, 37) if turned < 5 else (37, 50))
+    for decode in (decode_rgb, Decoder()):
+        pixels = decode(data)
+        assert np.array_equal(pixels, np.array(expected))
+        assert pixels.flags.c_contiguous
+
+
+def exif_segment(order: str, kind: int, value: int, *, start: int = 8) -> bytes:
+    """A JPEG segment whose EXIF has one entry before the orientation."""
+    tiff = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HI", 42, start)
+    tiff += struct.pack(order + "H", 2) + struct.pack(order + "HHII", 0x010E, 4, 1, 7)
+    tiff += struct.pack(order + "HHI", ORIENTATION, kind, 1)
+    tiff += struct.pack(order + ("I" if kind == 4 else "HH"), value, *(() if kind == 4 else (0,)))
+    payload = b"Exif\0\0" + tiff
+    return b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload
+
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [
+        (b"", 1),
+        (exif_segment("<", 3, 6), 6),
+        (exif_segment(">", 3, 6), 6),
+        (exif_segment(">", 4, 5), 5),
+        (b"\xff\xff" + exif_segment("<", 3, 8), 8),  # padding before the marker
+        (b"\xff\xfe\x00\x04\xff\xe1" + exif_segment("<", 3, 3), 3),  # after a comment
+        (b"\xff\xe1\x00\x08http:/" + exif_segment("<", 3, 3), 3),  # after an APP1 of XMP
+        (exif_segment("<", 3, 0), 1),  # some cameras write it
+        (exif_segment("<", 3, 9), 1),
+        (exif_segment("<", 3, 6, start=5000), 1),  # points outside
+        (exif_segment("<", 3, 6)[:-6], 1),  # cut short
+        (b"\xff\xe1\x00\x0aExif\0\0??", 1),
+    ],
+)
+def test_orientation_of_a_jpeg(segments: bytes, expected: int) -> None:
+    whole = jpeg()
+    assert orientation(whole) == 1
+    assert orientation(memoryview(whole[:2] + segments + whole[2:])) == expected
+
+
+def test_four_inks_as_luma_and_chroma() -> None:
+    """YCCK, as Photoshop writes it: the same file but for a byte of Adobe's marker."""
+    data = bytearray(encoded(Image.fromarray(photo()).convert("CMYK"), "JPEG"))
+    data[data.find(b"Adobe") + 11] = 2
+    pixels = decode_rgb(bytes(data))
+    assert np.array_equal(pixels, as_pil_has_it(bytes(data)))
+    assert pixels.std() > 10
+
+
+def test_lab_is_converted_as_a_colour_space() -> None:
+    lab = ImageCms.profileToProfile(
+        Image.fromarray(photo()),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.createProfile("LAB"),
+        outputMode="LAB",
+    )
+    assert lab is not None
+    pixels = decode_rgb(encoded(lab, "TIFF"))
+    assert np.abs(pixels.astype(int) - photo()).mean() < 3
+
+
+def test_what_lies_under_transparency_is_kept() -> None:
+    """Alpha is dropped, not blended with a background."""
+    pixels = np.full((4, 4, 4), (200, 100, 50, 0), dtype=np.uint8)
+    assert (decode_rgb(encoded(Image.fromarray(pixels), "PNG")) == (200, 100, 50)).all()
+
+
+def test_a_decoder_reuses_its_memory_and_forgets_nothing() -> None:
+    decode = Decoder()
+    large, small = jpeg(), encoded(Image.fromarray(photo()), "JPEG")
+    for data in (small, large, small):
+        assert np.array_equal(decode(data), decode_rgb(data))
+    first = decode(large)
+    assert np.shares_memory(first, decode(small))
+    assert not np.shares_memory(decode_rgb(large), decode_rgb(large))
 
 
 def jpeg(quality: int = 95) -> bytes:

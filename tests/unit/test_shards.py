@@ -276,6 +276,22 @@ def test_reencoding_shrinks_larger_pictures_only(tmp_path: Path) -> None:
     assert np.abs(decode_rgb(wide).astype(float) - np.asarray(source, float)).mean() < 3
 
 
+def test_reencoding_turns_pictures_upright(tmp_path: Path) -> None:
+    """What is written anew has no EXIF; bytes that are kept keep theirs."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    gradient = Image.linear_gradient("L").resize((90, 60)).convert("RGB")
+    gradient.save(tmp_path / "in" / "shrunk.jpg", exif=exif)
+    gradient.resize((30, 20)).save(tmp_path / "in" / "kept.jpg", exif=exif)
+    shards = IndexedShards.open(shard(tmp_path / "in", tmp_path / "out", "--short-side", "40"))
+    pictures = {decode_rgb(data).shape[:2]: data for data in (shards.read(i) for i in range(2))}
+    assert pictures.keys() == {(60, 40), (30, 20)}
+    shrunk = decode_rgb(pictures[60, 40]).astype(float)
+    assert Image.open(io.BytesIO(pictures[60, 40])).getexif().get(0x0112, 1) == 1
+    assert shrunk[:, 0].mean() > shrunk[:, -1].mean() + 100  # dark top, turned to the right
+
+
 def test_verify_leaves_out_what_cannot_be_decoded_and_lists_it(
     picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
