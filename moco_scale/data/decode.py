@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +102,18 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     return None if colorspace in ("CMYK", "YCCK") else (height, width)
 
 
+def picture_size(data: bytes | memoryview) -> tuple[int, int]:
+    """(height, width) of the upright picture, from its header alone. Raises DecodeError."""
+    size = jpeg_size(data)
+    if size is not None:
+        turned = orientation(data)
+    else:
+        with _opened(data) as image:
+            turned = _orientation_of(image, data)
+            size = image.height, image.width
+    return size[::-1] if UPRIGHT[turned][0] else size
+
+
 def upright(pixels: Pixels, orientation: int) -> Pixels:
     """Pixels [H, W, 3] as stored, turned and mirrored to how they are to be looked at."""
     swap, rows, columns = UPRIGHT[orientation]
@@ -143,20 +157,30 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def _decode_pil(data: bytes | memoryview) -> Pixels:
+    with _opened(data) as image:
+        image.load()  # of TIFF this applies the orientation, of PNG it may find one at the end
+        return upright(_to_rgb(image), _orientation_of(image, data))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes | memoryview) -> Iterator[Image.Image]:
+    """The picture as PIL sees it; its errors, there and within, as DecodeError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()  # of TIFF this applies the orientation, of PNG it may find one at the end
-            if bytes(data[:3]) == b"\xff\xd8\xff":
-                turned = orientation(data)
-            else:
-                turned = image.getexif().get(ORIENTATION, 1)
-            return upright(_to_rgb(image), turned if turned in UPRIGHT else 1)
+            yield image
     except Image.UnidentifiedImageError:
         raise DecodeError("not a picture in any known format") from None
     except DecodeError:
         raise
     except Exception as error:  # PIL's plugins raise nearly anything on broken input
         raise DecodeError(f"{type(error).__name__}: {error}") from None
+
+
+def _orientation_of(image: Image.Image, data: bytes | memoryview) -> int:
+    if bytes(data[:3]) == b"\xff\xd8\xff":
+        return orientation(data)
+    turned = image.getexif().get(ORIENTATION, 1)
+    return turned if turned in UPRIGHT else 1
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
