@@ -161,7 +161,10 @@ class PendingRows:
 
 
 def start_exchange_rows(
-    rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    rows: Tensor,
+    send_counts: Sequence[int],
+    receive_counts: Sequence[int],
+    group: Subgroup | None = None,
 ) -> PendingRows:
     """Start an all-to-all with uneven splits.
 
@@ -169,6 +172,7 @@ def start_exchange_rows(
         rows: [sum(send_counts), ...], the rows for rank 0 first, then those for rank 1, ...
         send_counts: rows for each rank.
         receive_counts: rows from each rank.
+        group: of the ranks meant; all of them by default.
 
     Returns:
         A handle whose ``wait()`` gives [sum(receive_counts), ...], those of rank 0 first.
@@ -177,7 +181,9 @@ def start_exchange_rows(
         return PendingRows(rows, None, None)
     rows = rows.contiguous()
     out = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-    work = dist.all_to_all_single(out, rows, list(receive_counts), list(send_counts), async_op=True)
+    splits = list(receive_counts), list(send_counts)
+    handle = group.handle if group else None
+    work = dist.all_to_all_single(out, rows, *splits, group=handle, async_op=True)
     return PendingRows(out, work, rows)
 
 
@@ -278,26 +284,18 @@ def on_main(action: Callable[[], T]) -> T:
     return broadcast_object(agree(lambda: action() if is_main() else None))
 
 
-def require_same(value: str, what: str) -> None:
-    """Refuse to go on when ranks differ in a value.
-
-    Raises:
-        UserError: they differ; names the first two that do.
-    """
+def gather_objects(value: T) -> list[T]:
+    """Every rank's small picklable object, in rank order."""
     if world_size() == 1:
-        return
-    found: list[tuple[str, str]] = [("", "")] * world_size()
-    dist.all_gather_object(found, (socket.gethostname(), value))
-    for number, (host, other) in enumerate(found):
-        if other != found[0][1]:
-            raise UserError(
-                f"{what} differs between rank 0 on {found[0][0]} and rank {number} on {host}"
-            )
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 @dataclass(frozen=True)
 class Subgroup:
-    """Neighbouring ranks that share one BatchNorm group."""
+    """Ranks that do something among themselves."""
 
     handle: Any
     size: int
@@ -322,6 +320,19 @@ def neighbours(size: int) -> Subgroup:
         if start <= rank() < start + size:
             mine = group
     return Subgroup(mine, size)
+
+
+def host_group() -> Subgroup:
+    """The ranks on this rank's host, in their order; every rank must call it."""
+    hosts = gather_objects(socket.gethostname())
+    mine = Subgroup(None, len(hosts))
+    if len(set(hosts)) > 1:
+        for host in dict.fromkeys(hosts):
+            ranks = [number for number, each in enumerate(hosts) if each == host]
+            group = dist.new_group(ranks, timeout=TIMEOUT)
+            if rank() in ranks:
+                mine = Subgroup(group, len(ranks))
+    return mine
 
 
 def gather_stack(tensor: Tensor, group: Subgroup) -> Tensor:

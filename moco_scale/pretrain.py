@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale import distributed
+from moco_scale import distributed, identity
 from moco_scale.batchnorm import set_groups
 from moco_scale.config import Config
 from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
@@ -52,8 +52,10 @@ class Pretraining:
         torch.backends.cudnn.allow_tf32 = False
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
+        identity.require_alike(identity.of_run(config))
         self.shards = distributed.agree(lambda: open_shards(config.data.data_dir, "train"))
-        distributed.require_same(self.shards.fingerprint, f"--data-dir {config.data.data_dir}")
+        index = {"index of --data-dir": self.shards.fingerprint}
+        identity.require_alike(index, identity.SAME_DATA)
         self.plan = BatchPlan(self.shards.order(seed), config.optim.batch_size)
         self.plan.check_world(self.world)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moco_scale import distributed
+from moco_scale import distributed, identity
 from moco_scale.cli import Parser
 from moco_scale.config import DATASETS
 from moco_scale.data.augment import AUGMENTATIONS
@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = make_parser().parse_args(argv)
     distributed.initialize(args.device)
+    installation = identity.installation(distributed.device())
+    identity.require_alike(installation | identity.of_flags(vars(args)))
     evaluate(args)
     distributed.shutdown()
 
@@ -146,6 +148,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     failure = distributed.first_error(failure)
     if failure is not None:
         raise failure
+    weights = {"weights in --pretrained-model": pretrained.fingerprint}
+    identity.require_alike(weights, "give all of them the same file")
     if distributed.is_main():
         print(
             f"{args.protocol} evaluation of the {args.encoder} encoder in {pretrained.path} "

@@ -102,17 +102,13 @@ def message(action: Callable[[], Any]) -> str:
 
 def agreement() -> dict[str, Any]:
     rank = distributed.rank()
-    distributed.require_same("alike", "a value")
     results = {
         "agreed": distributed.agree(lambda: 10 * rank),
+        "gathered": distributed.gather_objects(f"of rank {rank}"),
         "on_main": distributed.on_main(lambda: f"of rank {distributed.rank()}"),
         "one_failed": message(lambda: distributed.agree(fail_on_the_last)),
         "main_failed": message(lambda: distributed.on_main(fail_as_main)),
     }
-    if distributed.world_size() > 1:
-        # Two values, of which rank 0 and, the first to differ, rank 1 have one each.
-        different = message(lambda: distributed.require_same(str(rank % 2), "a value"))
-        results["different"] = different
     return results
 
 
@@ -132,6 +128,18 @@ def blocks() -> dict[int, tuple[Tensor, float]]:
     return results
 
 
+def hosts() -> tuple[int, float, list[int]]:
+    """Size of this host's group, the sum of its ranks, and what an exchange within it brings."""
+    rank = distributed.rank()
+    with pytest.MonkeyPatch.context() as patch:  # ranks take turns, as srun may deal them out
+        patch.setattr(socket, "gethostname", lambda: f"host-{rank % 2}")
+        group = distributed.host_group()
+    total = distributed.sum_(torch.tensor(float(rank)), group.handle).item()
+    ones, rows = [1] * group.size, torch.full((group.size, 1), rank)
+    got = distributed.start_exchange_rows(rows, ones, ones, group).wait()
+    return group.size, total, got[:, 0].tolist()
+
+
 def exchange() -> Tensor:
     """Rank r sends the number r * 10 + destination in (r + destination) % 3 rows."""
     rank, world = distributed.rank(), distributed.world_size()
@@ -144,7 +152,7 @@ def exchange() -> Tensor:
     return pending.wait()
 
 
-WORK = (gathers, averages, sums_and_broadcasts, errors, agreement, blocks, exchange)
+WORK = (gathers, averages, sums_and_broadcasts, errors, agreement, blocks, hosts, exchange)
 
 
 def everything() -> dict[str, Any]:
@@ -217,9 +225,7 @@ def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
         assert got["on_main"] == "of rank 0"
         assert got["one_failed"] == f"{place}a defect of one rank"
         assert got["main_failed"] == "a defect of rank 0"
-        if last:
-            expected = f"a value differs between rank 0 on {host} and rank 1 on {host}"
-            assert got["different"] == expected
+        assert got["gathered"] == [f"of rank {r}" for r in range(last + 1)]
 
 
 def test_one_process_keeps_its_own_error() -> None:
@@ -236,6 +242,12 @@ def test_neighbours_share_a_block(ranks: Ranks) -> None:
             members = range(start, start + size)
             assert stacked.tolist() == [[r, 10 * r] for r in members]
             assert total == sum(members)
+
+
+def test_a_host_s_ranks_are_a_group(ranks: Ranks) -> None:
+    for rank, results in enumerate(ranks):
+        mine = list(range(rank % 2, len(ranks), 2))
+        assert results["hosts"] == (len(mine), sum(mine), mine)
 
 
 def test_rows_are_exchanged_in_uneven_numbers(ranks: Ranks) -> None:
