@@ -22,6 +22,7 @@ from moco_scale.evaluation.features import chosen_output
 from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, is_labelled
 from moco_scale.recipes import RECIPES
 from moco_scale.telemetry import Telemetry
+from moco_scale.timing import DATA, EVALUATION, FINISH, LOG, SAVE
 
 if TYPE_CHECKING:
     from moco_scale.pretrain import Pretraining
@@ -40,7 +41,6 @@ class Monitor:
         self.chance = math.log(1 + run.config.contrast.nce_k) * (
             2 if run.config.contrast.symmetric else 1
         )
-        self._waited = 0.0
         self._since, self._steps_then = time.perf_counter(), run.step
         self._rate = 0.0
         self._initial_knn: float | None = None
@@ -107,14 +107,13 @@ class Monitor:
         self.restart_clock()
 
     def timed(self, batches: Iterator[ViewBatch]) -> Iterator[ViewBatch]:
-        """The same batches, with the time spent waiting for them counted."""
+        """The same batches; to wait for one is the first phase of its step."""
         while True:
-            start = time.perf_counter()
+            self.run.phases.enter(DATA, self.run.step + 1)
             try:
                 batch = next(batches, None)
             except UserError as error:
                 raise RankError(error, distributed.rank()) from error
-            self._waited += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
@@ -136,7 +135,7 @@ class Monitor:
             "lr": lr,
             "momentum": config.contrast.alpha,
             "images_per_second": self._rate,
-            "data_wait_fraction": min(self._waited / max(elapsed, 1e-9), 1.0),
+            "data_wait_fraction": min(run.phases.spent()[DATA] / max(elapsed, 1e-9), 1.0),
             "queue_filled": run.queue.filled / len(run.queue),
         }
         line = (
@@ -168,17 +167,22 @@ class Monitor:
     def _knn(self) -> float:
         """kNN top-1 in percent of the query encoder's projected output; all ranks call it."""
         assert self._evaluation is not None
+        self.run.phases.enter(SAVE)
         self.run.folder.settle()  # the evaluation forks processes, which threads do not survive
+        self.run.phases.enter(EVALUATION)
         # See Pretraining.save.
         distributed.average_(list(self.run.engine.moco.query.buffers()))
-        return self._evaluation.measure(self._query())["top1"]
+        top1 = self._evaluation.measure(self._query())["top1"]
+        self.run.phases.enter(LOG)
+        return top1
 
     def _query(self) -> Encoder:
         return self.run.engine.query_encoder(self.run.initial_encoder)
 
     def restart_clock(self) -> None:
         """Do not count what is not training."""
-        self._since, self._steps_then, self._waited = time.perf_counter(), self.run.step, 0.0
+        self._since, self._steps_then = time.perf_counter(), self.run.step
+        self.run.phases.restart()
 
     def _eta(self) -> str:
         left = (self.run.last_step - self.run.step) * self.run.config.optim.batch_size
@@ -197,6 +201,7 @@ class Monitor:
     def finish(self) -> None:
         """Pictures of the finished run: its curves, and what its encoder finds similar."""
         run, config, out = self.run, self.run.config, self.run.folder.path
+        run.phases.enter(FINISH)
         title = f"{config.model.model} on {config.data.dataset}, recipe {config.recipe}"
         preset = config.preset
         distributed.on_main(

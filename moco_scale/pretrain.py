@@ -31,6 +31,19 @@ from moco_scale.schedules import learning_rate
 from moco_scale.shuffle import Exchange, ShuffleBN
 from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Meters, Telemetry
+from moco_scale.timing import (
+    AGREE,
+    BACKWARD,
+    EMA,
+    FORWARD,
+    LOG,
+    QUEUE,
+    SAVE,
+    SHUFFLE,
+    SUMMING,
+    UPDATE,
+    Phases,
+)
 
 
 class Pretraining:
@@ -38,13 +51,15 @@ class Pretraining:
 
     Args:
         config: complete configuration.
+        phases: says where the run stands, for who watches it.
 
     Raises:
         UserError: data, output folder, engine or resume do not fit the configuration.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, phases: Phases | None = None) -> None:
         self.config, seed = config, config.optim.rng_seed
+        self.phases = phases or Phases()
         self._started = time.monotonic()
         # A resumed run repeats the uninterrupted one bit for bit, on a GPU too.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
@@ -77,6 +92,7 @@ class Pretraining:
         self.engine = make_engine(config, moco, self.device)
         if saved:
             load_optimizer(self, saved)
+        self.engine.when_differentiated(lambda: self.phases.enter(SUMMING))
         self.shuffle = ShuffleBN(config.optim.batch_size, seed, config.contrast.shuffle_bn)
         self.augmentation = dataclasses.replace(
             AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
@@ -100,7 +116,8 @@ class Pretraining:
 
     def train_step(self, batch: ViewBatch) -> None:
         """One step: keys from shuffled crops, queries, loss, update, enqueue."""
-        config, queue = self.config.contrast, self.queue
+        config, queue, enter = self.config.contrast, self.queue, self.phases.enter
+        enter(SHUFFLE)
         crops = batch.views.to(self.device, non_blocking=True)
         # (query view, key view) of each term of the loss; also the stream of its shuffle.
         terms = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]
@@ -113,6 +130,7 @@ class Pretraining:
         for part, rows in enumerate(np.split(np.arange(len(mine.index)), self.parts)):
             own = slice(rows[0], rows[-1] + 1)
             samples = mine.part(own.start, own.stop)
+            enter(FORWARD)
             queries = self.engine.query(
                 *[self.augmented(crops[q][own], samples, q) for q, _ in terms],
                 part=part,
@@ -123,22 +141,28 @@ class Pretraining:
                     for exchange, (_, view) in zip(sent, terms, strict=True)
                 ]
             first = self.rank * len(mine.index)
+            enter(QUEUE)
             positives = [keys[first + own.start : first + own.stop] for keys in all_keys]
             parts_terms = [
                 infonce(query, positive, queue.keys, config.nce_t)
                 for query, positive in zip(queries, positives, strict=True)
             ]
             loss = torch.stack([term.loss.mean() for term in parts_terms]).sum()
+            enter(BACKWARD)
             self.engine.backward(loss / self.parts)
             self._measure(loss, parts_terms[0].positive_probability, queries[0], positives[0])
             total = total + loss.detach()
+        enter(UPDATE)
         scale = self.engine.loss_scale
         lowest = scale is None or scale.value <= scale.settings.minimum
         applied = self.engine.step(self.learning_rate(batch.step))
         if applied:
+            enter(EMA)
             self.engine.ema(config.alpha)
+            enter(QUEUE)
             for keys in all_keys:  # of a step that was left out, some may not be finite
                 queue.enqueue(keys)
+        enter(AGREE)
         finite = self.engine.weights_finite()
         self.watch.record(batch.step + 1, total, finite, skipped=lowest and not applied)
 
@@ -146,8 +170,13 @@ class Pretraining:
         """Keys of the whole global batch, of which this rank computes those it was sent."""
         batch_samples = self.plan.batch(batch.step)
         samples = Samples(*(column[exchange.received] for column in batch_samples))
-        crops = self.augmented(exchange.wait(), samples, view)
-        return exchange.gather_back(self.engine.key(crops))
+        enter = self.phases.enter
+        enter(SHUFFLE)
+        crops = exchange.wait()
+        enter(FORWARD)
+        keys = self.engine.key(self.augmented(crops, samples, view))
+        enter(SHUFFLE)
+        return exchange.gather_back(keys)
 
     def augmented(self, crops: Tensor, samples: Samples, view: int) -> Tensor:
         """Colours, blur and normalisation: uint8 [B, 3, S, S] -> float32, by sample and view."""
@@ -190,6 +219,7 @@ class Pretraining:
             if self.step < self.last_step:
                 with StopRequest(3600 * self.config.run.max_time, self._started) as stop:
                     self._loop(telemetry, monitor, stop)
+                    self.phases.enter(SAVE)
                     self.folder.settle()
                 monitor.finish()
             else:
@@ -232,12 +262,14 @@ class Pretraining:
                 if problem:
                     raise self.folder.not_finite(self.step, problem)
                 if self.step == 1 or self.step % run.print_freq == 0 or epoch_done or last:
+                    self.phases.enter(LOG)
                     monitor.report(epoch_done, last)
                 telemetry.advance(self.step)
                 if epoch_done:
                     self.meters.start_epoch()
                 due = run.checkpoint_freq and self.step % run.checkpoint_freq == 0
                 if epoch_done or last or due or reason:
+                    self.phases.enter(SAVE)
                     save_state(self, epoch_done)
                     monitor.restart_clock()
                 if reason and not last:

@@ -112,6 +112,16 @@ class Engine(ABC):
     def step(self, learning_rate: float) -> bool:
         """One optimizer step, and gradients cleared. False: it was skipped, nothing moved."""
 
+    def when_differentiated(self, action: Callable[[], None]) -> None:
+        """Have something done when a backward pass of this rank is through its own part.
+
+        What is left of it is waiting for the sums over ranks. (Engines that shard weights wait
+        for each block before that, too.)
+        """
+        # Gradients arrive from the last layer to the first.
+        first = next(iter(self.moco.trained_parameters().values()))
+        first.register_post_accumulate_grad_hook(lambda _: action())
+
     def ema(self, momentum: float) -> None:
         """Move the key encoder towards the query: fp32, this rank's own storage, no messages."""
         query, key = self._local_pairs()
