@@ -13,7 +13,8 @@ from torch import Tensor
 from moco_scale import distributed, identity
 from moco_scale.batchnorm import set_groups
 from moco_scale.config import Config
-from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
+from moco_scale.data.augment import AUGMENTATIONS, draw_params
+from moco_scale.data.device_augment import DeviceAugment
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.reader import ViewBatch, pretraining_loader
@@ -97,7 +98,10 @@ class Pretraining:
         self.augmentation = dataclasses.replace(
             AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
         )
-        self.augment = DeviceAugment(self.augmentation, config.preset.mean, config.preset.std)
+        self.augments = [
+            DeviceAugment(self.augmentation.of(v), config.preset.mean, config.preset.std)
+            for v in range(2)
+        ]
 
     def initial_encoder(self) -> Encoder:
         """The query encoder before training: a function of the configuration and its seed."""
@@ -182,7 +186,7 @@ class Pretraining:
         """Colours, blur and normalisation: uint8 [B, 3, S, S] -> float32, by sample and view."""
         seed = self.config.optim.rng_seed
         params = draw_params(self.augmentation, seed, samples.passes, samples.index, view)
-        return self.augment(crops, params).contiguous(memory_format=torch.channels_last)
+        return self.augments[view](crops, params).contiguous(memory_format=torch.channels_last)
 
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim

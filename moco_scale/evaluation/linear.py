@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_scale import distributed
-from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
+from moco_scale.data.augment import AUGMENTATIONS, draw_params
+from moco_scale.data.device_augment import DeviceAugment
 from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.shard_set import Shards
@@ -244,7 +245,7 @@ class LinearEvaluation:
                 mine = mine.to(self.device)
                 yield cache[0][mine], cache[1][mine]
             return
-        aug = AUGMENTATIONS[self.config.aug]
+        aug = AUGMENTATIONS[self.config.aug].of(0)
         augment = DeviceAugment(aug, self.pixels.mean, self.pixels.std)
         with pretraining_loader(
             self.train,

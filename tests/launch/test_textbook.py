@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from moco_scale import checkpoint
-from moco_scale.data.augment import AUGMENTATIONS, DeviceAugment, draw_params
+from moco_scale.data.augment import AUGMENTATIONS, draw_params
+from moco_scale.data.device_augment import DeviceAugment
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.data.reader import pretraining_loader
