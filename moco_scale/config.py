@@ -73,7 +73,7 @@ class DataConfig:
 
     dataset: str = _option("imagenet", "preset of statistics and sizes", choices=tuple(DATASETS))
     data_dir: str = _option(
-        "", "folder of shards made by `python -m moco_scale shard` (default: data/DATASET)"
+        "", "folder of shards, or a pattern such as DIR/train-{00..99}.tar (default: data/DATASET)"
     )
     image_size: int = _option(0, "side of a crop in pixels (default: the data set's)")
     aug: str = _option("v1", "augmentation", choices=tuple(AUGMENTATIONS), type=str.lower)

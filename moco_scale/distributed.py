@@ -279,6 +279,19 @@ def agree(action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def in_turn(action: Callable[[], T]) -> T:
+    """Run something on every rank: rank 0 first, then the first of every host, then the others.
+
+    For what leaves something behind that later processes find, on a shared disk or on their own.
+
+    Raises:
+        UserError: that of the lowest rank in whose turn ``action`` raised one.
+    """
+    turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
+    results = [agree(lambda now=now: action() if turn == now else None) for now in range(3)]  # type: ignore[misc]
+    return cast(T, results[turn])
+
+
 def on_main(action: Callable[[], T]) -> T:
     """Run something on rank 0; its result, a small picklable object, or its error is everyone's."""
     return broadcast_object(agree(lambda: action() if is_main() else None))

@@ -69,7 +69,7 @@ class Pretraining:
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
         identity.require_alike(identity.of_run(config))
-        self.shards = distributed.agree(lambda: open_shards(config.data.data_dir, "train"))
+        self.shards = distributed.in_turn(lambda: open_shards(config.data.data_dir, "train"))
         index = {"index of --data-dir": self.shards.fingerprint}
         identity.require_alike(index, identity.SAME_DATA)
         self.plan = BatchPlan(self.shards.order(seed), config.optim.batch_size)

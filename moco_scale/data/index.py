@@ -95,9 +95,13 @@ class IndexedShards:
         header: Mapping[str, Any],
         rows: np.ndarray,
         selection: np.ndarray | None = None,
+        index_dir: Path | None = None,
+        name: str = "",
     ) -> None:
         entry = header["splits"][split]
         self.data_dir = data_dir
+        self.index_dir = index_dir or data_dir
+        self.name = name or str(data_dir)
         self.split = split
         self.classes: list[str] = list(header["classes"])
         self.fingerprint: str = entry["checksum"]
@@ -111,34 +115,41 @@ class IndexedShards:
             digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=16)
             digest.update(chosen)
             self.fingerprint = digest.hexdigest()
-        #: int32 [N]; -1 = unlabelled
-        self.labels: np.ndarray = np.ascontiguousarray(self._rows["label"], dtype=np.int32)
+        #: int32 [N], read-only, with gaps: a column of the shared map; -1 = unlabelled
+        self.labels: np.ndarray = self._rows["label"].view()
+        self.labels.setflags(write=False)
         self._maps: dict[int, mmap.mmap] = {}
         self._max_maps = _max_open_maps()
 
     @classmethod
-    def open(cls, data_dir: str | Path, split: str = "train") -> IndexedShards:
+    def open(
+        cls,
+        data_dir: str | Path,
+        split: str = "train",
+        *,
+        index_dir: Path | None = None,
+        name: str = "",
+    ) -> IndexedShards:
         """Open a split and check that all its shards are there with the size they should have.
+
+        index_dir: where the index lies, if not beside the shards; these may then lie anywhere, at
+        paths relative to data_dir. name: for messages; data_dir by default.
 
         Raises UserError: no such folder; not a folder of shards (an ImageFolder or a tar: the
         message has the command that makes shards of it); no such split; a shard is missing or has
         another size than the index says; an index that is damaged or of another version.
         """
         data_dir = Path(data_dir)
-        header = _read_header(data_dir)
+        header = _read_header(data_dir, index_dir or data_dir)
         if split not in header["splits"]:
             known = ", ".join(sorted(header["splits"])) or "none"
             raise UserError(
                 f"{data_dir} has no split {split!r}; it has: {known}. Make the shards again from a "
                 f"source that has {split!r} pictures (python -m moco_scale shard --help)."
             )
-        rows = _read_rows(data_dir, split, header)
+        rows = _read_rows(index_dir or data_dir, split, header)
         _check_shards(data_dir, header["splits"][split])
-        return cls(data_dir, split, header, rows)
-
-    @property
-    def name(self) -> str:
-        return str(self.data_dir)
+        return cls(data_dir, split, header, rows, None, index_dir, name)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -183,16 +194,24 @@ class IndexedShards:
         ):
             raise IndexError(f"subset wants positions below {len(self)} in one dimension")
         selection = indices if self._selection is None else self._selection[indices]
-        return IndexedShards(self.data_dir, self.split, self._header, self._all_rows, selection)
-
-    def __getstate__(self) -> tuple[Path, str, Mapping[str, Any], np.ndarray | None]:
-        return self.data_dir, self.split, self._header, self._selection
-
-    def __setstate__(self, state: tuple[Path, str, Mapping[str, Any], np.ndarray | None]) -> None:
-        data_dir, split, header, selection = state
-        self.__init__(  # type: ignore[misc]
-            data_dir, split, header, _map_rows(data_dir, split), selection
+        return IndexedShards(
+            self.data_dir,
+            self.split,
+            self._header,
+            self._all_rows,
+            selection,
+            self.index_dir,
+            self.name,
         )
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        where = self.index_dir, self.name
+        return self.data_dir, self.split, self._header, self._selection, *where
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        data_dir, split, header, selection, index_dir, name = state
+        rows = _map_rows(index_dir, split)
+        self.__init__(data_dir, split, header, rows, selection, index_dir, name)  # type: ignore[misc]
 
     def _locate(self, i: int) -> tuple[int, int, int]:
         """(shard, offset, size) of picture i."""
@@ -227,10 +246,10 @@ def _max_open_maps() -> int:
     return max(8, min(4096, soft // 4))
 
 
-def _read_header(data_dir: Path) -> dict[str, Any]:
+def _read_header(data_dir: Path, index_dir: Path) -> dict[str, Any]:
     if not data_dir.is_dir():
         raise UserError(_not_a_folder(data_dir))
-    path = data_dir / INDEX_JSON
+    path = index_dir / INDEX_JSON
     if not path.is_file():
         raise UserError(_not_shards(data_dir))
     try:
@@ -246,14 +265,17 @@ def _read_header(data_dir: Path) -> dict[str, Any]:
             f"{path} has format version {header.get('version')}, this program reads version "
             f"{VERSION}. {_MAKE_AGAIN}"
         )
-    problem = _header_problem(header)
+    problem = _header_problem(header, anywhere=index_dir != data_dir)
     if problem:
         raise UserError(f"{path} is damaged ({problem}). {_MAKE_AGAIN}")
     return header
 
 
-def _header_problem(header: Mapping[str, Any]) -> str | None:
-    """What is wrong with the structure of an index.json, None when nothing is."""
+def _header_problem(header: Mapping[str, Any], anywhere: bool) -> str | None:
+    """What is wrong with the structure of an index.json, None when nothing is.
+
+    anywhere: shards may lie in other folders.
+    """
     classes, splits = header.get("classes"), header.get("splits")
     if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         return "'classes' is not a list of names"
@@ -267,26 +289,26 @@ def _header_problem(header: Mapping[str, Any]) -> str | None:
             return f"split {name!r}: {type(error).__name__} {error}"
         if not isinstance(checksum, str):
             return f"split {name!r}: 'checksum' is not text"
-        if any("/" in shard for shard, _, _ in sizes):
+        if not anywhere and any("/" in shard for shard, _, _ in sizes):
             return f"split {name!r}: a shard lies in another folder"
         if sum(count for _, _, count in sizes) != samples:
             return f"split {name!r}: the shards' samples do not add up to {samples}"
     return None
 
 
-def _map_rows(data_dir: Path, split: str) -> np.ndarray:
+def _map_rows(index_dir: Path, split: str) -> np.ndarray:
     """The index of a split, memory-mapped; ValueError when it is not one."""
-    rows = np.lib.format.open_memmap(data_dir / index_name(split), mode="r")
+    rows = np.lib.format.open_memmap(index_dir / index_name(split), mode="r")
     if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
         raise ValueError(f"{rows.ndim}-dimensional array of {rows.dtype}")
     return np.asarray(rows)  # numpy's memmap class makes every access slower
 
 
-def _read_rows(data_dir: Path, split: str, header: Mapping[str, Any]) -> np.ndarray:
-    path = data_dir / index_name(split)
+def _read_rows(index_dir: Path, split: str, header: Mapping[str, Any]) -> np.ndarray:
+    path = index_dir / index_name(split)
     entry = header["splits"][split]
     try:
-        rows = _map_rows(data_dir, split)
+        rows = _map_rows(index_dir, split)
     except OSError as error:
         raise UserError(
             f"Cannot read the index {path}: {error.strerror or error}. {_MAKE_AGAIN}"
@@ -305,7 +327,7 @@ def _read_rows(data_dir: Path, split: str, header: Mapping[str, Any]) -> np.ndar
         )
     sizes = np.array([s["bytes"] for s in entry["shards"]], dtype=np.uint64)
     if len(rows) == 0:
-        raise UserError(f"The split {split!r} of {data_dir} is empty. {_MAKE_AGAIN}")
+        raise UserError(f"The index {path} is empty. {_MAKE_AGAIN}")
     inside = rows["shard"].max() < len(sizes) and bool(
         (rows["offset"] + rows["size"] <= sizes[rows["shard"]]).all()
         and (rows["offset"] >= tarfile.BLOCKSIZE).all()
@@ -377,14 +399,6 @@ def _not_shards(data_dir: Path) -> str:
     shards = [d for d in names if (data_dir / d / INDEX_JSON).is_file()]
     if shards:
         return f"{data_dir} holds no {INDEX_JSON}; did you mean {data_dir / shards[0]}?"
-    if any(name.endswith(".tar") for name in names) and not any(
-        name.startswith("ILSVRC2012_img") for name in names
-    ):
-        return (
-            f"{data_dir} holds tars but no {INDEX_JSON}, which exact epochs need. Copy it and "
-            "the *-index.npy files from where the shards were made, or make the shards from the "
-            f"pictures with: {shard_command('PICTURES', _beside(data_dir))}"
-        )
     if not names:
         return (
             f"{data_dir} is empty. Make shards of a folder or tar of pictures with: "

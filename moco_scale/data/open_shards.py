@@ -5,19 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 
 from moco_scale.data import index
+from moco_scale.data.scanned_index import open_scanned
+from moco_scale.data.shard_list import ShardList, is_pattern, list_shards
 from moco_scale.data.shard_set import Shards
+from moco_scale.errors import UserError
 
 
 def open_shards(spec: str | Path, split: str) -> Shards:
     """The pictures of one split of a data set, checked to be all there.
 
-    spec: a folder of shards, as `--data-dir` names it.
+    spec, as `--data-dir` names it: a folder of shards made by `python -m moco_scale shard`; a
+    folder of tars that were written elsewhere, or a pattern of such (see `list_shards`), which are
+    indexed on first use.
 
     Raises UserError: there is no such data set or split, or something in it is missing or damaged.
     """
-    return index.IndexedShards.open(spec, split)
+    spec = str(spec)
+    tars = _without_index(spec)
+    if tars is None:
+        return index.IndexedShards.open(spec, split)
+    return open_scanned(spec, tars, split)
 
 
 def has_split(spec: str | Path, split: str) -> bool:
     """Whether spec is a finished data set that has this split."""
-    return index.has_split(spec, split)
+    spec = str(spec)
+    try:
+        tars = _without_index(spec)
+    except UserError:
+        return False
+    return index.has_split(spec, split) if tars is None else split in tars.splits
+
+
+def _without_index(spec: str) -> ShardList | None:
+    """Its tars when spec is a data set that came without our index."""
+    folder = Path(spec)
+    if not is_pattern(spec):
+        unfinished = index.PARTIAL in folder.name
+        if not folder.is_dir() or unfinished or (folder / index.INDEX_JSON).exists():
+            return None
+    return list_shards(spec)

@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
 import tarfile
-import threading
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from moco_scale.data import index
 from moco_scale.data.layout import Listing, Picture
 from moco_scale.data.output_folder import LEFT_OUT, size_text, sync
+from moco_scale.data.pool import BrokenProcessPool, in_order
+from moco_scale.data.progress import Progress
 from moco_scale.data.shard_file import (
     Done,
     Encoding,
@@ -42,8 +34,6 @@ from moco_scale.data.shard_file import (
     write_shard,
 )
 from moco_scale.errors import UserError
-
-_LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -168,78 +158,18 @@ def _tasks(
 
 def _run(tasks: Iterable[Task], workers: int, total: int, split: str) -> Iterator[Done]:
     """The results in the order of the tasks."""
-    progress = _Progress(split, total)
-    with progress:
-        if workers <= 1:
-            try:
-                for task in tasks:
-                    yield write_shard(task)
-                    progress.add(len(task.pictures))
-            finally:
-                close_sources()
-            return
-        # Forked, so that the workers need not import everything again; they run no torch.
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("fork"), initializer=_start_worker
-        )
-        pending: deque[tuple[int, Future[Done]]] = deque()
-        try:
-            for task in tasks:
-                pending.append((len(task.pictures), pool.submit(write_shard, task)))
-                if len(pending) > 4 * workers:  # tasks hold lists of pictures: not all at once
-                    count, future = pending.popleft()
-                    yield future.result()
-                    progress.add(count)
-            while pending:
-                count, future = pending.popleft()
-                yield future.result()
-                progress.add(count)
-        except BrokenProcessPool as error:
-            raise UserError(
-                "A worker process was killed, probably for want of memory. "
-                f"Nothing was written; try fewer than --workers {workers}."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Progress:
-    """A bar on a terminal, otherwise a line now and then."""
-
-    def __init__(self, split: str, total: int) -> None:
-        self._split, self._total, self._count = split, total, 0
-        self._quiet_until = time.monotonic() + _LINE_SECONDS
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> None:
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, desc=self._split, unit=" pictures")
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def add(self, count: int) -> None:
-        self._count += count
-        if self._bar is not None:
-            self._bar.update(count)
-        elif time.monotonic() >= self._quiet_until:
-            print(f"{self._split}: {self._count} of {self._total} pictures", file=sys.stderr)
-            self._quiet_until = time.monotonic() + _LINE_SECONDS
-
-
-def _start_worker() -> None:
-    """Interrupts are the main process's business; a worker ends when that process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    try:
+        with Progress(split, total) as progress:
+            for task, done in in_order(write_shard, tasks, workers):
+                yield done
+                progress.add(len(task.pictures))
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A worker process was killed, probably for want of memory. "
+            f"Nothing was written; try fewer than --workers {workers}."
+        ) from error
+    finally:
+        close_sources()
 
 
 def _check_room(listing: Listing, folder: Path) -> None:

@@ -137,6 +137,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.monotonic()
     folder = Path(args.output_dir)
+    distributed.in_turn(lambda: open_shards(args.data_dir, "train"))  # which may index them
     failure: UserError | None = None
     try:
         earlier = _prepare(folder) if distributed.is_main() else {}

@@ -227,7 +227,7 @@ class KnnMonitor:
 
     def __post_init__(self) -> None:
         # Before hours of training, not after them.
-        bank, queries = (torch.from_numpy(s.labels) for s in (self.bank, self.queries))
+        bank, queries = (torch.tensor(s.labels) for s in (self.bank, self.queries))
         _check(bank, queries, self.num_classes, self.k, self.temperature)
 
     @property

@@ -2,7 +2,9 @@
 
 import os
 import socket
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,7 +154,24 @@ def exchange() -> Tensor:
     return pending.wait()
 
 
-WORK = (gathers, averages, sums_and_broadcasts, errors, agreement, blocks, hosts, exchange)
+def turns() -> tuple[set[int], str]:
+    """Which ranks had had their turn before this one, on hosts of two ranks each."""
+    rank = distributed.rank()
+    folder = Path(distributed.broadcast_object(tempfile.mkdtemp() if rank == 0 else ""))
+
+    def action() -> set[int]:
+        before = {int(path.name) for path in folder.iterdir()}
+        (folder / str(rank)).touch()
+        return before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(rank % 2))
+        before = distributed.in_turn(action)
+        failed = message(lambda: distributed.in_turn(fail_as_main))
+    return before, failed
+
+
+WORK = (gathers, averages, sums_and_broadcasts, errors, agreement, blocks, hosts, exchange, turns)
 
 
 def everything() -> dict[str, Any]:
@@ -226,6 +245,16 @@ def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
         assert got["one_failed"] == f"{place}a defect of one rank"
         assert got["main_failed"] == "a defect of rank 0"
         assert got["gathered"] == [f"of rank {r}" for r in range(last + 1)]
+
+
+def test_turns_are_taken_by_rank_0_then_one_of_each_host_then_the_others(ranks: Ranks) -> None:
+    first, leaders = {0}, {rank for rank in range(len(ranks)) if rank % 2 == 0}
+    for rank, results in enumerate(ranks):
+        before, failed = results["turns"]
+        expected = set() if rank == 0 else first if rank in leaders else leaders
+        assert before >= expected
+        assert before.isdisjoint(leaders - expected)
+        assert failed == "a defect of rank 0"
 
 
 def test_one_process_keeps_its_own_error() -> None:

@@ -1,0 +1,63 @@
+"""Work shared among processes, with the results in the order of the tasks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def in_order(
+    work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
+) -> Iterator[tuple[Task, Result]]:
+    """Each task with its result; `workers` processes work ahead. One worker is this process.
+
+    Raises what `work` raises, and BrokenProcessPool when a worker was killed.
+    """
+    if workers <= 1:
+        for task in tasks:
+            yield task, work(task)
+        return
+    # Forked, so that the workers need not import everything again; they run no torch.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), initializer=_start_worker
+    )
+    pending: deque[tuple[Task, Future[Result]]] = deque()
+    try:
+        for task in tasks:
+            pending.append((task, pool.submit(work, task)))
+            if len(pending) > 4 * workers:  # tasks may be large: not all at once
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Interrupts are the main process's business; a worker ends when that process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+__all__ = ["BrokenProcessPool", "in_order"]

@@ -1,0 +1,38 @@
+"""How far a long piece of work is: a bar on a terminal, otherwise a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+_LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Context manager; `add` counts what is done. On stderr."""
+
+    def __init__(self, label: str, total: int, unit: str = "pictures") -> None:
+        self._label, self._total, self._unit, self._count = label, total, unit, 0
+        self._quiet_until = time.monotonic() + _LINE_SECONDS
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._total, desc=self._label, unit=f" {self._unit}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, count: int) -> None:
+        self._count += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() >= self._quiet_until:
+            line = f"{self._label}: {self._count} of {self._total} {self._unit}"
+            print(line, file=sys.stderr, flush=True)
+            self._quiet_until = time.monotonic() + _LINE_SECONDS

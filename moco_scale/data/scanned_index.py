@@ -1,0 +1,249 @@
+"""The index of shards that were written elsewhere: made on first use, kept, and found again.
+
+It lies in ``.moco_scale-index/KEY/`` beside the tars or, where that cannot be written, in
+``$XDG_CACHE_HOME/moco_scale/index/KEY/`` (``~/.cache`` by default; ``$MOCO_SCALE_CACHE`` stands
+before both), in the format of `moco_scale.data.index`. KEY is a hash of the tars' names and of
+their sizes and times of change, so a tar that was replaced is noticed and all are scanned again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moco_scale.data import index
+from moco_scale.data.pool import BrokenProcessPool, in_order
+from moco_scale.data.progress import Progress
+from moco_scale.data.shard_list import ShardList
+from moco_scale.data.tar_scan import ShardScan, scan_tar
+from moco_scale.errors import UserError
+from moco_scale.files import sync_folder, write_atomically
+
+FOLDER = ".moco_scale-index"
+_MOST_WORKERS = 32
+_MOST_CLASSES = 1 << 20
+
+
+class _Key(NamedTuple):
+    names: str
+    state: str  # sizes and times of change
+
+    def folder(self, place: Path) -> Path:
+        return place / f"{self.names}-{self.state}"
+
+
+def open_scanned(spec: str, shards: ShardList, split: str) -> index.IndexedShards:
+    """The pictures of a split of tars that have no index; makes it if there is none yet.
+
+    One process of those that share the place of the index scans, in parallel processes; the others
+    wait for it, and later runs find what it has written.
+
+    Raises UserError: no such split; a tar is missing, damaged or holds no picture (see `scan_tar`);
+    labels that are numbers in some tars and names in others; no place for the index.
+    """
+    if split not in shards.splits:
+        raise UserError(
+            f"{spec} has no split {split!r}; by their names its tars are: "
+            f"{', '.join(sorted(shards.splits))}."
+        )
+    key, sizes = _key(shards)
+    near, far = shards.folder / FOLDER, _cache_folder(shards.folder)
+    for place in (near, far):
+        found = _open(spec, shards, split, key.folder(place))
+        if found is not None:
+            return found
+    writable = [place for place in (near, far) if _can_write(place)]
+    if not writable:
+        raise UserError(
+            f"The index of {spec} can be written neither to {near} nor to {far}. Name a folder "
+            "that can be written in the environment variable MOCO_SCALE_CACHE."
+        )
+    place = writable[0]
+    with _alone(place / f"{key.names}.lock", f"{spec}: another process makes the index; waiting"):
+        found = _open(spec, shards, split, key.folder(place))
+        if found is not None:
+            return found
+        _build(spec, shards, sizes, key.folder(place))
+        for old in place.glob(f"{key.names}-*"):  # of the tars as they were before
+            if old != key.folder(place):
+                shutil.rmtree(old, ignore_errors=True)
+        found = _open(spec, shards, split, key.folder(place))
+    if found is None:
+        raise UserError(f"The index of {spec} was written to {place}, and cannot be read there.")
+    return found
+
+
+def _open(spec: str, shards: ShardList, split: str, folder: Path) -> index.IndexedShards | None:
+    """None: there is no index, or it is damaged, which making it again puts right."""
+    try:
+        return index.IndexedShards.open(shards.folder, split, index_dir=folder, name=spec)
+    except UserError:
+        return None
+
+
+def _key(shards: ShardList) -> tuple[_Key, dict[str, int]]:
+    """The key, and the size of each tar."""
+    names, state = (hashlib.blake2b(digest_size=8) for _ in range(2))
+    sizes: dict[str, int] = {}
+    for split, members in sorted(shards.splits.items()):
+        for name in members:
+            path = shards.folder / name
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
+            sizes[name] = status.st_size
+            names.update(os.fsencode(f"{split}\0{name}\0"))
+            state.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    return _Key(names.hexdigest(), state.hexdigest()), sizes
+
+
+def _cache_folder(folder: Path) -> Path:
+    """Where the index of the tars of a folder goes that cannot be written."""
+    root = os.environ.get("MOCO_SCALE_CACHE")
+    if not root:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        root = os.path.join(base, "moco_scale")
+    of = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
+    return Path(root) / "index" / of
+
+
+def _can_write(place: Path) -> bool:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        probe = place / f".{os.getpid()}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, waiting: str) -> Iterator[None]:
+    """One process at a time, on file systems that can lock; elsewhere work may be done twice, and
+    whole files replace each other."""
+    file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(file)
+
+
+def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) -> None:
+    started = time.monotonic()
+    everything = [(split, name) for split, names in shards.splits.items() for name in names]
+    scans = _scan_all(spec, shards.folder, [name for _, name in everything])
+    classes = _classes(spec, everything, scans)
+    place = {name: i for i, name in enumerate(classes)}
+    header: dict[str, Any] = {
+        "format": index.FORMAT,
+        "version": index.VERSION,
+        "classes": classes,
+        "splits": {},
+        "made": {"scanned": spec, "without_picture": sum(s.without_picture for s in scans)},
+    }
+    # Readers look for a folder with an index.json: that comes last.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in shards.splits:
+            chosen = [
+                (name, scan)
+                for (of, name), scan in zip(everything, scans, strict=True)
+                if of == split
+            ]
+            rows = np.concatenate(
+                [_rows(number, scan, place) for number, (_, scan) in enumerate(chosen)]
+            )
+            entry = [(name, sizes[name], len(scan.offset)) for name, scan in chosen]
+            header["splits"][split] = index.split_entry(split, rows, entry)
+            _save(folder / index.index_name(split), rows)
+        write_atomically(folder / index.INDEX_JSON, json.dumps(header, indent=1))
+        sync_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the index of {spec} to {folder}: {error.strerror or error}."
+        ) from error
+    pictures = sum(len(scan.offset) for scan in scans)
+    line = f"{spec}: indexed {pictures} pictures in {len(scans)} shards"
+    line += f" in {time.monotonic() - started:.1f} s, kept in {folder}"
+    without = header["made"]["without_picture"]
+    if without:
+        line += f"; {without} samples hold no picture and are left out"
+    print(line, file=sys.stderr, flush=True)
+
+
+def _scan_all(spec: str, folder: Path, names: list[str]) -> list[ShardScan]:
+    workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS, -(-len(names) // 4))
+    scans = []
+    try:
+        with Progress(f"indexing {spec}", len(names), "shards") as progress:
+            for _, scan in in_order(scan_tar, [folder / name for name in names], workers):
+                scans.append(scan)
+                progress.add(1)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"A process that indexed {spec} was killed, probably for want of memory."
+        ) from error
+    return scans
+
+
+def _classes(spec: str, everything: list[tuple[str, str]], scans: list[ShardScan]) -> list[str]:
+    """Names of all classes: those in the tars, sorted, or the numbers themselves."""
+    names = sorted({name for scan in scans for name in scan.names})
+    highest = max((int(scan.label.max()) for scan in scans if not scan.names), default=-1)
+    if names and highest >= 0:
+        numbered, named = None, None
+        for (_, name), scan in zip(everything, scans, strict=True):
+            if scan.names:
+                named = name
+            elif scan.label.max() >= 0:
+                numbered = name
+        raise UserError(f"{spec}: labels are numbers in {numbered} and names in {named}.")
+    if max(len(names), highest + 1) > _MOST_CLASSES:
+        raise UserError(
+            f"{spec}: {max(len(names), highest + 1)} classes. What the .cls or .json files hold "
+            "are no class labels; leave them out of the tars."
+        )
+    return names or [str(number) for number in range(highest + 1)]
+
+
+def _rows(number: int, scan: ShardScan, place: dict[str, int]) -> np.ndarray:
+    rows = np.zeros(len(scan.offset), index.INDEX_DTYPE)
+    rows["shard"], rows["offset"], rows["size"] = number, scan.offset, scan.size
+    rows["label"] = scan.label
+    if scan.names:
+        numbers = np.array([*(place[name] for name in scan.names), -1])
+        rows["label"] = numbers[scan.label]  # -1, unlabelled, is the last one
+    return rows
+
+
+def _save(path: Path, rows: np.ndarray) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, rows, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,182 @@
+"""Which tars a data set consists of, when no index says it: folders, patterns, splits by name."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moco_scale.data.index import INDEX_JSON
+from moco_scale.errors import UserError
+
+JOIN = "::"
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
+_UNPACK = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}
+_SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_WORD = re.compile(r"[a-z]+")
+
+
+class ShardList(NamedTuple):
+    """Tars without an index."""
+
+    folder: Path
+    """Of the first of them; an index goes there if possible."""
+    splits: dict[str, list[str]]
+    """Their paths below the folder (or beside it, with ".."), in the order of the samples."""
+
+
+def is_pattern(spec: str) -> bool:
+    """Whether spec names tars by a pattern. What exists under this very name is no pattern."""
+    return any(sign in spec for sign in (JOIN, "{", "*", "?", "[")) and not os.path.exists(spec)
+
+
+def list_shards(spec: str) -> ShardList | None:
+    """The tars that a folder or a pattern names; None when it names none.
+
+    A folder: its `*.tar`, or those of its sub-folders. A pattern: braces `{000000..001281}` and
+    `{a,b}`, `*`, `?` and `[…]`, and several of these or folders joined by `::`. The order is that
+    of the names, in a folder and for `*`, and as written for braces and `::`.
+
+    Splits are told by words in the names (`train`, `val` or `validation`, `test`), first of the
+    file, then of the folder that it lies in; where none has such a word, all are `train`.
+
+    Raises UserError: a file that braces name is missing, tars are compressed, a tar is named
+    twice, only some names tell a split.
+    """
+    if is_pattern(spec):
+        paths = [path for part in spec.split(JOIN) for path in _named_by(part)]
+    else:
+        paths = _in_folder(Path(spec))
+    if not paths:
+        return None
+    for path in paths:
+        if _COMPRESSED_TAR.search(path.name):
+            raise _refuse_compressed(path)
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    if len(set(absolute)) < len(absolute):
+        twice = next(p for i, p in enumerate(absolute) if p in absolute[:i])
+        raise UserError(f"{spec} names {twice} twice")
+    folder = absolute[0].parent if is_pattern(spec) else Path(os.path.abspath(spec))
+    splits: dict[str, list[str]] = {}
+    for split, path in zip(_splits(spec, absolute, folder), absolute, strict=True):
+        splits.setdefault(split, []).append(os.path.relpath(path, folder))
+    return ShardList(folder, splits)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """All names that braces stand for, as a shell's: `{08..10}` is 08, 09, 10.
+
+    Raises UserError: a brace that is not closed, or a range that runs backwards.
+    """
+    found = _BRACES.search(pattern)
+    if found is None:
+        if "{" in pattern or "}" in pattern:
+            raise UserError(f"{pattern}: a brace without its other half")
+        return [pattern]
+    head, tail = pattern[: found.start()], expand_braces(pattern[found.end() :])
+    numbers = _RANGE.fullmatch(found.group(1))
+    if numbers:
+        first, last = numbers.groups()
+        if int(first) > int(last):
+            raise UserError(f"{pattern}: the range {found.group()} runs backwards")
+        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+        values = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
+    else:
+        values = found.group(1).split(",")
+    return [head + value + rest for value, rest in itertools.product(values, tail)]
+
+
+def _named_by(pattern: str) -> Iterator[Path]:
+    pattern = os.path.expanduser(pattern)
+    if os.path.isdir(pattern):
+        yield from _in_folder(Path(pattern))
+        return
+    names = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
+    missing = []
+    for name in names:
+        if os.path.exists(name):
+            yield Path(name)
+        elif any(sign in name for sign in "*?["):
+            matches = sorted(glob.glob(name))
+            if not matches:
+                missing.append(name)
+            yield from map(Path, matches)
+        else:
+            missing.append(name)
+    if missing:
+        raise UserError(
+            f"{pattern} names {len(names)} shards, of which {len(missing)} are missing, such as "
+            f"{missing[0]}"
+        )
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The tars of a folder, or, if it has none, those of its sub-folders."""
+    found = _tars(folder)
+    if found or not folder.is_dir():
+        return found
+    below = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    # One with an index is a data set of its own.
+    return [tar for child in below if not (child / INDEX_JSON).exists() for tar in _tars(child)]
+
+
+def _tars(folder: Path) -> list[Path]:
+    try:
+        names = sorted(os.listdir(folder))
+    except NotADirectoryError:
+        return []
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"Cannot read {folder}: {error.strerror or error}.") from error
+    # ImageNet's own tars hold tars and pictures of all kinds, and no samples.
+    return [
+        folder / name
+        for name in names
+        if (name.lower().endswith(".tar") or _COMPRESSED_TAR.search(name))
+        and not name.startswith((".", "ILSVRC2012_"))
+    ]
+
+
+def _refuse_compressed(path: Path) -> UserError:
+    tool = _UNPACK.get(path.name.rpartition(".")[2].lower(), "tar")
+    return UserError(
+        f"{path} is compressed: pictures in it cannot be reached on their own, and they hardly "
+        f"become smaller. Decompress it and its like once, for example with `{tool} {path}`; "
+        "tars of pictures need no compression."
+    )
+
+
+def _splits(spec: str, paths: list[Path], folder: Path) -> list[str]:
+    """The split of each tar."""
+    told = [_split_of(path, folder) for path in paths]
+    untold = [path for path, split in zip(paths, told, strict=True) if split is None]
+    if len(untold) == len(paths):
+        return ["train"] * len(paths)
+    if untold:
+        other = next(path for path, split in zip(paths, told, strict=True) if split is not None)
+        raise UserError(
+            f"{spec}: the name of {other} says which split it belongs to, that of {untold[0]} "
+            f"({len(untold)} such) does not. Name the tars alike, or choose some by a pattern, "
+            f"such as '{folder}/train-*.tar'."
+        )
+    return [split for split in told if split is not None]
+
+
+def _split_of(path: Path, folder: Path) -> str | None:
+    below = os.path.relpath(path.parent, folder)
+    for name in (path.name, "" if below.startswith("..") else below):
+        for word in _WORD.findall(name.lower()):
+            if word in _SPLIT_WORDS:
+                return _SPLIT_WORDS[word]
+    return None
