@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,22 @@ def failure_reason(error: BaseException) -> str:
     if "unexpected pos" in text:  # what is left of it when another rank met it
         return f"a write was cut short, most likely: {os.strerror(errno.ENOSPC)}"
     return text.splitlines()[-1][:300] if text else type(error).__name__
+
+
+def open_failure(error: OSError) -> str:
+    """Why a file could not be opened or mapped; what to do where too many are open already."""
+    reason = error.strerror or str(error)
+    if error.errno == errno.EMFILE:
+        return f"{reason}. {open_files_advice()}"
+    return reason
+
+
+def open_files_advice() -> str:
+    """What to do about the limit on open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    more = (
+        f"raise it with `ulimit -n {hard}` in the shell or script that starts this"
+        if soft < hard
+        else "the administrator can raise it (LimitNOFILE, /etc/security/limits.conf)"
+    )
+    return f"This process may have {soft} files open (`ulimit -n`); {more}"

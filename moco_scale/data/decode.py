@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,23 @@ import simplejpeg
 from PIL import Image, ImageCms
 
 Pixels = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 178_956_970
+"""The largest picture that is decoded; PIL refuses larger ones too, by default.
+
+A header may declare any size. Believing it would take gigabytes before the first pixel is found to
+be missing.
+"""
+
+# PIL tries every plugin it has on bytes it does not know, one of which starts another program.
+Image.init()
+_FORMATS: list[str] = [
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+    if name in Image.OPEN
+]
+# From half of MAX_PIXELS on; there is nothing a user could do about it.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 ORIENTATION = 0x0112  # EXIF's tag
 # What makes a picture of each orientation upright: (swap the axes, then flip rows, flip columns).
@@ -63,7 +81,8 @@ def decode_rgb(data: bytes | memoryview) -> Pixels:
     a warning is all it gives for a file whose second half is zeros. PNG, WebP, GIF, BMP, TIFF and
     CMYK JPEG go through PIL. Of an animation the first frame; transparency is dropped, as
     `Image.convert("RGB")` does; 16-bit pictures are scaled to 8 bit. The orientation in EXIF is
-    applied, as `PIL.ImageOps.exif_transpose` does. Raises DecodeError.
+    applied, as `PIL.ImageOps.exif_transpose` does. Raises DecodeError, before anything
+    is allocated for a picture of more than MAX_PIXELS.
     """
     return _decode(data, None)
 
@@ -99,6 +118,7 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         raise DecodeError(f"broken JPEG: {error}") from None
+    _check_size(width, height)
     return None if colorspace in ("CMYK", "YCCK") else (height, width)
 
 
@@ -156,6 +176,17 @@ def _exif_orientation(tiff: bytes) -> int:
     return 1
 
 
+_TOO_LARGE = (
+    f"its header declares more than {MAX_PIXELS / 1e6:.0f} million pixels, the most that is decoded"
+)
+
+
+def _check_size(width: int, height: int) -> None:
+    """DecodeError for a picture of more than MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{_TOO_LARGE}: {width} x {height}")
+
+
 def _decode_pil(data: bytes | memoryview) -> Pixels:
     with _opened(data) as image:
         image.load()  # of TIFF this applies the orientation, of PNG it may find one at the end
@@ -166,10 +197,13 @@ def _decode_pil(data: bytes | memoryview) -> Pixels:
 def _opened(data: bytes | memoryview) -> Iterator[Image.Image]:
     """The picture as PIL sees it; its errors, there and within, as DecodeError."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_size(*image.size)
             yield image
     except Image.UnidentifiedImageError:
         raise DecodeError("not a picture in any known format") from None
+    except Image.DecompressionBombError:
+        raise DecodeError(_TOO_LARGE) from None
     except DecodeError:
         raise
     except Exception as error:  # PIL's plugins raise nearly anything on broken input

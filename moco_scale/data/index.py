@@ -34,7 +34,9 @@ from typing import Any
 import numpy as np
 
 from moco_scale.data.order import FullPermutation
+from moco_scale.data.shard_set import Place
 from moco_scale.errors import UserError
+from moco_scale.files import open_failure
 
 FORMAT = "moco_scale shards"
 VERSION = 1
@@ -174,6 +176,10 @@ class IndexedShards:
 
     def where(self, i: int) -> str:
         """For messages: "train-000003.tar at byte 12345 (key 000000017)"."""
+        return str(self.place(i))
+
+    def place(self, i: int) -> Place:
+        """The same in its parts."""
         shard, offset, _ = self._locate(i)
         name = self._shards[shard][0]
         try:
@@ -183,8 +189,17 @@ class IndexedShards:
                     file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape"
                 ).name
         except (OSError, tarfile.TarError):
-            return f"{name} at byte {offset}"
-        return f"{name} at byte {offset} (key {member.partition('.')[0]})"
+            return Place(name, offset, "")
+        return Place(name, offset, member.partition(".")[0])
+
+    def fault(self, i: int) -> str | None:
+        """What has happened to the shard of picture i since the index was made; None: nothing."""
+        name, size = self._shards[self._locate(i)[0]]
+        try:
+            _check_shard(self.data_dir / name, size, len(self._shards))
+        except UserError as error:
+            return str(error)
+        return None
 
     def subset(self, indices: np.ndarray) -> IndexedShards:
         """The same for some of the pictures only: int64 [M] positions, kept in the given order."""
@@ -230,7 +245,7 @@ class IndexedShards:
                     raise UserError(_wrong_size(path, actual, size))
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
-            raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
+            raise UserError(f"Cannot read shard {path}: {open_failure(error)}.") from error
         if len(self._maps) >= self._max_maps:
             # The oldest goes; in random order that is as good as the least recently used. Views
             # still in someone's hands keep their map alive until they are dropped.
@@ -342,18 +357,21 @@ def _read_rows(index_dir: Path, split: str, header: Mapping[str, Any]) -> np.nda
 def _check_shards(data_dir: Path, entry: Mapping[str, Any]) -> None:
     """All shards of a split present, each with its recorded size: a stat a shard."""
     for shard in entry["shards"]:
-        path = data_dir / shard["name"]
-        try:
-            actual = path.stat().st_size
-        except FileNotFoundError:
-            raise UserError(
-                f"Shard {path} is missing ({len(entry['shards'])} belong to this split). "
-                "Copy it again from where the shards were made, or make them again."
-            ) from None
-        except OSError as error:
-            raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
-        if actual != shard["bytes"]:
-            raise UserError(_wrong_size(path, actual, shard["bytes"]))
+        _check_shard(data_dir / shard["name"], shard["bytes"], len(entry["shards"]))
+
+
+def _check_shard(path: Path, size: int, of: int) -> None:
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(
+            f"Shard {path} is missing ({of} belong to this split). "
+            "Copy it again from where the shards were made, or make them again."
+        ) from None
+    except OSError as error:
+        raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
+    if actual != size:
+        raise UserError(_wrong_size(path, actual, size))
 
 
 _MAKE_AGAIN = "Make the shards again with python -m moco_scale shard --overwrite …"

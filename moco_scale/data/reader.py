@@ -141,6 +141,7 @@ class _Crops(Dataset[Any]):
 
     def __init__(self, shards: Pictures, image_size: int) -> None:
         self.shards, self.image_size = shards, image_size
+        self.reading = Reading(shards)
         self.decode = Decoder()
 
     def __getitem__(self, job: _Job) -> ViewBatch | Failure:
@@ -161,6 +162,7 @@ class _Crops(Dataset[Any]):
 
     def pixels(self, sample: int) -> Pixels:
         """RGB pixels of a picture, uint8 [H, W, 3]; the next call may overwrite them."""
+        self.reading.begin(sample)
         try:
             return self.decode(self.shards.read(sample))
         except DecodeError as error:

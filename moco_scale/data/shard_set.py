@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moco_scale.data.order import Indices, Order
+
+
+class Place(NamedTuple):
+    """Where a picture lies, for people."""
+
+    shard: str
+    offset: int
+    key: str  # "" where the header before the picture cannot be read
+
+    def __str__(self) -> str:
+        return f"{self.shard} at byte {self.offset}" + (f" (key {self.key})" if self.key else "")
 
 
 class Pictures(Protocol):
@@ -34,6 +45,14 @@ class Pictures(Protocol):
 
     def where(self, i: int) -> str:
         """Shard, byte and key of picture i; for messages."""
+        ...
+
+    def place(self, i: int) -> Place:
+        """The same in its parts."""
+        ...
+
+    def fault(self, i: int) -> str | None:
+        """What has happened to the file of picture i since it was indexed; None: nothing."""
         ...
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
+from multiprocessing import connection
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from moco_scale.errors import UserError
+from moco_scale.files import open_files_advice
 
 Batch = TypeVar("Batch")
+
+_END_SECONDS = 5.0  # for the end of a process to be seen after its connection has broken
 
 
 class Failure(NamedTuple):
@@ -35,6 +40,43 @@ def batch_memory(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
+class Places(Protocol):
+    """Where samples lie, for messages."""
+
+    def where(self, i: int) -> str:
+        """The place of sample i."""
+
+    def fault(self, i: int) -> str | None:
+        """What is wrong with the file it lies in by now, or None."""
+
+
+class Reading:
+    """Which sample each worker has in hand, in memory that can be read when the worker is dead.
+
+    Args:
+        places: of the samples.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self._samples = torch.empty(0, dtype=torch.int64)
+
+    def share(self, num_workers: int) -> None:
+        """Make room for so many workers, before they start."""
+        self._samples = torch.full((num_workers,), -1, dtype=torch.int64).share_memory_()
+
+    def begin(self, sample: int) -> None:
+        """This worker starts on a sample; -1: on something else."""
+        info = get_worker_info()
+        if info is not None:
+            self._samples[info.id] = sample
+
+    def of(self, worker: int) -> int | None:
+        """What a worker had in hand, None for nothing."""
+        sample = int(self._samples[worker])
+        return None if sample < 0 else sample
+
+
 class BatchLoader(Iterator[Batch], Generic[Batch]):
     """`dataset[job]`, a whole batch, for each of the jobs in order, once.
 
@@ -49,8 +91,13 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         jobs: Sampler[Any],
         num_workers: int,
         start_method: str | None = None,
+        reading: Reading | None = None,
     ) -> None:
-        """`start_method` of the workers: "fork" where there is one, by default."""
+        """`start_method` of the workers: "fork" where there is one, by default.
+
+        `reading` is what the data set keeps up to date, for the message when a worker dies.
+        """
+        self._reading = reading
         self._length = len(jobs)  # type: ignore[arg-type]
         # More decoders than cores is the default on small machines, and does no harm.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -76,18 +123,16 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
             raise StopIteration
         try:
             if self._batches is None:
+                if self._reading is not None:
+                    self._reading.share(self._loader.num_workers)
                 self._batches = _start(self._loader)
             batch = next(self._batches)
-        except RuntimeError as error:
-            how = _deaths(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            message = _explained(error, self._batches, self._reading)
             self.close()
-            if "DataLoader worker" not in str(error):
+            if message is None:
                 raise
-            raise UserError(
-                f"a process that reads pictures died ({how or str(error).strip()}). Most often the "
-                "machine is out of memory, or its shared memory (/dev/shm) is too small, or a "
-                "shard was changed while it was read; a lower --num-workers needs less memory"
-            ) from error
+            raise UserError(message) from error
         except BaseException:  # the end is one of them
             self.close()
             raise
@@ -143,15 +188,81 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     return batches
 
 
-def _deaths(batches: Any) -> str:
-    """How workers ended that should not have, e.g. "process 4242: SIGKILL"."""
-    ends = []
-    for worker in getattr(batches, "_workers", []):
+def _explained(
+    error: RuntimeError | OSError | EOFError, batches: Any, reading: Reading | None
+) -> str | None:
+    """What a failure of the machinery means for a user; None for one of the program's own."""
+    text = str(error)
+    # The second is what is left of it when a file descriptor could not be received.
+    if "Too many open files" in text or "ancdata" in text:
+        return f"Too many files are open for reading pictures. {open_files_advice()}"
+    # The latter two: it died with a batch sent but not yet handed over.
+    noticed = "DataLoader worker" in text and "exited unexpectedly" in text
+    if noticed or isinstance(error, ConnectionError | EOFError):
+        _wait_for_an_end(batches._workers)
+        return _deaths(batches, reading)
+    if "No space left on device" in text:
+        return f"Batches travel through shared memory. {_shared_memory_advice()}"
+    return None
+
+
+def _wait_for_an_end(workers: Sequence[Any]) -> None:
+    by_sentinel = {worker.sentinel: worker for worker in workers}
+    for sentinel in connection.wait(list(by_sentinel), _END_SECONDS):
+        # It closes its files a moment before it can be asked for its status.
+        by_sentinel[sentinel].join(_END_SECONDS)  # type: ignore[index]
+
+
+def _deaths(batches: Any, reading: Reading | None) -> str | None:
+    """How workers ended that should not have, what each was reading, and what that points to.
+
+    None when all that ended did so in order.
+    """
+    ends, advice = [], ""
+    for number, worker in enumerate(getattr(batches, "_workers", [])):
         code = worker.exitcode
-        if code:
-            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            ends.append(f"process {worker.pid}: {how}")
-    return ", ".join(ends)
+        if not code:
+            continue
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        sample = None if reading is None else reading.of(number)
+        place = ""
+        if reading is not None and sample is not None:
+            place = f", while reading sample {sample}, {reading.places.where(sample)}"
+        ends.append(f"process {worker.pid}: {how}{place}")
+        fault = None if reading is None or sample is None else reading.places.fault(sample)
+        advice = advice or _advice(-code, fault, sample is not None)
+    return f"a process that reads pictures died ({'; '.join(ends)}). {advice}" if ends else None
+
+
+def _advice(number: int, fault: str | None, reading: bool) -> str:
+    if fault is not None:
+        return fault
+    if number == signal.SIGBUS:
+        return (
+            "Its shared memory is full, or a disk failed under a shard that is mapped: see "
+            f"`dmesg`. {_shared_memory_advice()}"
+        )
+    if number == signal.SIGKILL:
+        return (
+            "Most often the machine, or the job's share of it, is out of memory: a lower "
+            "--num-workers needs less"
+        )
+    again = ", and `python -m moco_scale shard --check DIR` if it happens there again"
+    return (
+        "Most often the machine is out of memory (a lower --num-workers needs less), or a "
+        f"library has failed: start again{again if reading else ''}"
+    )
+
+
+def _shared_memory_advice() -> str:
+    try:
+        free = f", where {shutil.disk_usage('/dev/shm').free / 1e6:.0f} MB are free now,"
+    except OSError:
+        free = ""
+    return (
+        f"Make room in /dev/shm{free} (in a container: --shm-size), or use a lower --num-workers "
+        "or --batch-size"
+    )
 
 
 def _set_up_worker(worker: int) -> None:
@@ -160,6 +271,8 @@ def _set_up_worker(worker: int) -> None:
     # their own within seconds when it is gone.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # torch would blame shared memory for every one of these; the main process knows better.
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)
     sys.excepthook = _report_unless_alone
 
 

@@ -3,7 +3,9 @@
 import io
 import struct
 import tarfile
+import tracemalloc
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -238,3 +240,40 @@ def test_real_photos_are_those_of_pil(shared_data: Path) -> None:
             data = file.read()
             if member.name.lower().endswith((".jpeg", ".jpg", ".png")):
                 assert np.array_equal(decode_rgb(data), as_pil_has_it(data)), member.name
+
+
+def jpeg_bomb(mode: str) -> bytes:
+    """A small JPEG whose header declares 50,000 x 50,000 pixels."""
+    data = bytearray(encoded(Image.fromarray(photo()).convert(mode), "JPEG"))
+    size = data.index(b"\xff\xc0") + 5
+    data[size : size + 4] = struct.pack(">HH", 50_000, 50_000)
+    return bytes(data)
+
+
+def png_bomb(side: int) -> bytes:
+    """A PNG of so many pixels a side that holds none of them."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("data", [jpeg_bomb("RGB"), jpeg_bomb("CMYK"), png_bomb(50_000)])
+def test_a_decompression_bomb_is_refused_before_anything_is_allocated(data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(DecodeError, match="more than 179 million pixels"):
+            decode_rgb(data)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_would_start_another_program_is_no_picture() -> None:
+    with pytest.raises(DecodeError, match="known format"):
+        decode_rgb(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")

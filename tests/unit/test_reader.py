@@ -25,6 +25,7 @@ from moco_scale.data.reader import (
     pretraining_loader,
     rank_slice,
 )
+from moco_scale.data.shard_set import Place
 from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
 from moco_scale.errors import UserError
 
@@ -55,7 +56,13 @@ class PicturesInMemory:
         return memoryview(self.pictures[i])
 
     def where(self, i: int) -> str:
-        return f"picture {i}"
+        return str(self.place(i))
+
+    def place(self, i: int) -> Place:
+        return Place("memory", i, f"picture {i}")
+
+    def fault(self, i: int) -> str | None:
+        return None
 
 
 @pytest.fixture(scope="module")
