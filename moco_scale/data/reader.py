@@ -21,7 +21,7 @@ from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.random import uniforms
 from moco_scale.data.shard_set import Pictures
 from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
-from moco_scale.data.workers import BatchLoader, Failure, batch_memory
+from moco_scale.data.workers import BatchLoader, Failure, Reading, batch_memory
 from moco_scale.errors import UserError
 
 
@@ -68,7 +68,7 @@ def pretraining_loader(
     plan.check_world(world)
     jobs = _PlannedJobs(plan, rank, world, start_step, end_step)
     crops = _RandomCrops(shards, plan.order.seed, aug.crop_min, aug.crop_max, image_size, views)
-    return BatchLoader(crops, jobs, num_workers, start_method)
+    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading)
 
 
 def evaluation_loader(
@@ -90,9 +90,8 @@ def evaluation_loader(
     if resize_ratio < 1:
         raise ValueError(f"resize_ratio {resize_ratio}: pictures smaller than the crop")
     jobs = _OrderedJobs(rank_slice(len(shards), rank, world), batch_size)
-    return BatchLoader(
-        _CentreCrops(shards, image_size, resize_ratio), jobs, num_workers, start_method
-    )
+    crops = _CentreCrops(shards, image_size, resize_ratio)
+    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading)
 
 
 def rank_slice(num_samples: int, rank: int, world: int) -> range:
@@ -149,6 +148,7 @@ class _Crops(Dataset[Any]):
         try:
             views = batch_memory(shape)
             self.fill(views, job)
+            self.reading.begin(-1)
         except UserError as error:
             if get_worker_info() is None:
                 raise
