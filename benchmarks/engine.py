@@ -35,7 +35,7 @@ from moco_scale.encoders import build_encoder
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
 from moco_scale.health import FiniteWatch
-from moco_scale.infonce import infonce
+from moco_scale.infonce import Negatives, infonce
 from moco_scale.moco import MoCo
 from moco_scale.ranks import run_ranks
 
@@ -61,7 +61,7 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
     def under_engine(step: int) -> Tensor:
         (query,) = engine.query(views[0])
         keys = distributed.all_gather_rows(engine.key(views[1]))
-        loss = infonce(query, keys[mine], queue, T).loss.mean()
+        loss = infonce(query, keys[mine], Negatives(queue), T).loss.mean()
         engine.backward(loss)
         if engine.step(RATE):
             engine.ema(ALPHA)
@@ -90,7 +90,7 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
         with torch.no_grad():
             key = F.normalize(key_encoder(views[1]), dim=1)
             keys = distributed.all_gather_rows(key)
-        loss = infonce(query, keys[mine], queue, T).loss.mean()
+        loss = infonce(query, keys[mine], Negatives(queue), T).loss.mean()
         sgd.zero_grad(set_to_none=True)
         loss.backward()
         sgd.step()

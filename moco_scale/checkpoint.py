@@ -12,7 +12,9 @@ import pickle
 import shutil
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,10 +23,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from moco_scale import distributed
+from moco_scale.checkpoint_rows import Rows, RowsLoadPlanner, RowsSavePlanner
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, read_json, sync_folder
 
 FORMAT = 1
+NO_ROWS: Mapping[str, Rows] = MappingProxyType({})
 META = "meta.json"
 
 
@@ -33,7 +37,13 @@ def owner(name: str) -> int:
     return zlib.crc32(name.encode()) % distributed.world_size()
 
 
-def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], group: Any = None) -> None:
+def save(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    group: Any = None,
+    rows: Mapping[str, Rows] = NO_ROWS,
+) -> None:
     """Write one checkpoint; all ranks call it, each with the full tensors that it owns.
 
     Args:
@@ -41,6 +51,8 @@ def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], group: 
         tensors: global state by plain name; a name may be given by several ranks.
         meta: plain values kept beside it.
         group: of :func:`distributed.side_group`, when called from another thread.
+        rows: of which tensors this rank gives only some rows, and which; the ranks' rows make up
+            the whole.
 
     Raises:
         UserError: it cannot be written (disk full, no permission); nothing is left of it.
@@ -54,6 +66,7 @@ def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], group: 
             dcp.save(
                 {name: t.detach() for name, t in tensors.items()},
                 storage_writer=dcp.FileSystemWriter(temporary, sync_files=True),
+                planner=RowsSavePlanner(rows),
                 process_group=group,
                 no_dist=distributed.world_size() == 1,
             )
@@ -189,21 +202,29 @@ def _entries(reader: _Reader, folder: Path) -> dict[str, TensorStorageMetadata]:
     return cast(dict[str, TensorStorageMetadata], metadata)
 
 
-def load(folder: Path) -> dict[str, Tensor]:
+def load(folder: Path, rows: Mapping[str, Rows] = NO_ROWS) -> dict[str, Tensor]:
     """All tensors of a checkpoint, on the CPU; each rank reads by itself.
+
+    Args:
+        folder: of the checkpoint.
+        rows: of which tensors, where there are such, to read only some rows, and which.
 
     Raises:
         UserError: the folder is damaged, or holds anything but tensors.
     """
     reader = _Reader(folder)
     try:
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in _entries(reader, folder).items()
-        }
+        tensors = {}
+        for name, entry in _entries(reader, folder).items():
+            size = list(entry.size)
+            if name in rows:
+                if size[0] != rows[name].total:
+                    raise ValueError(f"{name} has {size[0]} rows, not {rows[name].total}")
+                size[0] = rows[name].size
+            tensors[name] = torch.empty(size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+            dcp.load(tensors, storage_reader=reader, planner=RowsLoadPlanner(rows), no_dist=True)
     except _UNREADABLE as error:
         raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(error)}") from None
     return tensors

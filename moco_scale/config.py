@@ -16,6 +16,7 @@ from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.errors import UserError
 from moco_scale.infonce import MIN_TEMPERATURE
+from moco_scale.queue import DTYPES, KINDS
 from moco_scale.recipes import RECIPES
 from moco_scale.schedules import SCHEDULES
 from moco_scale.shuffle import MODES
@@ -107,6 +108,13 @@ class ContrastConfig:
 
     nce_k: int = _option(65536, "keys in the queue")
     nce_t: float = _option(0.07, "temperature")
+    queue_dtype: str = _option(
+        "fp32", "what the queue's keys are rounded to", choices=tuple(DTYPES)
+    )
+    mask_unfilled: bool = _option(False, "slots without a real key yet are no negatives")
+    mask_same_image: bool = _option(
+        False, "keys of a query's own image are no negatives (for small sets of pictures)"
+    )
     alpha: float = _option(0.999, "momentum of the key encoder")
     shuffle_bn: str = _option("world", "who exchanges key crops", choices=MODES)
     symmetric: bool = _option(False, "each view is query once and key once; losses are added")
@@ -157,6 +165,9 @@ class RunConfig:
         False, "compute each block again in the backward pass: less memory, a third more time"
     )
     compile: bool = _option(False, "compile each block with torch.compile")
+    queue: str = _option(
+        "replicated", "every process holds the whole queue, or its share of it", choices=KINDS
+    )
     fsdp_shard_size: int = _option(
         0, "of --engine fsdp: neighbouring processes that share one copy; 0: all of them"
     )

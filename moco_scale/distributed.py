@@ -26,6 +26,7 @@ TIMEOUT = timedelta(minutes=30)
 
 # Renamed in torch 2.14, where the older name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def initialize(device: str = "auto") -> None:
@@ -125,6 +126,22 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     rows = rows.contiguous()
     out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
     _all_gather(out, rows)
+    return out
+
+
+def reduce_scatter_rows(rows: Tensor) -> Tensor:
+    """Sum rows over the ranks and share them out in rank order.
+
+    Args:
+        rows: [world * n, ...] with the same shape and dtype on every rank.
+
+    Returns:
+        [n, ...]
+    """
+    if world_size() == 1:
+        return rows
+    out = rows.new_empty((rows.shape[0] // world_size(), *rows.shape[1:]))
+    _reduce_scatter(out, rows.contiguous())
     return out
 
 

@@ -5,13 +5,33 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from moco_scale import distributed
 
 # Elements of one block of logits: it should stay in a CPU's cache, and a GPU needs it large.
 _BLOCK_CPU = 1 << 19
 _BLOCK_GPU = 1 << 24
-# exp(-2 / T) must stay a normal fp32 number, because no maximum is subtracted.
+# exp(1 / T), summed over any queue, and exp(-1 / T) must stay normal fp32 numbers, because no
+# maximum is subtracted.
 MIN_TEMPERATURE = 0.025
+
+
+class Negatives(NamedTuple):
+    """The keys that queries are compared with.
+
+    Attributes:
+        keys: fp32 or bf16 [k, D], unit rows; must not change before the loss is computed.
+        samples: int64 [k], their images; None: not asked for.
+        sharded: every rank has its own, and the negatives are all of them together.
+        probed: the first so many of them count for ``negative_similarity``.
+    """
+
+    keys: Tensor
+    samples: Tensor | None = None
+    sharded: bool = False
+    probed: int = 0
 
 
 class Contrast(NamedTuple):
@@ -20,24 +40,52 @@ class Contrast(NamedTuple):
     Attributes:
         loss: fp32 [N], differentiable with respect to the queries.
         positive_probability: fp32 [N], softmax weight of the positive key; no gradient.
+        negative_similarity: fp32 [N], mean q·k over the probed negatives; no gradient.
     """
 
     loss: Tensor
     positive_probability: Tensor
+    negative_similarity: Tensor
 
 
-def infonce(query: Tensor, positive: Tensor, queue: Tensor, temperature: float) -> Contrast:
-    """Cross entropy of each query's positive key against itself and all keys of the queue.
+class Sums(NamedTuple):
+    """What one part of the negatives adds: sums of several parts are those of all of them.
+
+    Attributes:
+        weighted: fp32 [N, D], sum over keys of exp(q·k / T) k.
+        exps: fp32 [N], sum over keys of exp(q·k / T).
+        similar: fp32 [N], sum over probed keys of q·k.
+        probed: fp32 [N], how many were probed.
+    """
+
+    weighted: Tensor
+    exps: Tensor
+    similar: Tensor
+    probed: Tensor
+
+
+def infonce(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Negatives,
+    temperature: float,
+    samples: Tensor | None = None,
+) -> Contrast:
+    """Cross entropy of each query's positive key against itself and all negatives.
 
     van den Oord et al. 2018; He et al. 2020, eq. 1. Unit vectors have no logit above 1/T, so
-    that 1/T serves as the softmax's offset and one pass over the queue gives the sum of
-    exponentials and the gradient together. Computed in fp32, outside of any autocast.
+    that the softmax needs no maximum, and one pass over the keys gives the sum of exponentials
+    and the gradient together. Both are plain sums: over sharded negatives every rank takes them
+    for all ranks' queries (one all-gather of the queries), and one reduce-scatter of N x (D + 3)
+    numbers a rank gives each its own. Computed in fp32, outside of any autocast.
 
     Args:
         query: fp32 [N, D], unit rows.
         positive: fp32 [N, D], unit rows, no gradient flows to it.
-        queue: fp32 [K, D], unit rows; must not change before backward has run.
+        negatives: if they are sharded all ranks call this, with the same N.
         temperature: T, at least :data:`MIN_TEMPERATURE`.
+        samples: int64 [N], the images of the queries: a key of the same image is no negative.
+            Only with ``negatives.samples``.
 
     Raises:
         ValueError: the temperature is too small for fp32.
@@ -45,38 +93,77 @@ def infonce(query: Tensor, positive: Tensor, queue: Tensor, temperature: float) 
     if temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature {temperature} is below {MIN_TEMPERATURE}")
     with torch.autocast(query.device.type, enabled=False):
-        loss, probability = _InfoNCE.apply(
-            query.float(), positive.detach().float(), queue, temperature
+        return Contrast(
+            *_InfoNCE.apply(
+                query.float(), positive.detach().float(), negatives, temperature, samples
+            )
         )
-    return Contrast(loss, probability)
+
+
+@torch.no_grad()
+def partial_sums(
+    query: Tensor, negatives: Negatives, temperature: float, samples: Tensor | None
+) -> Sums:
+    """The sums over the keys that are here, for queries fp32 [N, D]; no messages."""
+    exps_sum = query.new_zeros(len(query))
+    weighted = torch.zeros_like(query)
+    scaled = query / temperature
+    block = _BLOCK_CPU if query.device.type == "cpu" else _BLOCK_GPU
+    rows = max(block // max(len(query), 1), 256)
+    for start in range(0, len(negatives.keys), rows):
+        keys = negatives.keys[start : start + rows].float()
+        exps = (scaled @ keys.T).exp_()
+        if samples is not None and negatives.samples is not None:
+            own = negatives.samples[start : start + rows] == samples[:, None]
+            exps.masked_fill_(own, 0.0)
+        exps_sum += exps.sum(1)
+        weighted.addmm_(exps, keys)
+    probed = negatives.keys[: negatives.probed]
+    return Sums(
+        weighted,
+        exps_sum,
+        query @ probed.sum(0, dtype=torch.float32),
+        query.new_full((len(query),), len(probed)),
+    )
+
+
+def _sums_over_ranks(
+    query: Tensor, negatives: Negatives, temperature: float, samples: Tensor | None
+) -> Sums:
+    every = distributed.all_gather_rows(query)
+    if samples is not None:
+        samples = distributed.all_gather_rows(samples)
+    sums = partial_sums(every, negatives, temperature, samples)
+    columns = torch.cat([sums.weighted, *(column[:, None] for column in sums[1:])], 1)
+    mine = distributed.reduce_scatter_rows(columns)
+    return Sums(mine[:, :-3], mine[:, -3], mine[:, -2], mine[:, -1])
 
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, positive: Tensor, queue: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        positive_logit = ((query * positive).sum(1) - 1) / temperature
-        positive_exp = positive_logit.exp()
-        negatives = torch.zeros_like(positive_exp)
-        weighted_keys = torch.zeros_like(query)
-        block = _BLOCK_CPU if query.device.type == "cpu" else _BLOCK_GPU
-        scaled_query = query / temperature
-        for keys in queue.split(max(block // max(query.shape[0], 1), 256)):
-            exps = (scaled_query @ keys.T).sub_(1 / temperature).exp_()
-            negatives += exps.sum(1)
-            weighted_keys.addmm_(exps, keys)
-        total = negatives + positive_exp
-        # The positive's weight, its softmax - 1, is -negatives / total: near a softmax of 1 the
-        # subtraction would cancel every digit.
-        weighted_keys.sub_(negatives[:, None] * positive)
-        gradient = weighted_keys.div_(total[:, None] * temperature)
-        probability = positive_exp / total
+        ctx: Any,
+        query: Tensor,
+        positive: Tensor,
+        negatives: Negatives,
+        temperature: float,
+        samples: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sum_up = _sums_over_ranks if negatives.sharded else partial_sums
+        sums = sum_up(query, negatives, temperature, samples)
+        # How far all negatives together lie above the positive. Everything is a function of it:
+        # differences such as softmax - 1 would cancel every digit near a softmax of 1.
+        margin = sums.exps.log() - (query * positive).sum(1) / temperature
+        # Without a negative the loss is 0, and so is the gradient.
+        mean_key = sums.weighted / sums.exps.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        gradient = (mean_key - positive).mul_(margin.sigmoid()[:, None] / temperature)
+        probability = (-margin).sigmoid()
+        similarity = sums.similar / sums.probed.clamp_min(1)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(probability)
-        return total.log() - positive_logit, probability
+        ctx.mark_non_differentiable(probability, similarity)
+        return F.softplus(margin), probability, similarity
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return grads[0][:, None] * gradient, None, None, None
+        return grads[0][:, None] * gradient, None, None, None, None

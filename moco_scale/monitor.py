@@ -38,9 +38,6 @@ class Monitor:
 
     def __init__(self, run: Pretraining, telemetry: Telemetry) -> None:
         self.run, self.telemetry = run, telemetry
-        self.chance = math.log(1 + run.config.contrast.nce_k) * (
-            2 if run.config.contrast.symmetric else 1
-        )
         self._since, self._steps_then = time.perf_counter(), run.step
         self._rate = 0.0
         self._initial_knn: float | None = None
@@ -122,6 +119,9 @@ class Monitor:
         """Log the steps since the last report; evaluate by kNN where that is due."""
         run, config = self.run, self.run.config
         means, epoch_loss = run.meters.read()
+        terms = 2 if config.contrast.symmetric else 1
+        chance = terms * math.log(1 + run.negatives)
+        age_mean, age_max = run.queue.ages(terms * config.optim.batch_size)
         elapsed = time.perf_counter() - self._since
         steps = run.step - self._steps_then
         self._rate = steps * config.optim.batch_size / max(elapsed, 1e-9)
@@ -131,16 +131,18 @@ class Monitor:
             "step": run.step,
             "epoch": epoch + (1 if epoch_done else 0),
             **means,
-            "chance_loss": self.chance,
+            "chance_loss": chance,
             "lr": lr,
             "momentum": config.contrast.alpha,
             "images_per_second": self._rate,
             "data_wait_fraction": min(run.phases.spent()[DATA] / max(elapsed, 1e-9), 1.0),
             "queue_filled": run.queue.filled / len(run.queue),
+            "queue_age_mean": age_mean,
+            "queue_age_max": float(age_max),
         }
         line = (
             f"epoch {epoch + 1}/{config.optim.epochs} step {run.step}/{run.total_steps} "
-            f"loss {means['loss']:.4f} (chance {self.chance:.2f}) lr {lr:.3g} "
+            f"loss {means['loss']:.4f} (chance {chance:.2f}) lr {lr:.3g} "
             f"{self._rate:.0f} images/s, waiting for data {record['data_wait_fraction']:.0%}, "
             f"ETA {self._eta()}"
         )

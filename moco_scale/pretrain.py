@@ -22,10 +22,10 @@ from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine
 from moco_scale.errors import StoppedEarly
 from moco_scale.health import FiniteWatch
-from moco_scale.infonce import infonce
+from moco_scale.infonce import Contrast
 from moco_scale.moco import MoCo
 from moco_scale.monitor import Monitor
-from moco_scale.queue import KeyQueue
+from moco_scale.queue import DTYPES, KeyQueue
 from moco_scale.run_folder import RunFolder
 from moco_scale.run_state import load_model, load_optimizer, read_state, save_state
 from moco_scale.schedules import learning_rate
@@ -80,13 +80,24 @@ class Pretraining:
         self.folder = RunFolder(config, self.shards.fingerprint)
         self.resumed_from = self.folder.prepare()
         moco = MoCo(self.initial_encoder()).to(self.device)
-        self.queue = KeyQueue(config.contrast.nce_k, config.model.dim, seed, self.device)
+        contrast = config.contrast
+        self.queue = KeyQueue(
+            contrast.nce_k,
+            config.model.dim,
+            seed,
+            self.device,
+            dtype=DTYPES[contrast.queue_dtype],
+            shard=(self.rank, self.world) if config.run.queue == "sharded" else (0, 1),
+            mask_unfilled=contrast.mask_unfilled,
+            mask_same_image=contrast.mask_same_image,
+        )
+        self.negatives = self.queue.used
         self.meters = Meters(self.device)
         self.watch = FiniteWatch(config.run.max_nonfinite, self.rank)
         self.step = 0
         saved: dict[str, Tensor] = {}
         if self.resumed_from is not None:
-            self.step, saved = read_state(self.resumed_from)
+            self.step, saved = read_state(self.resumed_from, self.queue)
             load_model(self, moco, saved)
         self.parts = config.run.accumulation_steps
         set_groups(moco, config.model.bn_group_size, config.optim.batch_size, self.parts)
@@ -94,7 +105,7 @@ class Pretraining:
         if saved:
             load_optimizer(self, saved)
         self.engine.when_differentiated(lambda: self.phases.enter(SUMMING))
-        self.shuffle = ShuffleBN(config.optim.batch_size, seed, config.contrast.shuffle_bn)
+        self.shuffle = ShuffleBN(config.optim.batch_size, seed, contrast.shuffle_bn)
         self.augmentation = dataclasses.replace(
             AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
         )
@@ -129,6 +140,7 @@ class Pretraining:
             self.shuffle.send(crops[k], batch.step, stream) for stream, (_, k) in enumerate(terms)
         ]
         mine = self.plan.share(batch.step, self.rank, self.world)
+        self.negatives = queue.used
         all_keys: list[Tensor] = []
         total = torch.zeros((), device=self.device)
         for part, rows in enumerate(np.split(np.arange(len(mine.index)), self.parts)):
@@ -148,13 +160,13 @@ class Pretraining:
             enter(QUEUE)
             positives = [keys[first + own.start : first + own.stop] for keys in all_keys]
             parts_terms = [
-                infonce(query, positive, queue.keys, config.nce_t)
+                queue.contrast(query, positive, config.nce_t, samples.index)
                 for query, positive in zip(queries, positives, strict=True)
             ]
             loss = torch.stack([term.loss.mean() for term in parts_terms]).sum()
             enter(BACKWARD)
             self.engine.backward(loss / self.parts)
-            self._measure(loss, parts_terms[0].positive_probability, queries[0], positives[0])
+            self._measure(loss, parts_terms[0], queries[0], positives[0])
             total = total + loss.detach()
         enter(UPDATE)
         scale = self.engine.loss_scale
@@ -165,7 +177,7 @@ class Pretraining:
             self.engine.ema(config.alpha)
             enter(QUEUE)
             for keys in all_keys:  # of a step that was left out, some may not be finite
-                queue.enqueue(keys)
+                queue.enqueue(keys, self.plan.batch(batch.step).index)
         enter(AGREE)
         finite = self.engine.weights_finite()
         self.watch.record(batch.step + 1, total, finite, skipped=lowest and not applied)
@@ -204,10 +216,12 @@ class Pretraining:
         )
 
     @torch.no_grad()
-    def _measure(self, loss: Tensor, probability: Tensor, query: Tensor, key: Tensor) -> None:
+    def _measure(self, loss: Tensor, contrast: Contrast, query: Tensor, key: Tensor) -> None:
         positive = (query * key).sum(1).mean()
-        negative = torch.dot(query.mean(0), self.queue.keys[: 1 << 14].mean(0))
-        self.meters.add(1 / self.parts, loss, probability.mean(), positive, negative)
+        negative = contrast.negative_similarity.mean()
+        self.meters.add(
+            1 / self.parts, loss, contrast.positive_probability.mean(), positive, negative
+        )
 
     def run(self) -> None:
         """Train from where the run stands to its last step, or to ``--max-steps``.

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -182,6 +182,7 @@ class RunFolder:
         model: dict[str, str],
         meta: dict[str, Any],
         keep: bool,
+        rows: Mapping[str, checkpoint.Rows] = checkpoint.NO_ROWS,
     ) -> None:
         """Write a checkpoint, point ``latest`` at it, replace ``current.pth``, drop old ones.
 
@@ -195,6 +196,7 @@ class RunFolder:
                 ``"model.backbone.conv1.weight"``, the part before the first dot being a section.
             meta: plain values; the configuration is added.
             keep: keep this checkpoint for good.
+            rows: of which tensors each rank gives some rows.
 
         Raises:
             UserError: something cannot be written; earlier checkpoints are untouched.
@@ -208,8 +210,12 @@ class RunFolder:
         }
 
         def write(copies: dict[str, Tensor], group: Any) -> None:
-            owned = {n: t for n, t in copies.items() if checkpoint.owner(n) == distributed.rank()}
-            checkpoint.save(folder, owned, meta, group)
+            owned = {
+                n: t
+                for n, t in copies.items()
+                if n in rows or checkpoint.owner(n) == distributed.rank()
+            }
+            checkpoint.save(folder, owned, meta, group, rows)
             failure = None
             if distributed.is_main():
                 try:

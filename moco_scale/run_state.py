@@ -11,18 +11,29 @@ from torch import Tensor
 from moco_scale import checkpoint, distributed
 from moco_scale.health import WEIGHTS
 from moco_scale.moco import MoCo
+from moco_scale.queue import KeyQueue, share
 
 if TYPE_CHECKING:
     from moco_scale.pretrain import Pretraining
 
 
-def read_state(folder: Path) -> tuple[int, dict[str, Tensor]]:
+# Of the queue's state, what has a row for each slot.
+_BY_SLOT = ("keys", "samples")
+
+
+def read_state(folder: Path, queue: KeyQueue) -> tuple[int, dict[str, Tensor]]:
     """The step and the tensors of a checkpoint; each rank reads by itself.
+
+    Of the queue it reads the slots that ``queue`` holds, whoever wrote them.
 
     Raises:
         UserError: on any rank, it cannot be read.
     """
-    meta, saved = distributed.agree(lambda: (checkpoint.read_meta(folder), checkpoint.load(folder)))
+    mine = checkpoint.Rows(queue.first, len(queue.keys), len(queue))
+    rows = {f"queue.{name}": mine for name in _BY_SLOT}
+    meta, saved = distributed.agree(
+        lambda: (checkpoint.read_meta(folder), checkpoint.load(folder, rows))
+    )
     return meta["step"], saved
 
 
@@ -74,8 +85,11 @@ def save_state(run: Pretraining, epoch_done: bool) -> None:
     if run.engine.loss_scale is not None:
         tensors["loss_scale.state"] = run.engine.loss_scale.state()
     tensors["meters.sums"] = run.meters.globalize()
+    rows = {}
+    for name in [f"queue.{n}" for n in _BY_SLOT if f"queue.{n}" in tensors]:
+        tensors[name], rows[name] = _share_of(run.queue, tensors[name], run.rank, run.world)
     # Only what this rank writes is copied.
-    tensors = {n: t for n, t in tensors.items() if mine(n) or n.startswith("model.")}
+    tensors = {n: t for n, t in tensors.items() if mine(n) or n in rows or n.startswith("model.")}
     meta = {
         "step": run.step,
         "epoch": epoch,
@@ -90,7 +104,17 @@ def save_state(run: Pretraining, epoch_done: bool) -> None:
         for encoder, _, rest in [name.partition(".")]
     }
     keep = bool(every) and epoch_done and epoch % every == 0
-    run.folder.save(run.step, tensors, model, meta, keep)
+    run.folder.save(run.step, tensors, model, meta, keep, rows)
+
+
+def _share_of(
+    queue: KeyQueue, slots: Tensor, rank: int, world: int
+) -> tuple[Tensor, checkpoint.Rows]:
+    """What a rank writes of the queue: of one that all hold, an equal share each."""
+    first, end = share(len(queue), rank, world)
+    if not queue.sharded:
+        slots = slots[first:end]
+    return slots, checkpoint.Rows(first, end - first, len(queue))
 
 
 def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:

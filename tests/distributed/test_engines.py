@@ -15,7 +15,7 @@ from moco_scale import distributed
 from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import Engine, EngineSettings, clip_
-from moco_scale.infonce import infonce
+from moco_scale.infonce import Negatives, infonce
 from moco_scale.loss_scale import LossScale, LossScaling
 from moco_scale.moco import MoCo
 from moco_scale.vit import MoCoViT, ViTShape
@@ -116,7 +116,9 @@ def train(
         mean = 0.0
         for part, rows in enumerate(torch.arange(per_rank).chunk(parts)):
             queries = engine.query(*(pictures[v, rows] for v in range(views)), part=part)
-            losses = [infonce(query, keys[rows], queue, 0.2).loss.mean() for query in queries]
+            losses = [
+                infonce(query, keys[rows], Negatives(queue), 0.2).loss.mean() for query in queries
+            ]
             loss = torch.stack(losses).sum()
             engine.backward(loss / parts)
             mean += float(loss) / parts

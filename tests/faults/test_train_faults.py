@@ -351,9 +351,10 @@ def spoil(where: str, first: int, last: int, rank: int) -> None:
     """Let one rank's loss, or what its backward pass starts from, be no number in some steps."""
     from moco_scale import pretrain
     from moco_scale.engines.ddp import DDPEngine
+    from moco_scale.queue import KeyQueue
 
     now = {"step": 0}
-    train_step, infonce = pretrain.Pretraining.train_step, pretrain.infonce
+    train_step, contrast = pretrain.Pretraining.train_step, KeyQueue.contrast
     backward = DDPEngine.backward
 
     def bad() -> bool:
@@ -363,8 +364,8 @@ def spoil(where: str, first: int, last: int, rank: int) -> None:
         now["step"] = batch.step + 1
         train_step(self, batch)
 
-    def lossy(*arguments: object) -> Any:
-        result = infonce(*arguments)  # type: ignore[arg-type]
+    def lossy(*arguments: Any) -> Any:
+        result = contrast(*arguments)
         return result._replace(loss=result.loss * math.nan) if bad() else result
 
     def steep(self: DDPEngine, loss: torch.Tensor) -> None:
@@ -372,7 +373,7 @@ def spoil(where: str, first: int, last: int, rank: int) -> None:
 
     pretrain.Pretraining.train_step = counted  # type: ignore[method-assign]
     if where == "loss":
-        pretrain.infonce = lossy  # type: ignore[assignment]
+        KeyQueue.contrast = lossy  # type: ignore[method-assign,assignment]
     else:
         DDPEngine.backward = steep  # type: ignore[method-assign]
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moco_scale import infonce as module
-from moco_scale.infonce import MIN_TEMPERATURE, infonce
+from moco_scale.infonce import MIN_TEMPERATURE, Negatives, infonce
 
 DIM = 16
 
@@ -58,7 +58,7 @@ def test_loss_and_gradient_equal_cross_entropy(
     # Half of the keys resemble their query, as they do in training.
     positive[::2] = F.normalize(positive[::2] + 3 * query[::2], dim=1)
     query.requires_grad_()
-    contrast = infonce(query, positive, queue, temperature)
+    contrast = infonce(query, positive, Negatives(queue), temperature)
     (contrast.loss * weights(n)).sum().backward()
     loss, gradient, probability = reference(query, positive, queue, temperature)
     assert query.grad is not None
@@ -74,7 +74,7 @@ def test_a_positive_equal_to_its_query_is_exact_at_the_smallest_temperature() ->
     query = unit_rows(4, 1)
     queue = -query[:1].expand(300, -1).contiguous()  # the smallest exponentials there can be
     q = query.clone().requires_grad_()
-    contrast = infonce(q, query, queue, MIN_TEMPERATURE)
+    contrast = infonce(q, query, Negatives(queue), MIN_TEMPERATURE)
     contrast.loss.sum().backward()
     assert q.grad is not None
     assert torch.isfinite(q.grad).all()
@@ -87,7 +87,7 @@ def test_the_gradient_keeps_its_digits_where_the_positive_has_all_the_weight() -
     query, positive, queue = unit_rows(1, 1), unit_rows(1, 2), unit_rows(1, 3)
     positive = F.normalize(positive + 3 * query, dim=1)
     query.requires_grad_()
-    contrast = infonce(query, positive, queue, 0.07)
+    contrast = infonce(query, positive, Negatives(queue), 0.07)
     contrast.loss.sum().backward()
     _, gradient, probability = reference(query, positive, queue, 0.07)
     assert probability.item() > 0.99999  # softmax - 1 in fp32 would be known to 1e-2 only
@@ -97,14 +97,15 @@ def test_the_gradient_keeps_its_digits_where_the_positive_has_all_the_weight() -
 
 def test_a_query_opposite_to_its_positive_stays_finite() -> None:
     query = unit_rows(2, 1)
-    contrast = infonce(query, -query, unit_rows(300, 2), 0.07)
-    loss, _, _ = reference(query, -query, unit_rows(300, 2), 0.07)
+    queue = unit_rows(300, 2)
+    contrast = infonce(query, -query, Negatives(queue), 0.07)
+    loss, _, _ = reference(query, -query, queue, 0.07)
     close(contrast.loss, loss, 1e-6)
 
 
 def test_chance_is_the_logarithm_of_all_keys() -> None:
     key = unit_rows(1, 1)
-    contrast = infonce(key, key, key.expand(99, -1).contiguous(), 0.07)
+    contrast = infonce(key, key, Negatives(key.expand(99, -1)), 0.07)
     assert contrast.loss.item() == pytest.approx(math.log(100), rel=1e-6)
 
 
@@ -142,7 +143,7 @@ def test_nothing_of_the_logits_size_is_made_and_the_queue_is_left_alone(
 
     with Allocations(query, positive, queue) as allocations:
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
-            loss = infonce(query, positive, queue, 0.2).loss.mean()
+            loss = infonce(query, positive, Negatives(queue), 0.2).loss.mean()
         loss.backward()
     assert n * DIM <= allocations.largest <= block < min(n * k, k * DIM)
     # Nothing that backward keeps grows with the queue, so the queue may change before backward.
@@ -155,10 +156,10 @@ def test_autocast_leaves_it_in_fp32() -> None:
     query, positive, queue = unit_rows(4, 1), unit_rows(4, 2), unit_rows(600, 3)
     expected = query.clone().requires_grad_()
     got = query.clone().requires_grad_()
-    plain = infonce(expected, positive, queue, 0.07)
+    plain = infonce(expected, positive, Negatives(queue), 0.07)
     plain.loss.sum().backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        contrast = infonce(got, positive, queue, 0.07)
+        contrast = infonce(got, positive, Negatives(queue), 0.07)
         loss = contrast.loss.sum()
     loss.backward()
     assert contrast.loss.dtype == torch.float32
@@ -170,7 +171,7 @@ def test_autocast_leaves_it_in_fp32() -> None:
 def test_no_gradient_reaches_the_keys() -> None:
     positive = unit_rows(4, 2).requires_grad_()
     query = unit_rows(4, 1).requires_grad_()
-    infonce(query, positive, unit_rows(50, 3), 0.1).loss.sum().backward()
+    infonce(query, positive, Negatives(unit_rows(50, 3)), 0.1).loss.sum().backward()
     assert positive.grad is None
     assert query.grad is not None
 
@@ -178,4 +179,4 @@ def test_no_gradient_reaches_the_keys() -> None:
 @pytest.mark.parametrize("temperature", [0.0, -0.1, MIN_TEMPERATURE * 0.99])
 def test_a_temperature_too_small_for_fp32_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match=r"is below 0\.025"):
-        infonce(unit_rows(1, 1), unit_rows(1, 2), unit_rows(3, 3), temperature)
+        infonce(unit_rows(1, 1), unit_rows(1, 2), Negatives(unit_rows(3, 3)), temperature)

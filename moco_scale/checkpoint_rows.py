@@ -1,0 +1,115 @@
+"""Tensors of a checkpoint of which each rank writes, or reads, only some rows.
+
+In the files such a tensor is one tensor, in chunks that know their place: who writes it whole,
+who in parts, and who reads which part need not know of each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+# A reader takes a chunk into memory whole, even if it wants only some of its rows.
+_CHUNK_BYTES = 1 << 25
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of a tensor."""
+
+    first: int
+    size: int
+    total: int
+
+
+class RowsSavePlanner(DefaultSavePlanner):
+    """Writes the named tensors, of which the state holds only these rows, in their places."""
+
+    def __init__(self, rows: Mapping[str, Rows]) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        items = [item for item in plan.items if item.index.fqn not in self._rows]
+        for name in [name for name in self.state_dict if name in self._rows]:
+            items += _write_items(name, self.state_dict[name], self._rows[name])
+        self.plan = dataclasses.replace(plan, items=items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        if index.fqn not in self._rows or index.offset is None:
+            return super().lookup_object(index)
+        tensor, rows = self.state_dict[index.fqn], self._rows[index.fqn]
+        start = index.offset[0] - rows.first
+        return tensor[start : start + _rows_of_a_chunk(tensor)]
+
+
+class RowsLoadPlanner(DefaultLoadPlanner):
+    """Reads these rows of the named tensors; the state has room for no others."""
+
+    def __init__(self, rows: Mapping[str, Rows]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._rows = rows
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        everything = self.state_dict
+        partial = [name for name in everything if name in self._rows]
+        self.state_dict = {n: t for n, t in everything.items() if n not in partial}
+        plan = super().create_local_plan()
+        self.state_dict = everything
+        for name in partial:
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            chunk = _chunk(everything[name], self._rows[name].first)
+            plan.items.extend(create_read_items_for_chunk_list(name, stored, [chunk]))
+        return plan
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        if index.fqn in self._rows:
+            return self.state_dict[index.fqn]
+        return super().lookup_tensor(index)
+
+
+def _rows_of_a_chunk(tensor: Tensor) -> int:
+    row = max(tensor[:1].numel(), 1) * tensor.element_size()
+    return max(_CHUNK_BYTES // row, 1)
+
+
+def _write_items(name: str, tensor: Tensor, rows: Rows) -> list[WriteItem]:
+    step = _rows_of_a_chunk(tensor)
+    items = []
+    for start in range(0, rows.size, step):
+        chunk = _chunk(tensor[start : start + step], rows.first + start)
+        data = TensorWriteData(
+            chunk=chunk,
+            properties=TensorProperties.create_from_tensor(tensor),
+            size=torch.Size((rows.total, *tensor.shape[1:])),
+        )
+        items.append(
+            WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+        )
+    return items
+
+
+def _chunk(rows: Tensor, first: int) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size((first, *([0] * (rows.dim() - 1)))), rows.shape)
