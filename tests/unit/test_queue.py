@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moco_scale import queue as module
 from moco_scale.queue import KeyQueue
 
 DIM = 3
@@ -97,3 +98,41 @@ def test_enqueueing_keeps_no_graph() -> None:
     queue = KeyQueue(4, DIM, 0, "cpu")
     queue.enqueue(torch.ones(2, DIM, requires_grad=True) * 2)
     assert not queue.keys.requires_grad
+
+
+def test_long_queues_are_drawn_in_pieces_that_make_no_difference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = KeyQueue(100, DIM, 0, "cpu").keys
+    monkeypatch.setattr(module, "_PIECE", 32)
+    assert torch.equal(KeyQueue(100, DIM, 0, "cpu").keys, whole)  # the last piece is short
+    shares = [KeyQueue(100, DIM, 0, "cpu", shard=(rank, 7)).keys for rank in range(7)]
+    assert {len(keys) for keys in shares} == {14, 15}
+    assert torch.equal(torch.cat(shares), whole)
+
+
+@pytest.mark.parametrize(("length", "per_step", "steps"), [(12, 4, 0), (12, 4, 2), (10, 4, 7)])
+def test_ages_are_those_of_a_deque_of_steps(length: int, per_step: int, steps: int) -> None:
+    queue = KeyQueue(length, DIM, 0, "cpu")
+    ages: deque[int] = deque(maxlen=length)
+    for step in range(steps):
+        queue.enqueue(numbered(0, per_step))
+        ages.extend([steps - step] * per_step)
+    mean, largest = queue.ages(per_step)
+    assert (mean, largest) == (float(np.mean(ages)) if ages else 0.0, max(ages, default=0))
+
+
+def test_keys_in_bf16_are_rounded_once() -> None:
+    queue = KeyQueue(5, 4, 0, "cpu", dtype=torch.bfloat16)
+    rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    queue.enqueue(rows)
+    assert torch.equal(queue.keys[:3], rows.bfloat16())
+
+
+def test_images_must_be_told_where_they_are_asked_for() -> None:
+    queue = KeyQueue(5, DIM, 0, "cpu", mask_same_image=True)
+    with pytest.raises(ValueError, match="must be told"):
+        queue.enqueue(numbered(0, 2))
+    queue.enqueue(numbered(0, 7), np.arange(7))
+    assert queue.samples is not None
+    assert torch.equal(queue.samples + 1000.0, queue.keys[:, 0])
