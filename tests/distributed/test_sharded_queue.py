@@ -60,7 +60,7 @@ def make_queue(case: tuple[int, str, tuple[bool, bool]], shard: tuple[int, int])
 STEPS = 6  # empty, filling, full, overwritten
 
 
-def one_rank() -> list[list[tuple[Tensor, Tensor, float]]]:
+def one_rank() -> list[list[tuple[Tensor, ...]]]:
     """Of each case and step: loss and gradient of this rank's queries, their mean similarity."""
     rank, world = distributed.rank(), distributed.world_size()
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
