@@ -60,7 +60,7 @@ def make_queue(case: tuple[int, str, tuple[bool, bool]], shard: tuple[int, int])
 STEPS = 6  # empty, filling, full, overwritten
 
 
-def one_rank() -> list[list[tuple[Tensor, ...]]]:
+def one_rank() -> list[list[list[Tensor]]]:
     """Of each case and step: loss and gradient of this rank's queries, their mean similarity."""
     rank, world = distributed.rank(), distributed.world_size()
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
@@ -73,7 +73,7 @@ def one_rank() -> list[list[tuple[Tensor, ...]]]:
             images = np.array(images_of(step))
             contrast = queue.contrast(own, keys[mine], T, images[mine])
             (gradient,) = torch.autograd.grad(contrast.loss.sum(), own)
-            steps.append((contrast.loss.detach(), gradient, contrast.negative_similarity))
+            steps.append([contrast.loss.detach(), gradient, contrast.negative_similarity])
             queue.enqueue(keys, images)
         results.append(steps)
     return results
