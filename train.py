@@ -11,9 +11,14 @@ def main() -> None:
 
     settings = command_line.parse()
     distributed.initialize(settings.run.device)
-    from moco_scale.pretrain import Pretraining
+    if settings.run.preflight:
+        from moco_scale import preflight
 
-    Pretraining(settings).run()
+        preflight.run(settings)
+    else:
+        from moco_scale.pretrain import Pretraining
+
+        Pretraining(settings).run()
     distributed.shutdown()
 
 

@@ -186,6 +186,9 @@ class RunConfig:
         0.0, "hours after which the run saves and leaves with status 75; 0: no limit"
     )
     max_steps: int = _option(0, "stop after this step of the whole run; 0: run to the end")
+    preflight: bool = _option(
+        False, "check processes, data, folders and network, say what was found, and leave"
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moco_scale.data.device_augment import DeviceAugment
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.data.shard_set import Shards
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine
 from moco_scale.errors import StoppedEarly
@@ -47,6 +48,20 @@ from moco_scale.timing import (
 )
 
 
+def open_data(config: Config) -> tuple[Shards, BatchPlan]:
+    """The pictures of a run and its batches, the same on all ranks, which all call it.
+
+    Raises:
+        UserError: the data cannot be read, or differs between ranks, or does not fill a batch that
+            the ranks can share.
+    """
+    shards = distributed.in_turn(lambda: open_shards(config.data.data_dir, "train"))
+    identity.require_alike({"index of --data-dir": shards.fingerprint}, identity.SAME_DATA)
+    plan = BatchPlan(shards.order(config.optim.rng_seed), config.optim.batch_size)
+    plan.check_world(distributed.world_size())
+    return shards, plan
+
+
 class Pretraining:
     """One run: everything it holds, its step, and its loop.
 
@@ -69,11 +84,7 @@ class Pretraining:
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
         identity.require_alike(identity.of_run(config))
-        self.shards = distributed.in_turn(lambda: open_shards(config.data.data_dir, "train"))
-        index = {"index of --data-dir": self.shards.fingerprint}
-        identity.require_alike(index, identity.SAME_DATA)
-        self.plan = BatchPlan(self.shards.order(seed), config.optim.batch_size)
-        self.plan.check_world(self.world)
+        self.shards, self.plan = open_data(config)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch
         self.last_step = min(config.run.max_steps or self.total_steps, self.total_steps)
 

@@ -6,7 +6,9 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -29,13 +31,17 @@ class RunFolder:
     Attributes:
         path: the folder.
         metrics: its ``metrics.jsonl``.
+        lock: its ``.lock``, which says who writes here.
     """
 
     def __init__(self, config: Config, data_fingerprint: str) -> None:
         self.path = Path(config.run.output_dir)
         self.metrics = self.path / "metrics.jsonl"
         self._config, self._fingerprint = config, data_fingerprint
+        self.lock = self.path / ".lock"
         self._lock: TextIO | None = None
+        # Told apart from what an earlier run has left there.
+        self._mark = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}\n"
         self._saver = BackgroundSaver(config.run.async_save)
 
     def prepare(self) -> Path | None:
@@ -45,10 +51,13 @@ class RunFolder:
             The checkpoint to resume from; None to start from the beginning.
 
         Raises:
-            UserError: the folder cannot be written, holds another run, or ``--resume`` names
-                something that is not there or does not agree with the flags.
+            UserError: the folder cannot be written, is not the same one for all ranks, holds
+                another run, or ``--resume`` names something that is not there or does not agree
+                with the flags.
         """
-        return distributed.on_main(lambda: self._writing(self._prepare))
+        start = distributed.on_main(lambda: self._writing(self._prepare))
+        self._require_shared()
+        return start
 
     def begin(self, step: int) -> int:
         """A run that is set up starts: write ``config.json``, tidy up; all ranks call it.
@@ -89,17 +98,43 @@ class RunFolder:
 
     def _claim(self) -> None:
         """Keep other runs out for as long as this process lives, or until :meth:`release`."""
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        self._lock = open(self.lock, "a+")  # noqa: SIM115
         try:
             # A record lock: unlike flock's, it is not inherited by the processes that read data.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(
-                f"--output-dir {self.path} is being written by another run; wait until that has "
-                "ended, or choose another folder"
+                f"--output-dir {self.path} is being written by another run{self._holder()}; wait "
+                "until that has ended, or choose another folder"
             ) from None
         except OSError:
             pass  # a file system without locks
+        self._lock.truncate(0)
+        self._lock.write(self._mark)
+        self._lock.flush()
+        os.fsync(self._lock.fileno())
+
+    def _holder(self) -> str:
+        assert self._lock is not None
+        self._lock.seek(0)
+        words = self._lock.read().split()
+        return f" (process {words[1]} on {words[0]})" if len(words) == 3 else ""
+
+    def _require_shared(self) -> None:
+        """Each rank writes a part of every checkpoint: all have to see what rank 0 sees."""
+        mark = distributed.broadcast_object(self._mark)
+
+        def look() -> None:
+            # Rank 0 must not: a process that closes a file loses its lock.
+            if not distributed.is_main() and _content(self.lock) != mark:
+                raise UserError(
+                    f"--output-dir {self.path} is not here what it is for rank 0: name a folder "
+                    "on a file system that all hosts share"
+                )
+            if not os.access(self.path, os.W_OK):
+                raise UserError(f"--output-dir {self.path} cannot be written from here")
+
+        distributed.agree(look)
 
     def release(self) -> None:
         """Let other runs write here."""
@@ -272,6 +307,13 @@ class RunFolder:
         if kept != lines:
             write_atomically(self.metrics, "".join(kept))
         return len(lines) - len(kept)
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _is_kept(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""One rank that is not like the others: training refuses to start and names it."""
+"""What is checked before training: one rank that is not like the others, folders, machines."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ import pytest
 from commands import TINY, forked, make_shards
 from conftest import write_picture
 
-from moco_scale import command_line, identity
+from moco_scale import command_line, identity, preflight
 
 
 def other_flags(*flags: str) -> None:
@@ -54,13 +54,14 @@ def refused(shards: Path, out: Path, prepare: Callable[..., None], *args: str) -
     )
     assert status == 2, output
     assert "Traceback" not in output
-    assert output.count("train.py: error: the processes are not alike") == 1
-    assert not out.exists()
+    assert output.count("train.py: error: ") == 1
+    assert not (out / "config.json").exists()
     return output
 
 
 def test_another_seed(tiny_shards: Path, tmp_path: Path) -> None:
     output = refused(tiny_shards, tmp_path / "out", other_flags, "--rng-seed", "7")
+    assert "train.py: error: the processes are not alike:" in output
     assert re.search(r"--rng-seed: 7 on rank 1 \(\S+\), 0 on rank 0 \(\S+\)", output), output
     assert "with the same installation and the same flags" in output
 
@@ -83,3 +84,81 @@ def test_another_index(tiny_shards: Path, tmp_path: Path) -> None:
     output = refused(tiny_shards, tmp_path / "out", other_flags, "--data-dir", str(other))
     assert re.search(r"index of --data-dir: \w+ on rank 1 .*, \w+ on rank 0", output), output
     assert "the same pictures and the same index" in output
+
+
+def test_another_output_folder(tiny_shards: Path, tmp_path: Path) -> None:
+    """As where each host has a disk of its own under the same name."""
+    other = tmp_path / "other"
+    output = refused(tiny_shards, tmp_path / "out", other_flags, "--output-dir", str(other))
+    assert re.search(r"rank 1 on \S+: --output-dir \S+ is not here what it is for rank 0", output)
+    # Nor is it enough that something was written there once.
+    other.mkdir()
+    (other / ".lock").write_text("host 1 0123456789abcdef\n")
+    output = refused(tiny_shards, tmp_path / "out", other_flags, "--output-dir", str(other))
+    assert "a file system that all hosts share" in output
+
+
+def test_preflight_looks_and_leaves(tiny_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    flags = (*TINY, "--data-dir", tiny_shards, "--preflight")
+    status, output = forked(*flags, "--output-dir", out, ranks=2)
+    assert status == 0, output
+    assert not out.parent.exists()
+    for line in (
+        r"2 process\(es\) on 1 host\(s\), all with the same code, libraries, flags and index",
+        r"code: moco_scale \S+, files [0-9a-f]{8}",
+        r"libraries: python 3\.\S+, torch \d.*, pillow \d\S+",
+        r"data: 32 pictures, index [0-9a-f]{32}, 4 steps an epoch of 8 pictures",
+        rf"output: {out}, seen and writable by all, \d+\.\d GiB free",
+        r"run: starts at step 0",
+        r"environment of rank 0: .*OMP_NUM_THREADS=1.*",
+        r"ranks +host +device +memory +cores +/dev/shm free +open files",
+        r"0-1 +\S+ +CPU +\d+\.\d GiB +\d+ +\d+\.\d GiB +\d+",
+        r"bandwidth per process +all processes \(2\)",
+        r"all-reduce of 8 MiB +\d+\.\d\d GB/s",
+        r"all-to-all of 8 MiB +\d+\.\d\d GB/s",
+        r"all-reduce of one number +\d+\.\d\d ms",
+        r"ready, after \d+\.\d s",
+    ):
+        assert len(re.findall(f"^{line}$", output, re.MULTILINE)) == 1, f"{line}\n{output}"
+
+
+def test_preflight_of_a_run_that_is_there(tiny_shards: Path, tmp_path: Path) -> None:
+    flags = (*TINY, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    status, output = forked(*flags, "--max-steps", 1)
+    assert status == 0, output
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.name != ".lock"}
+    status, output = forked(*flags, "--preflight")
+    assert status == 0, output
+    assert f"run: goes on from {tmp_path}/checkpoints/step-00000001" in output
+    assert "bandwidth" not in output  # of one process
+    status, output = forked(*flags, "--preflight", "--nce-k", 64)
+    assert status == 2
+    assert "--nce-k: 32 in the run, 64 now" in output
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.name != ".lock"}
+    assert after == before
+
+
+def little_shared_memory(size: int) -> None:
+    """Hosts have so many bytes of shared memory free."""
+    look = preflight.look
+    mock.patch.object(preflight, "look", lambda: look()._replace(shared_memory=size)).start()
+
+
+def test_preflight_says_what_is_not_ready(tiny_shards: Path, tmp_path: Path) -> None:
+    flags = (*TINY, "--data-dir", tiny_shards, "--num-workers", 2, "--preflight")
+    batch = 2 * 4 * 3 * 16 * 16  # views, pictures of a rank, channels, pixels
+    enough = 2 * 5 * batch  # ranks, batches
+    for size, expected in ((enough, 0), (enough - 1, 2)):
+        status, output = forked(
+            *(*flags, "--output-dir", tmp_path / "out"),
+            ranks=2,
+            prepare=little_shared_memory,
+            prepare_args=(size,),
+        )
+        assert status == expected, output
+        assert ("ready, after" in output) == (status == 0)
+        assert ("error: not ready:\n" in output) == (status == 2)
+        assert ("/dev/shm has 0.0 GiB free, the workers of 2 process(es)" in output) == (
+            status == 2
+        )

@@ -1,0 +1,76 @@
+"""How fast tensors travel between the processes of a job."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from moco_scale import distributed
+from moco_scale.distributed import Subgroup
+
+SECONDS = 0.15
+"""Roughly what each figure may cost."""
+
+
+class Bandwidth(NamedTuple):
+    """What the slowest process of a group sees.
+
+    Attributes:
+        ranks: in the largest group.
+        size: bytes of the tensor on each rank.
+        all_reduce: bytes a second over the link of one process: 2 (n - 1) / n of the tensor's
+            bytes, which is what the best algorithm sends and receives, over the time taken.
+        all_to_all: likewise, (n - 1) / n of the tensor's bytes.
+        latency: seconds of an all-reduce of one number.
+    """
+
+    ranks: int
+    size: int
+    all_reduce: float
+    all_to_all: float
+    latency: float
+
+
+def measure(group: Subgroup) -> Bandwidth:
+    """Measure in all groups at once, as training uses them; every rank calls it.
+
+    Args:
+        group: of this rank; the groups of all ranks tile the job.
+    """
+    device = distributed.device()
+    size = (64 if device.type == "cuda" else 8) << 20
+    ranks = max(distributed.gather_objects(group.size))
+    floats = torch.zeros(size // 4, device=device)
+    number = torch.zeros(1, device=device)
+    # One row for each rank of this group; what is left over stays at home.
+    rows = torch.zeros(group.size, size // group.size, dtype=torch.uint8, device=device)
+    ones = [1] * group.size
+    reduced = _seconds(lambda: distributed.sum_(floats, group.handle))
+    exchanged = _seconds(lambda: distributed.start_exchange_rows(rows, ones, ones, group).wait())
+    latency = _seconds(lambda: distributed.sum_(number, group.handle))
+    sent = size * (ranks - 1) / ranks
+    return Bandwidth(ranks, size, 2 * sent / reduced, sent / exchanged, latency)
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    """Median time of the slowest rank, after a first time that opens the connections."""
+    _timed(action)
+    repeats = max(3, min(50, math.ceil(SECONDS / _timed(action))))
+    return median(_timed(action) for _ in range(repeats))
+
+
+def _timed(action: Callable[[], object]) -> float:
+    distributed.barrier()
+    start = time.perf_counter()
+    action()
+    if distributed.device().type == "cuda":
+        torch.cuda.synchronize()
+    slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    if (work := distributed.start_max(slowest)) is not None:
+        work.wait()
+    return max(float(slowest), 1e-9)

@@ -1,0 +1,256 @@
+"""``train.py --preflight``: is everything in place for a run? Looks, measures, says, and leaves.
+
+What has to be the same on all processes is compared at every start (`moco_scale.identity`), and so
+is the output folder. This adds what takes a second or two: the machines and the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moco_scale import bandwidth, distributed, identity
+from moco_scale.bandwidth import Bandwidth
+from moco_scale.config import Config
+from moco_scale.errors import UserError
+from moco_scale.pretrain import open_data
+from moco_scale.run_folder import RunFolder
+
+GIB = 1 << 30
+SHARED_MEMORY = Path("/dev/shm")
+CLOCK_LIMIT = 2.0
+"""Seconds that clocks may differ before it is worth a line."""
+FREE_DISK = 10 * GIB
+OPEN_FILES = 4096
+WATCHED = ("NCCL_", "GLOO_", "TORCH_NCCL_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+"""Beginnings of environment variables that decide how a run goes."""
+
+
+class Machine(NamedTuple):
+    """What one process finds where it runs; sizes in bytes.
+
+    Attributes:
+        host: its name.
+        device: name of the GPU, or "CPU".
+        device_id: tells GPUs apart; empty for a CPU.
+        memory: of the GPU, else of the host.
+        cores: that this process may use.
+        shared_memory: free in /dev/shm.
+        open_files: that this process may have.
+        clock: seconds since 1970, at about the same moment on all.
+    """
+
+    host: str
+    device: str
+    device_id: str
+    memory: int
+    cores: int
+    shared_memory: int
+    open_files: int
+    clock: float
+
+
+def run(config: Config) -> None:
+    """Check everything, print it on rank 0; all ranks call it.
+
+    Raises:
+        UserError: something would keep the run from starting or from going on.
+    """
+    started = time.monotonic()
+    identity.require_alike(identity.of_run(config))
+    shards, plan = open_data(config)
+    resumed_from, free = _try_folder(RunFolder(config, shards.fingerprint))
+    machines = distributed.gather_objects(look())
+    share = config.optim.batch_size // distributed.world_size()
+    needed = shared_memory_needed(share, config.data.image_size, config.run.num_workers)
+    hosts = list(dict.fromkeys(machine.host for machine in machines))
+    facts = identity.of_run(config)
+    versions = [f"{n} {v}" for n, v in facts.items() if _is_library(n)]
+    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(WATCHED)]
+    start = f"goes on from {resumed_from}" if resumed_from else "starts at step 0"
+    _say(
+        f"{len(machines)} process(es) on {len(hosts)} host(s), all with the same code, libraries, "
+        "flags and index",
+        f"code: {facts['code']}",
+        f"libraries: {', '.join(versions)}",
+        f"data: {len(shards)} pictures, index {shards.fingerprint}, "
+        f"{plan.steps_per_epoch} steps an epoch of {config.optim.batch_size} pictures",
+        f"output: {config.run.output_dir}, seen and writable by all, {_gib(free)} free",
+        f"run: {start}",
+        f"environment of rank 0: {' '.join(settings) or 'nothing of note'}",
+        "",
+        *machine_table(machines),
+        "",
+    )
+    wrong = problems(machines, needed)
+    if wrong:
+        raise UserError("not ready:\n" + "\n".join(f"  {line}" for line in wrong))
+    if len(machines) > 1:
+        _say(*_measured(several_hosts=len(hosts) > 1), "")
+    _say(*(f"note: {line}" for line in notes(machines, free)))
+    _say(f"ready, after {time.monotonic() - started:.1f} s")
+
+
+def look() -> Machine:
+    """What this process finds; all ranks call it, so that clocks are read at one moment."""
+    device = distributed.device()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = properties.name, str(properties.uuid), properties.total_memory
+    else:
+        gpu = "CPU", "", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    distributed.barrier()
+    return Machine(
+        socket.gethostname(),
+        *gpu,
+        len(os.sched_getaffinity(0)),
+        shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0,
+        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        time.time(),
+    )
+
+
+def shared_memory_needed(share: int, image_size: int, num_workers: int) -> int:
+    """Bytes of the batches that one process's workers keep ready.
+
+    Args:
+        share: images of one process in a batch.
+        image_size: side of a crop in pixels.
+        num_workers: of this process; without any, batches are not in shared memory.
+    """
+    crops = 2 * share * 3 * image_size**2
+    # Each worker works on one while one waits; the loop holds another.
+    return (2 * num_workers + 1) * crops if num_workers else 0
+
+
+def problems(machines: Sequence[Machine], shared_memory: int) -> list[str]:
+    """What would keep a run from going on, a line each.
+
+    Args:
+        machines: by rank.
+        shared_memory: bytes that each process needs.
+    """
+    lines = []
+    hosts = [machine.host for machine in machines]
+    gpus: dict[str, list[int]] = {}
+    for rank, machine in enumerate(machines):
+        if machine.device_id:
+            gpus.setdefault(machine.device_id, []).append(rank)
+    for ranks in gpus.values():
+        if len(ranks) > 1:
+            who = identity.ranks_on_hosts(ranks, hosts)
+            lines.append(f"{who} share one GPU: start one process per GPU, each with LOCAL_RANK")
+    for host in dict.fromkeys(hosts):
+        ranks = [rank for rank, each in enumerate(hosts) if each == host]
+        free = min(machines[rank].shared_memory for rank in ranks)
+        if free < shared_memory * len(ranks):
+            lines.append(
+                f"{host}: {SHARED_MEMORY} has {_gib(free)} free, the workers of {len(ranks)} "
+                f"process(es) need {_gib(shared_memory * len(ranks))}: make it larger (docker run "
+                "--shm-size, Kubernetes: an emptyDir of medium Memory), or lower --num-workers"
+            )
+    return lines
+
+
+def notes(machines: Sequence[Machine], free_disk: int) -> list[str]:
+    """What is worth knowing and stops nothing."""
+    lines = []
+    hosts = [machine.host for machine in machines]
+    first = machines[0].clock
+    late = max(range(len(machines)), key=lambda rank: abs(machines[rank].clock - first))
+    difference = machines[late].clock - first
+    if abs(difference) > CLOCK_LIMIT:
+        lines.append(
+            f"the clock of {hosts[late]} is {abs(difference):.1f} s "
+            f"{'ahead of' if difference > 0 else 'behind'} that of {hosts[0]}: times in logs and "
+            "dates of files will not agree"
+        )
+    kinds = list(dict.fromkeys(machine.device for machine in machines))
+    if len(kinds) > 1:
+        lines.append(f"processes compute on {', '.join(kinds)}: the slowest sets the pace")
+    if free_disk < FREE_DISK:
+        lines.append(f"only {_gib(free_disk)} are free for --output-dir")
+    few = [rank for rank, machine in enumerate(machines) if 0 <= machine.open_files < OPEN_FILES]
+    if few:
+        lines.append(
+            f"{identity.ranks_on_hosts(few, hosts)} may open {machines[few[0]].open_files} files "
+            "at a time, which is few for many shards and connections: ulimit -n 65536"
+        )
+    return lines
+
+
+def machine_table(machines: Sequence[Machine]) -> list[str]:
+    """One line for each kind of process of each host."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for rank, m in enumerate(machines):
+        sizes = _gib(m.memory), str(m.cores), _gib(m.shared_memory), str(m.open_files)
+        kinds.setdefault((m.host, m.device, *sizes), []).append(rank)
+    rows: list[tuple[str, ...]] = [
+        ("ranks", "host", "device", "memory", "cores", "/dev/shm free", "open files"),
+        *((identity.spans(ranks), *kind) for kind, ranks in kinds.items()),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
+    ]
+
+
+def _measured(several_hosts: bool) -> list[str]:
+    everyone = distributed.neighbours(distributed.world_size())
+    columns = [("all processes", bandwidth.measure(everyone))]
+    if several_hosts:
+        within = bandwidth.measure(distributed.host_group())
+        if within.ranks > 1:
+            columns.insert(0, ("within a host", within))
+    return bandwidth_table(columns)
+
+
+def bandwidth_table(columns: Sequence[tuple[str, Bandwidth]]) -> list[str]:
+    """Figures side by side."""
+    heads = [f"{name} ({b.ranks})" for name, b in columns]
+    lines = [f"{'bandwidth per process':30}" + "".join(f"{head:>22}" for head in heads)]
+    mib = columns[0][1].size >> 20
+    for what, values in (
+        (f"all-reduce of {mib} MiB", [f"{b.all_reduce / 1e9:.2f} GB/s" for _, b in columns]),
+        (f"all-to-all of {mib} MiB", [f"{b.all_to_all / 1e9:.2f} GB/s" for _, b in columns]),
+        ("all-reduce of one number", [f"{b.latency * 1e3:.2f} ms" for _, b in columns]),
+    ):
+        lines.append(f"{what:30}" + "".join(f"{value:>22}" for value in values))
+    return lines
+
+
+def _try_folder(folder: RunFolder) -> tuple[Path | None, int]:
+    """What a run would resume from, and bytes free; the folder is left as it was."""
+    made = [p for p in (folder.path, *folder.path.parents) if not p.exists()]
+    try:
+        return folder.prepare(), shutil.disk_usage(folder.path).free
+    finally:
+        distributed.barrier()
+        folder.release()
+        if distributed.is_main() and made:
+            with contextlib.suppress(OSError):
+                folder.lock.unlink()
+                for path in made:
+                    path.rmdir()
+
+
+def _is_library(name: str) -> bool:
+    return name not in ("code", "device") and not name.startswith(("--", "content"))
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _say(*lines: str) -> None:
+    if distributed.is_main():
+        print(*lines, sep="\n", end="\n" if lines else "", flush=True)
