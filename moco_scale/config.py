@@ -74,7 +74,12 @@ class DataConfig:
 
     dataset: str = _option("imagenet", "preset of statistics and sizes", choices=tuple(DATASETS))
     data_dir: str = _option(
-        "", "folder of shards, or a pattern such as DIR/train-{00..99}.tar (default: data/DATASET)"
+        "",
+        "folder of shards, a pattern such as DIR/train-{000..127}.tar, or several with weights: "
+        "A:0.7,B:0.3 (default: data/DATASET)",
+    )
+    samples_per_epoch: int = _option(
+        0, "an epoch's length, which the next one goes on from; 0: all pictures, once"
     )
     image_size: int = _option(0, "side of a crop in pixels (default: the data set's)")
     aug: str = _option("v1", "augmentation", choices=tuple(AUGMENTATIONS), type=str.lower)
@@ -317,6 +322,7 @@ def _check(config: Config) -> None:
         "--base-lr": optim.base_lr,
         "--clip-grad": optim.clip_grad,
         "--patch-size": config.model.patch_size,
+        "--samples-per-epoch": config.data.samples_per_epoch,
         "--fsdp-shard-size": run.fsdp_shard_size,
         "--weight-decay": optim.weight_decay,
         "--lr-min": optim.lr_min,

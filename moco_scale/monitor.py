@@ -12,6 +12,7 @@ import torchvision
 
 from moco_scale import __version__, distributed
 from moco_scale.config import Config
+from moco_scale.data.mixed_shards import epoch_notes
 from moco_scale.data.order import Samples
 from moco_scale.data.reader import ViewBatch
 from moco_scale.encoders import Encoder
@@ -77,7 +78,7 @@ class Monitor:
             f"BatchNorm groups of {config.model.bn_group_size}; {config.optim.epochs} epochs of "
             f"{run.plan.steps_per_epoch} steps"
         )
-        for text in (*run.engine.notes, *_extras(config)):
+        for text in (*epoch_notes(run.shards, run.plan.order), *run.engine.notes, *_extras(config)):
             say(text)
         if run.resumed_from is not None:
             again = f" ({dropped} later log lines dropped)" if dropped else ""

@@ -15,6 +15,7 @@ from moco_scale.batchnorm import set_groups
 from moco_scale.config import Config
 from moco_scale.data.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.device_augment import DeviceAugment
+from moco_scale.data.mixture import in_whole_batches
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.reader import ViewBatch, pretraining_loader
@@ -57,7 +58,8 @@ def open_data(config: Config) -> tuple[Shards, BatchPlan]:
     """
     shards = distributed.in_turn(lambda: open_shards(config.data.data_dir, "train"))
     identity.require_alike({"index of --data-dir": shards.fingerprint}, identity.SAME_DATA)
-    plan = BatchPlan(shards.order(config.optim.rng_seed), config.optim.batch_size)
+    order, batch = shards.order(config.optim.rng_seed), config.optim.batch_size
+    plan = BatchPlan(in_whole_batches(order, batch, config.data.samples_per_epoch), batch)
     plan.check_world(distributed.world_size())
     return shards, plan
 

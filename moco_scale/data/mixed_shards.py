@@ -1,0 +1,140 @@
+"""Several sets of pictures as one, and how the user names them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moco_scale.data.mixture import Mixture
+from moco_scale.data.order import FullPermutation, Indices, Order
+from moco_scale.data.shard_set import Shards
+from moco_scale.errors import UserError
+
+_WEIGHT = re.compile(r"(?P<spec>.+):(?P<weight>\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+)")
+_HOST = re.compile(r"\w+://[^/]*")  # ":8080" after it is a port
+
+
+class Named(NamedTuple):
+    """One set of a mixture."""
+
+    spec: str
+    weight: float | None
+
+
+def split_mixture(spec: str) -> list[Named]:
+    """The sets that `A:0.7,B:0.3` names; a set on its own is one of them, without a weight.
+
+    Commas inside braces belong to a pattern. What exists under the whole name, commas and colons
+    included, is that set, and so is what exists under a part's.
+
+    Raises UserError: an empty name, only some weights, a weight of 0.
+    """
+    if os.path.exists(spec) or spec.startswith("pipe:"):
+        return [Named(spec, None)]
+    named = [_weighted(part) for part in re.split(r",(?![^{}]*\})", spec)]
+    if any(not part.spec for part in named):
+        raise UserError(f"--data-dir {spec}: a set without a name")
+    without = [part.spec for part in named if part.weight is None]
+    if without and len(without) < len(named):
+        raise UserError(
+            f"--data-dir {spec}: {without[0]} has no weight, others have one; give all or none "
+            "(none: by the numbers of their pictures)"
+        )
+    for part in named:
+        if part.weight == 0:
+            raise UserError(f"--data-dir {spec}: {part.spec} has weight 0; leave it out")
+    return named
+
+
+def _weighted(part: str) -> Named:
+    part = part.strip()
+    found = _WEIGHT.fullmatch(part)
+    if found is None or os.path.exists(part) or _HOST.fullmatch(found["spec"]):
+        return Named(part, None)
+    return Named(found["spec"], float(found["weight"]))
+
+
+class MixedShards:
+    """The pictures of several sets, one set after the other.
+
+    They are labelled when all sets have the same classes, else no picture is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Shards],
+        weights: Sequence[float] | None,
+        selection: Indices | None = None,
+    ) -> None:
+        """weights: of the parts in training; None: by size. selection: places, None: all."""
+        self.name, self.parts = name, tuple(parts)
+        self.split = self.parts[0].split
+        self.weights = tuple(weights or [float(len(part)) for part in parts])
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._selection = selection
+        alike = all(part.classes == parts[0].classes for part in parts)
+        self.classes: list[str] = parts[0].classes if alike else []
+        #: int32 [N]; -1 = unlabelled
+        self.labels: npt.NDArray[np.int32]
+        if not self.classes:
+            self.labels = np.broadcast_to(np.int32(-1), len(self))
+        else:
+            labels = np.concatenate([part.labels for part in parts])
+            self.labels = labels if selection is None else labels[selection]
+        digest = hashlib.blake2b(digest_size=16)
+        for part, weight in zip(parts, self.weights, strict=True):
+            digest.update(f"{part.fingerprint} {weight / sum(self.weights):.12g}\n".encode())
+        if selection is not None:
+            digest.update(np.ascontiguousarray(selection, dtype="<i8").tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._selection is None else len(self._selection)
+
+    def order(self, seed: int) -> Order:
+        if self._selection is not None:
+            return FullPermutation(len(self), seed)
+        # A seed of its own, or sets of the same size would be in the same order.
+        seeds = [(seed + i) % 2**64 for i in range(len(self.parts))]
+        orders = tuple(part.order(own) for part, own in zip(self.parts, seeds, strict=True))
+        return Mixture(orders, self.weights, len(self), seed)
+
+    def read(self, i: int) -> memoryview:
+        part, place = self._locate(i)
+        return part.read(place)
+
+    def where(self, i: int) -> str:
+        part, place = self._locate(i)
+        return f"{part.name}, {part.where(place)}"
+
+    def subset(self, indices: Indices) -> MixedShards:
+        indices = np.asarray(indices, dtype=np.int64)
+        chosen = indices if self._selection is None else self._selection[indices]
+        return MixedShards(self.name, self.parts, self.weights, chosen)
+
+    def _locate(self, i: int) -> tuple[Shards, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"picture {i} of {len(self)}")
+        place = i if self._selection is None else int(self._selection[i])
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        part = self.parts[number]
+        return part, place - int(self._ends[number]) + len(part)
+
+
+def epoch_notes(shards: Shards, order: Order) -> list[str]:
+    """What a log says of epochs that are not passes over one set."""
+    if not isinstance(order, Mixture):
+        return []
+    parts = shards.parts if isinstance(shards, MixedShards) else (shards,)
+    read = [
+        f"{share} of the {len(part)} pictures in {part.name}"
+        for share, part in zip(order.shares, parts, strict=True)
+    ]
+    return [f"an epoch reads {', '.join(read)}; the next one goes on where it ends"]

@@ -1,0 +1,122 @@
+"""Orders that do not end with a pass: epochs of any length, and several sets mixed by weights.
+
+Each set is gone through in passes, one after another without a gap, every pass in an order of its
+own: none of its samples is read again before all of them were. An epoch takes the next samples of
+each set, a fixed number, and shuffles the sets (not the samples of one set) among each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from moco_scale.data.order import Indices, Order, Samples
+from moco_scale.data.random import permutation
+from moco_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Samples of several sets, whose places follow each other: 0 … n_0 - 1 are of the first.
+
+    Attributes:
+        parts: an order of each set; its epochs are the passes.
+        weights: share of each in an epoch, in any unit.
+        epoch_samples: of all together.
+        seed: of the shuffling, and of what is drawn for a sample.
+
+    Raises:
+        UserError: an epoch has no sample of one of the sets.
+    """
+
+    parts: tuple[Order, ...]
+    weights: tuple[float, ...]
+    epoch_samples: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if min(self.shares) < 1:
+            raise UserError(
+                f"an epoch of {self.epoch_samples} samples has none of set "
+                f"{self.shares.index(min(self.shares)) + 1} of the mixture, whose weight is "
+                f"{min(self.weights):g}; raise it or --samples-per-epoch, or leave the set out"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        return sum(part.num_samples for part in self.parts)
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Samples of each set in every epoch: the nearest to the weights that add up (those with
+        the largest remainders are rounded up)."""
+        exact = np.array(self.weights) / sum(self.weights) * self.epoch_samples
+        shares = np.floor(exact + 1e-9).astype(np.int64)
+        missing = self.epoch_samples - int(shares.sum())
+        shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
+        return tuple(shares.tolist())
+
+    def epoch(self, number: int) -> Samples:
+        return _mixed(self, number)
+
+
+@lru_cache(maxsize=2)
+def _mixed(mixture: Mixture, number: int) -> Samples:
+    shares = mixture.shares
+    taken = [
+        _taken(part, share * number, share)
+        for part, share in zip(mixture.parts, shares, strict=True)
+    ]
+    if len(taken) == 1:
+        return taken[0]
+    index = np.empty(mixture.epoch_samples, dtype=np.int64)
+    passes = np.empty(mixture.epoch_samples, dtype=np.int64)
+    chosen = _shuffled(shares, mixture.seed, number)
+    first = 0
+    for i, (part, samples) in enumerate(zip(mixture.parts, taken, strict=True)):
+        places = np.flatnonzero(chosen == i)
+        index[places], passes[places] = samples.index + first, samples.passes
+        first += part.num_samples
+    index.setflags(write=False)
+    passes.setflags(write=False)
+    return Samples(index, passes)
+
+
+def _shuffled(shares: tuple[int, ...], seed: int, number: int) -> npt.NDArray[np.int64]:
+    """int64 [sum(shares)]: the set i shares[i] times, in a random order of the epoch."""
+    order = permutation(sum(shares), seed, "mixture", number)
+    return np.searchsorted(np.cumsum(shares), order, side="right")
+
+
+def _taken(part: Order, start: int, count: int) -> Samples:
+    """`count` samples of the set's passes from `start` on."""
+    n = part.num_samples
+    indices: list[Indices] = []
+    passes: list[Indices] = []
+    at = start
+    while at < start + count:
+        number, offset = divmod(at, n)
+        stop = min(n, offset + start + count - at)
+        indices.append(part.epoch(number).index[offset:stop])
+        passes.append(np.full(stop - offset, number, dtype=np.int64))
+        at += stop - offset
+    return Samples(np.concatenate(indices), np.concatenate(passes))
+
+
+def in_whole_batches(order: Order, global_batch: int, samples_per_epoch: int = 0) -> Order:
+    """The order of a run.
+
+    Without `samples_per_epoch` an order by passes stays what it is. Otherwise, and for a mixture,
+    an epoch is so many samples, rounded down to whole batches (but not to none), and the next one
+    goes on where it ends.
+    """
+    if not samples_per_epoch and not isinstance(order, Mixture):
+        return order
+    samples = samples_per_epoch or order.epoch_samples
+    samples = max(samples - samples % max(global_batch, 1), min(samples, global_batch))
+    if isinstance(order, Mixture):
+        return replace(order, epoch_samples=samples)
+    return Mixture((order,), (1.0,), samples, order.seed)
