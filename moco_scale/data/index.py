@@ -190,7 +190,8 @@ class IndexedShards:
                 ).name
         except (OSError, tarfile.TarError):
             return Place(name, offset, "")
-        return Place(name, offset, member.partition(".")[0])
+        folder, slash, file_name = member.rpartition("/")
+        return Place(name, offset, folder + slash + file_name.partition(".")[0])
 
     def fault(self, i: int) -> str | None:
         """What has happened to the shard of picture i since the index was made; None: nothing."""

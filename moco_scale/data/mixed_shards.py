@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moco_scale.data.mixture import Mixture
 from moco_scale.data.order import FullPermutation, Indices, Order
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shard_set import Place, Shards
 from moco_scale.errors import UserError
 
 _WEIGHT = re.compile(r"(?P<spec>.+):(?P<weight>\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+)")
@@ -111,8 +111,16 @@ class MixedShards:
         return part.read(place)
 
     def where(self, i: int) -> str:
+        return str(self.place(i))
+
+    def place(self, i: int) -> Place:
         part, place = self._locate(i)
-        return f"{part.name}, {part.where(place)}"
+        within = part.place(place)
+        return within._replace(shard=f"{part.name}, {within.shard}")
+
+    def fault(self, i: int) -> str | None:
+        part, place = self._locate(i)
+        return part.fault(place)
 
     def subset(self, indices: Indices) -> MixedShards:
         indices = np.asarray(indices, dtype=np.int64)

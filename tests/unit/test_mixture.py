@@ -155,6 +155,8 @@ def test_a_mixture_reads_its_sets(sets: list[Path]) -> None:
     assert both.labels.tolist() == [*one.labels.tolist(), *two.labels.tolist()]
     assert [bytes(both.read(i)) for i in (11, 12)] == [bytes(one.read(11)), bytes(two.read(0))]
     assert both.where(13) == f"{sets[1]}, {two.where(1)}"
+    assert both.place(13).key == two.place(1).key
+    assert both.fault(13) is None
     with pytest.raises(IndexError):
         both.read(18)
     chosen = both.subset(np.array([17, 3, 12])).subset(np.array([2, 0]))
