@@ -90,7 +90,7 @@ class Monitor:
         run = self.run
         mine = Samples(batch.index[:16].numpy(), batch.passes[:16].numpy())
         rows = [
-            run.augmented(batch.views[v, :16].to(run.device), mine, v)
+            run.inputs.augmented(batch.views[v, :16].to(run.device), mine, v)
             for v in range(batch.views.shape[0])
         ]
         pairs = torch.stack(rows, 1).flatten(0, 1).float().cpu()

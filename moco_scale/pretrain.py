@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 
 import numpy as np
@@ -11,13 +10,11 @@ import torch
 from torch import Tensor
 
 from moco_scale import distributed, identity
-from moco_scale.batchnorm import set_groups
+from moco_scale.batchnorm import set_groups, spans_ranks
 from moco_scale.config import Config
-from moco_scale.data.augment import AUGMENTATIONS, draw_params
-from moco_scale.data.device_augment import DeviceAugment
 from moco_scale.data.mixture import in_whole_batches
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.order import BatchPlan, Samples
+from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.shard_set import Shards
 from moco_scale.encoders import Encoder, build_encoder
@@ -25,13 +22,14 @@ from moco_scale.engines import make_engine
 from moco_scale.errors import StoppedEarly
 from moco_scale.health import FiniteWatch
 from moco_scale.infonce import Contrast
+from moco_scale.inputs import Inputs, StepInputs
 from moco_scale.moco import MoCo
 from moco_scale.monitor import Monitor
 from moco_scale.queue import DTYPES, KeyQueue
 from moco_scale.run_folder import RunFolder
 from moco_scale.run_state import load_model, load_optimizer, read_state, save_state
 from moco_scale.schedules import learning_rate
-from moco_scale.shuffle import Exchange, ShuffleBN
+from moco_scale.shuffle import ShuffleBN
 from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Meters, Telemetry
 from moco_scale.timing import (
@@ -119,13 +117,9 @@ class Pretraining:
             load_optimizer(self, saved)
         self.engine.when_differentiated(lambda: self.phases.enter(SUMMING))
         self.shuffle = ShuffleBN(config.optim.batch_size, seed, contrast.shuffle_bn)
-        self.augmentation = dataclasses.replace(
-            AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
-        )
-        self.augments = [
-            DeviceAugment(self.augmentation.of(v), config.preset.mean, config.preset.std)
-            for v in range(2)
-        ]
+        # Two communicators at work at once, the exchange's and a BatchNorm group's, can deadlock.
+        ahead = False if spans_ranks(moco) else None
+        self.inputs = Inputs(config, self.plan, self.shuffle, self.device, ahead)
 
     def initial_encoder(self) -> Encoder:
         """The query encoder before training: a function of the configuration and its seed."""
@@ -146,34 +140,22 @@ class Pretraining:
         """One step: keys from shuffled crops, queries, loss, update, enqueue."""
         config, queue, enter = self.config.contrast, self.queue, self.phases.enter
         enter(SHUFFLE)
-        crops = batch.views.to(self.device, non_blocking=True)
-        # (query view, key view) of each term of the loss; also the stream of its shuffle.
-        terms = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]
-        sent = [
-            self.shuffle.send(crops[k], batch.step, stream) for stream, (_, k) in enumerate(terms)
-        ]
+        inputs = self.inputs.take(batch)  # augmented crops, the keys' sent to where they belong
         mine = self.plan.share(batch.step, self.rank, self.world)
         self.negatives = queue.used
         all_keys: list[Tensor] = []
         total = torch.zeros((), device=self.device)
         for part, rows in enumerate(np.split(np.arange(len(mine.index)), self.parts)):
             own = slice(rows[0], rows[-1] + 1)
-            samples = mine.part(own.start, own.stop)
             enter(FORWARD)
-            queries = self.engine.query(
-                *[self.augmented(crops[q][own], samples, q) for q, _ in terms],
-                part=part,
-            )
+            queries = self.engine.query(*inputs.queries(own), part=part)
             if part == 0:  # the exchange has been under way during the first queries
-                all_keys = [
-                    self._keys(exchange, batch, view)
-                    for exchange, (_, view) in zip(sent, terms, strict=True)
-                ]
+                all_keys = [self._keys(inputs, term) for term in range(len(queries))]
             first = self.rank * len(mine.index)
             enter(QUEUE)
             positives = [keys[first + own.start : first + own.stop] for keys in all_keys]
             parts_terms = [
-                queue.contrast(query, positive, config.nce_t, samples.index)
+                queue.contrast(query, positive, config.nce_t, mine.index[own])
                 for query, positive in zip(queries, positives, strict=True)
             ]
             loss = torch.stack([term.loss.mean() for term in parts_terms]).sum()
@@ -195,23 +177,15 @@ class Pretraining:
         finite = self.engine.weights_finite()
         self.watch.record(batch.step + 1, total, finite, skipped=lowest and not applied)
 
-    def _keys(self, exchange: Exchange, batch: ViewBatch, view: int) -> Tensor:
+    def _keys(self, inputs: StepInputs, term: int) -> Tensor:
         """Keys of the whole global batch, of which this rank computes those it was sent."""
-        batch_samples = self.plan.batch(batch.step)
-        samples = Samples(*(column[exchange.received] for column in batch_samples))
         enter = self.phases.enter
         enter(SHUFFLE)
-        crops = exchange.wait()
+        inputs.receive(term)
         enter(FORWARD)
-        keys = self.engine.key(self.augmented(crops, samples, view))
+        keys = self.engine.key(inputs.keys(term))
         enter(SHUFFLE)
-        return exchange.gather_back(keys)
-
-    def augmented(self, crops: Tensor, samples: Samples, view: int) -> Tensor:
-        """Colours, blur and normalisation: uint8 [B, 3, S, S] -> float32, by sample and view."""
-        seed = self.config.optim.rng_seed
-        params = draw_params(self.augmentation, seed, samples.passes, samples.index, view)
-        return self.augments[view](crops, params).contiguous(memory_format=torch.channels_last)
+        return inputs.gather_back(term, keys)
 
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim
@@ -271,7 +245,7 @@ class Pretraining:
         loader = pretraining_loader(
             self.shards,
             self.plan,
-            self.augmentation,
+            self.inputs.augmentation,
             self.config.data.image_size,
             rank=self.rank,
             world=self.world,
@@ -281,7 +255,7 @@ class Pretraining:
         )
         self.engine.moco.train()
         try:
-            for batch in monitor.timed(iter(loader)):
+            for batch in self.inputs.ahead(monitor.timed(iter(loader))):
                 if self.step == 0:
                     monitor.before_training(batch)
                 self.train_step(batch)

@@ -43,7 +43,7 @@ def one_rank(flags: list[str]) -> Seen:
     loader = pretraining_loader(
         run.shards,
         run.plan,
-        run.augmentation,
+        run.inputs.augmentation,
         run.config.data.image_size,
         rank=run.rank,
         world=run.world,

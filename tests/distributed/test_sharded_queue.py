@@ -193,7 +193,7 @@ def train(flags: list[str], parts: int) -> list[dict[str, Any]]:
         loader = pretraining_loader(
             run.shards,
             run.plan,
-            run.augmentation,
+            run.inputs.augmentation,
             run.config.data.image_size,
             rank=run.rank,
             world=run.world,

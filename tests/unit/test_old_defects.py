@@ -57,7 +57,7 @@ def train(run: Pretraining, steps: int, workers: int = 0) -> None:
     loader = pretraining_loader(
         run.shards,
         run.plan,
-        run.augmentation,
+        run.inputs.augmentation,
         run.config.data.image_size,
         num_workers=workers,
         start_step=run.step,
@@ -130,7 +130,7 @@ def test_ranks_views_and_epochs_augment_differently(tiny_shards: Path, tmp_path:
             mine = run.plan.share(epoch * PER_EPOCH, rank, 2).index
             for view in (0, 1):
                 seed = run.config.optim.rng_seed
-                rows += list(draw_params(run.augmentation, seed, epoch, mine, view))
+                rows += list(draw_params(run.inputs.augmentation, seed, epoch, mine, view))
     # Flips and the like are few; brightness, contrast, saturation and hue are not.
     different = {row.tobytes() for row in rows}
     assert len(rows) == 4 * BATCH

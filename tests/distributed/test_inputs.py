@@ -1,0 +1,123 @@
+"""Inputs made one step ahead, as on a GPU, are the same as those made when they are asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from commands import TINY
+from harness import run_ranks
+from torch import Tensor
+
+from moco_scale import command_line
+from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.inputs import Inputs
+from moco_scale.pretrain import Pretraining
+from moco_scale.run_state import save_state
+
+STEPS = 5  # an epoch has 4
+
+
+def started(flags: list[str], ahead: bool) -> Pretraining:
+    run = Pretraining(command_line.parse(flags))
+    run.inputs = Inputs(run.config, run.plan, run.shuffle, run.device, ahead)
+    return run
+
+
+def batches(run: Pretraining) -> Iterator[ViewBatch]:
+    return pretraining_loader(
+        run.shards,
+        run.plan,
+        run.inputs.augmentation,
+        run.config.data.image_size,
+        rank=run.rank,
+        world=run.world,
+        num_workers=0,
+        start_step=run.step,
+        end_step=STEPS,
+    )
+
+
+def flags_of(shards: Path, out: Path, *more: str) -> list[str]:
+    return [*TINY, "--data-dir", str(shards), "--output-dir", str(out), *more]
+
+
+def seen(flags: list[str], ahead: bool) -> list[list[Tensor]]:
+    """All inputs of each step on this rank: query views in two parts, key views, a way back."""
+    run = started(flags, ahead)
+    steps = []
+    for batch in run.inputs.ahead(batches(run)):
+        inputs, half = run.inputs.take(batch), len(batch.index) // 2
+        tensors = [*inputs.queries(slice(0, half)), *inputs.queries(slice(half, 2 * half))]
+        for term in range(len(run.inputs.terms)):
+            inputs.receive(term)
+            keys = inputs.keys(term)
+            tensors += [keys, inputs.gather_back(term, keys.flatten(1)[:, :50])]
+        steps.append([tensor.clone() for tensor in tensors])
+    return steps
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_inputs_are_the_same_to_the_bit(tiny_shards: Path, tmp_path: Path, world: int) -> None:
+    flags = flags_of(tiny_shards, tmp_path, "--symmetric", "--aug", "v3")
+    usual, ahead = (run_ranks(seen, world, flags, way) for way in (False, True))
+    for one, other in zip(usual, ahead, strict=True):
+        assert len(one) == len(other) == STEPS
+        for wanted, got in zip(one, other, strict=True):
+            assert len(wanted) == len(got) == 2 * 2 + 2 * 2
+            assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+        # The two views of a symmetric loss swap their places, and each keeps its own chain.
+        assert not torch.equal(one[0][0], one[0][1])
+
+
+def test_one_batch_is_made_ahead_and_no_more(tiny_shards: Path, tmp_path: Path) -> None:
+    run = started(flags_of(tiny_shards, tmp_path), ahead=True)
+    read: list[int] = []
+
+    def counted() -> Iterator[ViewBatch]:
+        for batch in batches(run):
+            read.append(batch.step)
+            yield batch
+
+    for batch in run.inputs.ahead(counted()):
+        assert read == list(range(min(batch.step + 2, STEPS)))
+        assert list(run.inputs._ready) == read[batch.step :]
+        run.inputs.take(batch)
+    assert not run.inputs._ready
+    assert read == list(range(STEPS))
+
+
+def train(run: Pretraining, steps: int) -> None:
+    run.engine.moco.train()
+    for batch in run.inputs.ahead(batches(run)):
+        run.train_step(batch)
+        run.step += 1
+        if run.step == steps:
+            break  # one more batch has been made ready
+    save_state(run, epoch_done=False)
+    run.folder.settle()
+
+
+def whole_and_in_parts(whole_flags: list[str], parts_flags: list[str]) -> None:
+    """One run made as on a CPU, one made ahead, stopped and resumed."""
+    whole = started(whole_flags, ahead=False)
+    train(whole, 4)
+    train(started(parts_flags, ahead=True), 2)
+    resumed = started(parts_flags, ahead=True)
+    assert resumed.step == 2
+    train(resumed, 4)
+    assert resumed.step == whole.step == 4
+    assert torch.equal(resumed.queue.keys, whole.queue.keys)
+    state = resumed.engine.moco.state_dict()
+    for name, tensor in whole.engine.moco.state_dict().items():
+        if "running" in name:  # averaged over the ranks at another step too
+            torch.testing.assert_close(state[name], tensor)
+        else:
+            assert torch.equal(state[name], tensor)
+
+
+def test_a_batch_made_ahead_and_not_trained_on_is_not_consumed(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = [flags_of(tiny_shards, tmp_path / name, "--symmetric") for name in ("whole", "parts")]
+    run_ranks(whole_and_in_parts, 2, *flags)
