@@ -3,6 +3,8 @@
 Also under ``torchrun``, under Slurm's ``srun`` with one task per GPU, or as plain ``python``.
 """
 
+from pathlib import Path
+
 from moco_scale.cli import leave, run_command
 
 
@@ -10,15 +12,21 @@ def main() -> None:
     from moco_scale import command_line, distributed
 
     settings = command_line.parse()
-    distributed.initialize(settings.run.device)
-    if settings.run.preflight:
-        from moco_scale import preflight
+    timeout = settings.run.hang_timeout
+    distributed.initialize(settings.run.device, hang_timeout=timeout)
+    from moco_scale.timing import Phases
+    from moco_scale.watchdog import Watch
 
-        preflight.run(settings)
-    else:
-        from moco_scale.pretrain import Pretraining
+    phases = Phases()
+    with Watch(phases, timeout, Path(settings.run.output_dir), "train.py"):
+        if settings.run.preflight:
+            from moco_scale import preflight
 
-        Pretraining(settings).run()
+            preflight.run(settings)
+        else:
+            from moco_scale.pretrain import Pretraining
+
+            Pretraining(settings, phases).run()
     distributed.shutdown()
 
 

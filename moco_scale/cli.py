@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from moco_scale.errors import RankError, StoppedEarly, UserError
+from moco_scale.errors import (
+    LOST_PEER,
+    PeerLost,
+    RankError,
+    StoppedEarly,
+    UserError,
+    is_peer_gone,
+)
 from moco_scale.launchers import rank_of
 
 STOPPED_EARLY = 75
 """Status of a run that stopped early and can go on: EX_TEMPFAIL of sysexits.h."""
-
-# What gloo and NCCL say when the process at the other end has gone.
-_PEER_GONE = re.compile(r"[Cc]onnection (reset|closed)|Broken pipe|remote process exited")
 
 
 def run_command(name: str, action: Callable[[], int | None]) -> int:
@@ -40,8 +43,11 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except PeerLost as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        return LOST_PEER
     except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _PEER_GONE.search(str(error)):
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_peer_gone(error):
             raise
         # A traceback here would bury the message of the process that caused it.
         print(
@@ -50,7 +56,7 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
             file=sys.stderr,
             flush=True,
         )
-        return 1
+        return LOST_PEER
     except BrokenPipeError:
         # The reader of our output (such as `head`) is gone; nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

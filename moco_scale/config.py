@@ -190,6 +190,12 @@ class RunConfig:
     max_time: float = _option(
         0.0, "hours after which the run saves and leaves with status 75; 0: no limit"
     )
+    hang_timeout: float = _option(
+        600.0,
+        "seconds that no rank gets on in a step, after which the run ends and says who is missing "
+        "and where (starting, compiling, evaluating and saving may take 30 minutes, or three times "
+        "as long as this); 0: never",
+    )
     max_steps: int = _option(0, "stop after this step of the whole run; 0: run to the end")
     preflight: bool = _option(
         False, "check processes, data, folders and network, say what was found, and leave"
@@ -334,6 +340,7 @@ def _check(config: Config) -> None:
         "--checkpoint-freq": run.checkpoint_freq,
         "--max-steps": run.max_steps,
         "--max-time": run.max_time,
+        "--hang-timeout": run.hang_timeout,
         "--rng-seed": optim.rng_seed,
     }
     for name, number in config.flat().items():

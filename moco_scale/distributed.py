@@ -22,20 +22,22 @@ from moco_scale.errors import RankError, UserError
 from moco_scale.launchers import SCHEDULERS, complete_environment
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)  # of a collective, where nothing else watches
 
 # Renamed in torch 2.14, where the older name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def initialize(device: str = "auto") -> None:
+def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
     """Join the process group described by the environment of whatever launched this process.
 
     Understands what ``launchers.complete_environment`` does, and no launcher at all (one process).
 
     Args:
         device: ``"auto"`` (CUDA when there is one), ``"cuda"`` or ``"cpu"``.
+        hang_timeout: seconds after which a :class:`~moco_scale.watchdog.Watch` ends a run; the
+            time-out of the collectives, which says less, comes later.
 
     Raises:
         UserError: CUDA is asked for and absent, there are more processes than GPUs here, or the
@@ -62,13 +64,23 @@ def initialize(device: str = "auto") -> None:
         # Otherwise DeepSpeed looks for an accelerator and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
-    global _device
+    global _device, _store, _timeout
     _device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     # A process on its own has nobody to meet, and no port that another program could hold.
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    keywords: dict[str, Any] = alone if os.environ["WORLD_SIZE"] == "1" else {}
-    dist.init_process_group(backend, timeout=TIMEOUT, **keywords)
+    alone = (dist.HashStore(), 0, 1)
+    met = os.environ["WORLD_SIZE"] != "1"
+    store, number, world = next(dist.rendezvous("env://", timeout=TIMEOUT)) if met else alone
+    _store = store
+    if hang_timeout:
+        _timeout = max(TIMEOUT, timedelta(seconds=1.1 * patience(hang_timeout)))
+    dist.init_process_group(
+        backend,
+        timeout=_timeout,
+        store=dist.PrefixStore("default_pg", store),
+        rank=number,
+        world_size=world,
+    )
 
 
 def shutdown() -> None:
@@ -78,6 +90,32 @@ def shutdown() -> None:
 
 
 _device = torch.device("cpu")
+_store: Any = None
+_timeout = TIMEOUT
+
+
+def patience(hang_timeout: float) -> float:
+    """Seconds that what may take long may take: starts, compiling, evaluations, saving."""
+    return max(TIMEOUT.total_seconds(), 3 * hang_timeout)
+
+
+def side_store(purpose: str) -> Any:
+    """A connection of its own to the key-value store where the processes met.
+
+    It lives with rank 0, or with torchrun on its host; what is said there is apart from all
+    collectives. For several processes only.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"{purpose}/{attempt}", _store.clone())
+
+
+def flight_record() -> bytes | None:
+    """torch's record of this process's last collectives, for ``torchfrtrace``; None without one."""
+    from torch._C import _distributed_c10d
+
+    gpu = "_dump_nccl_trace" if _device.type == "cuda" else "_dump_fr_trace"
+    dump = getattr(_distributed_c10d, gpu, None)
+    return None if dump is None else dump()
 
 
 def device() -> torch.device:
@@ -258,7 +296,7 @@ def side_group() -> Any:
     Its messages cannot be mistaken for those of the loop. Every rank calls it; None in a single
     process.
     """
-    return dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+    return dist.new_group(backend="gloo", timeout=_timeout) if world_size() > 1 else None
 
 
 def first_error(error: UserError | None, group: Any = None) -> UserError | None:
@@ -346,7 +384,7 @@ def neighbours(size: int) -> Subgroup:
         return Subgroup(None, size)
     mine = None
     for start in range(0, world, size):
-        group = dist.new_group(list(range(start, start + size)), timeout=TIMEOUT)
+        group = dist.new_group(list(range(start, start + size)), timeout=_timeout)
         if start <= rank() < start + size:
             mine = group
     return Subgroup(mine, size)
@@ -359,7 +397,7 @@ def host_group() -> Subgroup:
     if len(set(hosts)) > 1:
         for host in dict.fromkeys(hosts):
             ranks = [number for number, each in enumerate(hosts) if each == host]
-            group = dist.new_group(ranks, timeout=TIMEOUT)
+            group = dist.new_group(ranks, timeout=_timeout)
             if rank() in ranks:
                 mine = Subgroup(group, len(ranks))
     return mine

@@ -1,5 +1,6 @@
 """The exceptions a user is meant to see."""
 
+import re
 import socket
 
 
@@ -7,6 +8,28 @@ class UserError(Exception):
     """Something the user can put right: says what is wrong, where, and what to do.
 
     Commands print the message without a traceback and exit with status 2.
+    """
+
+
+# What gloo and NCCL say when the process at the other end has gone.
+_PEER_GONE = re.compile(
+    r"[Cc]onnection (reset|closed)|Broken pipe|remote process exited|Timed out waiting"
+)
+
+
+def is_peer_gone(error: BaseException) -> bool:
+    """Whether an error is what collectives raise when another process is no longer there."""
+    return bool(_PEER_GONE.search(str(error)))
+
+
+LOST_PEER = 69
+"""Status of a process that ends because another is gone or stands still: EX_UNAVAILABLE."""
+
+
+class PeerLost(Exception):
+    """Another process is gone, or stands still; says which and where, as far as that is known.
+
+    Commands print the message on every rank, without a traceback, and exit with :data:`LOST_PEER`.
     """
 
 

@@ -175,7 +175,10 @@ class Monitor:
         self.run.phases.enter(EVALUATION)
         # See Pretraining.save.
         distributed.average_(list(self.run.engine.moco.query.buffers()))
-        top1 = self._evaluation.measure(self._query())["top1"]
+        query = self._query()
+        progress = query.register_forward_pre_hook(lambda *_: self.run.phases.alive())
+        top1 = self._evaluation.measure(query)["top1"]
+        progress.remove()
         self.run.phases.enter(LOG)
         return top1
 

@@ -48,6 +48,8 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         if self._pending is not None and exception[0] is None:
             self._agreed()
+        if isinstance(exception[1], RuntimeError):
+            return  # the launcher's signal may come before what is wrong has been said
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -52,6 +52,7 @@ class Phases:
         self._clock = clock
         self._spent = dict.fromkeys(PHASES, 0.0)
         self.now = Position(0, 0, START, clock())
+        self._steps = 0
         self.device = DeviceTimeline() if torch.cuda.is_initialized() else None
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -62,8 +63,19 @@ class Phases:
             self.now = Position(before.step, before.entry + 1, phase, now)
         else:
             self.now = Position(step, 0, phase, now)
+            self._steps += 1
         if self.device is not None:
             self.device.mark(self.now)
+
+    def alive(self) -> None:
+        """This process gets on, within the phase that it is in."""
+        self.now = self.now._replace()
+
+    @property
+    def steady(self) -> bool:
+        """False where a phase may take long: before the third step, evaluating, saving, ending."""
+        # The first steps compile, and choose and load what they run.
+        return self._steps > 2 and self.now.phase in (*STEP_PHASES, LOG)
 
     def spent(self) -> dict[str, float]:
         """Seconds of this process in each phase since :meth:`restart`, the one under way too."""

@@ -86,40 +86,79 @@ def forked(
     Returns:
         The status of the first process that failed, else 0; the output of all ranks.
     """
+    statuses: dict[int, int] = {}
+    with forked_ranks(
+        *arguments, ranks=ranks, script=script, cwd=cwd, prepare=prepare, prepare_args=prepare_args
+    ) as job:
+        deadline = time.monotonic() + LIMIT
+        while len(statuses) < ranks and time.monotonic() < deadline:
+            running = {p.sentinel: r for r, p in enumerate(job.processes) if r not in statuses}
+            for sentinel in wait(list(running), deadline - time.monotonic()):
+                rank = running[sentinel]
+                statuses[rank] = job.status(rank)
+                if statuses[rank] != 0:
+                    deadline = min(deadline, time.monotonic() + 20)
+    if not statuses:
+        raise TimeoutError(f"still running after {LIMIT:.0f} s: {arguments}\n{job.output()}")
+    return Outcome(next((s for s in statuses.values() if s != 0), 0), job.output())
+
+
+class Ranks:
+    """The processes of a job that :func:`forked_ranks` has started, by rank."""
+
+    def __init__(self, processes: list[Any], output: Path) -> None:
+        self.processes, self._output = processes, output
+
+    def status(self, rank: int, limit: float = LIMIT) -> int:
+        """The exit status of a process, once it has ended; raises when it does not in time."""
+        self.processes[rank].join(limit)
+        if self.processes[rank].exitcode is None:
+            raise TimeoutError(f"rank {rank} still runs after {limit} s\n{self.output()}")
+        return int(self.processes[rank].exitcode)
+
+    def output(self) -> str:
+        """What all of them have written so far; at the end of the block, all there is."""
+        if self._output.exists():
+            self._text = self._output.read_text(encoding="utf-8", errors="replace")
+        return self._text
+
+
+@contextlib.contextmanager
+def forked_ranks(
+    *arguments: object,
+    ranks: int,
+    script: str = "train.py",
+    cwd: Path = REPOSITORY,
+    prepare: Callable[..., None] | None = None,
+    prepare_args: tuple[object, ...] = (),
+) -> Iterator[Ranks]:
+    """The processes of :func:`forked`, under way; killed at the end of the block."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
+        output.touch()
         port = free_port()
         argv = [str(argument) for argument in arguments]
-        processes = [
-            CONTEXT.Process(
-                target=_run_script,
-                args=(script, argv, str(cwd), str(output), rank, ranks, port),
-                kwargs={"prepare": prepare, "prepare_args": prepare_args},
-            )
-            for rank in range(ranks)
-        ]
-        statuses: dict[int, int] = {}
+        job = Ranks(
+            [
+                CONTEXT.Process(
+                    target=_run_script,
+                    args=(script, argv, str(cwd), str(output), rank, ranks, port),
+                    kwargs={"prepare": prepare, "prepare_args": prepare_args},
+                )
+                for rank in range(ranks)
+            ],
+            output,
+        )
         try:
-            for process in processes:
+            for process in job.processes:
                 process.start()
-            deadline = time.monotonic() + LIMIT
-            while len(statuses) < ranks and time.monotonic() < deadline:
-                running = {p.sentinel: r for r, p in enumerate(processes) if r not in statuses}
-                for sentinel in wait(list(running), deadline - time.monotonic()):
-                    rank = running[sentinel]  # type: ignore[index]
-                    processes[rank].join()
-                    statuses[rank] = processes[rank].exitcode
-                    if statuses[rank] != 0:
-                        deadline = min(deadline, time.monotonic() + 20)
+            yield job
         finally:
-            for process in processes:
+            for process in job.processes:
                 if process.pid is not None and process.exitcode is None:
                     kill_tree(process.pid)
                 process.join()
-        text = output.read_text(encoding="utf-8", errors="replace")
-    if not statuses:
-        raise TimeoutError(f"still running after {LIMIT:.0f} s: {' '.join(argv)}\n{text}")
-    return Outcome(next((s for s in statuses.values() if s != 0), 0), text)
+            job.output()
 
 
 def _run_script(
