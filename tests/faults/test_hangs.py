@@ -42,7 +42,7 @@ def break_at(step: int, phase: str, rank: int, how: str) -> None:
                 raise ZeroDivisionError("a defect of one rank")
             os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
 
-    Phases.enter = enter_and_break  # type: ignore[method-assign]
+    Phases.enter = enter_and_break  # type: ignore[method-assign, assignment]
     Watch._beat = beat_and_note  # type: ignore[method-assign]
 
 
