@@ -13,6 +13,7 @@ from typing import Any
 
 from moco_scale import deepspeed_config
 from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.bad_samples import POLICIES
 from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.errors import UserError
 from moco_scale.infonce import MIN_TEMPERATURE
@@ -178,6 +179,15 @@ class RunConfig:
     )
     device: str = _option("auto", "where to compute", choices=("auto", "cuda", "cpu"))
     num_workers: int = _option(4, "decoding processes for each training process")
+    bad_samples: str = _option(
+        "error",
+        "a picture that cannot be decoded ends the run, or another is seen in its place and both "
+        "are listed in OUT/bad_samples.jsonl",
+        choices=POLICIES,
+    )
+    max_bad_share: float = _option(
+        0.01, "of --bad-samples skip: largest share of the pictures read that may be bad"
+    )
     print_freq: int = _option(10, "steps between log lines")
     knn_freq: int = _option(10, "epochs between kNN evaluations; 0: never")
     save_freq: int = _option(10, "every so many epochs a checkpoint is kept for good; 0: none")
@@ -357,6 +367,11 @@ def _check(config: Config) -> None:
     for flag, value in (("--alpha", contrast.alpha), ("--momentum", optim.momentum)):
         if not 0 <= value <= 1:
             raise UserError(f"{flag} {value}: must lie between 0 and 1")
+    if not 0 < run.max_bad_share <= 1:
+        raise UserError(
+            f"--max-bad-share {run.max_bad_share}: a share above 0 and at most 1; for no bad "
+            "picture at all, --bad-samples error"
+        )
     if not 0 < config.data.crop <= 1:
         raise UserError(f"--crop {config.data.crop}: a share of the area, above 0 and at most 1")
     if optim.batch_size % config.model.bn_group_size:

@@ -19,7 +19,7 @@ from moco_scale.encoders import Encoder
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.errors import RankError, UserError
 from moco_scale.evaluation import pictures
-from moco_scale.evaluation.features import chosen_output
+from moco_scale.evaluation.features import LeftOut, chosen_output
 from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, is_labelled
 from moco_scale.recipes import RECIPES
 from moco_scale.telemetry import Telemetry
@@ -42,6 +42,7 @@ class Monitor:
         self._since, self._steps_then = time.perf_counter(), run.step
         self._rate = 0.0
         self._initial_knn: float | None = None
+        self._left_out = LeftOut() if run.config.run.bad_samples == "skip" else None
         self._evaluation = self._make_evaluation() if run.config.run.knn_freq else None
 
     def _make_evaluation(self) -> KnnMonitor | None:
@@ -60,6 +61,7 @@ class Monitor:
             preset.std,
             num_workers=config.run.num_workers,
             autocast=PRECISIONS[config.run.precision],
+            left_out=self._left_out,
         )
 
     def announce(self, dropped: int) -> None:
@@ -226,6 +228,7 @@ class Monitor:
             num_workers=config.run.num_workers,
             autocast=PRECISIONS[config.run.precision],
             title=title,
+            left_out=self._left_out,
         )
         self.telemetry.say(f"done: {out}/current.pth, report.png, neighbours.png")
 

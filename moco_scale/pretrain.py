@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moco_scale import distributed, identity
+from moco_scale.bad_pictures import BadPictures
 from moco_scale.batchnorm import set_groups, spans_ranks
 from moco_scale.config import Config
 from moco_scale.data.mixture import in_whole_batches
@@ -90,6 +91,13 @@ class Pretraining:
 
         self.folder = RunFolder(config, self.shards.fingerprint)
         self.resumed_from = self.folder.prepare()
+        self.bad = BadPictures(
+            self.folder.path,
+            config.data.data_dir,
+            config.optim.batch_size,
+            len(self.shards),
+            config.run.max_bad_share,
+        )
         moco = MoCo(self.initial_encoder()).to(self.device)
         contrast = config.contrast
         self.queue = KeyQueue(
@@ -221,6 +229,7 @@ class Pretraining:
         monitor = Monitor(self, telemetry)
         try:
             monitor.announce(dropped)
+            self.bad.begin(self.step)
             if self.step < self.last_step:
                 with StopRequest(3600 * self.config.run.max_time, self._started) as stop:
                     self._loop(telemetry, monitor, stop)
@@ -252,10 +261,12 @@ class Pretraining:
             num_workers=run.num_workers,
             start_step=self.step,
             end_step=self.last_step,
+            bad_samples=run.bad_samples,
         )
         self.engine.moco.train()
         try:
             for batch in self.inputs.ahead(monitor.timed(iter(loader))):
+                self.bad.note(batch)
                 if self.step == 0:
                     monitor.before_training(batch)
                 self.train_step(batch)
@@ -266,14 +277,19 @@ class Pretraining:
                 problem = self.watch.judge(worst)
                 if problem:
                     raise self.folder.not_finite(self.step, problem)
-                if self.step == 1 or self.step % run.print_freq == 0 or epoch_done or last:
+                due = run.checkpoint_freq and self.step % run.checkpoint_freq == 0
+                save = epoch_done or last or due or reason
+                report = self.step == 1 or self.step % run.print_freq == 0 or epoch_done or last
+                if report or save:
                     self.phases.enter(LOG)
+                    for line in self.bad.collect(self.step):
+                        telemetry.say(line)
+                if report:
                     monitor.report(epoch_done, last)
                 telemetry.advance(self.step)
                 if epoch_done:
                     self.meters.start_epoch()
-                due = run.checkpoint_freq and self.step % run.checkpoint_freq == 0
-                if epoch_done or last or due or reason:
+                if save:
                     self.phases.enter(SAVE)
                     save_state(self, epoch_done)
                     monitor.restart_clock()

@@ -6,7 +6,8 @@ gone through before. So neither the number of ranks nor the number of workers ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from moco_scale.data.augment import Augmentation
+from moco_scale.data.bad_samples import TRIES, BadSample, bad_sample, substitutes
 from moco_scale.data.decode import DecodeError, Decoder, Pixels
 from moco_scale.data.index import shard_command
 from moco_scale.data.order import BatchPlan, Samples
@@ -38,6 +40,9 @@ class ViewBatch(NamedTuple):
     """int64 [b], -1 where there is none."""
     views: Tensor
     """uint8 [V, b, 3, S, S], RGB, cropped and not augmented any further."""
+    bad: Sequence[BadSample] = ()
+    """Samples that cannot be decoded. In pretraining another is seen in the place of each, under
+    its number and with its own label; in evaluation they are left out."""
 
 
 def pretraining_loader(
@@ -52,14 +57,15 @@ def pretraining_loader(
     num_workers: int = 2,
     start_step: int = 0,
     end_step: int,
+    bad_samples: str = "error",
     start_method: str | None = None,
 ) -> BatchLoader[ViewBatch]:
     """This rank's batches of random crops for the steps start_step to end_step - 1.
 
     One pool of workers serves all epochs. Each worker builds whole batches in shared memory; with
     a GPU they are pinned. `start_method` of the workers: "fork" where there is one, by default.
-    Raises UserError, also while iterating: a batch that `world` does not divide, a picture that
-    cannot be decoded, a worker that died.
+    `bad_samples`: see `bad_samples.POLICIES`. Raises UserError, also while iterating: a batch that
+    `world` does not divide, a picture that cannot be decoded, a worker that died.
     """
     if len(shards) != plan.order.num_samples:
         raise ValueError(
@@ -68,6 +74,7 @@ def pretraining_loader(
     plan.check_world(world)
     jobs = _PlannedJobs(plan, rank, world, start_step, end_step)
     crops = _RandomCrops(shards, plan.order.seed, aug.crop_min, aug.crop_max, image_size, views)
+    crops.skip = bad_samples == "skip"
     return BatchLoader(crops, jobs, num_workers, start_method, crops.reading)
 
 
@@ -80,17 +87,20 @@ def evaluation_loader(
     rank: int = 0,
     world: int = 1,
     num_workers: int = 2,
+    bad_samples: str = "error",
     start_method: str | None = None,
 ) -> BatchLoader[ViewBatch]:
     """Centre crops (one view) of the samples `rank_slice(len(shards), rank, world)`, in order.
 
-    Nothing is dropped: the last batch may be smaller, and ranks may differ by one sample. `step`
-    counts the batches of this rank, `epoch` is 0. Raises UserError as `pretraining_loader` does.
+    Nothing is dropped but what cannot be decoded, with `bad_samples` "skip": the last batch may be
+    smaller, and ranks may differ by one sample. `step` counts the batches of this rank, `epoch` is
+    0. Raises UserError as `pretraining_loader` does.
     """
     if resize_ratio < 1:
         raise ValueError(f"resize_ratio {resize_ratio}: pictures smaller than the crop")
     jobs = _OrderedJobs(rank_slice(len(shards), rank, world), batch_size)
     crops = _CentreCrops(shards, image_size, resize_ratio)
+    crops.skip = bad_samples == "skip"
     return BatchLoader(crops, jobs, num_workers, start_method, crops.reading)
 
 
@@ -137,6 +147,8 @@ class _Crops(Dataset[Any]):
     """Turns a job into a batch; runs in the workers."""
 
     views = 1
+    skip = False
+    """Whether a picture that cannot be decoded is reported in the batch, not raised."""
 
     def __init__(self, shards: Pictures, image_size: int) -> None:
         self.shards, self.image_size = shards, image_size
@@ -147,31 +159,47 @@ class _Crops(Dataset[Any]):
         shape = (self.views, len(job.samples.index), 3, self.image_size, self.image_size)
         try:
             views = batch_memory(shape)
-            self.fill(views, job)
+            batch = self.fill(views, job)
             self.reading.begin(-1)
         except UserError as error:
             if get_worker_info() is None:
                 raise
             return Failure(str(error))
-        index, passes = (torch.from_numpy(np.array(column)) for column in job.samples)
-        labels = torch.from_numpy(self.shards.labels[index.numpy()].astype(np.int64))
-        return ViewBatch(job.step, job.epoch, index, passes, labels, views)
+        return batch
 
-    def fill(self, views: Tensor, job: _Job) -> None:
+    def fill(self, views: Tensor, job: _Job) -> ViewBatch:
         raise NotImplementedError
 
+    def batch(
+        self, job: _Job, samples: Samples, seen: Sequence[int], views: Tensor, bad: list[BadSample]
+    ) -> ViewBatch:
+        """A batch of samples, of which `seen` are the pictures."""
+        index, passes = (torch.from_numpy(np.array(column)) for column in samples)
+        labels = self.shards.labels[np.asarray(seen, dtype=np.int64)].astype(np.int64)
+        return ViewBatch(
+            job.step, job.epoch, index, passes, torch.from_numpy(labels), views, tuple(bad)
+        )
+
     def pixels(self, sample: int) -> Pixels:
-        """RGB pixels of a picture, uint8 [H, W, 3]; the next call may overwrite them."""
+        """RGB pixels of a picture, uint8 [H, W, 3]; the next call may overwrite them.
+
+        Raises DecodeError.
+        """
         self.reading.begin(sample)
-        try:
-            return self.decode(self.shards.read(sample))
-        except DecodeError as error:
-            folder = self.shards.name
-            raise UserError(
-                f"cannot decode the picture in {folder}, {self.shards.where(sample)}: {error}. "
-                f"Make the shards again with `{shard_command('PICTURES', folder)} --verify "
-                "--overwrite`, which leaves such pictures out and lists them"
-            ) from None
+        return self.decode(self.shards.read(sample))
+
+    def bad(self, sample: int, error: DecodeError, replacement: int = -1) -> BadSample:
+        """The record of a bad sample; UserError where it may not be."""
+        record = bad_sample(self.shards, sample, str(error), replacement)
+        if self.skip:
+            return record
+        folder = self.shards.name
+        raise UserError(
+            f"cannot decode the picture in {folder}, {self.shards.where(sample)}: {record.reason}. "
+            "Go on without it with --bad-samples skip, or make the shards again with "
+            f"`{shard_command('PICTURES', folder)} --verify --overwrite`, which leaves such "
+            "pictures out and lists them"
+        )
 
 
 class _RandomCrops(_Crops):
@@ -187,18 +215,37 @@ class _RandomCrops(_Crops):
         super().__init__(shards, image_size)
         self.seed, self.crop_min, self.crop_max, self.views = seed, crop_min, crop_max, views
 
-    def fill(self, views: Tensor, job: _Job) -> None:
+    def fill(self, views: Tensor, job: _Job) -> ViewBatch:
         index, passes = job.samples
         draws = [
             uniforms(self.seed, passes, index, view, CROP_SLOTS).tolist()
             for view in range(self.views)
         ]
-        for i, sample in enumerate(job.samples.index.tolist()):
-            pixels = self.pixels(sample)
+        seen, bad = index.tolist(), list[BadSample]()
+        for i, sample in enumerate(index.tolist()):
+            try:
+                pixels = self.pixels(sample)
+            except DecodeError as error:
+                pixels, seen[i] = self.substitute(sample, int(passes[i]), error)
+                bad.append(self.bad(sample, error, seen[i]))
             for view in range(self.views):
                 height, width = pixels.shape[:2]
                 box = crop_box(draws[view][i], height, width, self.crop_min, self.crop_max)
                 write_crop(views[view, i], pixels, box)
+        return self.batch(job, job.samples, seen, views, bad)
+
+    def substitute(self, sample: int, passes: int, error: DecodeError) -> tuple[Pixels, int]:
+        """Pixels of another picture, and which it is."""
+        if not self.skip:
+            self.bad(sample, error)
+        for other in substitutes(self.seed, passes, sample, len(self.shards)):
+            with contextlib.suppress(DecodeError):
+                return self.pixels(other), other
+        raise UserError(
+            f"cannot decode the picture in {self.shards.name}, {self.shards.where(sample)}: "
+            f"{error}; nor any of {TRIES} others tried in its place. Is this a set of pictures? "
+            f"`python -m moco_scale shard --check {self.shards.name}` lists what is wrong"
+        )
 
 
 class _CentreCrops(_Crops):
@@ -206,6 +253,13 @@ class _CentreCrops(_Crops):
         super().__init__(shards, image_size)
         self.resize_ratio = resize_ratio
 
-    def fill(self, views: Tensor, job: _Job) -> None:
+    def fill(self, views: Tensor, job: _Job) -> ViewBatch:
+        kept, bad = list[int](), list[BadSample]()
         for i, sample in enumerate(job.samples.index.tolist()):
-            write_centre(views[0, i], self.pixels(sample), self.resize_ratio)
+            try:
+                write_centre(views[0, len(kept)], self.pixels(sample), self.resize_ratio)
+                kept.append(i)
+            except DecodeError as error:
+                bad.append(self.bad(sample, error))
+        samples = Samples(*(column[kept] for column in job.samples))
+        return self.batch(job, samples, samples.index.tolist(), views[:, : len(kept)], bad)

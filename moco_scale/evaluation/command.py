@@ -17,11 +17,12 @@ from moco_scale import distributed, identity
 from moco_scale.cli import Parser
 from moco_scale.config import DATASETS
 from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.bad_samples import POLICIES
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.shard_set import Shards
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear
-from moco_scale.evaluation.features import WHICH, Pixels, Pretrained, load_pretrained
+from moco_scale.evaluation.features import WHICH, LeftOut, Pixels, Pretrained, load_pretrained
 from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries
 from moco_scale.files import read_json, write_atomically
 
@@ -48,6 +49,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--image-size", type=_positive_int, help="side of a crop in pixels; default: the run's")
     add("--batch-size", type=_positive_int, default=256, help="GLOBAL batch")
     add("--num-workers", type=_not_negative_int, default=4, help="decoders a process")
+    add(
+        "--bad-samples",
+        choices=POLICIES,
+        default="error",
+        help="skip: pictures that cannot be decoded are left out, counted, and said to be",
+    )
     add("--precision", choices=tuple(_DTYPES), default="fp32", help="of the encoder")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
     add("--rng-seed", type=_not_negative_int, default=0, help="order, crops, initial weights")
@@ -214,10 +221,12 @@ def _finish(folder: Path, earlier: dict[str, Any], result: dict[str, Any]) -> No
             failure = UserError(f"cannot write {folder / RESULTS}: {error.strerror}")
         else:
             best = f" (best epoch {result['best_epoch']})" if "best_epoch" in result else ""
+            missing = sum(result.get("left_out", {}).values())
+            without = f"; without {missing} pictures that cannot be decoded" if missing else ""
             last = f", last epoch {result['last_top1']:.2f} %" if "last_top1" in result else ""
             print(
                 f"{result['variant']}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-                f"{best}{last}; {folder / RESULTS}",
+                f"{best}{last}{without}; {folder / RESULTS}",
                 flush=True,
             )
     failure = distributed.first_error(failure)
@@ -254,6 +263,7 @@ def _knn(args: argparse.Namespace, pretrained: Pretrained) -> KnnMonitor:
         num_workers=args.num_workers,
         autocast=_DTYPES[args.precision],
         label="encoding",
+        left_out=LeftOut() if args.bad_samples == "skip" else None,
     )
 
 
@@ -261,6 +271,7 @@ def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained)
     encoder = pretrained.encoder.to(distributed.device())
     return {
         **task.measure(encoder, args.features),
+        **_left_out(task.left_out),
         "variant": f"knn-{args.features}",
         "description": (
             f"weighted kNN of Wu et al. 2018 on the {_OUTPUTS[args.features]}, "
@@ -286,6 +297,11 @@ def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained)
 
 
 _OUTPUTS = {"features": "backbone's features", "projection": "head's output"}
+
+
+def _left_out(left_out: LeftOut | None) -> dict[str, Any]:
+    """How many pictures of each split could not be decoded, where that was no error."""
+    return {} if left_out is None else {"left_out": dict(left_out.counts)}
 
 
 def _run_linear(
@@ -319,12 +335,14 @@ def _run_linear(
         num_workers=args.num_workers,
         autocast=_DTYPES[args.precision],
         print_freq=args.print_freq,
+        bad_samples=args.bad_samples,
     )
     how = "random crops and flips" if config.aug == "linear" else f"augmentation {config.aug}"
     if config.cache_features:
         how = "centre crops encoded once (quick variant, not the published protocol)"
     return {
         **evaluation.run(),
+        **_left_out(evaluation.left_out),
         "variant": config.variant,
         "description": (
             f"linear classifier on the {_OUTPUTS[config.features]}, frozen, {how}, "

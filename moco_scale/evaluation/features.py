@@ -8,6 +8,7 @@ import pickle
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moco_scale import distributed
+from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import evaluation_loader
-from moco_scale.data.shard_set import Pictures
+from moco_scale.data.shard_set import Shards
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.errors import UserError
 
@@ -30,6 +32,7 @@ WHICH = ("features", "projection")
 
 _ENCODERS = {"query": "model", "key": "model_ema"}
 _SECONDS_BETWEEN_LINES = 30.0
+_SHOWN = 3  # of the pictures that cannot be decoded
 
 
 @dataclass(frozen=True)
@@ -206,9 +209,42 @@ class Pixels:
         )
 
 
+class LeftOut:
+    """Pictures that an evaluation could not decode, the same on every rank; says each once."""
+
+    def __init__(self) -> None:
+        self._bad: dict[tuple[str, str, str, str], BadSample] = {}
+        self.counts: Counter[str] = Counter()
+        """Different pictures so far, by split."""
+        self.places: set[int] = set()
+        """In the set of pictures that was last gone through."""
+
+    def add(self, shards: Shards, mine: Sequence[BadSample]) -> None:
+        """Take what this rank met in a set of pictures; all ranks call it."""
+        met = [bad for part in distributed.gather_objects(list(mine)) for bad in part]
+        # Subsets number their pictures anew; a picture's shard and key stay what they are.
+        new = {}
+        for bad in sorted(met):
+            name = (shards.name, shards.split, bad.shard, bad.key or str(bad.sample))
+            if name not in self._bad:
+                new[name] = bad
+        self._bad |= new
+        self.counts[shards.split] += len(new)
+        if new and distributed.is_main():
+            shown = [f"{b.shard} (key {b.key}): {b.reason}" for b in list(new.values())[:_SHOWN]]
+            more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
+            print(
+                f"{len(new)} of the {len(shards)} {shards.split} pictures cannot be decoded and "
+                f"{'is' if len(new) == 1 else 'are'} left out: {'; '.join(shown)}{more}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.places = {bad.sample for bad in met}
+
+
 def extract(
     encode: Encode,
-    shards: Pictures,
+    shards: Shards,
     *,
     image_size: int,
     resize_ratio: float,
@@ -219,6 +255,7 @@ def extract(
     autocast: torch.dtype | None = None,
     gather: bool = True,
     label: str = "",
+    left_out: LeftOut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode the centre crops of pictures, each rank a contiguous share of them.
 
@@ -236,6 +273,8 @@ def extract(
         autocast: half-precision type of the arithmetic; None computes in fp32.
         gather: False leaves each rank with its own share.
         label: what to call this in progress reports; empty reports nothing.
+        left_out: takes the pictures that cannot be decoded, which then have no features; None:
+            such a picture is an error.
 
     Returns:
         Features float32 [N, D] on this process's device and labels int64 [N] on the CPU (-1:
@@ -248,6 +287,7 @@ def extract(
     device = distributed.device()
     parts: list[Tensor] = []
     labels: list[Tensor] = []
+    bad: list[BadSample] = []
     failure: UserError | None = None
     try:
         with (
@@ -260,9 +300,13 @@ def extract(
                 rank=distributed.rank(),
                 world=distributed.world_size(),
                 num_workers=num_workers,
+                bad_samples="error" if left_out is None else "skip",
             ) as loader,
         ):
             for batch in progress(loader, len(loader), label):
+                bad += batch.bad
+                if not len(batch.index):
+                    continue
                 crops = batch.views[0].to(device, non_blocking=True)
                 with autocasting(autocast):
                     parts.append(encode(pixels.normalise(crops)).float())
@@ -272,6 +316,8 @@ def extract(
     failure = distributed.first_error(failure)
     if failure is not None:
         raise failure
+    if left_out is not None:
+        left_out.add(shards, bad)
     features, targets = _joined(parts, labels, device)
     if not gather:
         return features, targets

@@ -21,7 +21,7 @@ from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.shard_set import Shards
 from moco_scale.encoders import Encoder
 from moco_scale.errors import UserError
-from moco_scale.evaluation.features import Encode, chosen_output, extract
+from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract
 
 MONITOR_BANK = 50_000
 """Pictures that the monitor compares with, at most: all of CIFAR-10, 50 a class of ImageNet."""
@@ -114,6 +114,8 @@ def _hits(
     if spread:
         shares = distributed.all_gather_rows(share)
         total, largest = int(shares.sum()), int(shares.max())
+    if not total or not len(queries):
+        raise UserError(f"kNN needs pictures: {total} in the bank, {len(queries)} to classify")
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     k = min(k, total)
     rows = max(1, _SIMILARITIES_AT_ONCE // max(largest, num_classes, 1))
@@ -210,6 +212,7 @@ class KnnMonitor:
         num_workers: decoding processes on each rank.
         autocast: half-precision type; None is fp32.
         label: for progress reports; empty reports nothing.
+        left_out: as of :func:`~moco_scale.evaluation.features.extract`.
     """
 
     bank: Shards
@@ -224,6 +227,7 @@ class KnnMonitor:
     num_workers: int = 2
     autocast: torch.dtype | None = None
     label: str = ""
+    left_out: LeftOut | None = None
 
     def __post_init__(self) -> None:
         # Before hours of training, not after them.
@@ -277,4 +281,5 @@ class KnnMonitor:
             autocast=self.autocast,
             gather=gather,
             label=self.label and f"{self.label}, {shards.split}",
+            left_out=self.left_out,
         )

@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_scale import distributed
 from moco_scale.data.augment import AUGMENTATIONS, draw_params
+from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.device_augment import DeviceAugment
 from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
@@ -29,6 +31,7 @@ from moco_scale.data.shard_set import Shards
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (
+    LeftOut,
     Pixels,
     Pretrained,
     autocasting,
@@ -112,6 +115,8 @@ class LinearEvaluation:
         num_workers: decoding processes on each rank.
         autocast: half-precision type of the encoder; None is fp32. The classifier is fp32.
         print_freq: steps between lines.
+        bad_samples: "skip": of a training picture that cannot be decoded another takes the place,
+            and the accuracy is that of the test pictures that can.
 
     Raises:
         UserError: unlabelled pictures, a batch that does not fit, a folder that holds another
@@ -131,11 +136,16 @@ class LinearEvaluation:
         num_workers: int = 4,
         autocast: torch.dtype | None = None,
         print_freq: int = 100,
+        bad_samples: str = "error",
     ) -> None:
         self.config, self.pixels = config, pixels
         self.state_path = folder / f"{config.variant}.pth"
         self.train, self.val = train, val
         self.num_workers, self.autocast, self.print_freq = num_workers, autocast, print_freq
+        self.bad_samples = bad_samples
+        self.left_out = LeftOut() if bad_samples == "skip" else None
+        self._replaced: list[BadSample] = []  # by another in training; of this rank, not yet told
+        self._unread: list[BadSample] = []
         self.world, self.rank = distributed.world_size(), distributed.rank()
         self.device = distributed.device()
         self.num_classes = _count_classes(train, val)
@@ -208,6 +218,9 @@ class LinearEvaluation:
         try:
             for epoch in range(self.epoch, self.config.epochs):
                 trained = self._train_epoch(epoch, batches)
+                if self.left_out is not None:
+                    self.left_out.add(self.train, self._replaced)
+                    self._replaced.clear()
                 tested = self._test(caches[1])
                 self.history.append({**trained, **tested})
                 best = max(entry["top1"] for entry in self.history)
@@ -231,7 +244,16 @@ class LinearEvaluation:
             autocast=self.autocast,
             gather=gather,
             label=f"encoding {shards.split}",
+            left_out=self.left_out,
         )
+        if gather and self.left_out is not None and self.left_out.places:
+            # The next picture takes the place of one that cannot be decoded.
+            places = np.arange(len(shards))
+            readable = np.setdiff1d(places, list(self.left_out.places))
+            if not len(readable):
+                raise UserError(f"none of the {len(shards)} {shards.split} pictures can be decoded")
+            rows = np.searchsorted(readable, places).clip(max=len(readable) - 1)
+            features, labels = features[rows], labels[rows]
         return features, labels.to(self.device)
 
     def _batches(self, cache: tuple[Tensor, Tensor] | None) -> Generator[tuple[Tensor, Tensor]]:
@@ -258,8 +280,10 @@ class LinearEvaluation:
             num_workers=self.num_workers,
             start_step=steps.start,
             end_step=steps.stop,
+            bad_samples=self.bad_samples,
         ) as loader:
             for batch in loader:
+                self._replaced += batch.bad
                 crops = batch.views[0].to(self.device, non_blocking=True)
                 named = batch.passes.numpy(), batch.index.numpy()
                 params = draw_params(aug, self.config.seed, *named, 0)
@@ -325,7 +349,8 @@ class LinearEvaluation:
 
     def _test(self, cache: tuple[Tensor, Tensor] | None) -> dict[str, float]:
         """Accuracy on the test pictures, each rank a share of them."""
-        hits = torch.zeros(2, dtype=torch.int64, device=self.device)
+        hits = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self._unread = []
         failure: UserError | None = None
         try:
             for features, labels in self._test_batches(cache):
@@ -333,13 +358,19 @@ class LinearEvaluation:
                     logits = self.classifier(features)
                 ranking = logits.topk(min(5, self.num_classes), dim=1).indices
                 right = ranking == labels[:, None]
-                hits += torch.stack([right[:, 0].sum(), right.sum()])
+                tested = torch.tensor(len(labels), device=self.device)
+                hits += torch.stack([right[:, 0].sum(), right.sum(), tested])
         except UserError as error:
             failure = error
         failure = distributed.first_error(failure)
         if failure is not None:
             raise failure
-        top1, top5 = (100 * distributed.sum_(hits).double() / len(self.val)).tolist()
+        if self.left_out is not None and cache is None:
+            self.left_out.add(self.val, self._unread)
+        *right_ones, tested = distributed.sum_(hits).tolist()
+        if not tested:
+            raise UserError(f"none of the {len(self.val)} test pictures can be decoded")
+        top1, top5 = (100.0 * count / tested for count in right_ones)
         return {"top1": top1, "top5": top5}
 
     def _test_batches(self, cache: tuple[Tensor, Tensor] | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -354,8 +385,10 @@ class LinearEvaluation:
             rank=self.rank,
             world=self.world,
             num_workers=self.num_workers,
+            bad_samples=self.bad_samples,
         ) as loader:
             for batch in progress(loader, len(loader), "testing" if sys.stderr.isatty() else ""):
+                self._unread += batch.bad
                 crops = batch.views[0].to(self.device, non_blocking=True)
                 yield self._features(self.pixels.normalise(crops)), self._labels(batch)
 

@@ -18,7 +18,7 @@ from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
 from moco_scale.errors import UserError
 from moco_scale.evaluation.curves import INK, report, save
-from moco_scale.evaluation.features import Encode, extract
+from moco_scale.evaluation.features import Encode, LeftOut, extract
 from moco_scale.evaluation.knn import bank_and_queries
 
 __all__ = ["nearest", "neighbours", "neighbours_sheet", "report"]
@@ -158,6 +158,7 @@ def neighbours_sheet(
     autocast: torch.dtype | None = None,
     seed: int = 0,
     title: str = "",
+    left_out: LeftOut | None = None,
 ) -> None:
     """Nearest training pictures of a few others, by an encoder before and after its training.
 
@@ -181,6 +182,7 @@ def neighbours_sheet(
         autocast: half-precision type; None is fp32.
         seed: of the choices.
         title: above everything.
+        left_out: as of :func:`~moco_scale.evaluation.features.extract`.
 
     Raises:
         UserError: a picture cannot be read or ``out`` cannot be written; every rank raises it.
@@ -189,8 +191,9 @@ def neighbours_sheet(
     chosen = candidates.subset(_varied(candidates.labels, queries, seed))
     found = []
     for encode in (before, after):
-        rows = [
-            extract(
+        rows, sets = [], []
+        for shards in (bank, chosen):
+            features, _ = extract(
                 encode,
                 shards,
                 image_size=image_size,
@@ -200,9 +203,14 @@ def neighbours_sheet(
                 batch_size=batch_size,
                 num_workers=num_workers,
                 autocast=autocast,
-            )[0]
-            for shards in (bank, chosen)
-        ]
+                left_out=left_out,
+            )
+            if left_out is not None and left_out.places:
+                kept = np.setdiff1d(np.arange(len(shards)), list(left_out.places))
+                shards = shards.subset(kept)
+            rows.append(features)
+            sets.append(shards)
+        bank, chosen = sets  # what can be read
         found.append(nearest(rows[0], rows[1], columns))
     failure = None
     if distributed.is_main():

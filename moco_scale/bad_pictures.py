@@ -1,0 +1,157 @@
+"""What a run knows of pictures that cannot be decoded: counted, listed, said, and limited."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco_scale import distributed
+from moco_scale.data.bad_samples import BadSample
+from moco_scale.data.reader import ViewBatch
+from moco_scale.errors import UserError
+from moco_scale.files import write_atomically
+
+FILE = "bad_samples.jsonl"
+FEWEST = 10
+"""Bad pictures that never end a run: so few say nothing about their share."""
+
+_SAID = 10  # of the bad pictures found between two reports, one line each
+_SHARDS_SAID = 5
+
+
+class BadPictures:
+    """The bad pictures of one run, on all ranks together.
+
+    Each is listed once, at the first step that would have seen it, in the order of the steps: what
+    is listed does not depend on ranks or workers, nor on where the run was interrupted.
+
+    Args:
+        folder: of the run.
+        data: what the user calls the pictures.
+        batch: global.
+        num_samples: in the data set.
+        max_share: of the pictures read so far that may be bad.
+    """
+
+    def __init__(
+        self, folder: Path, data: str, batch: int, num_samples: int, max_share: float
+    ) -> None:
+        self.path = folder / FILE
+        self._data, self._batch, self._total, self._max = data, batch, num_samples, max_share
+        self._known: set[int] = set()
+        self._found: list[tuple[int, int, BadSample]] = []
+        self._by_shard: Counter[str] = Counter()
+
+    def begin(self, step: int) -> None:
+        """Take up the list of a run that is resumed at a step; all ranks call it.
+
+        Raises:
+            UserError: the list cannot be read or written.
+        """
+        records = distributed.on_main(lambda: self._up_to(step))
+        self._known = {record["sample"] for record in records}
+        self._by_shard = Counter(record["shard"] for record in records)
+
+    def _up_to(self, step: int) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            records = [r for r in map(_record, lines) if r is not None and r["step"] <= step]
+            if len(records) != len(lines):
+                write_atomically(self.path, "".join(map(_line, records)))
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror or error}") from error
+        return records
+
+    def note(self, batch: ViewBatch) -> None:
+        """What this rank met in a batch."""
+        self._found += [
+            (batch.step + 1, batch.epoch, bad) for bad in batch.bad if bad.sample not in self._known
+        ]
+
+    def collect(self, step: int) -> list[str]:
+        """Bring together what all ranks have met up to a step; all ranks call it.
+
+        Returns:
+            Lines for the log.
+
+        Raises:
+            UserError: the list cannot be written, or more pictures are bad than may be; on every
+                rank.
+        """
+        count = torch.tensor([len(self._found)])
+        if not int(distributed.sum_(count)):
+            return []
+        parts = distributed.gather_objects(self._found)
+        self._found = []
+        new: dict[int, dict[str, Any]] = {}
+        for when, epoch, bad in sorted(item for part in parts for item in part):
+            if bad.sample not in self._known | new.keys():
+                new[bad.sample] = {**bad._asdict(), "step": when, "epoch": epoch}
+        self._known |= new.keys()
+        self._by_shard.update(record["shard"] for record in new.values())
+        distributed.on_main(lambda: self._append(list(new.values())))
+        self._check(step)
+        return self._lines(list(new.values()))
+
+    def _append(self, records: Sequence[dict[str, Any]]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(map(_line, records)))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror or error}; the checkpoints are "
+                "untouched: make room, then start again"
+            ) from error
+
+    def _check(self, step: int) -> None:
+        bad, read = len(self._known), min(step * self._batch, self._total)
+        if bad <= max(self._max * read, FEWEST):
+            return
+        raise UserError(
+            f"{bad} of the {read} pictures read so far cannot be decoded, more than "
+            f"--max-bad-share {self._max:g} allows ({self._shards()}); {self.path} lists them. "
+            f"See what is wrong with `python -m moco_scale shard --check {self._data}` and copy "
+            "damaged shards again; if so many bad pictures are to be expected, start again with a "
+            "higher --max-bad-share"
+        )
+
+    def _lines(self, new: Sequence[dict[str, Any]]) -> list[str]:
+        lines = [
+            f"cannot decode sample {r['sample']} in {r['shard']}"
+            + (f" (key {r['key']})" if r["key"] else "")
+            + f": {r['reason']}; sample {r['replacement']} is seen in its place"
+            for r in new[:_SAID]
+        ]
+        more = f", {len(new) - _SAID} more than are named here" if len(new) > _SAID else ""
+        lines.append(
+            f"bad pictures so far: {len(self._known)} ({self._shards()}){more}; listed in {FILE}"
+        )
+        return lines
+
+    def _shards(self) -> str:
+        """How many in each shard, the worst first."""
+        ranked = sorted(self._by_shard.items(), key=lambda item: (-item[1], item[0]))
+        text = ", ".join(f"{shard}: {count}" for shard, count in ranked[:_SHARDS_SAID])
+        rest = len(ranked) - _SHARDS_SAID
+        return text + (f", and {rest} more shards" if rest > 0 else "")
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """A line of the list; None for one that a kill cut short."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    known = isinstance(record, dict) and {"sample", "shard", "step"} <= record.keys()
+    return record if known else None

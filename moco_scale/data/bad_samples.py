@@ -1,0 +1,55 @@
+"""Pictures that cannot be decoded: what is seen in their place.
+
+A picture in the place of another is a function of (seed, pass, sample) alone, as a crop is. So
+every rank keeps its count, and any number of ranks and workers sees the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from moco_scale.data.random import uniforms
+from moco_scale.data.shard_set import Pictures
+
+POLICIES = ("error", "skip")
+"""What becomes of a picture that cannot be decoded: the end of the run, or another in its place."""
+
+TRIES = 64
+_NEAREST = 64  # the first tries are this near: as a rule in the same shard, which is at hand
+_VIEW = 2**16 - 1  # a stream of random numbers that no view of a sample uses
+
+
+class BadSample(NamedTuple):
+    """A picture that cannot be decoded."""
+
+    sample: int
+    shard: str
+    key: str  # "" where the header before the picture cannot be read either
+    reason: str
+    replacement: int
+    """The sample that is seen in its place; -1: none, it is left out."""
+
+
+def substitutes(seed: int, passes: int, sample: int, num_samples: int) -> Iterator[int]:
+    """Samples to try in the place of a bad one, nearby ones first, then any: TRIES at most."""
+    if num_samples < 2:
+        return
+    names = np.array([sample], dtype=np.int64)
+    numbers = uniforms(seed, np.array([passes], dtype=np.int64), names, _VIEW, TRIES)[0]
+    for attempt, number in enumerate(numbers.tolist()):
+        near = min(num_samples - 1, _NEAREST << attempt)
+        distance = 1 + int(number * near)
+        # On both sides alike; the set is a ring.
+        yield (sample + (distance + 1) // 2 * (1 if distance % 2 else -1)) % num_samples
+
+
+def bad_sample(shards: Pictures, sample: int, reason: str, replacement: int = -1) -> BadSample:
+    """The record of a picture that cannot be decoded."""
+    place = shards.place(sample)
+    data = shards.read(sample)
+    if len(data) and not np.frombuffer(data, np.uint8).any():
+        reason = "nothing but zeros, as a copy that was cut short may leave"
+    return BadSample(sample, place.shard, place.key, reason, replacement)
