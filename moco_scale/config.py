@@ -14,6 +14,9 @@ from typing import Any
 from moco_scale import deepspeed_config
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.bad_samples import POLICIES
+from moco_scale.data.remote import names_remote
+from moco_scale.data.shard_source import CACHE_GB, GIVE_UP_SECONDS, ShardSource
+from moco_scale.data.windows import REMOTE_WINDOW
 from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.errors import UserError
 from moco_scale.infonce import MIN_TEMPERATURE
@@ -76,11 +79,16 @@ class DataConfig:
     dataset: str = _option("imagenet", "preset of statistics and sizes", choices=tuple(DATASETS))
     data_dir: str = _option(
         "",
-        "folder of shards, a pattern such as DIR/train-{000..127}.tar, or several with weights: "
-        "A:0.7,B:0.3 (default: data/DATASET)",
+        "folder of shards, a pattern such as DIR/train-{000..127}.tar, an https://, s3:// or gs:// "
+        "address of a folder, or several with weights: A:0.7,B:0.3 (default: data/DATASET)",
     )
     samples_per_epoch: int = _option(
         0, "an epoch's length, which the next one goes on from; 0: all pictures, once"
+    )
+    shuffle_window: int = _option(
+        0,
+        "shards that are mixed and needed at a time; 0: all "
+        f"(default: {REMOTE_WINDOW} for an address, else 0)",
     )
     image_size: int = _option(0, "side of a crop in pixels (default: the data set's)")
     aug: str = _option("v1", "augmentation", choices=tuple(AUGMENTATIONS), type=str.lower)
@@ -188,6 +196,16 @@ class RunConfig:
     max_bad_share: float = _option(
         0.01, "of --bad-samples skip: largest share of the pictures read that may be bad"
     )
+    shard_cache: str = _option(
+        "", "folder of this machine that fetched shards are kept in (default: in ~/.cache)"
+    )
+    shard_cache_size: float = _option(CACHE_GB, "of all that is kept there, in GB")
+    shard_timeout: float = _option(
+        GIVE_UP_SECONDS, "seconds without anything new after which a shard is given up"
+    )
+    allow_pipe: bool = _option(
+        False, "--data-dir may be 'pipe:COMMAND', run in a shell for every file; {} is its name"
+    )
     print_freq: int = _option(10, "steps between log lines")
     knn_freq: int = _option(10, "epochs between kNN evaluations; 0: never")
     save_freq: int = _option(10, "every so many epochs a checkpoint is kept for good; 0: none")
@@ -232,6 +250,18 @@ class Config:
         """Peak learning rate, scaled to the batch."""
         return self.optim.base_lr * self.optim.batch_size / 256
 
+    @property
+    def source(self) -> ShardSource:
+        """The data set, and how it is reached."""
+        run = self.run
+        return ShardSource(
+            self.data.data_dir,
+            cache_dir=run.shard_cache,
+            cache_size=run.shard_cache_size,
+            give_up=run.shard_timeout,
+            allow_pipe=run.allow_pipe,
+        )
+
     def defining(self) -> dict[str, Any]:
         """What must agree on resume: plain values by flag name, without where the data lies."""
         flat = self.flat()
@@ -243,6 +273,7 @@ class Config:
         flat: dict[str, Any] = {"recipe": self.recipe}
         for section in SECTIONS:
             flat |= dataclasses.asdict(getattr(self, section))
+        flat["data_dir"] = str(self.source)  # without a password
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
 
 
@@ -282,6 +313,8 @@ def _resolve(config: Config, given: dict[str, Any]) -> Config:
         data_dir=data.data_dir or f"data/{data.dataset}",
         image_size=data.image_size or preset.image_size,
     )
+    if "shuffle_window" not in given and names_remote(data.data_dir):
+        data = replace(data, shuffle_window=REMOTE_WINDOW)
     batch, group = config.optim.batch_size, model.bn_group_size or config.optim.batch_size
     if "bn_group_size" not in given and batch > 0 and group > 0 and batch % group:
         # The recipe's group cannot tile a batch chosen by hand: the largest that can, below it.
@@ -333,9 +366,12 @@ def _check(config: Config) -> None:
         "--warmup-multiplier": optim.warmup_multiplier,
         "--accumulation-steps": run.accumulation_steps,
         "--max-nonfinite": run.max_nonfinite,
+        "--shard-cache-size": run.shard_cache_size,
+        "--shard-timeout": run.shard_timeout,
     }
     not_negative = {
         "--base-lr": optim.base_lr,
+        "--shuffle-window": config.data.shuffle_window,
         "--clip-grad": optim.clip_grad,
         "--patch-size": config.model.patch_size,
         "--samples-per-epoch": config.data.samples_per_epoch,

@@ -28,6 +28,8 @@ MAY_DIFFER = (
     "pretrained_model",
     "deepspeed",
     "num_workers",
+    "shard_cache",
+    "shard_cache_size",
     "local_rank",
 )
 """Flags that may: hosts may see files under other names. What is in them is compared."""

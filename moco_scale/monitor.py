@@ -47,10 +47,10 @@ class Monitor:
 
     def _make_evaluation(self) -> KnnMonitor | None:
         config = self.run.config
-        if not is_labelled(config.data.data_dir):
+        if not is_labelled(config.source):
             self.telemetry.say("the pictures have no labels, so there is no kNN evaluation")
             return None
-        bank, queries = bank_and_queries(config.data.data_dir, MAX_BANK, MAX_QUERIES)
+        bank, queries = bank_and_queries(config.source, MAX_BANK, MAX_QUERIES)
         preset = config.preset
         return KnnMonitor(
             bank,
@@ -70,7 +70,7 @@ class Monitor:
         say = self.telemetry.say
         say(
             f"moco_scale {__version__}, recipe {config.recipe}: {config.model.model}, "
-            f"{config.data.dataset} in {config.data.data_dir} ({len(run.shards)} pictures)"
+            f"{config.data.dataset} in {config.source} ({len(run.shards)} pictures)"
         )
         recipe = RECIPES[config.recipe]
         say(f"source: {recipe.source}; published: {recipe.published}")
@@ -219,7 +219,7 @@ class Monitor:
         pictures.neighbours_sheet(
             chosen_output(before, "features"),
             chosen_output(self._query(), "features"),
-            config.data.data_dir,
+            config.source,
             out / "neighbours.png",
             image_size=config.data.image_size,
             resize_ratio=preset.resize_ratio,

@@ -55,9 +55,10 @@ def open_data(config: Config) -> tuple[Shards, BatchPlan]:
         UserError: the data cannot be read, or differs between ranks, or does not fill a batch that
             the ranks can share.
     """
-    shards = distributed.in_turn(lambda: open_shards(config.data.data_dir, "train"))
+    shards = distributed.in_turn(lambda: open_shards(config.source, "train"))
     identity.require_alike({"index of --data-dir": shards.fingerprint}, identity.SAME_DATA)
-    order, batch = shards.order(config.optim.rng_seed), config.optim.batch_size
+    order = shards.order(config.optim.rng_seed, config.data.shuffle_window)
+    batch = config.optim.batch_size
     plan = BatchPlan(in_whole_batches(order, batch, config.data.samples_per_epoch), batch)
     plan.check_world(distributed.world_size())
     return shards, plan
@@ -262,6 +263,7 @@ class Pretraining:
             start_step=self.step,
             end_step=self.last_step,
             bad_samples=run.bad_samples,
+            fetches_ahead=distributed.local_rank() == 0,
         )
         self.engine.moco.train()
         try:

@@ -11,7 +11,8 @@ index is what exact epochs need on top of that: where each picture lies.
      "splits": {"train": {"samples": 1281167,
                           "index": "train-index.npy",
                           "checksum": "…",   # BLAKE2b-128 of the rows' bytes
-                          "shards": [{"name": "train-000000.tar", "bytes": …, "samples": …}, …]}},
+                          "shards": [{"name": "train-000000.tar", "bytes": …, "samples": …,
+                                      "checksum": "…"}, …]}},  # of the tar; may be missing
      "made": {…}}                            # how: source, seed, re-encoding, what was left out
 
 ``train-index.npy`` is one record of ``INDEX_DTYPE`` a picture, in shard order. It is memory-mapped,
@@ -33,8 +34,10 @@ from typing import Any
 
 import numpy as np
 
-from moco_scale.data.order import FullPermutation
+from moco_scale.data.fetch_ahead import RemotePart
+from moco_scale.data.order import Order
 from moco_scale.data.shard_set import Place
+from moco_scale.data.windows import order_of
 from moco_scale.errors import UserError
 from moco_scale.files import open_failure
 
@@ -59,14 +62,24 @@ def rows_checksum(rows: np.ndarray) -> str:
 
 
 def split_entry(
-    split: str, rows: np.ndarray, shards: Sequence[tuple[str, int, int]]
+    split: str,
+    rows: np.ndarray,
+    shards: Sequence[tuple[str, int, int]],
+    checksums: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The entry of one split in index.json; shards: (name, bytes, samples) in order."""
+    """The entry of one split in index.json.
+
+    shards: (name, bytes, samples) in order. checksums: hex BLAKE2b-128 of each shard's bytes.
+    """
+    listed: list[dict[str, Any]] = [{"name": n, "bytes": b, "samples": s} for n, b, s in shards]
+    if checksums is not None:
+        for shard, checksum in zip(listed, checksums, strict=True):
+            shard["checksum"] = checksum
     return {
         "samples": len(rows),
         "index": index_name(split),
         "checksum": rows_checksum(rows),
-        "shards": [{"name": n, "bytes": b, "samples": s} for n, b, s in shards],
+        "shards": listed,
     }
 
 
@@ -149,16 +162,21 @@ class IndexedShards:
                 f"{data_dir} has no split {split!r}; it has: {known}. Make the shards again from a "
                 f"source that has {split!r} pictures (python -m moco_scale shard --help)."
             )
-        rows = _read_rows(index_dir or data_dir, split, header)
+        rows = read_rows(index_dir or data_dir, split, header)
         _check_shards(data_dir, header["splits"][split])
         return cls(data_dir, split, header, rows, None, index_dir, name)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def order(self, seed: int) -> FullPermutation:
-        """Anything is as near as anything else, so a pass mixes all pictures with each other."""
-        return FullPermutation(len(self), seed)
+    def order(self, seed: int, window: int = 0) -> Order:
+        return order_of(self._rows["shard"], window, seed)
+
+    def rest(self) -> None:
+        """Nobody removes shards of a folder, so maps are kept for the next batch."""
+
+    def remote_parts(self) -> list[RemotePart]:
+        return []
 
     def read(self, i: int) -> memoryview:
         """The encoded bytes of picture i, not copied: a view into the mapped tar.
@@ -204,21 +222,24 @@ class IndexedShards:
 
     def subset(self, indices: np.ndarray) -> IndexedShards:
         """The same for some of the pictures only: int64 [M] positions, kept in the given order."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if indices.ndim != 1 or (
-            len(indices) and (indices.min() < 0 or indices.max() >= len(self))
-        ):
-            raise IndexError(f"subset wants positions below {len(self)} in one dimension")
-        selection = indices if self._selection is None else self._selection[indices]
         return IndexedShards(
             self.data_dir,
             self.split,
             self._header,
             self._all_rows,
-            selection,
+            self._selected(indices),
             self.index_dir,
             self.name,
         )
+
+    def _selected(self, indices: np.ndarray) -> np.ndarray:
+        """Positions in the whole split of these of ours."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.ndim != 1 or (
+            len(indices) and (indices.min() < 0 or indices.max() >= len(self))
+        ):
+            raise IndexError(f"subset wants positions below {len(self)} in one dimension")
+        return indices if self._selection is None else self._selection[indices]
 
     def __getstate__(self) -> tuple[Any, ...]:
         where = self.index_dir, self.name
@@ -226,7 +247,7 @@ class IndexedShards:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         data_dir, split, header, selection, index_dir, name = state
-        rows = _map_rows(index_dir, split)
+        rows = map_rows(index_dir, split)
         self.__init__(data_dir, split, header, rows, selection, index_dir, name)  # type: ignore[misc]
 
     def _locate(self, i: int) -> tuple[int, int, int]:
@@ -247,12 +268,15 @@ class IndexedShards:
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
             raise UserError(f"Cannot read shard {path}: {open_failure(error)}.") from error
+        self._keep(shard, mapped)
+        return mapped
+
+    def _keep(self, shard: int, mapped: mmap.mmap) -> None:
         if len(self._maps) >= self._max_maps:
             # The oldest goes; in random order that is as good as the least recently used. Views
             # still in someone's hands keep their map alive until they are dropped.
             self._maps.pop(next(iter(self._maps)), None)
         self._maps[shard] = mapped
-        return mapped
 
 
 def _max_open_maps() -> int:
@@ -269,9 +293,21 @@ def _read_header(data_dir: Path, index_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(_not_shards(data_dir))
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+    return parse_header(content, path, anywhere=index_dir != data_dir)
+
+
+def parse_header(content: bytes, path: Path | str, *, anywhere: bool = False) -> dict[str, Any]:
+    """What is in an index.json.
+
+    path: where it lies, for messages. anywhere: shards may lie in other folders.
+
+    Raises UserError: it is damaged, of another version or of something else.
+    """
+    try:
+        header = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}). {_MAKE_AGAIN}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -281,7 +317,7 @@ def _read_header(data_dir: Path, index_dir: Path) -> dict[str, Any]:
             f"{path} has format version {header.get('version')}, this program reads version "
             f"{VERSION}. {_MAKE_AGAIN}"
         )
-    problem = _header_problem(header, anywhere=index_dir != data_dir)
+    problem = _header_problem(header, anywhere)
     if problem:
         raise UserError(f"{path} is damaged ({problem}). {_MAKE_AGAIN}")
     return header
@@ -301,9 +337,10 @@ def _header_problem(header: Mapping[str, Any], anywhere: bool) -> str | None:
         try:
             sizes = [(str(s["name"]), int(s["bytes"]), int(s["samples"])) for s in entry["shards"]]
             samples, checksum = int(entry["samples"]), entry["checksum"]
+            checksums = [s.get("checksum", "") for s in entry["shards"]]
         except (KeyError, TypeError, ValueError) as error:
             return f"split {name!r}: {type(error).__name__} {error}"
-        if not isinstance(checksum, str):
+        if not all(isinstance(text, str) for text in (checksum, *checksums)):
             return f"split {name!r}: 'checksum' is not text"
         if not anywhere and any("/" in shard for shard, _, _ in sizes):
             return f"split {name!r}: a shard lies in another folder"
@@ -312,7 +349,7 @@ def _header_problem(header: Mapping[str, Any], anywhere: bool) -> str | None:
     return None
 
 
-def _map_rows(index_dir: Path, split: str) -> np.ndarray:
+def map_rows(index_dir: Path, split: str) -> np.ndarray:
     """The index of a split, memory-mapped; ValueError when it is not one."""
     rows = np.lib.format.open_memmap(index_dir / index_name(split), mode="r")
     if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
@@ -320,11 +357,12 @@ def _map_rows(index_dir: Path, split: str) -> np.ndarray:
     return np.asarray(rows)  # numpy's memmap class makes every access slower
 
 
-def _read_rows(index_dir: Path, split: str, header: Mapping[str, Any]) -> np.ndarray:
+def read_rows(index_dir: Path, split: str, header: Mapping[str, Any]) -> np.ndarray:
+    """The same, checked. Raises UserError: it cannot be read, is damaged, or not the header's."""
     path = index_dir / index_name(split)
     entry = header["splits"][split]
     try:
-        rows = _map_rows(index_dir, split)
+        rows = map_rows(index_dir, split)
     except OSError as error:
         raise UserError(
             f"Cannot read the index {path}: {error.strerror or error}. {_MAKE_AGAIN}"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.mixture import Mixture
 from moco_scale.data.order import FullPermutation, Indices, Order
 from moco_scale.data.shard_set import Place, Shards
@@ -98,12 +99,12 @@ class MixedShards:
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._selection is None else len(self._selection)
 
-    def order(self, seed: int) -> Order:
+    def order(self, seed: int, window: int = 0) -> Order:
         if self._selection is not None:
             return FullPermutation(len(self), seed)
         # A seed of its own, or sets of the same size would be in the same order.
         seeds = [(seed + i) % 2**64 for i in range(len(self.parts))]
-        orders = tuple(part.order(own) for part, own in zip(self.parts, seeds, strict=True))
+        orders = tuple(p.order(own, window) for p, own in zip(self.parts, seeds, strict=True))
         return Mixture(orders, self.weights, len(self), seed)
 
     def read(self, i: int) -> memoryview:
@@ -121,6 +122,19 @@ class MixedShards:
     def fault(self, i: int) -> str | None:
         part, place = self._locate(i)
         return part.fault(place)
+
+    def rest(self) -> None:
+        for part in self.parts:
+            part.rest()
+
+    def remote_parts(self) -> list[RemotePart]:
+        firsts = [int(end) - len(part) for part, end in zip(self.parts, self._ends, strict=True)]
+        found = [
+            remote._replace(first=first + remote.first)
+            for first, part in zip(firsts, self.parts, strict=True)
+            for remote in part.remote_parts()
+        ]
+        return found if self._selection is None else [p.chosen(self._selection) for p in found]
 
     def subset(self, indices: Indices) -> MixedShards:
         indices = np.asarray(indices, dtype=np.int64)

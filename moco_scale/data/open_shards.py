@@ -2,54 +2,77 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from moco_scale.data import index
 from moco_scale.data.mixed_shards import MixedShards, split_mixture
+from moco_scale.data.remote import is_remote
+from moco_scale.data.remote_shards import has_remote_split, open_remote
 from moco_scale.data.scanned_index import open_scanned
 from moco_scale.data.shard_list import ShardList, is_pattern, list_shards
 from moco_scale.data.shard_set import Shards
+from moco_scale.data.shard_source import ShardSource
 from moco_scale.errors import UserError
 
 
-def open_shards(spec: str | Path, split: str) -> Shards:
+def open_shards(source: str | Path | ShardSource, split: str) -> Shards:
     """The pictures of one split of a data set, checked to be all there.
 
-    spec, as `--data-dir` names it: a folder of shards made by `python -m moco_scale shard`; a
-    folder of tars that were written elsewhere, or a pattern of such (see `list_shards`), which are
-    indexed on first use; or several of these with weights, `A:0.7,B:0.3` (see `split_mixture`). Of
-    several sets all must have a train split; other splits are those of the sets that have them.
+    source, as `--data-dir` names it: a folder of shards made by `python -m moco_scale shard`; an
+    address of such a folder; a folder of tars that were written elsewhere, or a pattern of such
+    (see `list_shards`), which are indexed on first use; or several of these with weights,
+    `A:0.7,B:0.3` (see `split_mixture`). Of several sets all must have a train split; other splits
+    are those of the sets that have them.
 
     Raises UserError: there is no such data set or split, or something in it is missing or damaged.
     """
-    named = split_mixture(str(spec))
+    source = _source(source)
+    named = split_mixture(source.spec)
+    each = [replace(source, spec=part.spec) for part in named]
     if len(named) == 1:
-        return _open_one(named[0].spec, split)
+        return _open_one(each[0], split)
     if split != "train":
-        named = [part for part in named if _has_split(part.spec, split)] or named[:1]
-    parts = [_open_one(part.spec, split) for part in named]
+        having = [i for i, part in enumerate(each) if _has_split(part, split)] or [0]
+        named, each = [named[i] for i in having], [each[i] for i in having]
     weights = [part.weight for part in named if part.weight is not None]
-    return MixedShards(str(spec), parts, weights or None)
+    return MixedShards(str(source), [_open_one(part, split) for part in each], weights or None)
 
 
-def has_split(spec: str | Path, split: str) -> bool:
-    """Whether spec is a finished data set that has this split, or has a set in it that does."""
+def has_split(source: str | Path | ShardSource, split: str) -> bool:
+    """Whether source is a finished data set that has this split, or has a set in it that does.
+
+    Raises UserError: an address at which nothing can be read.
+    """
+    source = _source(source)
     try:
-        return any(_has_split(part.spec, split) for part in split_mixture(str(spec)))
+        named = split_mixture(source.spec)
     except UserError:
         return False
+    return any(_has_split(replace(source, spec=part.spec), split) for part in named)
 
 
-def _open_one(spec: str, split: str) -> Shards:
-    tars = _without_index(spec)
+def _source(source: str | Path | ShardSource) -> ShardSource:
+    return source if isinstance(source, ShardSource) else ShardSource(str(source))
+
+
+def _open_one(source: ShardSource, split: str) -> Shards:
+    if is_remote(source.spec):
+        return open_remote(source, split)
+    tars = _without_index(source.spec)
     if tars is None:
-        return index.IndexedShards.open(spec, split)
-    return open_scanned(spec, tars, split)
+        return index.IndexedShards.open(source.spec, split)
+    return open_scanned(source.spec, tars, split)
 
 
-def _has_split(spec: str, split: str) -> bool:
-    tars = _without_index(spec)
-    return index.has_split(spec, split) if tars is None else split in tars.splits
+def _has_split(source: ShardSource, split: str) -> bool:
+    if is_remote(source.spec):
+        return has_remote_split(source, split)
+    try:
+        tars = _without_index(source.spec)
+    except UserError:
+        return False
+    return index.has_split(source.spec, split) if tars is None else split in tars.splits
 
 
 def _without_index(spec: str) -> ShardList | None:

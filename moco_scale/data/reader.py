@@ -18,12 +18,13 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from moco_scale.data.augment import Augmentation
 from moco_scale.data.bad_samples import TRIES, BadSample, bad_sample, substitutes
 from moco_scale.data.decode import DecodeError, Decoder, Pixels
+from moco_scale.data.fetch_ahead import FetchAhead, Job, check_room
 from moco_scale.data.index import shard_command
 from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.random import uniforms
 from moco_scale.data.shard_set import Pictures
 from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
-from moco_scale.data.workers import BatchLoader, Failure, Reading, batch_memory
+from moco_scale.data.workers import PREFETCHED, BatchLoader, Failure, Reading, batch_memory
 from moco_scale.errors import UserError
 
 
@@ -59,23 +60,32 @@ def pretraining_loader(
     end_step: int,
     bad_samples: str = "error",
     start_method: str | None = None,
+    fetches_ahead: bool = True,
 ) -> BatchLoader[ViewBatch]:
     """This rank's batches of random crops for the steps start_step to end_step - 1.
 
     One pool of workers serves all epochs. Each worker builds whole batches in shared memory; with
     a GPU they are pinned. `start_method` of the workers: "fork" where there is one, by default.
-    `bad_samples`: see `bad_samples.POLICIES`. Raises UserError, also while iterating: a batch that
-    `world` does not divide, a picture that cannot be decoded, a worker that died.
+    `bad_samples`: see `bad_samples.POLICIES`. `fetches_ahead`: this rank fetches remote shards
+    ahead, for all ranks of its machine. Raises UserError, also while iterating: a batch that
+    `world` does not divide, a picture that cannot be decoded, a worker that died, a shard that
+    cannot be fetched, a cache that is too small for the plan.
     """
     if len(shards) != plan.order.num_samples:
         raise ValueError(
             f"a plan for {plan.order.num_samples} samples, but there are {len(shards)}"
         )
     plan.check_world(world)
-    jobs = _PlannedJobs(plan, rank, world, start_step, end_step)
     crops = _RandomCrops(shards, plan.order.seed, aug.crop_min, aug.crop_max, image_size, views)
     crops.skip = bad_samples == "skip"
-    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading)
+    ahead, parts = None, shards.remote_parts()
+    if parts and start_step < end_step:
+        in_flight = max(1, PREFETCHED * num_workers)
+        check_room(parts, plan, in_flight)
+        if fetches_ahead:
+            ahead = FetchAhead(Job(parts, plan, start_step, end_step, in_flight))
+    jobs = _PlannedJobs(plan, rank, world, start_step, end_step, ahead)
+    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading, ahead)
 
 
 def evaluation_loader(
@@ -116,8 +126,16 @@ class _Job(NamedTuple):
 
 
 class _PlannedJobs(Sampler[_Job]):
-    def __init__(self, plan: BatchPlan, rank: int, world: int, start: int, end: int) -> None:
-        self.plan, self.rank, self.world = plan, rank, world
+    def __init__(
+        self,
+        plan: BatchPlan,
+        rank: int,
+        world: int,
+        start: int,
+        end: int,
+        ahead: FetchAhead | None,
+    ) -> None:
+        self.plan, self.rank, self.world, self.ahead = plan, rank, world, ahead
         self.steps = range(start, end)
 
     def __len__(self) -> int:
@@ -125,6 +143,8 @@ class _PlannedJobs(Sampler[_Job]):
 
     def __iter__(self) -> Iterator[_Job]:
         for step in self.steps:
+            if self.ahead is not None:
+                self.ahead.at(step)
             samples = self.plan.share(step, self.rank, self.world)
             yield _Job(step, self.plan.epoch_of(step), samples)
 
@@ -165,6 +185,8 @@ class _Crops(Dataset[Any]):
             if get_worker_info() is None:
                 raise
             return Failure(str(error))
+        finally:
+            self.shards.rest()
         return batch
 
     def fill(self, views: Tensor, job: _Job) -> ViewBatch:

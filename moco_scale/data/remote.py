@@ -29,6 +29,8 @@ EXTRA = "pip install 'moco_scale[remote]'"
 _SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
 _CHUNK = 1 << 20
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+_USER = re.compile(r"//[^/@,\s]*@")
+_SIGNATURE = re.compile(r"(://[^?#,\s]*[^?#,\s/])/*[?#][^,\s]*")
 # Statuses that tell of the moment rather than of the file.
 _PASSING = {408, 423, 425, 429, 500, 502, 503, 504}
 
@@ -78,8 +80,13 @@ class Place(ABC):
 
 
 def is_remote(spec: str) -> bool:
-    """Whether a data set's name is an address rather than a folder."""
+    """Whether a data set's name is an address."""
     return spec.startswith(PIPE) or _SCHEME.match(spec) is not None
+
+
+def names_remote(spec: str) -> bool:
+    """Whether an address is part of it, as in a mixture of several data sets."""
+    return PIPE in spec or _SCHEME.search(spec) is not None
 
 
 def place(spec: str, allow_pipe: bool) -> Place:
@@ -99,11 +106,9 @@ def place(spec: str, allow_pipe: bool) -> Place:
 
 def shown(spec: str) -> str:
     """An address for messages and logs: without a password, and without what signs it."""
-    if spec.startswith(PIPE) or _SCHEME.match(spec) is None:
+    if spec.startswith(PIPE):
         return spec
-    parts = urllib.parse.urlsplit(spec)
-    host = parts.netloc.rpartition("@")[2]
-    return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "", "")).rstrip("/")
+    return _SIGNATURE.sub(r"\1", _USER.sub("//", spec))
 
 
 class HttpPlace(Place):
@@ -116,7 +121,7 @@ class HttpPlace(Place):
         parts = urllib.parse.urlsplit(spec)
         if not parts.hostname:
             raise UserError(f"--data-dir {shown(spec)}: there is no host in this address")
-        self._parts, self._shown = parts, shown(spec)
+        self._parts, self._shown = parts, shown(spec).rstrip("/")
         self._headers = {"User-Agent": "moco_scale", "Accept-Encoding": "identity"}
         if parts.username is not None:
             pair = f"{urllib.parse.unquote(parts.username)}:"

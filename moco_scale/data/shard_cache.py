@@ -21,6 +21,7 @@ import os
 import shutil
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +38,22 @@ GB = 10**9
 
 def default_root() -> Path:
     """Where shards are kept unless the user says otherwise."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "moco_scale" / "shards"
+    root = os.environ.get("MOCO_SCALE_CACHE")
+    if not root:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        root = os.path.join(base, "moco_scale")
+    return Path(root) / "shards"
 
 
 def size_text(size: int) -> str:
-    """Bytes in GB, for messages that speak of --shard-cache-size; rounded up, so that it does."""
-    return f"{-(-size * 1000 // GB) / 1000:g} GB"
+    """Bytes in GB, for messages that speak of --shard-cache-size; rounded up, to three digits."""
+    step = 10 ** max(0, len(str(size)) - 3)
+    return f"{-(-size // step) * step / GB:.9f}".rstrip("0").rstrip(".") + " GB"
+
+
+def shard_path(folder: Path, file: RemoteFile) -> Path:
+    """Where a shard of a set is kept; its name may have folders in it."""
+    return folder / SHARDS / urllib.parse.quote(file.name, safe="")
 
 
 class NoRoom(Exception):
@@ -102,7 +112,7 @@ class ShardCache:
 
     def has(self, folder: Path, file: RemoteFile) -> bool:
         """Whether a shard is there now."""
-        return (folder / SHARDS / file.name).exists()
+        return shard_path(folder, file).exists()
 
     def fetch(
         self,
@@ -122,13 +132,13 @@ class ShardCache:
             NoRoom: nothing more can be removed.
             UserError, Stopped: as `hold` does.
         """
-        path = folder / SHARDS / file.name
+        path = shard_path(folder, file)
         if (file.bytes or 0) > self.limit:
             raise UserError(
                 f"--shard-cache-size: {file.name} alone has {size_text(file.bytes or 0)}, the "
                 f"cache {size_text(self.limit)}"
             )
-        with self._explained():
+        with self.explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{file.bytes or 0}{_PARTIAL}")
             sink = self._claim(partial, path, stopped)
@@ -148,8 +158,8 @@ class ShardCache:
                     raise
 
     def _open_whole(self, folder: Path, file: RemoteFile) -> io.FileIO | None:
-        path = folder / SHARDS / file.name
-        with contextlib.ExitStack() as stack, self._explained():
+        path = shard_path(folder, file)
+        with contextlib.ExitStack() as stack, self.explained():
             try:
                 held = stack.enter_context(io.FileIO(path, "r"))
             except FileNotFoundError:
@@ -227,7 +237,7 @@ class ShardCache:
         return used, sorted(found)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         """Turns errors of the folder into a UserError."""
         try:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import mmap
 import os
 import tarfile
@@ -49,6 +50,7 @@ class Done(NamedTuple):
 
     rows: np.ndarray  # of INDEX_DTYPE; "shard" is still 0
     bytes: int
+    checksum: str  # hex BLAKE2b-128 of the file
     left_out: list[LeftOut]
 
 
@@ -98,11 +100,11 @@ def write_shard(task: Task) -> Done:
         writer.close()
     sync(path)
     rows = _rows(path, labels)
-    return Done(rows, path.stat().st_size, left_out)
+    return Done(rows, path.stat().st_size, sink.hash.hexdigest(), left_out)
 
 
 class _Sink:
-    """The file that ShardWriter writes to.
+    """The file that ShardWriter writes to, and the BLAKE2b-128 of what was written.
 
     After an error tarfile, when it is collected, writes once more; that is dropped here, or it
     would end as a second traceback.
@@ -111,6 +113,7 @@ class _Sink:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._closed = False
+        self.hash = hashlib.blake2b(digest_size=16)
 
     def __enter__(self) -> _Sink:
         return self
@@ -120,7 +123,10 @@ class _Sink:
         self._file.close()
 
     def write(self, data: bytes) -> int:
-        return len(data) if self._closed else self._file.write(data)
+        if self._closed:
+            return len(data)
+        self.hash.update(data)
+        return self._file.write(data)
 
 
 def _checked(data: bytes, suffix: str, encoding: Encoding | None) -> tuple[bytes, str]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.order import Indices, Order
 
 
@@ -55,6 +56,14 @@ class Pictures(Protocol):
         """What has happened to the file of picture i since it was indexed; None: nothing."""
         ...
 
+    def rest(self) -> None:
+        """A batch is done, and what was read for it dropped: shards may be removed."""
+        ...
+
+    def remote_parts(self) -> list[RemotePart]:
+        """What of them has to be fetched; [] when all are at hand."""
+        ...
+
 
 class Shards(Pictures, Protocol):
     """The pictures of one split."""
@@ -72,8 +81,8 @@ class Shards(Pictures, Protocol):
         """Differs where pictures, labels or their places differ: a resumed run checks it."""
         ...
 
-    def order(self, seed: int) -> Order:
-        """The order in which training reads them."""
+    def order(self, seed: int, window: int = 0) -> Order:
+        """The order in which training reads them, in windows of so many shards; 0: of all."""
         ...
 
     def subset(self, indices: Indices) -> Any:

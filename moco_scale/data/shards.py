@@ -98,6 +98,7 @@ def write_shards(
         tasks = _tasks(folder, split, ordered, shard_size, verify, encoding)
         all_rows: list[np.ndarray] = []
         shards: list[tuple[str, int, int]] = []
+        checksums: list[str] = []
         for number, done in enumerate(_run(tasks, workers, len(ordered), split)):
             listing.left_out += done.left_out
             old = folder / shard_name(split, number)
@@ -110,13 +111,14 @@ def write_shards(
                 old.rename(folder / name)
             all_rows.append(done.rows)
             shards.append((name, done.bytes, len(done.rows)))
+            checksums.append(done.checksum)
         if not shards:
             raise UserError(f"None of the {len(ordered)} {split} pictures can be decoded.")
         rows = np.concatenate(all_rows)
         with write_errors(folder):
             np.save(folder / index.index_name(split), rows, allow_pickle=False)
             sync(folder / index.index_name(split))
-        header["splits"][split] = index.split_entry(split, rows, shards)
+        header["splits"][split] = index.split_entry(split, rows, shards, checksums)
         written.append(Written(split, len(rows), len(shards), sum(size for _, size, _ in shards)))
     header["made"] = {**(made or {}), "seed": seed, "left_out": len(listing.left_out)}
     with write_errors(folder):

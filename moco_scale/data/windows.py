@@ -18,11 +18,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from moco_scale.data.mixture import Mixture
 from moco_scale.data.order import FullPermutation, Indices, Order, Samples
 from moco_scale.data.random import permutation, raw_words
 
 REMOTE_WINDOW = 64
-"""Shards in the window of a remote data set, unless the user says otherwise."""
+"""Shards in the window of a data set that has to be fetched, unless the user says otherwise."""
 
 
 class WindowedPermutation:
@@ -94,3 +95,10 @@ def order_of(shard_of: npt.NDArray[np.integer], window: int, seed: int) -> Order
     if window and window < len(np.unique(shard_of)):
         return WindowedPermutation(shard_of, window, seed)
     return FullPermutation(len(shard_of), seed)
+
+
+def window_of(order: Order) -> int:
+    """Shards of a set that an order reads at a time; 0: all."""
+    if isinstance(order, Mixture):  # its sets have the same window, or fewer shards
+        return max(window_of(part) for part in order.parts)
+    return order.window if isinstance(order, WindowedPermutation) else 0

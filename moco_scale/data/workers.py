@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import prod
 from multiprocessing import connection
 from types import TracebackType
@@ -18,10 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from moco_scale.data.fetch_ahead import FetchAhead
 from moco_scale.errors import UserError
 from moco_scale.files import open_files_advice
 
 Batch = TypeVar("Batch")
+PREFETCHED = 2
+"""Batches that each worker has in hand or ready."""
 
 _END_SECONDS = 5.0  # for the end of a process to be seen after its connection has broken
 
@@ -92,13 +96,18 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         num_workers: int,
         start_method: str | None = None,
         reading: Reading | None = None,
+        ahead: FetchAhead | None = None,
     ) -> None:
         """`start_method` of the workers: "fork" where there is one, by default.
 
         `reading` is what the data set keeps up to date, for the message when a worker dies.
+        `ahead` is closed with the loader.
         """
         self._reading = reading
         self._length = len(jobs)  # type: ignore[arg-type]
+        self._ahead = ahead
+        context = _context(start_method) if num_workers else None
+        self._no_longer = None if context is None else context.Event()
         # More decoders than cores is the default on small machines, and does no harm.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         self._loader = DataLoader(
@@ -108,9 +117,10 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
             num_workers=num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_set_up_worker,
+            worker_init_fn=partial(_set_up_worker, self._no_longer),
             generator=torch.Generator(),  # or it would draw a seed from the global one
-            multiprocessing_context=_context(start_method) if num_workers else None,
+            multiprocessing_context=context,
+            prefetch_factor=PREFETCHED if num_workers else None,
         )
         self._batches: Any = None
         self._closed = False
@@ -144,11 +154,15 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
     def close(self) -> None:
         """End the workers; there are no batches afterwards. May be called again."""
         self._closed = True
+        if self._no_longer is not None:
+            self._no_longer.set()
         batches, self._batches = self._batches, None
         # Dropping the iterator would do, were it not kept alive by a traceback now and then.
         stop = getattr(batches, "_shutdown_workers", None)
         if stop is not None:
             stop()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __enter__(self) -> BatchLoader[Batch]:
         return self
@@ -265,7 +279,20 @@ def _shared_memory_advice() -> str:
     )
 
 
-def _set_up_worker(worker: int) -> None:
+_no_longer: Any = None  # in a worker: an event, set when its batches are not wanted any more
+
+
+def closing() -> bool:
+    """Whether nobody waits any more for what this process reads: for waits that may be long."""
+    parent = multiprocessing.parent_process()
+    if get_worker_info() is None or parent is None:
+        return False
+    return not parent.is_alive() or (_no_longer is not None and _no_longer.is_set())
+
+
+def _set_up_worker(no_longer: Any, worker: int) -> None:
+    global _no_longer
+    _no_longer = no_longer
     # Whoever stops the run (Ctrl-C, Slurm) signals the whole group. The main process decides what
     # to do about it, and may want to finish its step; it ends the workers itself, and they end on
     # their own within seconds when it is gone.

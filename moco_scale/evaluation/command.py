@@ -20,6 +20,7 @@ from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.bad_samples import POLICIES
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.shard_set import Shards
+from moco_scale.data.shard_source import CACHE_GB, GIVE_UP_SECONDS, ShardSource
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear
 from moco_scale.evaluation.features import WHICH, LeftOut, Pixels, Pretrained, load_pretrained
@@ -39,7 +40,20 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--data-dir", required=True, help="folder of shards with the splits train and val")
+    add("--data-dir", required=True, help="shards with the splits train and val: folder or address")
+    add("--shard-cache", default="", help="folder that fetched shards are kept in")
+    add("--shard-cache-size", type=_positive, default=CACHE_GB, help="of that folder, in GB")
+    add(
+        "--shard-timeout",
+        type=_positive,
+        default=GIVE_UP_SECONDS,
+        help="seconds without anything new after which a shard is given up",
+    )
+    add(
+        "--allow-pipe",
+        action="store_true",
+        help="--data-dir may be 'pipe:COMMAND', run in a shell for every file; {} is its name",
+    )
     add("--pretrained-model", required=True, help="a run's current.pth")
     add("--output-dir", required=True, help="where results.json goes")
     add("--protocol", choices=("linear", "knn"), default="linear", help="what to do")
@@ -144,13 +158,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.monotonic()
     folder = Path(args.output_dir)
-    distributed.in_turn(lambda: open_shards(args.data_dir, "train"))  # which may index them
+    distributed.in_turn(lambda: open_shards(_source(args), "train"))  # which may index them
     failure: UserError | None = None
     try:
         earlier = _prepare(folder) if distributed.is_main() else {}
         pretrained = load_pretrained(args.pretrained_model, args.encoder)
         task = _knn(args, pretrained) if args.protocol == "knn" else None
-        pair = None if task else _splits(args.data_dir)
+        pair = None if task else _splits(_source(args))
     except UserError as error:
         failure = error
     failure = distributed.first_error(failure)
@@ -247,12 +261,22 @@ def _pixels(args: argparse.Namespace, pretrained: Pretrained) -> Pixels:
     return Pixels(int(size), preset.resize_ratio, preset.mean, preset.std)
 
 
-def _splits(data_dir: str) -> tuple[Shards, Shards]:
-    return open_shards(data_dir, "train"), open_shards(data_dir, "val")
+def _source(args: argparse.Namespace) -> ShardSource:
+    return ShardSource(
+        args.data_dir,
+        cache_dir=args.shard_cache,
+        cache_size=args.shard_cache_size,
+        give_up=args.shard_timeout,
+        allow_pipe=args.allow_pipe,
+    )
+
+
+def _splits(source: ShardSource) -> tuple[Shards, Shards]:
+    return open_shards(source, "train"), open_shards(source, "val")
 
 
 def _knn(args: argparse.Namespace, pretrained: Pretrained) -> KnnMonitor:
-    bank, queries = bank_and_queries(args.data_dir, max_bank=args.knn_bank, seed=args.rng_seed)
+    bank, queries = bank_and_queries(_source(args), max_bank=args.knn_bank, seed=args.rng_seed)
     return KnnMonitor(
         bank,
         queries,
@@ -278,12 +302,12 @@ def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained)
             f"k = {args.knn_k}, T = {args.knn_t:g}"
             + (
                 ""
-                if has_split(args.data_dir, "val")
+                if has_split(_source(args), "val")
                 else "; no val split: a tenth of train held out"
             )
         ),
         "settings": {
-            "data_dir": str(args.data_dir),
+            "data_dir": str(_source(args)),
             "bank": len(task.bank),
             "queries": len(task.queries),
             "k": args.knn_k,
@@ -349,7 +373,7 @@ def _run_linear(
             f"schedule {config.schedule}, {config.epochs} epochs; top1 and top5 of the best epoch"
         ),
         "settings": {
-            "data_dir": str(args.data_dir),
+            "data_dir": str(_source(args)),
             **{k: v for k, v in vars(config).items()},
             "image_size": pixels.image_size,
             "precision": args.precision,

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_scale import distributed
+from moco_scale.data.fetch_ahead import NOWHERE
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.shard_set import Shards
+from moco_scale.data.shard_source import ShardSource
 from moco_scale.encoders import Encoder
 from moco_scale.errors import UserError
 from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract
@@ -149,14 +151,14 @@ def _nearest(
     return similarity, all_labels.flatten(1).gather(1, place)
 
 
-def is_labelled(data_dir: str | Path) -> bool:
+def is_labelled(data_dir: str | Path | ShardSource) -> bool:
     """Whether every training picture has a label, so that kNN means something."""
     labels = open_shards(data_dir, "train").labels
     return len(labels) > 0 and int(labels.min()) >= 0
 
 
 def bank_and_queries(
-    data_dir: str | Path, max_bank: int = 0, max_queries: int = 0, seed: int = 0
+    data_dir: str | Path | ShardSource, max_bank: int = 0, max_queries: int = 0, seed: int = 0
 ) -> tuple[Shards, Shards]:
     """Pictures to compare with and pictures to classify.
 
@@ -178,7 +180,7 @@ def bank_and_queries(
         return _some(bank, max_bank, seed), _some(queries, max_queries, seed + 1)
     if len(bank) < 2:
         raise UserError(f"{data_dir} has one picture: nothing to compare it with")
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(bank))
+    order = _chosen_first(bank, seed)
     held_out = max(len(bank) // 10, 1)
     queries = bank.subset(np.sort(order[:held_out]))
     rest = bank.subset(np.sort(order[held_out:]))
@@ -188,8 +190,25 @@ def bank_and_queries(
 def _some(shards: Shards, limit: int, seed: int) -> Shards:
     if not limit or len(shards) <= limit:
         return shards
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(shards))
-    return shards.subset(np.sort(order[:limit]))
+    return shards.subset(np.sort(_chosen_first(shards, seed)[:limit]))
+
+
+def _chosen_first(shards: Shards, seed: int) -> np.ndarray:
+    """Seeded random order of the pictures, int64 [N], of which the first are chosen.
+
+    Pictures that have to be fetched stay together, shard by shard: a few from each shard would
+    cost a transfer of everything.
+    """
+    generator = np.random.Generator(np.random.Philox(seed))
+    parts = shards.remote_parts()
+    if not parts:
+        return generator.permutation(len(shards))
+    together = np.arange(len(shards))
+    for number, part in enumerate(parts, start=1):
+        places = part.first + np.flatnonzero(part.shard_of != NOWHERE)
+        together[places] = (number << 32) + part.shard_of[places - part.first].astype(np.int64)
+    groups, group_of = np.unique(together, return_inverse=True)
+    return np.argsort(generator.permutation(len(groups))[group_of], kind="stable")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from moco_scale.data.device_augment import DeviceAugment
 from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.shard_set import Shards
+from moco_scale.data.windows import REMOTE_WINDOW
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (
@@ -149,7 +150,8 @@ class LinearEvaluation:
         self.world, self.rank = distributed.world_size(), distributed.rank()
         self.device = distributed.device()
         self.num_classes = _count_classes(train, val)
-        self.plan = BatchPlan(train.order(config.seed), config.batch_size)
+        order = train.order(config.seed, REMOTE_WINDOW if train.remote_parts() else 0)
+        self.plan = BatchPlan(order, config.batch_size)
         self.plan.check_world(self.world)
         encoder = pretrained.encoder.to(self.device)
         self.encode = chosen_output(encoder, config.features)
@@ -281,6 +283,7 @@ class LinearEvaluation:
             start_step=steps.start,
             end_step=steps.stop,
             bad_samples=self.bad_samples,
+            fetches_ahead=distributed.local_rank() == 0,
         ) as loader:
             for batch in loader:
                 self._replaced += batch.bad

@@ -16,6 +16,7 @@ from torch import Tensor
 from moco_scale import distributed
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
+from moco_scale.data.shard_source import ShardSource
 from moco_scale.errors import UserError
 from moco_scale.evaluation.curves import INK, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract
@@ -143,7 +144,7 @@ def _picture(axis: Axes, picture: Tensor, frame: str | None) -> None:
 def neighbours_sheet(
     before: Encode,
     after: Encode,
-    data_dir: str | Path,
+    data_dir: str | Path | ShardSource,
     out: str | Path,
     *,
     image_size: int,

@@ -284,10 +284,10 @@ def test_a_cache_that_others_fill_is_an_error_in_the_end(
     place = at(serve(in_order()))
     small = ShardCache(cache.root, SIZE, Patience(0.1, 0.002, 0.01))
     other = held(small, place, target, 0)
-    with pytest.raises(UserError, match=r"all 0\.001 GB are in use"):
+    with pytest.raises(UserError, match=r"all 0\.0003 GB are in use"):
         small.hold(place, target, shard(1))
     other.close()
-    with pytest.raises(UserError, match=r"train-000001.tar alone has 0\.001 GB"):
+    with pytest.raises(UserError, match=r"train-000001.tar alone has 0\.0003 GB"):
         ShardCache(cache.root, SIZE - 1, HURRIED).hold(place, target, shard(1))
 
 

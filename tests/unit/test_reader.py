@@ -16,6 +16,7 @@ from torch import Tensor
 from moco_scale.data import shard_command, workers
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.decode import decode_rgb
+from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.data.random import permutation, uniforms
@@ -54,6 +55,12 @@ class PicturesInMemory:
 
     def read(self, i: int) -> memoryview:
         return memoryview(self.pictures[i])
+
+    def rest(self) -> None:
+        pass
+
+    def remote_parts(self) -> list[RemotePart]:
+        return []
 
     def where(self, i: int) -> str:
         return str(self.place(i))

@@ -1,0 +1,267 @@
+"""Brings shards into the cache before they are read: one process for each machine and loader.
+
+It walks the plan of the run some way ahead of the step that is read, as far as the cache has room
+for what it finds there, and fetches what is missing in the order in which it is needed. It only
+saves time: readers fetch for themselves what they do not find, and report what cannot be had.
+
+A process of its own, because fetching would otherwise compete with the training loop for Python's
+lock, and because threads do not go with the forks that make readers. It ends with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+import moco_scale
+from moco_scale.data.download import RemoteFile
+from moco_scale.data.order import BatchPlan, Indices
+from moco_scale.data.remote import Place
+from moco_scale.data.shard_cache import NoRoom, ShardCache, shard_path, size_text
+from moco_scale.data.windows import window_of
+from moco_scale.errors import UserError
+
+_FETCHERS = 4
+_REST = 30.0  # seconds for which a shard that cannot be had is left to those who read it
+_END = b"end\n"
+NOWHERE = np.uint32(2**32 - 1)
+
+
+class RemotePart(NamedTuple):
+    """A stretch of a data set that lies in shards elsewhere."""
+
+    first: int
+    """Place of its first sample in the data set."""
+    shard_of: npt.NDArray[np.uint32]
+    """uint32 [n], the shard of each of its samples; NOWHERE for those of other parts."""
+    files: Sequence[RemoteFile]
+    place: Place
+    folder: Path
+    """Of the cache, for this set."""
+    cache: ShardCache
+
+    @property
+    def shards(self) -> npt.NDArray[np.uint32]:
+        """Those that hold samples."""
+        used = np.unique(self.shard_of)
+        return used[used != NOWHERE]
+
+    def chosen(self, places: Indices) -> RemotePart:
+        """The same of a subset of the whole data set: int64 [M] places in it."""
+        inside = (places >= self.first) & (places < self.first + len(self.shard_of))
+        shard_of = np.full(len(places), NOWHERE)
+        shard_of[inside] = self.shard_of[places[inside] - self.first]
+        return self._replace(first=0, shard_of=shard_of)
+
+
+class Job(NamedTuple):
+    """What is to be fetched when."""
+
+    parts: list[RemotePart]
+    plan: BatchPlan
+    start: int
+    """First step that will be read."""
+    end: int
+    """The step after the last."""
+    in_flight: int
+    """Steps that are being read at the same time, at most."""
+
+
+class FetchAhead:
+    """The process, from the side of the training process."""
+
+    def __init__(self, job: Job) -> None:
+        root = str(Path(moco_scale.__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
+            stdin=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        pipe = self._process.stdin
+        assert pipe is not None
+        self._pipe = pipe
+        with contextlib.suppress(BrokenPipeError):  # it cannot start: then without it
+            pickle.dump(job, pipe)
+            pipe.flush()
+        os.set_blocking(pipe.fileno(), False)
+
+    def at(self, step: int) -> None:
+        """The readers begin with this step."""
+        self._say(b"%d\n" % step)
+
+    def close(self) -> None:
+        """End it. May be called again."""
+        if self._process.poll() is None:
+            self._say(_END)
+            try:
+                self._process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+
+    def _say(self, line: bytes) -> None:
+        # Lost when it is gone or too busy to listen: the next one will do.
+        with contextlib.suppress(OSError, ValueError):
+            os.write(self._pipe.fileno(), line)
+
+
+def check_room(parts: Sequence[RemotePart], plan: BatchPlan, in_flight: int) -> None:
+    """UserError unless the caches hold what a run reads at a time."""
+    for cache in {part.cache for part in parts}:
+        needed = sum(_needed(part, plan, in_flight) for part in parts if part.cache == cache)
+        if needed > cache.limit:
+            raise UserError(
+                f"--shard-cache-size {size_text(cache.limit)} is too small for what is read at a "
+                f"time: it takes {size_text(needed)} at least. Give it more, or lower "
+                "--shuffle-window"
+            )
+
+
+def _needed(part: RemotePart, plan: BatchPlan, in_flight: int) -> int:
+    """Bytes of the shards that are read at a time: the window, what it rolls over while the steps
+    in flight are read, and one that is being fetched."""
+    used, samples = part.shards, int((part.shard_of != NOWHERE).sum())
+    sizes = sorted((part.files[shard].bytes or 0 for shard in used), reverse=True)
+    rolled = -(-plan.global_batch * in_flight * len(used) // max(samples, 1))
+    return sum(sizes[: (window_of(plan.order) or len(used)) + rolled + 1])
+
+
+class Lookahead:
+    """The shards that the next steps need, in the order of need, as far as there is room.
+
+    A shard is named by (part, number in the part).
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._horizon = job.start  # the first step that was not looked at
+        self._last_need: dict[tuple[int, int], int] = {}  # in the order of the first need
+        self._room = min(part.cache.limit for part in job.parts)
+
+    def advance(self, step: int) -> None:
+        """The readers begin with `step`; those before it, as many as are in flight, go on."""
+        done = step - self._job.in_flight
+        for shard in [s for s, last in self._last_need.items() if last < done]:
+            del self._last_need[shard]
+            self._room += self._bytes(shard)
+        self._horizon = max(self._horizon, step)
+        while self._horizon < self._job.end:
+            needs = list(self._needs(self._horizon))
+            size = sum(self._bytes(shard) for shard in needs if shard not in self._last_need)
+            if size > self._room:
+                return
+            self._room -= size
+            self._last_need.update(dict.fromkeys(needs, self._horizon))
+            self._horizon += 1
+
+    def wanted(self) -> list[tuple[int, int]]:
+        return list(self._last_need)
+
+    def _bytes(self, shard: tuple[int, int]) -> int:
+        return self._job.parts[shard[0]].files[shard[1]].bytes or 0
+
+    def _needs(self, step: int) -> Iterator[tuple[int, int]]:
+        samples = self._job.plan.batch(step).index
+        for number, part in enumerate(self._job.parts):
+            own = samples - part.first
+            own = own[(own >= 0) & (own < len(part.shard_of))]
+            for shard in np.unique(part.shard_of[own]).tolist():
+                if shard != NOWHERE:
+                    yield number, shard
+
+
+class _Fetching:
+    """The threads, and what they share."""
+
+    def __init__(self, job: Job) -> None:
+        self._parts = [
+            # Readers wait for what is being fetched here: they shall soon try for themselves.
+            part._replace(
+                cache=dataclasses.replace(
+                    part.cache,
+                    patience=dataclasses.replace(
+                        part.cache.patience, give_up=part.cache.patience.give_up / 10
+                    ),
+                )
+            )
+            for part in job.parts
+        ]
+        self._lookahead = Lookahead(job)
+        self._changed = threading.Condition()
+        self._busy: set[tuple[int, int]] = set()
+        self._resting: dict[tuple[int, int], float] = {}
+        self._lookahead.advance(job.start)
+        for _ in range(_FETCHERS):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def advance(self, step: int) -> None:
+        with self._changed:
+            self._lookahead.advance(step)
+            self._changed.notify_all()
+
+    def _next(self) -> tuple[int, int] | None:
+        now = time.monotonic()
+        for shard in self._lookahead.wanted():
+            number, file = shard
+            part = self._parts[number]
+            if (
+                shard not in self._busy
+                and self._resting.get(shard, 0.0) <= now
+                and not part.cache.has(part.folder, part.files[file])
+            ):
+                return shard
+        return None
+
+    def _path(self, shard: tuple[int, int]) -> Path:
+        part = self._parts[shard[0]]
+        return shard_path(part.folder, part.files[shard[1]])
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while (shard := self._next()) is None:
+                    self._changed.wait(1.0)  # readers may have removed one
+                self._busy.add(shard)
+                keep = {self._path(other) for other in self._lookahead.wanted()}
+            part = self._parts[shard[0]]
+            try:
+                part.cache.fetch(part.place, part.folder, part.files[shard[1]], keep=keep)
+            except NoRoom:
+                with self._changed:
+                    self._busy.discard(shard)
+                    self._changed.wait(1.0)
+            except (UserError, OSError):
+                self._resting[shard] = time.monotonic() + _REST
+            finally:
+                self._busy.discard(shard)
+
+
+def main() -> None:
+    """The process itself: a job, then a line for each step, on stdin."""
+    # Whoever stops the run signals the whole group; the end of stdin is what counts here.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    stdin = io.BufferedReader(io.FileIO(0))
+    fetching = _Fetching(pickle.load(stdin))
+    for line in stdin:
+        if line == _END:
+            break
+        fetching.advance(int(line))
+    os._exit(0)

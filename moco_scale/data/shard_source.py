@@ -1,0 +1,45 @@
+"""A data set as the user names it, with what is needed where it is not a folder of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moco_scale.data.download import Patience
+from moco_scale.data.remote import Place, place, shown
+from moco_scale.data.shard_cache import GB, ShardCache, default_root
+
+CACHE_GB = 32.0
+GIVE_UP_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """What `open_shards` opens.
+
+    Args:
+        spec: a folder, or an address.
+        cache_dir: where fetched shards are kept; "" means a folder of the user's cache.
+        cache_size: of that folder, at most, in GB.
+        give_up: seconds without anything new after which a shard is not waited for any longer.
+        allow_pipe: spec may be a command.
+    """
+
+    spec: str
+    cache_dir: str = ""
+    cache_size: float = CACHE_GB
+    give_up: float = GIVE_UP_SECONDS
+    allow_pipe: bool = False
+
+    def __str__(self) -> str:
+        return shown(self.spec)
+
+    @property
+    def cache(self) -> ShardCache:
+        root = Path(self.cache_dir).expanduser() if self.cache_dir else default_root()
+        return ShardCache(root.absolute(), round(self.cache_size * GB), Patience(self.give_up))
+
+    @property
+    def place(self) -> Place:
+        """What an address stands for. Raises UserError."""
+        return place(self.spec, self.allow_pipe)

@@ -1,0 +1,388 @@
+"""Data sets that lie elsewhere: the same run as from a folder, whatever the network does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import shutil
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from commands import TINY, forked
+from http_folder import FaultyFolder, served
+
+from moco_scale.command_line import parse
+from moco_scale.config import build, differences
+from moco_scale.data import remote, shard_source
+from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.download import Patience, RemoteFile
+from moco_scale.data.fetch_ahead import FetchAhead, Job, Lookahead, RemotePart, check_room
+from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.order import BatchPlan
+from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.shard_cache import GB, SHARDS, ShardCache
+from moco_scale.data.shard_set import Shards
+from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.windows import WindowedPermutation
+from moco_scale.errors import UserError
+
+AUG = AUGMENTATIONS["cifar"]
+WINDOW = 2
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = partial(Patience, first_wait=0.002, longest_wait=0.02)
+    monkeypatch.setattr(shard_source, "Patience", patience)
+
+
+def source_of(server: FaultyFolder | str, cache: Path, size: float = 1.0) -> ShardSource:
+    url = server if isinstance(server, str) else server.url
+    return ShardSource(url, cache_dir=str(cache), cache_size=size, give_up=20.0)
+
+
+def batches(shards: Shards, workers: int, steps: int = 8, start: int = 0) -> list[ViewBatch]:
+    plan = BatchPlan(shards.order(3, WINDOW), 8)
+    loader = pretraining_loader(
+        shards, plan, AUG, 16, num_workers=workers, start_step=start, end_step=steps
+    )
+    with loader:
+        return list(loader)
+
+
+def same(first: list[ViewBatch], second: list[ViewBatch]) -> None:
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        assert (a.step, a.epoch) == (b.step, b.epoch)
+        assert torch.equal(a.index, b.index) and torch.equal(a.passes, b.passes)
+        assert torch.equal(a.labels, b.labels) and torch.equal(a.views, b.views)
+
+
+def test_pictures_labels_and_identity_are_those_of_the_folder(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    with served(tiny_shards) as server:
+        source = source_of(server, tmp_path)
+        assert has_split(source, "val") and not has_split(source, "test")
+        for split in ("train", "val"):
+            here, there = open_shards(tiny_shards, split), open_shards(source, split)
+            assert there.fingerprint == here.fingerprint and there.classes == here.classes
+            assert np.array_equal(there.labels, here.labels)
+            copied = pickle.loads(pickle.dumps(there.subset(np.arange(len(here))[::-2])))
+            expected = [bytes(here.read(i)) for i in range(len(here))]
+            assert [bytes(there.read(i)) for i in range(len(here))] == expected
+            assert [bytes(copied.read(i)) for i in range(len(copied))] == expected[::-2]
+            assert there.where(3) == here.where(3)
+        assert str(there.name) == server.url
+        # Opened again, only what may have changed is asked for.
+        before = len(server.requests)
+        open_shards(source, "train")
+        assert [request.name for request in server.requests[before:]] == ["index.json"]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_bad_network_changes_no_batch(tiny_shards: Path, tmp_path: Path, workers: int) -> None:
+    faults = ("drop 3000", "500", "wrong", "short 1000", "drop 0", "")
+
+    def fault(name: str, attempt: int) -> str:
+        return faults[(attempt + len(name) + int(name[6:12])) % 6] if name[-4:] == ".tar" else ""
+
+    local = batches(open_shards(tiny_shards, "train"), 0)
+    with served(tiny_shards, fault) as server:
+        shards = open_shards(source_of(server, tmp_path), "train")
+        same(batches(shards, workers), local)
+        # The next run finds them in the cache, from any step on.
+        before = len(server.requests)
+        same(batches(shards, workers, start=5), local[5:])
+        assert len(server.requests) == before
+
+
+def test_a_cache_that_holds_little_more_than_the_window_will_do(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    sizes = [path.stat().st_size for path in sorted(tiny_shards.glob("train-*.tar"))]
+    local = batches(open_shards(tiny_shards, "train"), 0, steps=12)
+    with served(tiny_shards) as server:
+        exact = open_shards(source_of(server, tmp_path, sum(sizes) / GB), "train")
+        same(batches(exact, 0, steps=12), local)
+        with pytest.raises(UserError, match=r"too small .* takes 0\.\d+ GB at least") as caught:
+            batches(open_shards(source_of(server, tmp_path, max(sizes) / GB), "train"), 0)
+        smallest = float(str(caught.value).split("takes ")[1].split(" GB")[0])
+        small = open_shards(source_of(server, tmp_path / "small", smallest), "train")
+        same(batches(small, 2, steps=12), local)
+        for folder in (tmp_path / "small").glob(f"*/{SHARDS}"):
+            assert sum(path.stat().st_size for path in folder.iterdir()) <= smallest * GB
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_stays_broken_ends_the_run_with_its_name(
+    tiny_shards: Path, tmp_path: Path, workers: int
+) -> None:
+    with served(tiny_shards, lambda name, _: "403" if name == "train-000002.tar" else "") as server:
+        shards = open_shards(source_of(server, tmp_path), "train")
+        with pytest.raises(UserError, match=rf"{server.url}/train-000002.tar: HTTP 403"):
+            batches(shards, workers)
+
+
+def test_a_loader_that_is_closed_does_not_wait_for_a_silent_server(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    """The workers would wait a minute for the first byte, the test is over long before."""
+    with served(tiny_shards, lambda name, _: "drop 0" if name[-4:] == ".tar" else "") as server:
+        shards = open_shards(source_of(server, tmp_path), "train")
+        plan = BatchPlan(shards.order(3, WINDOW), 8)
+        with pretraining_loader(shards, plan, AUG, 16, num_workers=2, end_step=8) as loader:
+            loader._batches = iter(loader._loader)
+            while not any(request.name.endswith(".tar") for request in server.requests):
+                time.sleep(0.01)
+        assert not [p for p in psutil.Process().children() if "resource" not in p.name()]
+
+
+def test_evaluation_reads_them_in_order(tiny_shards: Path, tmp_path: Path) -> None:
+    with served(tiny_shards) as server:
+        far = open_shards(source_of(server, tmp_path), "val")
+        near = open_shards(tiny_shards, "val")
+        for shards in (far, near):
+            loader = evaluation_loader(shards, 16, 1.0, batch_size=3, num_workers=1)
+            with loader:
+                if shards is far:
+                    read = list(loader)
+                else:
+                    same(read, list(loader))
+
+
+@pytest.mark.parametrize("name", ["index.json", "train-index.npy"])
+def test_an_index_that_arrives_damaged_is_fetched_again(
+    tiny_shards: Path, tmp_path: Path, name: str
+) -> None:
+    with served(tiny_shards, lambda n, a: "wrong" if (n, a) == (name, 0) else "") as server:
+        far = open_shards(source_of(server, tmp_path / "cache"), "train")
+        assert far.fingerprint == open_shards(tiny_shards, "train").fingerprint
+        assert server.count(name) == 2
+    shutil.copytree(tiny_shards, tmp_path / "damaged")
+    content = (tmp_path / "damaged" / name).read_bytes()
+    (tmp_path / "damaged" / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with (
+        served(tmp_path / "damaged") as server,
+        pytest.raises(UserError, match=rf"{server.url}/{name}.*damaged.*fetched 3 times"),
+    ):
+        open_shards(source_of(server, tmp_path / "other"), "train")
+
+
+def test_shards_without_checksums_are_read(tiny_shards: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(tiny_shards, older)
+    header = json.loads((older / "index.json").read_text())
+    for entry in header["splits"].values():
+        for shard in entry["shards"]:
+            assert len(shard.pop("checksum")) == 32
+    (older / "index.json").write_text(json.dumps(header))
+    with served(older) as server:
+        far = open_shards(source_of(server, tmp_path / "cache"), "train")
+        same(batches(far, 0), batches(open_shards(tiny_shards, "train"), 0))
+
+
+def test_a_set_that_was_made_again_is_another_one_in_the_cache(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    moving = tmp_path / "moving"
+    shutil.copytree(tiny_shards, moving)
+    with served(moving) as server:
+        source = source_of(server, tmp_path / "cache")
+        old = bytes(open_shards(source, "train").read(0))
+        header = json.loads((moving / "index.json").read_text())
+        entry = header["splits"]["train"]["shards"]
+        first, second = (moving / entry[i]["name"] for i in (0, 1))
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+        rows = np.load(moving / "train-index.npy")
+        from moco_scale.data.index import rows_checksum
+
+        rows["shard"] = np.where(rows["shard"] < 2, 1 - rows["shard"].astype(int), rows["shard"])
+        np.save(moving / "train-index.npy", rows)
+        header["splits"]["train"]["checksum"] = rows_checksum(rows)
+        for key in ("bytes", "samples", "checksum"):
+            entry[0][key], entry[1][key] = entry[1][key], entry[0][key]
+        (moving / "index.json").write_text(json.dumps(header))
+        again = open_shards(source, "train")
+        assert bytes(again.read(0)) == old
+        assert again.where(0).startswith(entry[1]["name"])
+
+
+def test_addresses_that_are_none_say_what_they_should_be(tmp_path: Path) -> None:
+    for spec, words in [
+        ("blah://host/x", "https://, http://, s3:// or gs://"),
+        ("s3://bucket/x", r"pip install 'moco_scale\[remote\]'"),
+        ("http:///x", "there is no host"),
+        ("pipe:cat {}", "only with --allow-pipe"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            open_shards(ShardSource(spec, cache_dir=str(tmp_path)), "train")
+    with pytest.raises(UserError, match=r"write \{\} where"):
+        open_shards(ShardSource("pipe:cat", str(tmp_path), allow_pipe=True), "train")
+    with served(tmp_path) as server, pytest.raises(UserError, match=r"HTTP 404.*Check the address"):
+        open_shards(source_of(server, tmp_path), "train")
+
+
+def test_a_command_that_the_user_allows(tiny_shards: Path, tmp_path: Path) -> None:
+    def source(command: str) -> ShardSource:
+        return ShardSource(f"pipe:{command}", str(tmp_path), give_up=0.1, allow_pipe=True)
+
+    far = open_shards(source(f"cat {tiny_shards}/{{}}"), "train")
+    same(batches(far, 1), batches(open_shards(tiny_shards, "train"), 0))
+    with pytest.raises(UserError, match=r"status 3: no such bucket as index\.json"):
+        open_shards(source("echo no such bucket as {} >&2; exit 3"), "train")
+
+
+def test_a_name_that_a_shell_would_take_for_a_command_is_refused(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    evil = tmp_path / "evil"
+    shutil.copytree(tiny_shards, evil)
+    header = json.loads((evil / "index.json").read_text())
+    for shard in header["splits"]["train"]["shards"]:
+        shard["name"] = f"$(touch {evil.name}.txt)"
+    (evil / "index.json").write_text(json.dumps(header))
+    spec = f'pipe:cat "{evil}/{{}}"'
+    far = open_shards(ShardSource(spec, str(tmp_path), give_up=0.1, allow_pipe=True), "train")
+    with pytest.raises(UserError, match="a shell would not take this name literally"):
+        far.read(0)
+    for name in ("../x.tar", "..", ".hidden.tar", "a/b.tar"):
+        for shard in header["splits"]["train"]["shards"]:
+            shard["name"] = name
+        (evil / "index.json").write_text(json.dumps(header))
+        with served(evil) as server, pytest.raises(UserError, match=r"index\.json"):
+            open_shards(source_of(server, tmp_path / "cache"), "train")
+
+
+def test_an_object_store(tiny_shards: Path, tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    for path in tiny_shards.iterdir():
+        store.pipe(f"/bucket/set/{path.name}", path.read_bytes())
+    try:
+        far = open_shards(ShardSource("memory://bucket/set", str(tmp_path)), "train")
+        # With workers: what a fork or a pickle does to the connection does no harm.
+        same(batches(far, 1), batches(open_shards(tiny_shards, "train"), 0))
+        far = open_shards(ShardSource(f"file://{tiny_shards}", str(tmp_path)), "train")
+        same(batches(far, 1), batches(open_shards(tiny_shards, "train"), 0))
+        store.rm("/bucket/set/train-000000.tar")
+        shutil.rmtree(tmp_path)
+        with pytest.raises(UserError, match=r"train-000000.tar.*FileNotFoundError"):
+            batches(open_shards(ShardSource("memory://bucket/set", str(tmp_path)), "train"), 0)
+    finally:
+        store.rm("/bucket", recursive=True)
+
+
+def test_passwords_and_signatures_are_written_nowhere(tmp_path: Path) -> None:
+    config = build("v2", {"data_dir": "https://me:secret@host/set/?token=secret"})
+    assert "secret" not in json.dumps(config.flat()) + str(config.source)
+    assert config.flat()["data_dir"] == "https://host/set"
+    with served(tmp_path) as server:
+        spec = server.url.replace("//", "//me:secret@") + "?token=secret"
+        with pytest.raises(UserError, match="404") as caught:
+            open_shards(ShardSource(spec, str(tmp_path)), "train")
+        assert "secret" not in str(caught.value)
+    address = build("v2", {"data_dir": "s3://bucket/set"})
+    assert (address.data.shuffle_window, build("v2", {}).data.shuffle_window) == (64, 0)
+    chosen = build("v2", {"data_dir": "s3://bucket/set", "shuffle_window": 0})
+    assert chosen.data.shuffle_window == 0
+
+
+def test_it_looks_ahead_in_the_order_of_need_as_far_as_there_is_room(tmp_path: Path) -> None:
+    shard_of = np.repeat(np.arange(40, dtype=np.uint32), 8)
+    files = [RemoteFile(f"{n}.tar", 100 + n % 3) for n in range(40)]
+    plan = BatchPlan(WindowedPermutation(shard_of, 4, seed=0), 8)
+
+    def job(limit: int) -> Job:
+        cache = ShardCache(tmp_path, limit)
+        part = RemotePart(0, shard_of, files, remote.place("http://host", False), tmp_path, cache)
+        return Job([part], plan, 0, 80, in_flight=2)
+
+    def needs(*steps: int) -> set[tuple[int, int]]:
+        return {(0, int(s)) for step in steps for s in shard_of[plan.batch(step).index]}
+
+    check_room(job(1000).parts, plan, 2)
+    lookahead = Lookahead(job(1000))
+    for step in range(80):
+        lookahead.advance(step)
+        wanted = lookahead.wanted()
+        assert sum(files[s].bytes or 0 for _, s in wanted) <= 1000
+        # What is read now, and what readers that lag behind still read.
+        assert needs(*range(max(0, step - 2), step + 1)) <= set(wanted)
+    everything = Lookahead(job(10**6))
+    everything.advance(0)
+    first_needs: dict[tuple[int, int], int] = {}
+    for step in range(80):
+        for shard in needs(step):
+            first_needs.setdefault(shard, step)
+    order = [first_needs[shard] for shard in everything.wanted()]
+    assert len(order) == 40 and order == sorted(order)
+    with pytest.raises(UserError, match="is too small"):
+        check_room(job(699).parts, plan, 2)
+
+
+@contextlib.contextmanager
+def process_of(job: Job) -> Iterator[FetchAhead]:
+    process = FetchAhead(job)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def test_shards_are_there_before_anybody_reads_and_the_process_goes(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    with served(tiny_shards, lambda n, a: "500" if n[-4:] == ".tar" and a == 0 else "") as server:
+        shards = open_shards(source_of(server, tmp_path), "train")
+        plan, parts = BatchPlan(shards.order(3, WINDOW), 8), shards.remote_parts()
+        part = parts[0]
+        with process_of(Job(parts, plan, 0, 12, in_flight=1)) as process:
+            process.at(0)
+            deadline = time.monotonic() + 60
+            while not all(part.cache.has(part.folder, file) for file in part.files):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert process._process.poll() is None
+        assert process._process.returncode == 0
+        before = len(server.requests)
+        same(batches(shards, 0), batches(open_shards(tiny_shards, "train"), 0))
+        assert len(server.requests) == before
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_from_an_address_is_the_run_from_the_folder_in_the_same_windows(
+    tiny_shards: Path, tmp_path: Path, ranks: int
+) -> None:
+    """With workers, through a bad network, stopped and gone on with in mid-epoch."""
+    flags = (*TINY, "--shuffle-window", WINDOW, "--num-workers", "1", "--checkpoint-freq", "3")
+    reference = forked(
+        *flags, "--data-dir", tiny_shards, "--output-dir", tmp_path / "a", ranks=ranks
+    )
+    assert reference.status == 0, reference.output
+    with served(tiny_shards, lambda n, a: ("drop 2000", "503", "")[min(a, 2)]) as server:
+        flags = (*flags, "--data-dir", server.url, "--shard-cache", tmp_path / "cache")
+        out = ("--output-dir", tmp_path / "b")
+        first = forked(*flags, *out, "--max-steps", "3", ranks=ranks)
+        assert first.status == 0, first.output
+        second = forked(*flags, *out, ranks=ranks)
+        assert second.status == 0, second.output
+        for path in sorted(tiny_shards.glob("*.tar")):
+            assert server.count(path.name) <= 3  # the faults, and once
+    weights = [
+        torch.load(tmp_path / run / "current.pth", weights_only=True)["model"] for run in "ab"
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["shuffle_window"] == WINDOW
+    changed = parse([*map(str, flags[: len(TINY)]), "--data-dir", str(tiny_shards)])
+    assert differences(config, changed.defining())[-1].startswith("  --shuffle-window: 2 in the")
