@@ -82,9 +82,12 @@ def permutation(n: int, seed: int, stream: str, number: int) -> npt.NDArray[np.i
     stable argsort.
     """
     low = np.uint64((1 << n.bit_length()) - 1)
-    words = raw_words(n, seed, stream, number) & ~low | np.arange(n, dtype=np.uint64)
+    words = raw_words(n, seed, stream, number)  # and changed in place: an epoch's are 10 MB
+    words &= ~low
+    words |= np.arange(n, dtype=np.uint64)
     words.sort()
-    return (words & low).astype(np.int64)
+    words &= low
+    return words.view(np.int64)
 
 
 def raw_words(n: int, seed: int, stream: str, number: int) -> Words:
