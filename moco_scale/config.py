@@ -130,7 +130,14 @@ class ContrastConfig:
         False, "keys of a query's own image are no negatives (for small sets of pictures)"
     )
     alpha: float = _option(0.999, "momentum of the key encoder")
-    shuffle_bn: str = _option("world", "who exchanges key crops", choices=MODES)
+    shuffle_bn: str = _option(
+        "world", "who exchanges key crops: all, only those of a node, or nobody", choices=MODES
+    )
+    shuffle_group: int = _option(
+        0,
+        "of --shuffle-bn node: samples of the global batch that are shuffled among themselves "
+        "(default: those of one node where the run begins)",
+    )
     symmetric: bool = _option(False, "each view is query once and key once; losses are added")
 
 
@@ -375,6 +382,7 @@ def _check(config: Config) -> None:
         "--clip-grad": optim.clip_grad,
         "--patch-size": config.model.patch_size,
         "--samples-per-epoch": config.data.samples_per_epoch,
+        "--shuffle-group": contrast.shuffle_group,
         "--fsdp-shard-size": run.fsdp_shard_size,
         "--weight-decay": optim.weight_decay,
         "--lr-min": optim.lr_min,
@@ -420,6 +428,8 @@ def _check(config: Config) -> None:
             f"BatchNorm needs at least 2 samples in a group (--batch-size {optim.batch_size}, "
             f"--bn-group-size 1)"
         )
+    if contrast.shuffle_group:
+        check_shuffle_group(config)
     if optim.warmup_epoch >= optim.epochs:
         raise UserError(
             f"--warmup-epoch {optim.warmup_epoch} leaves nothing of --epochs {optim.epochs}; "
@@ -434,6 +444,26 @@ def _check(config: Config) -> None:
     if run.engine != "deepspeed" and run.deepspeed:
         raise UserError(
             f"--engine {run.engine} contradicts --deepspeed {run.deepspeed}; drop one of them"
+        )
+
+
+def check_shuffle_group(config: Config) -> None:
+    """Whether ``--shuffle-group`` fits the rest. Raises UserError."""
+    group, batch = config.contrast.shuffle_group, config.optim.batch_size
+    normalised = config.model.bn_group_size
+    if config.contrast.shuffle_bn != "node":
+        raise UserError(
+            f"--shuffle-group {group} is for --shuffle-bn node, not {config.contrast.shuffle_bn}"
+        )
+    if batch % group or group % normalised:
+        raise UserError(
+            f"--shuffle-group {group}: must be a multiple of --bn-group-size {normalised} and "
+            f"divide --batch-size {batch}"
+        )
+    if group == normalised:
+        raise UserError(
+            f"--shuffle-group {group}: that is one BatchNorm group, and shuffling inside it "
+            "changes nothing; choose a larger one, or --shuffle-bn world"
         )
 
 

@@ -138,6 +138,24 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_per_node() -> int:
+    """Processes on each host, by what the launcher says, else by hosts' names; all ranks call it.
+
+    Raises:
+        UserError: hosts hold different numbers of processes.
+    """
+    found = gather_objects((os.environ.get("LOCAL_WORLD_SIZE"), socket.gethostname()))
+    hosts = [host for _, host in found]
+    sizes = [int(said) if said else hosts.count(host) for said, host in found]
+    for number, (size, host) in enumerate(zip(sizes, hosts, strict=True)):
+        if size != sizes[0] or world_size() % size:
+            raise UserError(
+                f"hosts hold different numbers of processes: that of rank 0 on {hosts[0]} "
+                f"{sizes[0]}, that of rank {number} on {host} {size}, of {world_size()} in all"
+            )
+    return sizes[0]
+
+
 def is_main() -> bool:
     """True on the process that prints and writes."""
     return rank() == 0

@@ -92,6 +92,7 @@ class Pretraining:
 
         self.folder = RunFolder(config, self.shards.fingerprint)
         self.resumed_from = self.folder.prepare()
+        self.config = config = self.folder.config
         self.bad = BadPictures(
             self.folder.path,
             config.data.data_dir,
@@ -125,7 +126,9 @@ class Pretraining:
         if saved:
             load_optimizer(self, saved)
         self.engine.when_differentiated(lambda: self.phases.enter(SUMMING))
-        self.shuffle = ShuffleBN(config.optim.batch_size, seed, contrast.shuffle_bn)
+        self.shuffle = ShuffleBN(
+            config.optim.batch_size, seed, contrast.shuffle_bn, contrast.shuffle_group
+        )
         # Two communicators at work at once, the exchange's and a BatchNorm group's, can deadlock.
         ahead = False if spans_ranks(moco) else None
         self.inputs = Inputs(config, self.plan, self.shuffle, self.device, ahead)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any, TextIO, TypeVar
 from torch import Tensor
 
 from moco_scale import checkpoint, distributed
-from moco_scale.config import Config, differences
+from moco_scale.config import Config, check_shuffle_group, differences
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, save_atomically, write_atomically
 from moco_scale.saver import BackgroundSaver
@@ -32,12 +33,13 @@ class RunFolder:
         path: the folder.
         metrics: its ``metrics.jsonl``.
         lock: its ``.lock``, which says who writes here.
+        config: complete once :meth:`prepare` has been called.
     """
 
     def __init__(self, config: Config, data_fingerprint: str) -> None:
         self.path = Path(config.run.output_dir)
         self.metrics = self.path / "metrics.jsonl"
-        self._config, self._fingerprint = config, data_fingerprint
+        self.config, self._fingerprint = config, data_fingerprint
         self.lock = self.path / ".lock"
         self._lock: TextIO | None = None
         # Told apart from what an earlier run has left there.
@@ -55,7 +57,10 @@ class RunFolder:
                 another run, or ``--resume`` names something that is not there or does not agree
                 with the flags.
         """
-        start = distributed.on_main(lambda: self._writing(self._prepare))
+        shuffled = _shuffled_here(self.config)
+        start, self.config = distributed.on_main(
+            lambda: self._writing(lambda: self._prepare(shuffled))
+        )
         self._require_shared()
         return start
 
@@ -79,20 +84,27 @@ class RunFolder:
                 "choose another folder or fix its permissions"
             ) from error
 
-    def _prepare(self) -> Path | None:
+    def _prepare(self, shuffled: int) -> tuple[Path | None, Config]:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output-dir {self.path} is a file; name a folder")
-        start = self._resume_from(self._config.run.resume)
+        start = self._resume_from(self.config.run.resume)
         self.path.mkdir(parents=True, exist_ok=True)
         self._claim()
+        meta = {} if start is None else checkpoint.read_meta(start)
+        if shuffled:
+            # What the run began with, whatever a node holds now.
+            group = (meta.get("config") or {}).get("shuffle_group") or shuffled
+            contrast = dataclasses.replace(self.config.contrast, shuffle_group=group)
+            self.config = dataclasses.replace(self.config, contrast=contrast)
+            check_shuffle_group(self.config)
         if start is not None:
-            self._require_agreement(checkpoint.read_meta(start), start)
-        return start
+            self._require_agreement(meta, start)
+        return start, self.config
 
     def _begin(self, step: int) -> int:
         for left in (self.path / "checkpoints").glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)  # of a process killed while saving
-        content = {**self._config.flat(), "data_fingerprint": self._fingerprint}
+        content = {**self.config.flat(), "data_fingerprint": self._fingerprint}
         write_atomically(self.path / "config.json", json.dumps(content, indent=1) + "\n")
         return self.forget_metrics_after(step)
 
@@ -187,9 +199,9 @@ class RunFolder:
     def _require_agreement(self, meta: dict[str, Any], start: Path) -> None:
         if not isinstance(meta.get("config"), dict):
             raise UserError(f"{start} does not say which configuration it belongs to")
-        lines = differences(meta["config"], self._config.defining())
+        lines = differences(meta["config"], self.config.defining())
         if meta.get("data_fingerprint") != self._fingerprint:
-            lines.append(f"  --data-dir: other pictures in {self._config.source} now")
+            lines.append(f"  --data-dir: other pictures in {self.config.source} now")
         if lines:
             raise UserError(
                 f"the flags do not agree with the run that {start} belongs to:\n"
@@ -239,7 +251,7 @@ class RunFolder:
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         meta = {
             **meta,
-            "config": self._config.defining(),
+            "config": self.config.defining(),
             "data_fingerprint": self._fingerprint,
             "keep": keep,
         }
@@ -273,7 +285,7 @@ class RunFolder:
     ) -> dict[str, Any]:
         """The content of ``current.pth``; on the CPU, so that torch.load needs no GPU."""
         content: dict[str, Any] = {
-            "opt": self._config.flat(),
+            "opt": self.config.flat(),
             "epoch": meta["epoch"],
             "step": meta["step"],
         }
@@ -292,7 +304,7 @@ class RunFolder:
 
     def _drop_old(self) -> None:
         passing = [c for c in self.checkpoints() if not _is_kept(c)]
-        for old in passing[: -self._config.run.keep_checkpoints]:
+        for old in passing[: -self.config.run.keep_checkpoints]:
             # So that a kill leaves no half-deleted checkpoint.
             os.rename(old, old.with_name(f".{old.name}.old"))
         for trash in (self.path / "checkpoints").glob(".step-*.old"):
@@ -314,6 +326,15 @@ def _content(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _shuffled_here(config: Config) -> int:
+    """Samples of one node, if the configuration leaves ``--shuffle-group`` to the hardware."""
+    contrast = config.contrast
+    if contrast.shuffle_bn != "node" or contrast.shuffle_group:
+        return 0
+    ranks = distributed.agree(distributed.ranks_per_node)
+    return config.optim.batch_size // distributed.world_size() * ranks
 
 
 def _is_kept(folder: Path) -> bool:

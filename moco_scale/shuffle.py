@@ -13,7 +13,7 @@ from torch import Tensor
 from moco_scale import distributed
 from moco_scale.data.random import permutation
 
-MODES = ("world", "off")
+MODES = ("world", "node", "off")
 
 
 class ShuffleBN:
@@ -21,22 +21,32 @@ class ShuffleBN:
 
     The permutation of a step is ``permutation(batch_size, seed, f"shuffle-{stream}", step)``: a
     function of the seed and the step, over the whole global batch, whatever the number of ranks.
+    Under ``"node"`` each of the batch's n groups of consecutive samples has one of its own: group i
+    that of number ``step * n + i``. Where a group lies inside one node nothing leaves that node.
 
     Args:
         batch_size: G, samples of the global batch; the number of ranks divides it.
         seed: of the run.
-        mode: ``"world"``, or ``"off"`` (no exchange, order kept).
+        mode: ``"world"``, ``"node"``, or ``"off"`` (no exchange, order kept).
+        group: of ``"node"``: how many samples are shuffled among themselves; divides G.
     """
 
-    def __init__(self, batch_size: int, seed: int, mode: str = "world") -> None:
+    def __init__(self, batch_size: int, seed: int, mode: str = "world", group: int = 0) -> None:
         self.batch_size, self.seed, self.mode = batch_size, seed, mode
+        self.group = group if mode == "node" else batch_size
         self.per_rank = batch_size // distributed.world_size()
 
     def permutation(self, step: int, stream: int = 0) -> np.ndarray:
         """int64 [G]: the sample of the global batch at each shuffled position."""
         if self.mode == "off":
             return np.arange(self.batch_size)
-        return permutation(self.batch_size, self.seed, f"shuffle-{stream}", step)
+        groups, name = self.batch_size // self.group, f"shuffle-{stream}"
+        return np.concatenate(
+            [
+                i * self.group + permutation(self.group, self.seed, name, step * groups + i)
+                for i in range(groups)
+            ]
+        )
 
     def send(self, crops: Tensor, step: int, stream: int = 0) -> Exchange:
         """Start sending this rank's crops to where they will be encoded.
@@ -60,11 +70,17 @@ class Exchange:
         rank, per_rank = distributed.rank(), crops.shape[0]
         world = distributed.world_size()
         self._order, self._keep_order = order, keep_order
+        self._restore: Tensor | None = None
         self.received = order[rank * per_rank : (rank + 1) * per_rank]
         if keep_order:
             self._pending = distributed.PendingRows(crops, None, None)
             return
         owner = order // per_rank
+        if np.array_equal(owner, np.arange(len(order)) // per_rank):
+            # The same on every rank: nobody sends anything.
+            stay = _on(self.received - rank * per_rank, crops.device)
+            self._pending = distributed.PendingRows(crops.index_select(0, stay), None, None)
+            return
         # Packed by destination, and for one destination in the order of its positions.
         positions = np.flatnonzero(owner == rank)
         outgoing = order[positions] - rank * per_rank
@@ -72,21 +88,23 @@ class Exchange:
         receive_counts = np.bincount(self.received // per_rank, minlength=world)
         arrival = np.argsort(self.received // per_rank, kind="stable")
         self._restore = _on(np.argsort(arrival, kind="stable"), crops.device)
+        # index_select copies whole crops; indexing would go byte by byte on a CPU.
+        packed = crops.index_select(0, _on(outgoing, crops.device))
         self._pending = distributed.start_exchange_rows(
-            crops[_on(outgoing, crops.device)], send_counts.tolist(), receive_counts.tolist()
+            packed, send_counts.tolist(), receive_counts.tolist()
         )
 
     def wait(self) -> Tensor:
         """[B, ...]: the crops this rank encodes, in shuffled order; may be called once."""
         crops = self._pending.wait()
-        return crops if self._keep_order else crops[self._restore]
+        return crops if self._restore is None else crops.index_select(0, self._restore)
 
     def gather_back(self, features: Tensor) -> Tensor:
         """[B, D] features of :meth:`wait`'s crops -> [G, D] of all ranks, in global order."""
         gathered = distributed.all_gather_rows(features)
         if self._keep_order:
             return gathered
-        return gathered[_on(np.argsort(self._order), features.device)]
+        return gathered.index_select(0, _on(np.argsort(self._order), features.device))
 
 
 def _on(index: np.ndarray, device: torch.device) -> Tensor:

@@ -1,15 +1,21 @@
 """ShuffleBN by all-to-all against indexing the whole batch in one process."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import TINY
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import distributed
+from moco_scale import command_line, distributed
 from moco_scale.data.random import permutation
+from moco_scale.errors import UserError
+from moco_scale.pretrain import Pretraining
 from moco_scale.queue import KeyQueue
+from moco_scale.run_state import save_state
 from moco_scale.shuffle import ShuffleBN
 
 BATCH, SEED, STEPS = 16, 5, 4
@@ -54,12 +60,12 @@ def watch_messages() -> list[dict[str, Any]]:
     return sent
 
 
-def one_rank(mode: str) -> dict[str, Any]:
+def one_rank(mode: str, group: int = 0) -> dict[str, Any]:
     rank, world = distributed.rank(), distributed.world_size()
     per_rank = BATCH // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     sent = watch_messages()
-    shuffle = ShuffleBN(BATCH, SEED, mode)
+    shuffle = ShuffleBN(BATCH, SEED, mode, group)
     queue = KeyQueue(LENGTH, 2, SEED, "cpu")
     received, positions, restored = [], [], []
     for step in range(STEPS):
@@ -164,3 +170,65 @@ def test_off_keeps_every_crop_where_it_is() -> None:
                 assert results["positions"][step][stream].tolist() == mine
                 assert torch.equal(results["received"][step][stream], global_crops(step)[mine])
                 assert torch.equal(results["restored"][step][stream], encode(global_crops(step)))
+
+
+@pytest.mark.parametrize(("world", "group"), [(1, 8), (4, 8), (2, 4), (4, 16)])
+def test_node_shuffles_inside_each_group_and_sends_nothing_out_of_it(
+    world: int, group: int
+) -> None:
+    per_rank, groups = BATCH // world, BATCH // group
+    for rank, results in enumerate(run_ranks(one_rank, world, "node", group)):
+        own_group = range(rank * per_rank // group * group, (rank + 1) * per_rank + group - 1)
+        for step in range(STEPS):
+            for stream in (0, 1):
+                expected = [
+                    i * group + sample
+                    for i in range(groups)
+                    for sample in permutation(group, SEED, f"shuffle-{stream}", step * groups + i)
+                ][rank * per_rank : (rank + 1) * per_rank]
+                assert results["positions"][step][stream].tolist() == expected
+                assert set(expected) <= set(own_group)
+                assert torch.equal(results["received"][step][stream], global_crops(step)[expected])
+                assert torch.equal(results["restored"][step][stream], encode(global_crops(step)))
+        if group <= per_rank:
+            assert results["sent"] == []
+        for message in results["sent"]:
+            for other in range(world):
+                assert message["send"][other] == 0 or other * per_rank in own_group
+
+
+def test_a_node_of_the_whole_batch_is_the_world() -> None:
+    for step in range(STEPS):
+        whole = ShuffleBN(BATCH, SEED, "node", BATCH).permutation(step, 1)
+        assert whole.tolist() == order(step, 1)
+
+
+def start_with(flags: list[str], local: int) -> tuple[int, str]:
+    """The group a run begins with on hosts of so many ranks, or why it does not; it saves."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(local)
+    try:
+        run = Pretraining(command_line.parse(flags))
+    except UserError as error:
+        return 0, str(error)
+    assert run.shuffle.group == run.config.contrast.shuffle_group
+    if run.resumed_from is None:
+        save_state(run, epoch_done=False)
+        run.folder.settle()
+    return run.shuffle.group, ""
+
+
+def test_the_group_is_that_of_a_node_where_the_run_began(tiny_shards: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--bn-group-size", "2", "--shuffle-bn", "node", "--data-dir", str(tiny_shards)]
+    flags += ["--output-dir", str(tmp_path)]
+    assert run_ranks(start_with, 4, flags, 2) == [(4, "")] * 4
+    # On one host it goes on with that number, and refuses another.
+    assert run_ranks(start_with, 1, flags, 1) == [(4, "")]
+    ((group, why),) = run_ranks(start_with, 1, [*flags, "--shuffle-group", "8"], 1)
+    assert group == 0 and "--shuffle-group: 4 in the run, 8 now" in why
+
+
+def test_a_node_with_one_group_of_batchnorm_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--shuffle-bn", "node", "--data-dir", str(tiny_shards)]
+    flags += ["--output-dir", str(tmp_path)]
+    for group, why in run_ranks(start_with, 2, flags, 1):
+        assert group == 0 and "that is one BatchNorm group" in why

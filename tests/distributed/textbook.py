@@ -33,6 +33,8 @@ class Settings:
     sgd_momentum: float
     weight_decay: float
     symmetric: bool = False
+    mask_unfilled: bool = False
+    mask_same_image: bool = False
 
 
 class LoopBatchNorm(nn.BatchNorm2d):
@@ -124,6 +126,7 @@ class Textbook:
         self.settings = settings
         self.query, self.key = query, copy.deepcopy(query)
         self.queue = queue.clone()
+        self.images = [-1] * len(queue)  # of each key; -1: a random one of the beginning
         self.next_slot = 0
         self.optimizer = torch.optim.SGD(
             query.parameters(),
@@ -133,10 +136,15 @@ class Textbook:
         )
 
     def step(
-        self, views: Sequence[Tensor], shuffles: Sequence[Sequence[int]], learning_rate: float
+        self,
+        samples: Sequence[int],
+        views: Sequence[Tensor],
+        shuffles: Sequence[Sequence[int]],
+        learning_rate: float,
     ) -> float:
         """One step on a batch of two views, [B, 3, S, S] each; the loss before the update.
 
+        ``samples``: the images.
         ``shuffles``: for each key view (the second; then, if symmetric, the first) the sample at
         each shuffled position.
         """
@@ -146,7 +154,7 @@ class Textbook:
             self._keys(views[k], shuffle) for (_, k), shuffle in zip(pairs, shuffles, strict=True)
         ]
         loss = sum(
-            (self._loss(q, k) for q, k in zip(queries, all_keys, strict=True)),
+            (self._loss(q, k, samples) for q, k in zip(queries, all_keys, strict=True)),
             torch.zeros(()),
         )
         self.optimizer.zero_grad()
@@ -159,8 +167,9 @@ class Textbook:
             for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
                 key.copy_(m * key + (1 - m) * query)
         for keys in all_keys:
-            for key_row in keys:
+            for key_row, sample in zip(keys, samples, strict=True):
                 self.queue[self.next_slot] = key_row
+                self.images[self.next_slot] = sample
                 self.next_slot = (self.next_slot + 1) % len(self.queue)
         return loss.item()
 
@@ -172,8 +181,13 @@ class Textbook:
             keys[sample] = shuffled[position]
         return keys
 
-    def _loss(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def _loss(self, queries: Tensor, keys: Tensor, samples: Sequence[int]) -> Tensor:
         positive = torch.einsum("nd,nd->n", queries, keys)[:, None]
         negative = torch.einsum("nd,kd->nk", queries, self.queue.clone())
+        images, own = torch.tensor(self.images), torch.tensor(samples)
+        if self.settings.mask_unfilled:
+            negative = negative.masked_fill(images == -1, -math.inf)
+        if self.settings.mask_same_image:
+            negative = negative.masked_fill(images == own[:, None], -math.inf)
         logits = torch.cat([positive, negative], dim=1) / self.settings.temperature
         return F.cross_entropy(logits, torch.zeros(len(queries), dtype=torch.long))
