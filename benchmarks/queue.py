@@ -13,7 +13,7 @@ that a rank hands to collectives, besides the keys that every queue has to be gi
 replicated queue of that length takes R times the share on every rank.
 
 Memory is what the kernel says: growth of the resident set up to its peak (VmHWM, reset before), in
-a fresh process after a warm-up on a few keys.
+a fresh process after a warm-up on a few thousand keys, which leaves the libraries' own buffers.
 
 Prints two tables and, as its last line, one JSON object:
 
@@ -31,23 +31,34 @@ Prints two tables and, as its last line, one JSON object:
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if __name__ == "queue":
+    # Scripts of this folder that say `import queue`, as torch does, mean the standard library's.
+    spec = importlib.machinery.PathFinder.find_spec("queue", [os.path.dirname(os.__file__)])
+    assert spec is not None and spec.loader is not None
+    sys.modules["queue"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["queue"])
+else:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
 
-from moco_scale import distributed, infonce
-from moco_scale.queue import DTYPES, KeyQueue
-from moco_scale.ranks import run_ranks
+    from moco_scale import distributed, infonce
+    from moco_scale.queue import DTYPES, KeyQueue
+    from moco_scale.ranks import run_ranks
 
 T, SEED, WARM_UP, MIB = 0.2, 0, 2, 2**20
 LENGTH = 65536
@@ -82,6 +93,7 @@ class Peak:
     """Growth of this process's resident memory up to its peak, from when it was made."""
 
     def __init__(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # what has been freed must be asked for again
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
         self.start = self._read("VmRSS")
 
@@ -97,9 +109,8 @@ class Peak:
 def extra_memory(way: str, queries: int, dim: int) -> float:
     """MiB that one loss and its gradient need besides the queue."""
     keys = unit_rows(LENGTH, dim, 1)
-    few = unit_rows(4, dim, 2), unit_rows(4, dim, 3)
-    differentiated(way, *few, keys[:64])
     query, positive = unit_rows(queries, dim, 4), unit_rows(queries, dim, 5)
+    differentiated(way, query, positive, keys[:4096])
     peak = Peak()
     differentiated(way, query, positive, keys)
     return peak.mib()
@@ -138,7 +149,7 @@ def sharded(length: int, dim: int, queries: int, dtype: str, repeats: int) -> di
         queue.enqueue(keys, images)
 
     place: dict[str, Any] = {"dtype": DTYPES[dtype], "shard": (rank, world)}
-    step(KeyQueue(64 * world, dim, SEED, "cpu", **place))
+    step(KeyQueue(4096 * world, dim, SEED, "cpu", **place))
     peak = Peak()
     queue = KeyQueue(length, dim, SEED, "cpu", **place)
     step(queue)

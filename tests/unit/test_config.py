@@ -284,8 +284,9 @@ def test_a_value_that_cannot_work_is_an_error_with_the_flags_name(line: str) -> 
 @pytest.mark.parametrize(("group", "why"), [(32, "is one BatchNorm group"), (48, "a multiple of")])
 def test_a_group_to_shuffle_holds_several_groups_of_batchnorm(group: int, why: str) -> None:
     with pytest.raises(UserError, match=rf"--shuffle-group {group}: .*{why}"):
-        parse(["--shuffle-bn", "node", "--shuffle-group", str(group)])
-    assert parse(["--shuffle-bn", "node", "--shuffle-group", "128"]).contrast.shuffle_group == 128
+        parse(["--recipe", "v2", "--shuffle-bn", "node", "--shuffle-group", str(group)])
+    flags = ["--recipe", "v2", "--shuffle-bn", "node", "--shuffle-group", "128"]
+    assert parse(flags).contrast.shuffle_group == 128
 
 
 @pytest.mark.parametrize(
