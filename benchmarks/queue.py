@@ -5,7 +5,8 @@
 
 First, on one process, InfoNCE over a replicated queue, forward and backward. The usual way clones
 the queue, makes all logits with einsum, concatenates, divides and calls cross_entropy. Repeats
-alternate; both must give the same loss and gradient, which is checked. Then the queue sharded over
+alternate; both must give the same loss and gradient, which is checked. Its times are CPU times of
+one thread, so that whoever else uses the machine hardly counts. Then the queue sharded over
 R gloo ranks of this machine, for a global batch of the same ``--queries``: peak memory of a rank,
 the queue included, beside its share of the keys; CPU time of a rank for loss, gradient and
 enqueueing, which does not depend on how many ranks share a core; wall time, which does; and bytes
@@ -117,7 +118,7 @@ def extra_memory(way: str, queries: int, dim: int) -> float:
 
 
 def compare(queries: int, dim: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repeat."""
+    """CPU seconds of each repeat; with one thread, that is the time it takes on an idle core."""
     keys, query, positive = (
         unit_rows(n, dim, seed) for seed, n in enumerate((LENGTH, queries, queries))
     )
@@ -125,10 +126,10 @@ def compare(queries: int, dim: int, repeats: int) -> dict[str, list[float]]:
     for repeat in range(WARM_UP + repeats):
         results = {}
         for way in ("ours", "usual") if repeat % 2 else ("usual", "ours"):
-            start = time.perf_counter()
+            start = time.process_time()
             results[way] = differentiated(way, query, positive, keys)
             if repeat >= WARM_UP:
-                times[way].append(time.perf_counter() - start)
+                times[way].append(time.process_time() - start)
         for mine, theirs in zip(results["ours"], results["usual"], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     return times

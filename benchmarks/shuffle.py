@@ -9,6 +9,10 @@ tensor and indexes its part out of it; its permutation is free. Ranks are gloo p
 machine. Repeats of the two alternate, all in the same processes; a repeat lasts until its slowest
 rank is done. Both must deliver the same crops, which is checked.
 
+Then a training step (ResNet-18, 2 ranks, forward, backward and update, without the encoders'
+gradients being averaged) with ``--shuffle-bn world`` and ``off``, in turn: the exchange is started
+before the query's forward pass and waited for after it.
+
 Prints a table of medians and, as its last line, one JSON object. For R of 2, 4, 8 ranks:
 
     alltoall_ms_R_ranks               median time of the first, milliseconds
@@ -17,6 +21,9 @@ Prints a table of medians and, as its last line, one JSON object. For R of 2, 4,
     bytes_sent_R_ranks                bytes that a rank hands to its all-to-all: B crops of uint8
     bytes_allgather_R_ranks           bytes that a rank ends up with: R x B images of fp32
     bytes_sent_vs_allgather_R_ranks   the first over the second
+    step_ms_world, step_ms_off        median time of the training step, milliseconds
+    step_world_vs_off                 median of the repeats' ratios
+    step_wait_ms                      median time the step with "world" waits for its crops
     batch_per_rank, image_size, repeats, torch, threads_per_rank
 """
 
@@ -30,10 +37,15 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moco_scale import distributed
+from moco_scale.batchnorm import set_groups
+from moco_scale.encoders import build_encoder
+from moco_scale.moco import MoCo, momentum_update
+from moco_scale.queue import KeyQueue
 from moco_scale.ranks import run_ranks
 from moco_scale.shuffle import ShuffleBN
 
@@ -64,7 +76,7 @@ def measure(batch: int, size: int, repeats: int) -> Measured:
 
     def gather(step: int) -> Tensor:
         wanted = orders[step]
-        return distributed.all_gather_rows(images)[wanted]
+        return distributed.all_gather_rows(images).index_select(0, wanted)
 
     # The usual code draws one permutation on one rank; here it costs nothing.
     orders = [torch.from_numpy(shuffle.permutation(s)[mine]) for s in range(WARM_UP + repeats)]
@@ -87,6 +99,46 @@ def measure(batch: int, size: int, repeats: int) -> Measured:
             gathering.append(times[gather])
     gathered = world * images.numel() * images.element_size()
     return Measured(ours, gathering, crops.numel() * crops.element_size(), gathered)
+
+
+STEP_BATCH, STEP_SIZE, RATE, T, QUEUE = 16, 64, 0.03, 0.2, 4096
+
+
+def measure_step(repeats: int) -> dict[str, list[float]]:
+    """Seconds of each training step with and without the exchange, and of waiting for it."""
+    rank, world = distributed.rank(), distributed.world_size()
+    batch = STEP_BATCH * world
+    generator = torch.Generator().manual_seed(rank)
+    shape = (2, STEP_BATCH, 3, STEP_SIZE, STEP_SIZE)
+    views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    moco = MoCo(build_encoder("resnet18")).train()
+    set_groups(moco, STEP_BATCH, batch)
+    weights, averages = moco.parameter_pairs()
+    sgd = torch.optim.SGD(weights, lr=RATE)
+    queue = KeyQueue(QUEUE, 128, SEED, "cpu")
+    mine, images = slice(rank * STEP_BATCH, (rank + 1) * STEP_BATCH), np.arange(batch)
+    times: dict[str, list[float]] = {"world": [], "off": [], "wait": []}
+    for step in range(WARM_UP + repeats):
+        for mode in ("world", "off") if step % 2 else ("off", "world"):
+            distributed.barrier()
+            start = time.perf_counter()
+            exchange = ShuffleBN(batch, SEED, mode).send(views[1], step)
+            (query,) = moco(views[0] / 255)
+            before = time.perf_counter()
+            crops = exchange.wait()
+            waited = time.perf_counter() - before
+            keys = exchange.gather_back(moco.keys(crops / 255))
+            queue.contrast(query, keys[mine], T, images[mine]).loss.mean().backward()
+            sgd.step()
+            sgd.zero_grad()
+            momentum_update(averages, weights, 0.999)
+            queue.enqueue(keys)
+            distributed.barrier()  # the slowest rank decides
+            if step >= WARM_UP:
+                times[mode].append(time.perf_counter() - start)
+                if mode == "world":
+                    times["wait"].append(waited)
+    return times
 
 
 def main() -> None:
@@ -124,7 +176,19 @@ def main() -> None:
             f"bytes_allgather_{world}_ranks": got.bytes_gathered,
             f"bytes_sent_vs_allgather_{world}_ranks": got.bytes_sent / got.bytes_gathered,
         }
+    step = run_ranks(measure_step, 2, repeats)[0]
+    step_ms = {name: statistics.median(times) * 1e3 for name, times in step.items()}
+    step_ratio = statistics.median(a / b for a, b in zip(step["world"], step["off"], strict=True))
+    print(
+        f"\ntraining step, 2 ranks of {STEP_BATCH} pictures of 3x{STEP_SIZE}x{STEP_SIZE}: world "
+        f"{step_ms['world']:.1f} ms, of which {step_ms['wait']:.2f} ms wait for crops; off "
+        f"{step_ms['off']:.1f} ms; ratio {step_ratio:.3f}"
+    )
     result |= {
+        "step_ms_world": round(step_ms["world"], 2),
+        "step_ms_off": round(step_ms["off"], 2),
+        "step_world_vs_off": round(step_ratio, 4),
+        "step_wait_ms": round(step_ms["wait"], 3),
         "batch_per_rank": args.batch,
         "image_size": args.size,
         "repeats": repeats,

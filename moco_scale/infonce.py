@@ -11,7 +11,7 @@ from torch import Tensor
 from moco_scale import distributed
 
 # Elements of one block of logits: it should stay in a CPU's cache, and a GPU needs it large.
-_BLOCK_CPU = 1 << 19
+_BLOCK_CPU = 1 << 18
 _BLOCK_GPU = 1 << 24
 # exp(1 / T), summed over any queue, and exp(-1 / T) must stay normal fp32 numbers, because no
 # maximum is subtracted.

@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Slots whose mean similarity to the queries is reported.
 _PROBED = 1 << 14
 # Rows drawn or rounded at once; a multiple of 16 of them continue torch's normal numbers exactly.
-_PIECE = 1 << 12
+_PIECE = 1 << 10
 
 
 class KeyQueue:
