@@ -1,6 +1,7 @@
 """Runs across two hosts give the curve of the same ranks on one host, whatever launches them."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -137,21 +138,18 @@ def offer_ssh(hosts: tuple[Host, Host], folder: Path) -> None:
         listening.wait_for("Server listening")
 
 
-@pytest.mark.slow
-def test_the_variables_of_srun(
-    hosts: tuple[Host, Host], tiny_shards: Path, tmp_path: Path, on_one_host: list[float]
-) -> None:
+def srun(hosts: tuple[Host, Host], *arguments: object) -> list[Started]:
+    """train.py as four tasks with the variables that Slurm would set."""
     job = {
         "SLURM_JOB_ID": 4711,
-        "SLURM_JOB_NODELIST": "host-a,host-b",
+        "SLURM_JOB_NODELIST": ",".join(NAMES),
         "SLURM_NTASKS": 4,
         "SLURM_TASKS_PER_NODE": "2(x2)",
         "SLURM_STEP_ID": 0,
     }
-    started = [
+    return [
         hosts[rank // 2].start(
-            *(sys.executable, "train.py", *FLAGS),
-            *("--data-dir", tiny_shards, "--output-dir", tmp_path),
+            *(sys.executable, "train.py", *arguments),
             **job,
             SLURM_PROCID=rank,
             SLURM_NODEID=rank // 2,
@@ -159,4 +157,34 @@ def test_the_variables_of_srun(
         )
         for rank in range(4)
     ]
+
+
+@pytest.mark.slow
+def test_the_variables_of_srun(
+    hosts: tuple[Host, Host], tiny_shards: Path, tmp_path: Path, on_one_host: list[float]
+) -> None:
+    started = srun(hosts, *FLAGS, "--data-dir", tiny_shards, "--output-dir", tmp_path)
     assert_same_curve(started, tmp_path, on_one_host)
+
+
+@pytest.mark.slow
+def test_preflight_knows_hosts_apart(
+    hosts: tuple[Host, Host], tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = (*FLAGS, "--data-dir", tiny_shards, "--output-dir", tmp_path / "out", "--preflight")
+    outcomes = wait_all(srun(hosts, *flags))
+    said = outcomes[0].output
+    assert [status for status, _ in outcomes] == [0] * 4, said
+    assert not any("process(es)" in output for _, output in outcomes[1:])
+    assert "4 process(es) on 2 host(s)" in said
+    assert re.search(r"^0-1 +host-a +CPU .*\n2-3 +host-b +CPU ", said, re.MULTILINE), said
+    assert re.search(r"process +within a host \(2\) +all processes \(4\)$", said, re.MULTILINE), (
+        said
+    )
+    # A disk of its own under the same name, as many clusters have.
+    (tmp_path / "out").mkdir()
+    hosts[1].run("mount", "-t", "tmpfs", "tmpfs", tmp_path / "out")
+    outcomes = wait_all(srun(hosts, *flags))
+    assert [status for status, _ in outcomes] == [2] * 4
+    expected = f"rank 2 on host-b: --output-dir {tmp_path}/out is not here what it is for rank 0"
+    assert expected in outcomes[0].output
