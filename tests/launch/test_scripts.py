@@ -193,7 +193,8 @@ def test_deepspeed(stage: Stage) -> None:
 
 def sbatch(stage: Stage, *arguments: object, **variables: object) -> int:
     """slurm.sbatch as Slurm runs it: a copy elsewhere, with the variables of a job."""
-    stage.program("srun", text=SRUN)
+    if not (stage.programs / "srun").exists():
+        stage.program("srun", text=SRUN)
     copy = stage.folder / "slurm_script"
     shutil.copy(SCRIPTS / "slurm.sbatch", copy)
     job = {
@@ -230,13 +231,31 @@ def test_slurm_starts_a_task_for_each_gpu(stage: Stage) -> None:
     assert options == ["--cpus-per-task=3", "--kill-on-bad-exit=0", "--wait=120"]
 
 
-def test_slurm_requeues_what_was_saved_and_nothing_else(stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [
+        *((75, 0, 1), (75, 99, 1)),  # saved, and as often as it takes
+        *((69, 4, 1), (137, 0, 1), (69, 5, 0), (137, 5, 0)),  # a process was lost
+        *((2, 0, 0), (1, 0, 0), (0, 0, 0)),
+    ],
+)
+def test_slurm_requeues_what_can_go_on(
+    stage: Stage, status: int, restarts: int, requeued: int
+) -> None:
     stage.program("scontrol")
-    for status, requeued in ((75, 1), (2, 0), (1, 0), (0, 0)):
-        (stage.folder / "calls").write_text("")
-        assert sbatch(stage, PYTHON=stage.program("python", status)) == status
-        calls = [call["argv"] for call in stage.calls("scontrol")]
-        assert calls == [["requeue", "4711"]] * requeued
+    python = stage.program("python", status)
+    # The real one does not set it the first time.
+    before = {"SLURM_RESTART_COUNT": restarts} if restarts else {}
+    assert sbatch(stage, PYTHON=python, **before) == status
+    assert [call["argv"] for call in stage.calls("scontrol")] == [["requeue", "4711"]] * requeued
+
+
+def test_slurm_leaves_a_cancelled_job_alone(stage: Stage) -> None:
+    stage.program("scontrol")
+    python = stage.program("python", text="#!/bin/sh\nexit 0\n")
+    stage.program("srun", text=SRUN.replace('exit "$worst"', "kill -TERM $PPID; exit 75"))
+    assert sbatch(stage, PYTHON=python) == 75
+    assert not (stage.folder / "calls").exists()
 
 
 def test_slurm_arrays_have_a_folder_and_a_seed_each(stage: Stage) -> None:
