@@ -38,7 +38,9 @@ def split_mixture(spec: str) -> list[Named]:
     """
     if os.path.exists(spec) or spec.startswith("pipe:"):
         return [Named(spec, None)]
-    named = [_weighted(part) for part in re.split(r",(?![^{}]*\})", spec)]
+    # A shell expands the ~ of the first one only.
+    parts = [os.path.expanduser(part.strip()) for part in re.split(r",(?![^{}]*\})", spec)]
+    named = [_weighted(part) for part in parts]
     if any(not part.spec for part in named):
         raise UserError(f"--data-dir {spec}: a set without a name")
     without = [part.spec for part in named if part.weight is None]
@@ -54,7 +56,6 @@ def split_mixture(spec: str) -> list[Named]:
 
 
 def _weighted(part: str) -> Named:
-    part = part.strip()
     found = _WEIGHT.fullmatch(part)
     if found is None or os.path.exists(part) or _HOST.fullmatch(found["spec"]):
         return Named(part, None)

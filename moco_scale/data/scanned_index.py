@@ -134,18 +134,16 @@ def _can_write(place: Path) -> bool:
 def _alone(lock: Path, waiting: str) -> Iterator[None]:
     """One process at a time, on file systems that can lock; elsewhere work may be done twice, and
     whole files replace each other."""
-    file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+            held.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(waiting, file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(file)
 
 
 def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) -> None:

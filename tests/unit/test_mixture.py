@@ -103,6 +103,7 @@ def test_a_set_without_a_sample_in_an_epoch_is_named() -> None:
     [
         ("A", [("A", None)]),
         ("A,B", [("A", None), ("B", None)]),
+        ("~/A,~/B", [(f"{Path.home()}/A", None), (f"{Path.home()}/B", None)]),
         ("A:0.7, B:.3", [("A", 0.7), ("B", 0.3)]),
         ("d/{a,b}-{0..9}.tar:2,B:1e-1", [("d/{a,b}-{0..9}.tar", 2.0), ("B", 0.1)]),
         ("s3://x/y:3,http://h:80,B", None),
