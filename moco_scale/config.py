@@ -231,6 +231,11 @@ class RunConfig:
         "and where (starting, compiling, evaluating and saving may take 30 minutes, or three times "
         "as long as this); 0: never",
     )
+    sync_check_freq: int = _option(
+        1000,
+        "steps between checks, besides the one before each checkpoint, that all ranks are in the "
+        "same state; 0: never",
+    )
     max_steps: int = _option(0, "stop after this step of the whole run; 0: run to the end")
     preflight: bool = _option(
         False, "check processes, data, folders and network, say what was found, and leave"
@@ -395,6 +400,7 @@ def _check(config: Config) -> None:
         "--max-steps": run.max_steps,
         "--max-time": run.max_time,
         "--hang-timeout": run.hang_timeout,
+        "--sync-check-freq": run.sync_check_freq,
         "--rng-seed": optim.rng_seed,
     }
     for name, number in config.flat().items():

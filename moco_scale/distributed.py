@@ -260,6 +260,23 @@ def start_exchange_rows(
     return PendingRows(out, work, rows)
 
 
+def gather_rows_on_main(row: Tensor) -> Tensor | None:
+    """Rows of every rank in rank order, on rank 0 alone: [1, ...] on the CPU -> [world, ...]."""
+    if world_size() == 1:
+        return row
+    rows = [torch.empty_like(row) for _ in range(world_size())] if is_main() else None
+    dist.gather(row.contiguous(), rows)
+    return None if rows is None else torch.cat(rows)
+
+
+def hosts() -> list[str]:
+    """The host name of every rank; all ranks call it."""
+    names = [socket.gethostname()] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
 def average_(tensors: Sequence[Tensor]) -> None:
     """Replace each floating-point tensor by its mean over the ranks, in place, in one message."""
     tensors = [t for t in tensors if t.is_floating_point()]

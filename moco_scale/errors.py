@@ -23,11 +23,11 @@ def is_peer_gone(error: BaseException) -> bool:
 
 
 LOST_PEER = 69
-"""Status of a process that ends because another is gone or stands still: EX_UNAVAILABLE."""
+"""Status of a process that ends because another can no longer be relied on: EX_UNAVAILABLE."""
 
 
 class PeerLost(Exception):
-    """Another process is gone, or stands still; says which and where, as far as that is known.
+    """Another process is gone, stands still or went astray; says which, as far as that is known.
 
     Commands print the message on every rank, without a traceback, and exit with :data:`LOST_PEER`.
     """

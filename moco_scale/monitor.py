@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 from moco_scale import __version__, distributed
+from moco_scale.agreement import require_agreement
 from moco_scale.config import Config
 from moco_scale.data.mixed_shards import epoch_notes
 from moco_scale.data.order import Samples
@@ -22,8 +23,10 @@ from moco_scale.evaluation import pictures
 from moco_scale.evaluation.features import LeftOut, chosen_output
 from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, is_labelled
 from moco_scale.recipes import RECIPES
+from moco_scale.run_state import numbers_alike
+from moco_scale.step_times import StepTimes
 from moco_scale.telemetry import Telemetry
-from moco_scale.timing import DATA, EVALUATION, FINISH, LOG, SAVE
+from moco_scale.timing import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
 
 if TYPE_CHECKING:
     from moco_scale.pretrain import Pretraining
@@ -43,6 +46,8 @@ class Monitor:
         self._rate = 0.0
         self._initial_knn: float | None = None
         self._left_out = LeftOut() if run.config.run.bad_samples == "skip" else None
+        self._step_times = StepTimes()
+        self._read = run.step
         self._evaluation = self._make_evaluation() if run.config.run.knn_freq else None
 
     def _make_evaluation(self) -> KnnMonitor | None:
@@ -116,7 +121,21 @@ class Monitor:
                 raise RankError(error, distributed.rank()) from error
             if batch is None:
                 return
+            self._read = batch.step + 1
+            self.run.phases.enter(SHUFFLE)
             yield batch
+
+    def require_agreement(self, saving: bool) -> None:
+        """Every so many steps, and before a checkpoint: all ranks must be in the same state.
+
+        Raises:
+            PeerLost: they are not; names who differs, and in what.
+        """
+        every = self.run.config.run.sync_check_freq
+        if every and (saving or self.run.step % every == 0):
+            self.run.phases.enter(AGREE)
+            numbers = {"batches read": self._read} | numbers_alike(self.run)
+            require_agreement(numbers, self.run.step)
 
     def report(self, epoch_done: bool, last: bool) -> None:
         """Log the steps since the last report; evaluate by kNN where that is due."""
@@ -127,6 +146,7 @@ class Monitor:
         age_mean, age_max = run.queue.ages(terms * config.optim.batch_size)
         elapsed = time.perf_counter() - self._since
         steps = run.step - self._steps_then
+        times, notes = self._step_times.gather(run.phases, steps)
         self._rate = steps * config.optim.batch_size / max(elapsed, 1e-9)
         epoch = (run.step - 1) // run.plan.steps_per_epoch
         lr = run.learning_rate(run.step - 1)
@@ -139,6 +159,7 @@ class Monitor:
             "momentum": config.contrast.alpha,
             "images_per_second": self._rate,
             "data_wait_fraction": min(run.phases.spent()[DATA] / max(elapsed, 1e-9), 1.0),
+            **times,
             "queue_filled": run.queue.filled / len(run.queue),
             "queue_age_mean": age_mean,
             "queue_age_max": float(age_max),
@@ -149,6 +170,8 @@ class Monitor:
             f"{self._rate:.0f} images/s, waiting for data {record['data_wait_fraction']:.0%}, "
             f"ETA {self._eta()}"
         )
+        for note in notes:
+            self.telemetry.say(note)
         if epoch_done:
             record["epoch_loss"] = epoch_loss
             line += f"; epoch mean loss {epoch_loss:.4f}"

@@ -294,6 +294,7 @@ class Pretraining:
                 telemetry.advance(self.step)
                 if epoch_done:
                     self.meters.start_epoch()
+                monitor.require_agreement(bool(save))
                 if save:
                     self.phases.enter(SAVE)
                     save_state(self, epoch_done)

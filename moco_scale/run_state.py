@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moco_scale import checkpoint, distributed
+from moco_scale.agreement import sampled_hash
 from moco_scale.health import WEIGHTS
 from moco_scale.moco import MoCo
 from moco_scale.queue import KeyQueue, share
@@ -49,6 +50,20 @@ def load_optimizer(run: Pretraining, saved: dict[str, Tensor]) -> None:
     run.engine.load_optimizer_state(_part(saved, "optimizer."))
     if run.engine.loss_scale is not None and "loss_scale.state" in saved:
         run.engine.loss_scale.load(saved["loss_scale.state"])
+
+
+def numbers_alike(run: Pretraining) -> dict[str, int | Tensor]:
+    """Numbers of a run's state that must be the same on every rank; int64, see `agreement`."""
+    numbers: dict[str, int | Tensor] = {
+        "step": run.step,
+        "queue pointer": run.queue.pointer,
+        "keys enqueued": run.queue.enqueued,
+    }
+    for name, tensors in run.engine.replicated().items():
+        numbers[f"weights of the {name} encoder"] = sampled_hash(tensors, run.step)
+    if not run.queue.sharded:
+        numbers["keys in the queue"] = sampled_hash([run.queue.keys], run.step)
+    return numbers
 
 
 def save_state(run: Pretraining, epoch_done: bool) -> None:

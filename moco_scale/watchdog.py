@@ -299,7 +299,8 @@ class Watch:
 def _is_mine(error: BaseException) -> bool:
     """Whether an error is this rank's own: others raise no such error at the same time."""
     agreed = isinstance(error, UserError) and not isinstance(error, RankError)
-    return isinstance(error, Exception) and not agreed and not isinstance(error, StoppedEarly)
+    known = agreed or isinstance(error, StoppedEarly | PeerLost)
+    return isinstance(error, Exception) and not known
 
 
 def _key(rank: int) -> str:

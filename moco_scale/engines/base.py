@@ -127,6 +127,10 @@ class Engine(ABC):
         query, key = self._local_pairs()
         momentum_update(key, query, momentum)
 
+    def replicated(self) -> dict[str, list[Tensor]]:
+        """Weights that every rank holds whole and alike: ``query`` and ``key``, or nothing."""
+        return {}
+
     def weights_finite(self) -> Tensor:
         """Whether this rank's own storage of the query's weights is finite: bool scalar."""
         # A sum of magnitudes: infinite when any of them is; fp32 weights never get near overflow.
@@ -190,6 +194,10 @@ class Replicated:
             query, key = self.moco.parameter_pairs()
             self._pairs = [w.detach() for w in query], key
         return self._pairs
+
+    def replicated(self) -> dict[str, list[Tensor]]:
+        query, key = self._local_pairs()
+        return {"query": query, "key": key}
 
     def model_state(self, keep: Keep = everything) -> dict[str, Tensor]:
         return {name: t for name, t in self.moco.state_dict().items() if keep(name)}

@@ -154,6 +154,9 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
         # Looked up each time: a step gives the shards other storage.
         return [p.ds_tensor.detach() for p in query], [p.ds_tensor for p in key]  # type: ignore[attr-defined]
 
+    def replicated(self) -> dict[str, list[Tensor]]:
+        return {}
+
     def _own(self, parameters: list[Tensor]) -> list[Tensor]:
         return [p.ds_tensor for p in parameters]  # type: ignore[attr-defined]
 

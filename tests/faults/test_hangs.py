@@ -1,5 +1,6 @@
 """A rank that is killed, frozen or stuck: every other says which and where, and ends."""
 
+import json
 import os
 import re
 import signal
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import TINY, Ranks, forked_ranks
+import torch
+from commands import TINY, Ranks, forked, forked_ranks
 
+from moco_scale.data.reader import ViewBatch
 from moco_scale.errors import LOST_PEER
 
 pytestmark = pytest.mark.timeout(1800)
@@ -100,6 +103,74 @@ def test_a_rank_that_is_alive_and_stuck(tiny_shards: Path, tmp_path: Path) -> No
         stands = rf"rank 1 on {HOST} stands in phase data of step 3 for \d+ s and is alive; "
         waits = "the others wait for it in phase shuffle of step 3"
         assert re.search(stands + waits, said(run, rank)), run.output()
+
+
+def go_astray(what: str, step: int, rank: int) -> None:
+    """Let one rank's state differ from the others' before a step."""
+    from moco_scale.pretrain import Pretraining
+
+    train_step = Pretraining.train_step
+
+    def astray(self: Pretraining, batch: ViewBatch) -> None:
+        if batch.step + 1 == step and self.rank == rank:
+            if what == "queue pointer":
+                self.queue.pointer += 1
+            else:
+                key = self.engine.replicated()["key"]
+                torch._foreach_mul_(key, 1.001)
+        train_step(self, batch)
+
+    Pretraining.train_step = astray  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("what", "flags"),
+    [
+        ("queue pointer", ("--sync-check-freq", 3)),
+        ("weights of the key encoder", ("--deepspeed", "ds_configs/zero1.json")),
+    ],
+)
+def test_a_rank_that_goes_astray(
+    tiny_shards: Path, tmp_path: Path, what: str, flags: tuple[object, ...]
+) -> None:
+    """It is noticed at the check that is due, or before a checkpoint is written of it."""
+    out = ("--data-dir", tiny_shards, "--output-dir", tmp_path)
+    arguments = (*TINY, *out, *flags)
+    run = forked(*arguments, ranks=2, prepare=go_astray, prepare_args=(what, 3, 1))
+    assert run.status == LOST_PEER, run.output
+    assert "Traceback" not in run.output
+    step = 3 if "--sync-check-freq" in flags else 4
+    (*_, said) = re.findall(rf"after step {step} the ranks are no longer .*$", run.output, re.M)
+    assert re.search(rf"{what}: rank 0 on {HOST} has -?\d+, rank 1 on {HOST} has -?\d+", said), said
+    assert "batches read" not in said
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def dawdle(rank: int, phase: str) -> None:
+    """Let one rank report more time in a phase than it has spent."""
+    from moco_scale.timing import Phases
+
+    worked = Phases.worked
+
+    def longer(self: Phases) -> dict[str, float]:
+        more = 1000.0 if int(os.environ["RANK"]) == rank else 0.0
+        spent = worked(self)
+        return spent | {phase: spent[phase] + more}
+
+    Phases.worked = longer  # type: ignore[method-assign]
+
+
+def test_a_straggler_is_named_in_the_log(tiny_shards: Path, tmp_path: Path) -> None:
+    flags = (*TINY, "--max-steps", 4, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    run = forked(*flags, ranks=2, prepare=dawdle, prepare_args=(1, "data"))
+    assert run.status == 0, run.output
+    slow = rf"rank 1 on {HOST} keeps the others waiting: .* longer in data, 1000\.\d+ s against 0\."
+    assert len(re.findall(slow, (tmp_path / "log.txt").read_text())) == 1
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["slowest_rank"] == 1
+        assert record["data_wait_seconds_max"] > 999 > record["data_wait_seconds_median"] >= 0
+        assert record["step_seconds_max"] > 999 > record["step_seconds_min"] > 0
 
 
 def test_a_rank_that_ends_by_an_error_of_its_own(tiny_shards: Path, tmp_path: Path) -> None:

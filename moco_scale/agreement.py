@@ -1,0 +1,89 @@
+"""Seeing that ranks still hold the same run: a few numbers of each, which must be equal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moco_scale import distributed
+from moco_scale.errors import PeerLost
+
+_SAMPLED = 64  # elements of each tensor
+_NAMED = 6
+
+
+def require_agreement(numbers: Mapping[str, int | Tensor], step: int) -> None:
+    """Compare numbers by name over all ranks; every rank calls it.
+
+    Args:
+        numbers: the same names on every rank; Python integers, or int64 scalars on the device.
+        step: of the run.
+
+    Raises:
+        PeerLost: ranks differ; says which of them, and in what.
+    """
+    if distributed.world_size() == 1:
+        return
+    row = torch.stack([torch.as_tensor(value).cpu() for value in numbers.values()])
+    table = distributed.all_gather_rows(row[None])
+    if bool((table == table[0]).all()):
+        return
+    found = disagreements(table.tolist(), list(numbers), distributed.hosts())
+    raise PeerLost(
+        f"after step {step} the ranks are no longer in the same state: {'; '.join(found)}. "
+        "The newest checkpoint is from when they were: the same command goes on from it. If it "
+        "happens again on the same host, take that out of the job"
+    )
+
+
+def disagreements(
+    table: Sequence[Sequence[int]], names: Sequence[str], hosts: Sequence[str]
+) -> list[str]:
+    """For each name whose values differ, the ranks that differ from most.
+
+    Args:
+        table: [ranks][names].
+        names: of the columns.
+        hosts: of the ranks.
+    """
+    found = []
+    for name, values in zip(names, zip(*table, strict=True), strict=True):
+        counts = Counter(values).most_common()
+        if len(counts) == 1:
+            continue
+        most, times = counts[0]
+        even = times == counts[1][1]
+        odd = [rank for rank, value in enumerate(values) if even or value != most]
+        shown = [f"rank {rank} on {hosts[rank]} has {values[rank]}" for rank in odd[:_NAMED]]
+        if len(odd) > _NAMED:
+            shown.append(f"and so on: {len(odd) - _NAMED} more")
+        where = "" if even else f" (most have {most})"
+        found.append(f"{name}: {', '.join(shown)}{where}")
+    return found
+
+
+@torch.no_grad()
+def sampled_hash(tensors: Sequence[Tensor], turn: int) -> Tensor:
+    """A number made of the bits of a few elements of each tensor.
+
+    Args:
+        tensors: of 2- or 4-byte floating-point numbers.
+        turn: other elements each time; all of them are seen in the end.
+
+    Returns:
+        int64 scalar on their device.
+    """
+    kinds = {2: torch.int16, 4: torch.int32}
+    parts = []
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        stride = max(flat.numel() // _SAMPLED, 1)
+        sample = flat[turn % stride :: stride]
+        parts.append(sample.view(kinds[sample.element_size()]).long())
+    bits = torch.cat(parts)
+    places = torch.arange(len(bits), device=bits.device)
+    # Odd multipliers lose no bit; what is beyond 64 bits is dropped.
+    return (bits * (places * 2654435762 + 1)).sum()

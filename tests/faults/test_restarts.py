@@ -1,0 +1,133 @@
+"""What a launcher makes of a run that a rank or a host is lost from: it goes on, or ends."""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import BIN, LIMIT, REPOSITORY, TINY, forked, free_port, kill_tree
+from hosts import Host, Started
+from test_resume import assert_same_run
+
+from moco_scale.errors import LOST_PEER
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SAVING = ("--checkpoint-freq", 1, "--keep-checkpoints", 1)
+
+
+def rank_process(launcher: int, rank: int) -> psutil.Process:
+    """The process of a rank that a launcher has started."""
+    for process in psutil.Process(launcher).children(recursive=True):
+        named = process.name().startswith("python") and process.environ().get("RANK") == str(rank)
+        if named and "train.py" in process.cmdline():
+            return process
+    raise LookupError(f"no process of rank {rank}")
+
+
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
+def test_torchrun_restarts_and_the_run_ends_as_if_nothing_had_happened(
+    tiny_shards: Path, tmp_path: Path, harm: signal.Signals
+) -> None:
+    data = ("--data-dir", tiny_shards)
+    status, output = forked(*TINY, *SAVING, *data, "--output-dir", tmp_path / "whole", ranks=2)
+    assert status == 0, output
+    argv = (
+        *(BIN / "torchrun", "--nproc-per-node", 2, "--max-restarts", 1),
+        *("--master-addr", "127.0.0.1", "--master-port", free_port(), "train.py"),
+        *(*TINY, *SAVING, *data, "--output-dir", tmp_path / "out", "--hang-timeout", 8),
+    )
+    launcher = subprocess.Popen(
+        [str(part) for part in argv],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        assert launcher.stdout is not None
+        said = ""
+        for line in launcher.stdout:
+            said += line
+            if "step 5/8" in line and "resumed from" not in said:
+                rank_process(launcher.pid, 1).send_signal(harm)
+        assert launcher.wait(LIMIT) == 0, said
+    finally:
+        kill_tree(launcher.pid)
+        launcher.communicate()
+    assert "resumed from" in said, said
+    host = os.uname().nodename
+    missing = rf"train\.py: rank 0 on {host} stops.*rank 1 on {host} has not been heard of since"
+    assert re.search(missing, said), said
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def torchrun(hosts: Sequence[Host], data: Path, out: Path) -> list[Started]:
+    return [
+        host.start(
+            *(BIN / "torchrun", "--nnodes", 2, "--nproc-per-node", 2, "--rdzv-backend", "c10d"),
+            *("--rdzv-id", "moco", "--rdzv-endpoint", f"{hosts[0].name}:29400", "train.py"),
+            *(*TINY, "--epochs", 100, "--hang-timeout", 8),
+            *("--data-dir", data, "--output-dir", out),
+        )
+        for host in hosts
+    ]
+
+
+def reasons(output: str) -> dict[int, str]:
+    """Why each rank stopped, as it said."""
+    found = re.findall(r"^train\.py: rank (\d) on host-[ab] stops(.*)$", output, re.MULTILINE)
+    return {int(rank): text for rank, text in found}
+
+
+def test_a_cut_link(hosts: tuple[Host, Host], tiny_shards: Path, tmp_path: Path) -> None:
+    """Each side names the other: it cannot know more."""
+    started = torchrun(hosts, tiny_shards, tmp_path)
+    started[0].wait_for("step 3/")
+    hosts[1].cut_link()
+    first, second = (each.wait() for each in started)
+    assert first.status != 0 and second.status != 0
+    said = reasons(first.output)
+    assert set(said) == {0, 1}, first.output
+    for text in said.values():
+        assert re.search(r"ranks 2-3 on host-b have not been heard of since", text), text
+        assert re.search(r"in phase .* of step \d+", text), text
+    said = reasons(second.output)
+    assert set(said) == {2, 3}, second.output
+    for text in said.values():
+        assert "rank 0 on host-a" in text, text
+        assert re.search(r"last was in phase .* of step \d+", text), text
+    assert f"exitcode  : {LOST_PEER}" in first.output, first.output
+
+
+def test_a_killed_host(hosts: tuple[Host, Host], tiny_shards: Path, tmp_path: Path) -> None:
+    started = torchrun(hosts, tiny_shards, tmp_path)
+    started[0].wait_for("step 3/")
+    hosts[1].crash()
+    status, output = started[0].wait()
+    assert status != 0
+    said = reasons(output)
+    assert set(said) == {0, 1}, output
+    for text in said.values():
+        assert "ranks 2-3 on host-b have not been heard of since" in text, text
+
+
+def test_a_frozen_rank_of_another_host(
+    hosts: tuple[Host, Host], tiny_shards: Path, tmp_path: Path
+) -> None:
+    started = torchrun(hosts, tiny_shards, tmp_path)
+    started[0].wait_for("step 3/")
+    started[1].rank_process(3).send_signal(signal.SIGSTOP)
+    first, second = (each.wait() for each in started)
+    assert first.status != 0 and second.status != 0
+    said = reasons(first.output + second.output)
+    assert set(said) == {0, 1, 2}, first.output + second.output
+    for text in said.values():
+        assert "rank 3 on host-b has not been heard of since" in text, text
