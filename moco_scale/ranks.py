@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes of this machine: for benchmarks and comparisons."""
+"""Run a function on several processes of this machine: for benchmarks and comparisons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 from moco_scale import distributed
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *args: Any, device: str = "cpu"
+) -> list[Any]:
     """What ``function(*args)`` returned on each rank, in their order; ends when one fails.
 
     The processes are forked off a server that has imported everything: a start takes a moment.
@@ -23,12 +25,14 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
         function: importable by name; called in a process group that has been joined.
         world: number of processes.
         args: and the result must pickle.
+        device: as :func:`moco_scale.distributed.initialize` takes it.
 
     Raises:
         SystemExit: a process failed; it has printed why.
     """
-    # Otherwise DeepSpeed looks for an accelerator and warns that it found none.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if device == "cpu":
+        # Otherwise DeepSpeed looks for an accelerator and warns that it found none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moco_scale.pretrain", "torch.utils.tensorboard", "deepspeed"])
     out = context.SimpleQueue()
@@ -36,7 +40,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        context.Process(target=_one_rank, args=(function, rank, world, port, args, out))
+        context.Process(target=_one_rank, args=(function, rank, world, port, device, args, out))
         for rank in range(world)
     ]
     for process in processes:
@@ -60,7 +64,13 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
 
 
 def _one_rank(
-    function: Callable[..., Any], rank: int, world: int, port: int, args: tuple[Any, ...], out: Any
+    function: Callable[..., Any],
+    rank: int,
+    world: int,
+    port: int,
+    device: str,
+    args: tuple[Any, ...],
+    out: Any,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -71,7 +81,7 @@ def _one_rank(
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
-    distributed.initialize("cpu")
+    distributed.initialize(device)
     out.put((rank, function(*args)))
     distributed.barrier()
     os._exit(0)  # without the teardown of gloo's and DeepSpeed's threads

@@ -7,11 +7,11 @@ features then restores the order and at the same time brings every key to every 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moco_scale import distributed
 from moco_scale.data.random import permutation
+from moco_scale.transfer import on_device
 
 MODES = ("world", "node", "off")
 
@@ -78,7 +78,7 @@ class Exchange:
         owner = order // per_rank
         if np.array_equal(owner, np.arange(len(order)) // per_rank):
             # The same on every rank: nobody sends anything.
-            stay = _on(self.received - rank * per_rank, crops.device)
+            stay = on_device(self.received - rank * per_rank, crops.device)
             self._pending = distributed.PendingRows(crops.index_select(0, stay), None, None)
             return
         # Packed by destination, and for one destination in the order of its positions.
@@ -87,9 +87,9 @@ class Exchange:
         send_counts = np.bincount(positions // per_rank, minlength=world)
         receive_counts = np.bincount(self.received // per_rank, minlength=world)
         arrival = np.argsort(self.received // per_rank, kind="stable")
-        self._restore = _on(np.argsort(arrival, kind="stable"), crops.device)
+        self._restore = on_device(np.argsort(arrival, kind="stable"), crops.device)
         # index_select copies whole crops; indexing would go byte by byte on a CPU.
-        packed = crops.index_select(0, _on(outgoing, crops.device))
+        packed = crops.index_select(0, on_device(outgoing, crops.device))
         self._pending = distributed.start_exchange_rows(
             packed, send_counts.tolist(), receive_counts.tolist()
         )
@@ -104,8 +104,4 @@ class Exchange:
         gathered = distributed.all_gather_rows(features)
         if self._keep_order:
             return gathered
-        return gathered.index_select(0, _on(np.argsort(self._order), features.device))
-
-
-def _on(index: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(index).to(device, non_blocking=True)
+        return gathered.index_select(0, on_device(np.argsort(self._order), features.device))

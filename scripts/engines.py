@@ -2,7 +2,9 @@
 
 ``make engines`` prints two tables. The network is small (a stem and two residual blocks), because
 CPUs emulate half floats; everything else is a whole run: reader, augmentation, ShuffleBN, queue,
-engine, checkpoint.
+engine, checkpoint. With ``--device cuda`` every process needs a GPU of its own.
+
+The last line is one JSON object: ``cells``, runs compared, and ``wrong``, those beyond a bound.
 
 The first table is after 20 steps. Its errors are relative: the largest of the 20 losses, and the
 distance of all weights of the query encoder, of the key encoder, and of the queue from the
@@ -93,10 +95,11 @@ def run(
     out: Path,
     steps: int = STEPS,
     resume: Path | None = None,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """One whole run: its losses, and the tensors of its last checkpoint."""
     flags = [*FLAGS, "--precision", precision, "--data-dir", str(shards), "--output-dir", str(out)]
-    flags += ["--max-steps", str(steps)]
+    flags += ["--device", device, "--max-steps", str(steps)]
     if resume is not None:
         flags += ["--resume", str(resume)]
     if engine.startswith("zero"):
@@ -105,7 +108,7 @@ def run(
         flags += ["--engine", engine]
     log = f"{out}.log"
     try:
-        run_ranks(train, world, flags, log)
+        run_ranks(train, world, flags, log, device=device)
     except SystemExit:
         said = Path(log).read_text()
         raise SystemExit(f"{engine} {precision} on {world} ranks failed:\n{said}") from None
@@ -145,48 +148,57 @@ def bounds(precision: str, wanted: dict[str, Tensor], start: dict[str, Tensor]) 
     return result
 
 
-def compare_engines(root: Path, worlds: list[int]) -> int:
-    """Print the first table; how many cells are off."""
-    wanted = run("ddp", "fp32", 1, root / "shards", root / "reference")
+def compare_engines(
+    root: Path, worlds: list[int], engines: list[str], precisions: list[str], device: str
+) -> tuple[int, int]:
+    """Print the first table; how many cells it has, and how many are off."""
+    shards = root / "shards"
+    wanted = run("ddp", "fp32", 1, shards, root / "reference", device=device)
     encoder = small_encoder(command_line.parse(list(FLAGS)))
     state = {n: t.detach() for n, t in encoder.state_dict().items()}
     start = {f"model.{e}.{n}": t for e in ("query", "key") for n, t in state.items()}
     print(f"relative errors after {STEPS} steps, each with its bound; reference: ddp, fp32, 1 rank")
     print(f"{'engine':8}{'precision':11}{'ranks':7}" + "".join(f"{c:22}" for c in COLUMNS))
-    failed = 0
-    for precision in PRECISIONS:
+    cells_made = failed = 0
+    for precision in precisions:
         limit = bounds(precision, wanted, start)
-        for engine in ENGINES:
+        for engine in engines:
             for world in worlds:
                 out = root / f"{engine}-{precision}-{world}"
-                found = errors(run(engine, precision, world, root / "shards", out), wanted)
+                got = run(engine, precision, world, shards, out, device=device)
+                found = errors(got, wanted)
                 good = all(found[c] <= limit[c] for c in COLUMNS)
-                failed += not good
+                cells_made, failed = cells_made + 1, failed + (not good)
                 cells = "".join(f"{f'{found[c]:.1e} <= {limit[c]:.1e}':22}" for c in COLUMNS)
                 mark = "" if good else "TOO LARGE"
                 print(f"{engine:8}{precision:11}{world:<7}{cells}{mark}", flush=True)
-    return failed
+    return cells_made, failed
 
 
-def compare_handovers(root: Path, precision: str) -> int:
-    """Print the second table for one precision; how many cells are off."""
+def compare_handovers(root: Path, precision: str, most: int, device: str) -> tuple[int, int]:
+    """Print the second table for one precision; how many cells it has, and how many are off.
+
+    most: processes that there can be; a run that has more elsewhere has so many.
+    """
+    handovers = [(engine, min(world, most)) for engine, world in HANDOVERS]
     limit = loss_bound(precision)
     print(f"\n{precision}: written after step {STOP} by the row, resumed by the column to {END};")
     print(
         f"largest relative error of the losses since; elsewhere than on the diagonal <= {limit:.1e}"
     )
-    names = [f"{engine} on {world}" for engine, world in HANDOVERS]
+    names = [f"{engine} on {world}" for engine, world in handovers]
     print(f"{'':12}" + "".join(f"{name:14}" for name in names))
-    failed = 0
-    for name, (engine, world) in zip(names, HANDOVERS, strict=True):
-        whole = run(engine, precision, world, root / "shards", root / f"{precision}-{name}", END)
+    failed, shards = 0, root / "shards"
+    for name, (engine, world) in zip(names, handovers, strict=True):
+        out = root / f"{precision}-{name}"
+        whole = run(engine, precision, world, shards, out, END, device=device)
         first = root / f"{precision}-{name}-stopped"
-        run(engine, precision, world, root / "shards", first, STOP)
+        run(engine, precision, world, shards, first, STOP, device=device)
         cells = ""
-        for other, (engine2, world2) in zip(names, HANDOVERS, strict=True):
+        for other, (engine2, world2) in zip(names, handovers, strict=True):
             out = root / f"{precision}-{name}-{other}"
             start = first / "checkpoints" / f"step-{STOP:08d}"
-            got = run(engine2, precision, world2, root / "shards", out, END, start)
+            got = run(engine2, precision, world2, shards, out, END, start, device)
             rest = whole["losses"][STOP:]
             error = float(((got["losses"] - rest) / rest).abs().max())
             exact = ("queue.pointer", "queue.enqueued", "loss_scale.state")
@@ -195,7 +207,7 @@ def compare_handovers(root: Path, precision: str) -> int:
             failed += not good
             cells += f"{f'{error:.1e}' + ('' if good else ' WRONG'):14}"
         print(f"{name:12}{cells}", flush=True)
-    return failed
+    return len(handovers) ** 2, failed
 
 
 def main() -> None:
@@ -204,7 +216,12 @@ def main() -> None:
     parser.add_argument(
         "--handovers", nargs="*", default=["fp32", "fp16"], help="precisions of the second table"
     )
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
+    most = torch.cuda.device_count() if args.device == "cuda" else max(w for _, w in HANDOVERS)
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_folder(root / "pictures", train_per_class=8, val_per_class=1, size=48)
@@ -212,8 +229,13 @@ def main() -> None:
         subprocess.run(
             [*shard, "--out", str(root / "shards")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
         )
-        failed = compare_engines(root, args.worlds) if args.worlds else 0
-        failed += sum(compare_handovers(root, precision) for precision in args.handovers)
+        if args.worlds:
+            table = compare_engines(root, args.worlds, args.engines, args.precisions, args.device)
+            results.append(table)
+        for precision in args.handovers:
+            results.append(compare_handovers(root, precision, most, args.device))
+    failed = sum(wrong for _, wrong in results)
+    print(json.dumps({"cells": sum(cells for cells, _ in results), "wrong": failed}))
     if failed:
         raise SystemExit(f"{failed} cells are off by more than rounding explains")
 

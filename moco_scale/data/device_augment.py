@@ -34,6 +34,7 @@ from moco_scale.data.augment import (
     Augmentation,
     Params,
 )
+from moco_scale.transfer import on_device
 
 _KINDS = (pixels.brightness, pixels.contrast, pixels.saturation, pixels.hue)
 _ORDER_TABLE = np.array(ORDERS)
@@ -55,14 +56,6 @@ def _kinds(aug: Augmentation, params: Params) -> npt.NDArray[np.int64]:
     orders = params[:, ORDER].astype(np.int64)[:, None]
     kinds = np.where(orders >= 0, _ORDER_TABLE[orders[:, 0]], -1)
     return np.where(np.array(aug.jitter)[kinds] > 0, kinds, -1)
-
-
-def uploaded(values: Params, device: torch.device) -> Tensor:
-    """A copy on the device, in one transfer that nobody waits for."""
-    host = torch.from_numpy(values)
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 class DeviceAugment:
@@ -143,7 +136,7 @@ def _steps_on(
         return []
     rows = np.concatenate([step.rows for step in steps])
     values = np.concatenate([step.values.ravel() for step in steps])
-    table = uploaded(np.concatenate([rows.view(np.float32), values]), device)
+    table = on_device(np.concatenate([rows.view(np.float32), values]), device)
     row_parts = table[: len(rows)].view(torch.int32).long().split([len(s.rows) for s in steps])
     value_parts = table[len(rows) :].split([s.values.size for s in steps])
     return [
@@ -184,7 +177,7 @@ class StaticAugment:
 
         Returns float32 [B, 3, S, S] on the device of `crops`.
         """
-        table = uploaded(self.table(_checked(crops, params)), crops.device)
+        table = on_device(self.table(_checked(crops, params)), crops.device)
         return self._run(crops, table) if len(crops) else self.apply(crops, table)
 
     def table(self, params: Params) -> Params:
