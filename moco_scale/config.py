@@ -213,6 +213,12 @@ class RunConfig:
     allow_pipe: bool = _option(
         False, "--data-dir may be 'pipe:COMMAND', run in a shell for every file; {} is its name"
     )
+    decode: str = _option(
+        "cpu", "where training pictures are decoded; see docs/data.md", choices=("cpu", "gpu")
+    )
+    cache: str = _option(
+        "", "keep decoded training pictures in memory or in a local folder", metavar="ram|DIR"
+    )
     print_freq: int = _option(10, "steps between log lines")
     knn_freq: int = _option(10, "epochs between kNN evaluations; 0: never")
     save_freq: int = _option(10, "every so many epochs a checkpoint is kept for good; 0: none")
@@ -441,6 +447,8 @@ def _check(config: Config) -> None:
             f"--warmup-epoch {optim.warmup_epoch} leaves nothing of --epochs {optim.epochs}; "
             "shorten the warm-up too"
         )
+    if run.cache and run.decode == "gpu":
+        raise UserError(f"--cache {run.cache} keeps what --decode cpu makes, not --decode gpu")
     if run.fsdp_shard_size and run.engine != "fsdp":
         raise UserError(
             f"--fsdp-shard-size {run.fsdp_shard_size} is for --engine fsdp, not {run.engine}"

@@ -13,9 +13,11 @@ from moco_scale import distributed, identity
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.batchnorm import set_groups, spans_ranks
 from moco_scale.config import Config
+from moco_scale.data.device_decode import DeviceDecoder
 from moco_scale.data.mixture import in_whole_batches
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.order import BatchPlan
+from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.shard_set import Shards
 from moco_scale.encoders import Encoder, build_encoder
@@ -87,6 +89,8 @@ class Pretraining:
         self.world, self.rank = distributed.world_size(), distributed.rank()
         identity.require_alike(identity.of_run(config))
         self.shards, self.plan = open_data(config)
+        self.decoder = distributed.agree(self._decoder)
+        self.cache = distributed.agree(self._cache)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch
         self.last_step = min(config.run.max_steps or self.total_steps, self.total_steps)
 
@@ -132,6 +136,13 @@ class Pretraining:
         # Two communicators at work at once, the exchange's and a BatchNorm group's, can deadlock.
         ahead = False if spans_ranks(moco) else None
         self.inputs = Inputs(config, self.plan, self.shuffle, self.device, ahead)
+
+    def _decoder(self) -> DeviceDecoder | None:
+        return DeviceDecoder.on_gpu(self.device) if self.config.run.decode == "gpu" else None
+
+    def _cache(self) -> PixelCache | None:
+        place = self.config.run.cache
+        return PixelCache.open(self.shards, place) if place else None
 
     def initial_encoder(self) -> Encoder:
         """The query encoder before training: a function of the configuration and its seed."""
@@ -251,6 +262,8 @@ class Pretraining:
             raise
         finally:
             telemetry.close()
+            if self.cache is not None:
+                self.cache.close()
             self.folder.release()
 
     def _loop(self, telemetry: Telemetry, monitor: Monitor, stop: StopRequest) -> None:
@@ -267,6 +280,8 @@ class Pretraining:
             end_step=self.last_step,
             bad_samples=run.bad_samples,
             fetches_ahead=distributed.local_rank() == 0,
+            cache=self.cache,
+            decoder=self.decoder,
         )
         self.engine.moco.train()
         try:

@@ -88,7 +88,22 @@ def decode_rgb(data: bytes | memoryview) -> Pixels:
 
 
 def orientation(jpeg: bytes | memoryview) -> int:
-    """EXIF's orientation of a JPEG, a key of UPRIGHT: 1 when it has none, or one that is no such.
+    """EXIF's orientation of a JPEG, a key of UPRIGHT; 1 when it has none, or nonsense."""
+    exif = _exif_segment(jpeg)
+    return 1 if exif is None else _exif_orientation(bytes(jpeg[exif]))
+
+
+def without_exif(jpeg: bytes | memoryview) -> bytes:
+    """The same picture for decoders that may turn it: none finds an orientation in it."""
+    exif = _exif_segment(jpeg)
+    data = bytes(jpeg)
+    if exif is None:
+        return data
+    return data[: exif.start] + bytes(exif.stop - exif.start) + data[exif.stop :]
+
+
+def _exif_segment(jpeg: bytes | memoryview) -> slice | None:
+    """Where EXIF's TIFF structure lies in a JPEG.
 
     Walks over the segments before the picture itself, a few of them; only a camera's APP1 is read.
     """
@@ -100,11 +115,11 @@ def orientation(jpeg: bytes | memoryview) -> int:
             continue
         if marker == 0xDA:  # the picture begins
             break
-        size = jpeg[at + 2] << 8 | jpeg[at + 3]
+        after = at + 2 + (jpeg[at + 2] << 8 | jpeg[at + 3])
         if marker == 0xE1 and bytes(jpeg[at + 4 : at + 10]) == b"Exif\0\0":
-            return _exif_orientation(bytes(jpeg[at + 10 : at + 2 + size]))
-        at += 2 + size
-    return 1
+            return slice(at + 10, max(at + 10, min(after, end)))
+        at = after
+    return None
 
 
 def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:

@@ -7,7 +7,8 @@ gone through before. So neither the number of ranks nor the number of workers ch
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,13 +18,22 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from moco_scale.data.augment import Augmentation
 from moco_scale.data.bad_samples import TRIES, BadSample, bad_sample, substitutes
-from moco_scale.data.decode import DecodeError, Decoder, Pixels
+from moco_scale.data.decode import (
+    DecodeError,
+    Decoder,
+    Pixels,
+    orientation,
+    picture_size,
+    without_exif,
+)
+from moco_scale.data.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
 from moco_scale.data.fetch_ahead import FetchAhead, Job, check_room
 from moco_scale.data.index import shard_command
 from moco_scale.data.order import BatchPlan, Samples
+from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.random import uniforms
 from moco_scale.data.shard_set import Pictures
-from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
+from moco_scale.data.views import CROP_SLOTS, Box, crop_box, write_centre, write_crop
 from moco_scale.data.workers import PREFETCHED, BatchLoader, Failure, Reading, batch_memory
 from moco_scale.errors import UserError
 
@@ -61,23 +71,32 @@ def pretraining_loader(
     bad_samples: str = "error",
     start_method: str | None = None,
     fetches_ahead: bool = True,
+    cache: PixelCache | None = None,
+    decoder: DeviceDecoder | None = None,
 ) -> BatchLoader[ViewBatch]:
     """This rank's batches of random crops for the steps start_step to end_step - 1.
 
     One pool of workers serves all epochs. Each worker builds whole batches in shared memory; with
     a GPU they are pinned. `start_method` of the workers: "fork" where there is one, by default.
     `bad_samples`: see `bad_samples.POLICIES`. `fetches_ahead`: this rank fetches remote shards
-    ahead, for all ranks of its machine. Raises UserError, also while iterating: a batch that
-    `world` does not divide, a picture that cannot be decoded, a worker that died, a shard that
-    cannot be fetched, a cache that is too small for the plan.
+    ahead, for all ranks of its machine. `cache` keeps what was decoded. With a `decoder` workers
+    decode nothing that it can, and the views lie on its device.
+
+    Raises UserError, also while iterating: a batch that `world` does not divide, a picture that
+    cannot be decoded, a worker that died, a shard that cannot be fetched, a cache that is too small
+    for the plan.
     """
     if len(shards) != plan.order.num_samples:
         raise ValueError(
             f"a plan for {plan.order.num_samples} samples, but there are {len(shards)}"
         )
     plan.check_world(world)
-    crops = _RandomCrops(shards, plan.order.seed, aug.crop_min, aug.crop_max, image_size, views)
-    crops.skip = bad_samples == "skip"
+    kind = _RandomCrops if decoder is None else _EncodedCrops
+    crops = kind(shards, plan.order.seed, aug.crop_min, aug.crop_max, image_size, views)
+    crops.skip, crops.cache = bad_samples == "skip", cache
+    finish: Callable[[ViewBatch], ViewBatch] | None = None
+    if decoder is not None:
+        finish = partial(_decoded, decoder, shards)
     ahead, parts = None, shards.remote_parts()
     if parts and start_step < end_step:
         in_flight = max(1, PREFETCHED * num_workers)
@@ -85,7 +104,7 @@ def pretraining_loader(
         if fetches_ahead:
             ahead = FetchAhead(Job(parts, plan, start_step, end_step, in_flight))
     jobs = _PlannedJobs(plan, rank, world, start_step, end_step, ahead)
-    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading, ahead)
+    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading, ahead, finish)
 
 
 def evaluation_loader(
@@ -169,6 +188,7 @@ class _Crops(Dataset[Any]):
     views = 1
     skip = False
     """Whether a picture that cannot be decoded is reported in the batch, not raised."""
+    cache: PixelCache | None = None
 
     def __init__(self, shards: Pictures, image_size: int) -> None:
         self.shards, self.image_size = shards, image_size
@@ -176,10 +196,8 @@ class _Crops(Dataset[Any]):
         self.decode = Decoder()
 
     def __getitem__(self, job: _Job) -> ViewBatch | Failure:
-        shape = (self.views, len(job.samples.index), 3, self.image_size, self.image_size)
         try:
-            views = batch_memory(shape)
-            batch = self.fill(views, job)
+            batch = self.made(job)
             self.reading.begin(-1)
         except UserError as error:
             if get_worker_info() is None:
@@ -189,8 +207,12 @@ class _Crops(Dataset[Any]):
             self.shards.rest()
         return batch
 
-    def fill(self, views: Tensor, job: _Job) -> ViewBatch:
+    def made(self, job: _Job) -> ViewBatch:
         raise NotImplementedError
+
+    def memory(self, pictures: int) -> Tensor:
+        """uint8 [V, pictures, 3, S, S], to be filled."""
+        return batch_memory((self.views, pictures, 3, self.image_size, self.image_size))
 
     def batch(
         self, job: _Job, samples: Samples, seen: Sequence[int], views: Tensor, bad: list[BadSample]
@@ -207,8 +229,14 @@ class _Crops(Dataset[Any]):
 
         Raises DecodeError.
         """
+        kept = self.cache.get(sample) if self.cache is not None else None
+        if kept is not None:
+            return kept
         self.reading.begin(sample)
-        return self.decode(self.shards.read(sample))
+        pixels = self.decode(self.shards.read(sample))
+        if self.cache is not None:
+            self.cache.put(sample, pixels)
+        return pixels
 
     def bad(self, sample: int, error: DecodeError, replacement: int = -1) -> BadSample:
         """The record of a bad sample; UserError where it may not be."""
@@ -237,24 +265,44 @@ class _RandomCrops(_Crops):
         super().__init__(shards, image_size)
         self.seed, self.crop_min, self.crop_max, self.views = seed, crop_min, crop_max, views
 
-    def fill(self, views: Tensor, job: _Job) -> ViewBatch:
-        index, passes = job.samples
-        draws = [
-            uniforms(self.seed, passes, index, view, CROP_SLOTS).tolist()
-            for view in range(self.views)
-        ]
-        seen, bad = index.tolist(), list[BadSample]()
-        for i, sample in enumerate(index.tolist()):
-            try:
-                pixels = self.pixels(sample)
-            except DecodeError as error:
-                pixels, seen[i] = self.substitute(sample, int(passes[i]), error)
-                bad.append(self.bad(sample, error, seen[i]))
-            for view in range(self.views):
-                height, width = pixels.shape[:2]
-                box = crop_box(draws[view][i], height, width, self.crop_min, self.crop_max)
-                write_crop(views[view, i], pixels, box)
+    def made(self, job: _Job) -> ViewBatch:
+        views, draws = self.memory(len(job.samples.index)), self.draws(job)
+        seen, bad = job.samples.index.tolist(), list[BadSample]()
+        for i in range(len(seen)):
+            self.crop(views[:, i], i, job, draws, seen, bad)
         return self.batch(job, job.samples, seen, views, bad)
+
+    def draws(self, job: _Job) -> list[list[list[float]]]:
+        """What places the crops: CROP_SLOTS numbers for each view of each sample."""
+        index, passes = job.samples
+        by_view = [
+            uniforms(self.seed, passes, index, view, CROP_SLOTS) for view in range(self.views)
+        ]
+        numbers: list[list[list[float]]] = np.stack(by_view, axis=1).tolist()
+        return numbers
+
+    def boxes(self, draws: list[list[float]], height: int, width: int) -> list[Box]:
+        """The box of each view of one picture."""
+        return [crop_box(u, height, width, self.crop_min, self.crop_max) for u in draws]
+
+    def crop(
+        self,
+        views: Tensor,
+        i: int,
+        job: _Job,
+        draws: list[list[list[float]]],
+        seen: list[int],
+        bad: list[BadSample],
+    ) -> None:
+        """Fill the views of the job's sample i, uint8 [V, 3, S, S]; note it where it is bad."""
+        sample = seen[i]
+        try:
+            pixels = self.pixels(sample)
+        except DecodeError as error:
+            pixels, seen[i] = self.substitute(sample, int(job.samples.passes[i]), error)
+            bad.append(self.bad(sample, error, seen[i]))
+        for view, box in zip(views, self.boxes(draws[i], *pixels.shape[:2]), strict=True):
+            write_crop(view, pixels, box)
 
     def substitute(self, sample: int, passes: int, error: DecodeError) -> tuple[Pixels, int]:
         """Pixels of another picture, and which it is."""
@@ -270,12 +318,60 @@ class _RandomCrops(_Crops):
         )
 
 
+class _EncodedCrops(_RandomCrops):
+    """Leaves what the device can decode as it is, with the boxes of its crops."""
+
+    def made(self, job: _Job) -> ViewBatch:
+        draws, seen, bad = self.draws(job), job.samples.index.tolist(), list[BadSample]()
+        parts, turned, rows, boxes, others = [], [], [], [], []
+        for i, sample in enumerate(seen):
+            self.reading.begin(sample)
+            data = self.shards.read(sample)
+            if can_decode(data):
+                parts.append(without_exif(data))
+                turned.append(orientation(data))
+                rows.append(i)
+                boxes.append(self.boxes(draws[i], *picture_size(data)))
+            else:
+                others.append(i)
+        views = self.memory(len(others))
+        for place, i in enumerate(others):
+            self.crop(views[:, place], i, job, draws, seen, bad)
+        encoded = batch_memory((sum(map(len, parts)),))
+        encoded.numpy()[:] = np.frombuffer(b"".join(parts), np.uint8)
+        whole: Any = EncodedViews(
+            encoded,
+            torch.tensor([len(part) for part in parts], dtype=torch.int64).cumsum(0),
+            torch.tensor(turned, dtype=torch.int64),
+            torch.tensor(rows, dtype=torch.int64),
+            torch.tensor(boxes, dtype=torch.int64).reshape(len(rows), self.views, 4),
+            torch.tensor(others, dtype=torch.int64),
+            views,
+        )
+        return self.batch(job, job.samples, seen, whole, bad)
+
+
+def _decoded(decoder: DeviceDecoder, shards: Pictures, batch: ViewBatch) -> ViewBatch:
+    """The batch with its views on the device; UserError for a picture that is damaged."""
+    encoded: Any = batch.views
+    try:
+        return batch._replace(views=decoder(encoded))
+    except BadPicture as error:
+        where = shards.where(int(batch.index[error.row]))
+        raise UserError(
+            f"cannot decode the picture in {shards.name}, {where}: {error}. It was found on the "
+            "device, when its batch was made: go on without it with --decode cpu and --bad-samples "
+            "skip, or make the shards again with --verify"
+        ) from None
+
+
 class _CentreCrops(_Crops):
     def __init__(self, shards: Pictures, image_size: int, resize_ratio: float) -> None:
         super().__init__(shards, image_size)
         self.resize_ratio = resize_ratio
 
-    def fill(self, views: Tensor, job: _Job) -> ViewBatch:
+    def made(self, job: _Job) -> ViewBatch:
+        views = self.memory(len(job.samples.index))
         kept, bad = list[int](), list[BadSample]()
         for i, sample in enumerate(job.samples.index.tolist()):
             try:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from multiprocessing import connection
@@ -97,13 +97,15 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         start_method: str | None = None,
         reading: Reading | None = None,
         ahead: FetchAhead | None = None,
+        finish: Callable[[Any], Batch] | None = None,
     ) -> None:
         """`start_method` of the workers: "fork" where there is one, by default.
 
         `reading` is what the data set keeps up to date, for the message when a worker dies.
-        `ahead` is closed with the loader.
+        `ahead` is closed with the loader. `finish` is what this process makes of what a worker
+        gives.
         """
-        self._reading = reading
+        self._reading, self._finish = reading, finish
         self._length = len(jobs)  # type: ignore[arg-type]
         self._ahead = ahead
         context = _context(start_method) if num_workers else None
@@ -149,7 +151,13 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         if isinstance(batch, Failure):
             self.close()
             raise UserError(batch.message)
-        return batch
+        if self._finish is None:
+            return batch  # type: ignore[no-any-return]
+        try:
+            return self._finish(batch)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the workers; there are no batches afterwards. May be called again."""

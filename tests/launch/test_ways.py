@@ -66,3 +66,25 @@ def test_a_transformer_is_trained_and_evaluated(tiny_shards: Path, tmp_path: Pat
     )
     assert status == 0, output
     assert 0 <= json.loads((tmp_path / "eval" / "results.json").read_text())["top1"] <= 100
+
+
+def test_pictures_that_are_kept_decoded_give_the_same_run(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = (*TINY, "--data-dir", tiny_shards, "--max-steps", 6)
+    status, output = forked(*flags, "--output-dir", tmp_path / "plain", ranks=2)
+    assert status == 0, output
+    cached = ("--cache", tmp_path / "kept", "--num-workers", 1)
+    for out in ("first", "second"):  # the second decodes nothing
+        status, output = forked(*flags, *cached, "--output-dir", tmp_path / out, ranks=2)
+        assert status == 0, output
+        assert losses(tmp_path / out) == losses(tmp_path / "plain")
+    (folder,) = (tmp_path / "kept").iterdir()
+    assert json.loads((folder / "meta.json").read_text())["complete"]
+
+
+def test_decoding_on_a_gpu_wants_one(tiny_shards: Path, tmp_path: Path) -> None:
+    flags = (*TINY, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    status, output = forked(*flags, "--decode", "gpu")
+    assert status == 2
+    assert "--decode gpu needs a GPU" in output

@@ -1,0 +1,165 @@
+"""Decoding on the device that trains: workers hand over encoded bytes and the boxes of the crops.
+
+The main process decodes a batch at once with nvJPEG, through torchcodec or torchvision, turns the
+pictures upright, and cuts and resizes the same boxes that a worker would. What the device cannot
+decode (PNG and its like, CMYK) or what looks damaged is decoded and cropped by the worker as ever.
+On a CPU the same calls decode with libjpeg, so that all of it can be tested there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco_scale.data.decode import UPRIGHT, DecodeError, decode_rgb, jpeg_size
+from moco_scale.errors import UserError
+
+# Bytes no JPEG has so many of in a row, unless a part of it was never written.
+_HOLE = bytes(512)
+
+
+class EncodedViews(NamedTuple):
+    """What a worker makes of b pictures, n of which the device is to decode."""
+
+    data: Tensor
+    """uint8, the encoded bytes of the n pictures, one after the other, without their EXIF."""
+    ends: Tensor
+    """int64 [n], where each of them ends in `data`."""
+    turned: Tensor
+    """int64 [n], their orientation, a key of UPRIGHT."""
+    rows: Tensor
+    """int64 [n], their places in the batch."""
+    boxes: Tensor
+    """int64 [n, V, 4], (top, left, height, width) of each view in the upright picture."""
+    others: Tensor
+    """int64 [b - n], the places of the others."""
+    views: Tensor
+    """uint8 [V, b - n, 3, S, S], the others' crops."""
+
+
+class BadPicture(Exception):
+    """A picture that neither the device nor the CPU decodes; `row` is its place in the batch."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(reason)
+        self.row = row
+
+
+def can_decode(data: bytes | memoryview) -> bool:
+    """Whether a picture is left to the device: a JPEG in gray or colour that seems whole.
+
+    nvJPEG makes something of a file whose end is missing or zeros; the CPU's decoder, to which
+    such files are sent, says that it is damaged.
+    """
+    try:
+        if jpeg_size(data) is None:
+            return False
+    except DecodeError:
+        return False
+    whole = bytes(data)
+    return whole.rstrip(b"\0").endswith(b"\xff\xd9") and _HOLE not in whole.rstrip(b"\0")
+
+
+class DeviceDecoder:
+    """Makes uint8 views [V, b, 3, S, S] on `device` of what workers hand over."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Raises UserError where nothing that is installed decodes JPEG on `device`."""
+        self.device = device
+        self._decode = _decoder()
+
+    @classmethod
+    def on_gpu(cls, device: torch.device) -> DeviceDecoder:
+        """Raises UserError where `device` is no GPU."""
+        if device.type != "cuda":
+            raise UserError(
+                f"--decode gpu needs a GPU, and this process computes on the {device.type}; leave "
+                "--decode out"
+            )
+        return cls(device)
+
+    def __call__(self, encoded: EncodedViews) -> Tensor:
+        """Raises BadPicture for one that turns out to be damaged."""
+        rows, others = encoded.rows.tolist(), encoded.others.to(self.device)
+        shape = (len(encoded.views), len(rows) + len(others), *encoded.views.shape[2:])
+        views = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        views[:, others] = encoded.views.to(self.device, non_blocking=True)
+        pictures = self._pictures(encoded)
+        boxes, turned = encoded.boxes.tolist(), encoded.turned.tolist()
+        for i, picture in enumerate(pictures):
+            swap, *flips = UPRIGHT[turned[i]]
+            upright = picture.swapaxes(1, 2) if swap else picture
+            axes = [axis for axis, flip in zip((1, 2), flips, strict=True) if flip]
+            upright = upright.flip(axes) if axes else upright
+            for view, box in zip(views, boxes[i], strict=True):
+                crop_into(view[rows[i]], upright, box)
+        return views
+
+    def _pictures(self, encoded: EncodedViews) -> list[Tensor]:
+        """uint8 [3, H, W] of each JPEG, as it is stored, on the device."""
+        ends = encoded.ends.tolist()
+        if not ends:
+            return []
+        data = encoded.data
+        jpegs = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        try:
+            return self._decode(jpegs, self.device)
+        except RuntimeError:  # for one of them; which one, it does not say
+            rows = encoded.rows.tolist()
+            return [self._picture(jpeg, row) for jpeg, row in zip(jpegs, rows, strict=True)]
+
+    def _picture(self, jpeg: Tensor, row: int) -> Tensor:
+        try:
+            return self._decode([jpeg], self.device)[0]
+        except RuntimeError:
+            try:
+                pixels = decode_rgb(jpeg.numpy().tobytes())
+            except DecodeError as error:
+                raise BadPicture(row, str(error)) from None
+            return torch.from_numpy(pixels).permute(2, 0, 1).to(self.device)
+
+
+def crop_into(out: Tensor, picture: Tensor, box: Sequence[int]) -> None:
+    """As `views.write_crop` on any device: `picture` uint8 [3, H, W], `out` uint8 [3, S, S].
+
+    In fp32, rounded once, where the CPU's uint8 kernel rounds after each axis: at most 1/255 apart.
+    """
+    top, left, height, width = box
+    region = picture[:, top : top + height, left : left + width]
+    if region.shape != out.shape:
+        resized = F.interpolate(
+            region[None].float(), out.shape[1:], mode="bilinear", antialias=True
+        )
+        region = resized[0].round_().clamp_(0, 255)
+    out.copy_(region)
+
+
+def _decoder() -> Callable[[list[Tensor], torch.device], list[Tensor]]:
+    """(JPEGs as uint8 on the host, device) -> uint8 [3, H, W] each; RuntimeError for a bad one."""
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except Exception:  # not installed, or older, or without the libraries it needs
+        decode_jpeg = None
+    if decode_jpeg is not None:
+        return lambda jpegs, device: list(decode_jpeg(jpegs, mode="RGB", device=device))
+    try:
+        from torchvision.io import ImageReadMode
+        from torchvision.io import decode_jpeg as torchvision_decode
+    except ImportError:
+        raise UserError(
+            "--decode gpu: neither torchcodec nor this torchvision decodes JPEG; "
+            "`pip install torchcodec`, or leave --decode out"
+        ) from None
+
+    def decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
+        with warnings.catch_warnings():  # that it will be removed in favour of torchcodec
+            warnings.simplefilter("ignore", DeprecationWarning)
+            decoded: Any = torchvision_decode(jpegs, ImageReadMode.RGB, device)
+        return list(decoded)
+
+    return decode

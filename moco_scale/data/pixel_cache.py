@@ -1,0 +1,274 @@
+"""Decoded pictures of a small set, kept once a node for all ranks and workers.
+
+A folder holds one file of pixels with a place for every picture, whose size is known from its
+header before anything is decoded. Whoever decodes a picture puts its pixels in their place and then
+marks it; two that do so at once write the same bytes. Everything is allocated when the folder is
+made, so that a full disk or memory is a message at the start and not a bus error later.
+
+Whoever uses the folder holds a shared lock on its file "used". To make, check or remove it takes an
+exclusive lock on "changing", and to remove it also one on "used", which nobody else holds then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moco_scale.data.decode import DecodeError, Pixels, picture_size
+from moco_scale.data.output_folder import size_text
+from moco_scale.data.shard_set import Shards
+from moco_scale.errors import UserError
+from moco_scale.files import write_atomically
+
+RAM = "ram"
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "moco_scale-pixels-"
+_FORMAT = 1
+_TABLE_DTYPE = np.dtype([("offset", "<u8"), ("height", "<u4"), ("width", "<u4")])
+_PROBES = 512  # pictures from whose sizes a set that is far too large is refused at once
+_SPARE = 0.9  # share of a disk's free space that may be taken
+_SPARE_MEMORY = 0.5  # likewise of memory
+
+
+class PixelCache:
+    """Pixels of pictures that were decoded before, by whichever process of this node.
+
+    Can be pickled, and used after a fork.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Of a folder that `open` has made."""
+        self.folder = folder
+        self._table = np.load(folder / "table.npy", mmap_mode="r")
+        self._pixels = _mapped(folder / "pixels")
+        self._done = _mapped(folder / "done")
+        self._used: IO[bytes] | None = None
+        self._passing = False
+
+    @classmethod
+    def open(cls, shards: Shards, place: str) -> PixelCache:
+        """The cache of these pictures in `place`, a folder on a local disk or RAM.
+
+        One that is there and whole is used again, and gains from earlier runs. In RAM it is
+        removed with the last run on this node that uses it; what a killed run left there is removed
+        by the next.
+
+        Raises UserError: it would not fit; the place cannot be written.
+        """
+        if shards.remote_parts():
+            raise UserError(
+                f"--cache {place}: {shards.name} is fetched while it is read; --shard-cache keeps "
+                "what was fetched, and --cache the pictures of local shards"
+            )
+        parent = SHARED_MEMORY if place == RAM else Path(place)
+        name = f"{PREFIX}{os.getuid()}-{shards.fingerprint[:24]}"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            if place == RAM:
+                for left in parent.glob(f"{PREFIX}{os.getuid()}-*"):
+                    if left.name != name:
+                        _remove_unused(left)
+            with _changing(parent / name):
+                _make_unless_whole(parent / name, shards, place)
+                used = (parent / name / "used").open("ab")
+                fcntl.flock(used, fcntl.LOCK_SH)
+                cache = cls(parent / name)
+        except OSError as error:
+            raise UserError(f"--cache {place}: {_reason(error, parent)}") from error
+        cache._used, cache._passing = used, place == RAM
+        return cache
+
+    def get(self, i: int) -> Pixels | None:
+        """Pixels of picture i, uint8 [H, W, 3], not to be changed; None when not yet decoded."""
+        return self._place(i) if self._done[i] else None
+
+    def put(self, i: int, pixels: Pixels) -> None:
+        """Keep what picture i was decoded to; not if its header promised another size."""
+        place = self._place(i)
+        if place.shape == pixels.shape and not self._done[i]:
+            place[...] = pixels
+            self._done[i] = 1
+
+    @property
+    def filled(self) -> float:
+        """Share of the pictures that need not be decoded any more."""
+        return float(np.count_nonzero(self._done)) / len(self._done)
+
+    def close(self) -> None:
+        """Let go of it; no other method may be called afterwards. May be called again."""
+        used, self._used = self._used, None
+        if used is None:
+            return
+        used.close()
+        with contextlib.suppress(OSError):  # somebody removed it, or its disk is full
+            if self._passing:
+                _remove_unused(self.folder)
+            else:
+                _mark_if_complete(self.folder)
+
+    def _place(self, i: int) -> Pixels:
+        offset, height, width = self._table[i].item()
+        return self._pixels[offset : offset + 3 * height * width].reshape(height, width, 3)
+
+    def __getstate__(self) -> Path:
+        return self.folder
+
+    def __setstate__(self, folder: Path) -> None:
+        self.__init__(folder)  # type: ignore[misc]
+
+
+def _mapped(path: Path) -> npt.NDArray[np.uint8]:
+    # numpy's memmap class makes every access slower.
+    return np.asarray(np.memmap(path, np.uint8, mode="r+"))
+
+
+@contextlib.contextmanager
+def _changing(folder: Path) -> Iterator[None]:
+    """While nobody else makes, checks or removes the folder, which is made if need be."""
+    while True:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(errno.EACCES, "it belongs to another user", str(folder))
+        try:
+            lock = (folder / "changing").open("ab")
+        except FileNotFoundError:  # removed in between
+            continue
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                current = os.path.samestat(os.fstat(lock.fileno()), (folder / "changing").stat())
+            except FileNotFoundError:
+                current = False
+            if current:
+                yield
+                return
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder unless somebody uses it."""
+    with (
+        _changing(folder),
+        (folder / "used").open("ab") as lock,
+        contextlib.suppress(BlockingIOError),
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+
+
+def _meta(folder: Path, shards: Shards) -> dict[str, Any]:
+    """What must agree for the pixels to be those that decoding would give."""
+    return {
+        "format": _FORMAT,
+        "fingerprint": shards.fingerprint,
+        "decoders": [version("simplejpeg"), version("pillow")],
+        "sizes": {name: os.path.getsize(folder / name) for name in ("table.npy", "pixels", "done")},
+        "table": zlib.crc32((folder / "table.npy").read_bytes()),
+    }
+
+
+def _make_unless_whole(folder: Path, shards: Shards, place: str) -> None:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        # After a crash of the machine a mark may have reached the disk before its pixels.
+        trusted = found.pop("complete") or found["boot"] == _boot() != ""
+        if trusted and found == _meta(folder, shards) | {"boot": found["boot"]}:
+            return
+    for name in ("meta.json", "table.npy", "pixels", "done"):
+        (folder / name).unlink(missing_ok=True)
+    _make(folder, shards, place)
+
+
+def _make(folder: Path, shards: Shards, place: str) -> None:
+    """Lay out the files for all pictures, none of them decoded. Raises UserError: no room."""
+    count = len(shards)
+    probes = np.unique(np.linspace(0, count - 1, _PROBES).astype(np.int64))
+    mean = sum(3 * h * w for h, w in _sizes(shards, probes)) / len(probes)
+    try:
+        # Half of the estimate, which may be off; the sizes themselves are taken of fewer pictures.
+        _require_room(int(mean * count / 2), int(mean * count), folder, shards, place)
+        table = np.zeros(count, _TABLE_DTYPE)
+        table["height"], table["width"] = np.array(list(_sizes(shards, range(count)))).T
+        sizes = 3 * table["height"].astype(np.uint64) * table["width"]
+        table["offset"][1:] = np.cumsum(sizes)[:-1]
+        total = int(sizes.sum())
+        _require_room(total + count, total, folder, shards, place)
+        np.save(folder / "table.npy", table)
+        for name, size in (("pixels", max(total, 1)), ("done", count)):
+            with (folder / name).open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    meta = _meta(folder, shards) | {"boot": _boot(), "complete": False}
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=1))
+
+
+def _mark_if_complete(folder: Path) -> None:
+    """Once everything is decoded get it to the disk, where it can be trusted from then on."""
+    with _changing(folder):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["complete"] or not np.fromfile(folder / "done", np.uint8).all():
+            return
+        for name in ("pixels", "done", "table.npy"):
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+        write_atomically(folder / "meta.json", json.dumps(meta | {"complete": True}, indent=1))
+
+
+def _sizes(shards: Shards, pictures: Any) -> Iterator[tuple[int, int]]:
+    """(height, width) of each picture once upright; (0, 0) of one that cannot be read."""
+    for i in pictures:
+        try:
+            yield picture_size(shards.read(int(i)))
+        except DecodeError:
+            yield 0, 0
+
+
+def _require_room(least: int, total: int, folder: Path, shards: Shards, place: str) -> None:
+    room = int(shutil.disk_usage(folder).free * _SPARE)
+    where = f"in {folder.parent}"
+    if place == RAM:
+        room, where = min(room, int(_free_memory() * _SPARE_MEMORY)), "of memory"
+    if least > room:
+        raise UserError(
+            f"--cache {place}: the {len(shards)} pictures of {shards.name} take about "
+            f"{size_text(total)} once decoded, and a cache may take {size_text(room)} {where}. "
+            "Leave --cache out, name a folder on a larger local disk, or shrink the pictures "
+            "(python -m moco_scale shard --short-side N)"
+        )
+
+
+def _free_memory() -> int:
+    """Bytes this process and its like can still get: the machine's, or the container's."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        cgroup = Path("/sys/fs/cgroup")
+        limit = int((cgroup / "memory.max").read_text(encoding="ascii"))
+        free = min(free, limit - int((cgroup / "memory.current").read_text(encoding="ascii")))
+    return max(0, free)
+
+
+def _boot() -> str:
+    """Differs after every start of the machine; "" where it is not known."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
+
+
+def _reason(error: OSError, parent: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no room left in {parent}"
+    return f"cannot use {error.filename or parent}: {error.strerror or error}"

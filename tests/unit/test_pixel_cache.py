@@ -1,0 +1,200 @@
+"""Decoded pictures kept for all processes of a node: the same pixels, in no more than there is."""
+
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moco_scale.data import pixel_cache
+from moco_scale.data.augment import Augmentation
+from moco_scale.data.decode import Decoder, decode_rgb
+from moco_scale.data.open_shards import open_shards
+from moco_scale.data.order import BatchPlan
+from moco_scale.data.pixel_cache import PixelCache
+from moco_scale.data.reader import pretraining_loader
+from moco_scale.data.shard_set import Shards
+from moco_scale.errors import UserError
+
+AUG = Augmentation(crop_min=0.2)
+
+
+@pytest.fixture
+def shards(tiny_shards: Path) -> Shards:
+    return open_shards(tiny_shards, "train")
+
+
+def views(shards: Shards, cache: PixelCache | None, workers: int = 0) -> list[torch.Tensor]:
+    """Two epochs of crops."""
+    plan = BatchPlan(shards.order(0), 8)
+    with pretraining_loader(
+        shards, plan, AUG, 24, num_workers=workers, end_step=8, cache=cache
+    ) as loader:
+        return [batch.views.clone() for batch in loader]
+
+
+def is_kept(cache: PixelCache, shards: Shards, i: int) -> bool:
+    pixels = cache.get(i)
+    return pixels is not None and np.array_equal(pixels, decode_rgb(shards.read(i)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_changes_no_pixel_and_the_second_epoch_decodes_nothing(
+    shards: Shards, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = PixelCache.open(shards, str(tmp_path))
+    assert cache.filled == 0
+    expected = views(shards, None)
+    assert all(
+        torch.equal(a, b) for a, b in zip(views(shards, cache, workers), expected, strict=True)
+    )
+    assert cache.filled == 1  # also when workers filled it
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("decoded once more")
+
+    monkeypatch.setattr(Decoder, "__call__", refuse)
+    assert all(torch.equal(a, b) for a, b in zip(views(shards, cache), expected, strict=True))
+    cache.close()
+
+
+def test_a_folder_keeps_it_for_the_next_run(shards: Shards, tmp_path: Path) -> None:
+    first = PixelCache.open(shards, str(tmp_path))
+    views(shards, first)
+    first.close()
+    first.close()
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "meta.json").read_text())["complete"]
+    again = PixelCache.open(shards, str(tmp_path))
+    assert again.filled == 1
+    assert is_kept(again, shards, 3)
+    again.close()
+
+
+@pytest.mark.parametrize("harm", ["shorter", "table", "other decoder", "no meta", "after a crash"])
+def test_what_cannot_be_trusted_is_made_again(shards: Shards, tmp_path: Path, harm: str) -> None:
+    cache = PixelCache.open(shards, str(tmp_path))
+    views(shards, cache)
+    cache.close()
+    (folder,) = tmp_path.iterdir()
+    meta = json.loads((folder / "meta.json").read_text())
+    if harm == "shorter":
+        (folder / "pixels").write_bytes((folder / "pixels").read_bytes()[:-1])
+    elif harm == "table":
+        table = bytearray((folder / "table.npy").read_bytes())
+        table[-1] ^= 1
+        (folder / "table.npy").write_bytes(table)
+    elif harm == "other decoder":
+        (folder / "meta.json").write_text(json.dumps(meta | {"decoders": ["0", "0"]}))
+    elif harm == "no meta":
+        (folder / "meta.json").unlink()
+    else:  # of a machine that was not shut down
+        changed = meta | {"complete": False, "boot": "another"}
+        (folder / "meta.json").write_text(json.dumps(changed))
+    again = PixelCache.open(shards, str(tmp_path))
+    assert again.filled == 0
+    again.close()
+
+
+def test_other_pictures_have_a_cache_of_their_own(shards: Shards, tmp_path: Path) -> None:
+    caches = [PixelCache.open(s, str(tmp_path)) for s in (shards, shards.subset(np.arange(5)))]
+    assert len(list(tmp_path.iterdir())) == 2
+    for cache in caches:
+        cache.close()
+
+
+def test_one_in_memory_goes_with_its_last_user(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_cache, "SHARED_MEMORY", tmp_path)
+    one, two = (PixelCache.open(shards, "ram") for _ in range(2))  # two ranks
+    one.put(0, decode_rgb(shards.read(0)))
+    assert two.get(0) is not None
+    one.close()
+    assert two.get(1) is None
+    assert list(tmp_path.iterdir())
+    two.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_in_memory_is_removed(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_cache, "SHARED_MEMORY", tmp_path)
+    left = PixelCache.open(shards.subset(np.arange(5)), "ram")
+    in_use = PixelCache.open(shards.subset(np.arange(6)), "ram")
+    assert left._used is not None
+    left._used.close()  # as its end would
+    now = PixelCache.open(shards, "ram")
+    assert sorted(tmp_path.iterdir()) == sorted([in_use.folder, now.folder])
+    in_use.close()
+    now.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = sum(decode_rgb(shards.read(i)).size for i in range(len(shards)))
+    monkeypatch.setattr(pixel_cache, "SHARED_MEMORY", tmp_path)
+    for memory in (0, total):  # seen from a part of the sizes, and from all of them
+        monkeypatch.setattr(pixel_cache, "_free_memory", lambda memory=memory: memory)
+        with pytest.raises(UserError, match=r"--cache ram: the 32 pictures .* once decoded"):
+            PixelCache.open(shards, "ram")
+        assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(pixel_cache, "_free_memory", lambda: 3 * total)
+    PixelCache.open(shards, "ram").close()
+
+
+def test_a_place_that_cannot_be_used_is_named(shards: Shards, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--cache .*file"):
+        PixelCache.open(shards, str(tmp_path / "file"))
+
+
+def _open_and_fill(shards: Shards, place: str, barrier: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    cache = PixelCache.open(shards, place)
+    for i in range(len(shards)):
+        cache.put(i, decode_rgb(shards.read(i)))
+    cache.close()
+
+
+def test_many_open_and_fill_it_at_once(shards: Shards, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    processes = [
+        context.Process(target=_open_and_fill, args=(shards, str(tmp_path), barrier))
+        for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    cache = PixelCache.open(shards, str(tmp_path))
+    assert cache.filled == 1
+    for i in range(len(shards)):
+        assert is_kept(cache, shards, i)
+    cache.close()
+
+
+def test_it_travels_to_processes_that_are_not_forked(shards: Shards, tmp_path: Path) -> None:
+    cache = PixelCache.open(shards, str(tmp_path))
+    copy = pickle.loads(pickle.dumps(cache))
+    copy.put(2, decode_rgb(shards.read(2)))
+    assert is_kept(cache, shards, 2)
+    copy.close()  # holds no lock, and removes nothing
+    cache.close()
+
+
+def test_pictures_that_are_not_what_their_header_says_are_not_kept(
+    shards: Shards, tmp_path: Path
+) -> None:
+    cache = PixelCache.open(shards, str(tmp_path))
+    cache.put(0, np.zeros((3, 3, 3), np.uint8))
+    assert cache.get(0) is None
+    cache.close()
