@@ -259,7 +259,10 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     stdin = io.BufferedReader(io.FileIO(0))
-    fetching = _Fetching(pickle.load(stdin))
+    try:
+        fetching = _Fetching(pickle.load(stdin))
+    except UserError:  # which readers will meet too
+        os._exit(0)
     for line in stdin:
         if line == _END:
             break

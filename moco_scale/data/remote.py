@@ -199,13 +199,18 @@ class FsspecPlace(Place):
 
     def __init__(self, spec: str) -> None:
         self._spec = spec.rstrip("/")
-        self._system = _file_system(self._spec)
+        self._system, self._process = _file_system(self._spec), os.getpid()
 
     def __getstate__(self) -> str:
         return self._spec
 
     def __setstate__(self, spec: str) -> None:
         self.__init__(spec)  # type: ignore[misc]
+
+    def _file_system(self) -> Any:
+        if self._process != os.getpid():  # their connections do not survive a fork
+            self._system, self._process = _file_system(self._spec), os.getpid()
+        return self._system
 
     def address(self, name: str) -> str:
         return f"{shown(self._spec)}/{name}"
@@ -214,7 +219,7 @@ class FsspecPlace(Place):
     def open(self, name: str, start: int) -> Iterator[Body]:
         with contextlib.ExitStack() as stack:
             try:
-                file = self._system.open(
+                file = self._file_system().open(
                     f"{self._spec}/{name}", "rb", block_size=16 << 20, cache_type="readahead"
                 )
                 stack.enter_context(file)
@@ -260,7 +265,7 @@ def _file_system(spec: str) -> Any:
             f"--data-dir {shown(spec)}: {protocol}:// needs fsspec; install it with: {EXTRA}"
         ) from None
     try:
-        # An instance of its own: those that fsspec keeps do not survive a fork.
+        # Not one that fsspec keeps, which would be the same again after a fork.
         return fsspec.filesystem(protocol, skip_instance_cache=True)
     except ImportError as error:
         raise UserError(

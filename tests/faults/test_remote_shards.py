@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import shutil
 import time
@@ -264,13 +265,34 @@ def test_a_name_that_a_shell_would_take_for_a_command_is_refused(
 
 
 def test_an_object_store(tiny_shards: Path, tmp_path: Path) -> None:
+    """In the memory of this process, which workers inherit and the one that fetches ahead does not.
+    Like those of real stores its connections must not be used after a fork."""
     fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Pinned(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "pinned"
+        cachable = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.process = os.getpid()
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.replace("pinned://", "memory://"))
+
+        def _open(self, *arguments: object, **keywords: object) -> object:
+            if self.process != os.getpid():
+                raise RuntimeError("This class is not fork-safe")
+            return super()._open(*arguments, **keywords)
+
+    fsspec.register_implementation("pinned", Pinned, clobber=True)
     store = fsspec.filesystem("memory")
     for path in tiny_shards.iterdir():
         store.pipe(f"/bucket/set/{path.name}", path.read_bytes())
     try:
-        far = open_shards(ShardSource("memory://bucket/set", str(tmp_path)), "train")
-        # With workers: what a fork or a pickle does to the connection does no harm.
+        far = open_shards(ShardSource("pinned://bucket/set", str(tmp_path)), "train")
         same(batches(far, 1), batches(open_shards(tiny_shards, "train"), 0))
         far = open_shards(ShardSource(f"file://{tiny_shards}", str(tmp_path)), "train")
         same(batches(far, 1), batches(open_shards(tiny_shards, "train"), 0))
