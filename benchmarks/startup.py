@@ -65,13 +65,13 @@ def make_shards(folder: Path, shards: int) -> None:
     """An index of sparse tars; the pictures of the first batch are written."""
     import numpy as np
 
-    from moco_scale.data import index
+    from moco_scale.data import index_file
     from moco_scale.data.order import BatchPlan, FullPermutation
 
     samples = shards * PER_SHARD
     size = PER_SHARD * STRIDE + 2 * tarfile.BLOCKSIZE
     number = np.arange(samples)
-    rows = np.zeros(samples, index.INDEX_DTYPE)
+    rows = np.zeros(samples, index_file.INDEX_DTYPE)
     picture = jpeg()
     rows["shard"], rows["size"] = number // PER_SHARD, len(picture)
     rows["offset"] = number % PER_SHARD * STRIDE + tarfile.BLOCKSIZE
@@ -84,15 +84,15 @@ def make_shards(folder: Path, shards: int) -> None:
         with (folder / names[rows["shard"][sample]]).open("r+b") as file:
             file.seek(int(rows["offset"][sample]))
             file.write(picture)
-    np.save(folder / index.index_name("train"), rows)
-    entry = index.split_entry("train", rows, [(name, size, PER_SHARD) for name in names])
+    np.save(folder / index_file.index_name("train"), rows)
+    entry = index_file.split_entry("train", rows, [(name, size, PER_SHARD) for name in names])
     header = {
-        "format": index.FORMAT,
-        "version": index.VERSION,
+        "format": index_file.FORMAT,
+        "version": index_file.VERSION,
         "classes": [f"n{i:08d}" for i in range(1000)],
         "splits": {"train": entry},
     }
-    (folder / index.INDEX_JSON).write_text(json.dumps(header))
+    (folder / index_file.INDEX_JSON).write_text(json.dumps(header))
 
 
 def scan_cost(folder: Path, shards: int) -> float:

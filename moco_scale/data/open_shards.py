@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from moco_scale.data import index
+from moco_scale.data import index, index_file
 from moco_scale.data.mixed_shards import MixedShards, split_mixture
 from moco_scale.data.remote import is_remote
 from moco_scale.data.remote_shards import has_remote_split, open_remote
@@ -72,14 +72,14 @@ def _has_split(source: ShardSource, split: str) -> bool:
         tars = _without_index(source.spec)
     except UserError:
         return False
-    return index.has_split(source.spec, split) if tars is None else split in tars.splits
+    return index_file.has_split(source.spec, split) if tars is None else split in tars.splits
 
 
 def _without_index(spec: str) -> ShardList | None:
     """Its tars when spec is a data set that came without our index."""
     folder = Path(spec)
     if not is_pattern(spec):
-        unfinished = index.PARTIAL in folder.name
-        if not folder.is_dir() or unfinished or (folder / index.INDEX_JSON).exists():
+        unfinished = index_file.PARTIAL in folder.name
+        if not folder.is_dir() or unfinished or (folder / index_file.INDEX_JSON).exists():
             return None
     return list_shards(spec)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from moco_scale.data.index import INDEX_JSON, PARTIAL
+from moco_scale.data.index_file import INDEX_JSON, PARTIAL
 from moco_scale.errors import UserError
 
 LEFT_OUT = "left_out.jsonl"

@@ -28,7 +28,7 @@ from moco_scale.data.decode import (
 )
 from moco_scale.data.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
 from moco_scale.data.fetch_ahead import FetchAhead, Job, check_room
-from moco_scale.data.index import shard_command
+from moco_scale.data.index_file import shard_command
 from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.random import uniforms

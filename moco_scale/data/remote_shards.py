@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moco_scale.data import index
+from moco_scale.data import index, index_file
 from moco_scale.data.download import Patience, RemoteFile, download
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.order import Indices
@@ -74,7 +74,7 @@ class RemoteShards(index.IndexedShards):
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         folder, split, header, selection, *place = state
-        rows = index.map_rows(folder, split)
+        rows = index_file.map_rows(folder, split)
         self.__init__(folder, split, header, rows, selection, *place)  # type: ignore[misc]
 
     def _map(self, shard: int) -> mmap.mmap:
@@ -97,7 +97,7 @@ def open_remote(source: ShardSource, split: str) -> RemoteShards:
     """
     place, cache, name = source.place, source.cache, str(source)
     for attempt in range(1, _ATTEMPTS + 1):
-        content = _fetch(place, index.INDEX_JSON, cache.patience)
+        content = _fetch(place, index_file.INDEX_JSON, cache.patience)
         try:
             header = _parsed(content, place)
             if split not in header["splits"]:
@@ -118,7 +118,7 @@ def open_remote(source: ShardSource, split: str) -> RemoteShards:
 def has_remote_split(source: ShardSource, split: str) -> bool:
     """Whether there is such a split at an address. Raises UserError where nothing can be read."""
     place = source.place
-    content = _fetch(place, index.INDEX_JSON, source.cache.patience)
+    content = _fetch(place, index_file.INDEX_JSON, source.cache.patience)
     try:
         return split in _parsed(content, place)["splits"]
     except _DamagedError as damage:
@@ -131,13 +131,15 @@ class _DamagedError(Exception):
 
 def _parsed(content: bytes, place: Place) -> dict[str, Any]:
     try:
-        header = index.parse_header(content, place.address(index.INDEX_JSON))
+        header = index_file.parse_header(content, place.address(index_file.INDEX_JSON))
     except UserError as error:
         raise _DamagedError(str(error)) from None
     for split in header["splits"].values():
         for shard in split["shards"]:
             if shard["name"].startswith("."):
-                raise _DamagedError(f"{place.address(index.INDEX_JSON)} names {shard['name']!r}")
+                raise _DamagedError(
+                    f"{place.address(index_file.INDEX_JSON)} names {shard['name']!r}"
+                )
     return header
 
 
@@ -163,20 +165,21 @@ def _rows(
     content: bytes,
 ) -> np.ndarray:
     """The rows of the index, which one process fetches unless they are in the folder."""
-    path = folder / index.index_name(split)
+    path = folder / index_file.index_name(split)
     with cache.explained():
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
                 with contextlib.suppress(UserError):
-                    return index.read_rows(folder, split, header)
-            write_once(folder / index.INDEX_JSON, content)
+                    return index_file.read_rows(folder, split, header)
+            write_once(folder / index_file.INDEX_JSON, content)
             write_once(path, _fetch(place, path.name, cache.patience))
             try:
-                return index.read_rows(folder, split, header)
+                return index_file.read_rows(folder, split, header)
             except UserError:
                 path.unlink()
                 raise _DamagedError(
-                    f"{place.address(path.name)} is damaged, or not of the {index.INDEX_JSON} there"
+                    f"{place.address(path.name)} is damaged, or not of the "
+                    f"{index_file.INDEX_JSON} there"
                 ) from None

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data import index
+from moco_scale.data import index, index_file
 from moco_scale.data.pool import BrokenProcessPool, in_order
 from moco_scale.data.progress import Progress
 from moco_scale.data.shard_list import ShardList
@@ -153,8 +153,8 @@ def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) ->
     classes = _classes(spec, everything, scans)
     place = {name: i for i, name in enumerate(classes)}
     header: dict[str, Any] = {
-        "format": index.FORMAT,
-        "version": index.VERSION,
+        "format": index_file.FORMAT,
+        "version": index_file.VERSION,
         "classes": classes,
         "splits": {},
         "made": {"scanned": spec, "without_picture": sum(s.without_picture for s in scans)},
@@ -172,9 +172,9 @@ def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) ->
                 [_rows(number, scan, place) for number, (_, scan) in enumerate(chosen)]
             )
             entry = [(name, sizes[name], len(scan.offset)) for name, scan in chosen]
-            header["splits"][split] = index.split_entry(split, rows, entry)
-            _save(folder / index.index_name(split), rows)
-        write_atomically(folder / index.INDEX_JSON, json.dumps(header, indent=1))
+            header["splits"][split] = index_file.split_entry(split, rows, entry)
+            _save(folder / index_file.index_name(split), rows)
+        write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1))
         sync_folder(folder)
     except OSError as error:
         raise UserError(
@@ -225,7 +225,7 @@ def _classes(spec: str, everything: list[tuple[str, str]], scans: list[ShardScan
 
 
 def _rows(number: int, scan: ShardScan, place: dict[str, int]) -> np.ndarray:
-    rows = np.zeros(len(scan.offset), index.INDEX_DTYPE)
+    rows = np.zeros(len(scan.offset), index_file.INDEX_DTYPE)
     rows["shard"], rows["offset"], rows["size"] = number, scan.offset, scan.size
     rows["label"] = scan.label
     if scan.names:

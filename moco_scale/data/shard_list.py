@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moco_scale.data.index import INDEX_JSON
+from moco_scale.data.index_file import INDEX_JSON
 from moco_scale.errors import UserError
 
 JOIN = "::"

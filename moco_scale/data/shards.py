@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data import index
+from moco_scale.data import index_file
 from moco_scale.data.layout import Listing, Picture
 from moco_scale.data.output_folder import LEFT_OUT, size_text, sync
 from moco_scale.data.pool import BrokenProcessPool, in_order
@@ -87,8 +87,8 @@ def write_shards(
     if encoding is None:
         _check_room(listing, folder)
     header: dict[str, Any] = {
-        "format": index.FORMAT,
-        "version": index.VERSION,
+        "format": index_file.FORMAT,
+        "version": index_file.VERSION,
         "classes": listing.classes,
         "splits": {},
     }
@@ -116,16 +116,18 @@ def write_shards(
             raise UserError(f"None of the {len(ordered)} {split} pictures can be decoded.")
         rows = np.concatenate(all_rows)
         with write_errors(folder):
-            np.save(folder / index.index_name(split), rows, allow_pickle=False)
-            sync(folder / index.index_name(split))
-        header["splits"][split] = index.split_entry(split, rows, shards, checksums)
+            np.save(folder / index_file.index_name(split), rows, allow_pickle=False)
+            sync(folder / index_file.index_name(split))
+        header["splits"][split] = index_file.split_entry(split, rows, shards, checksums)
         written.append(Written(split, len(rows), len(shards), sum(size for _, size, _ in shards)))
     header["made"] = {**(made or {}), "seed": seed, "left_out": len(listing.left_out)}
     with write_errors(folder):
         if listing.left_out:
             lines = (json.dumps(entry._asdict(), ensure_ascii=False) for entry in listing.left_out)
             _write_text(folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
-        _write_text(folder / index.INDEX_JSON, json.dumps(header, indent=1, ensure_ascii=False))
+        _write_text(
+            folder / index_file.INDEX_JSON, json.dumps(header, indent=1, ensure_ascii=False)
+        )
     return written
 
 

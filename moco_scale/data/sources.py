@@ -24,8 +24,9 @@ from tqdm import tqdm
 from moco_scale.errors import UserError
 
 JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
-PICTURE_SUFFIXES = JPEG_SUFFIXES | frozenset(
-    (".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
+    *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
 
 # by the bytes that such a file begins with

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from moco_scale.data.sources import PICTURE_SUFFIXES
 from moco_scale.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
 # In the order of preference, should one sample have several.
-PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+PICTURES = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
 LABEL_FIELDS = ("label", "cls", "class")  # of a .json, likewise
 _WINDOW = 4096  # bytes read at once: a header, small members and the header after them
 _LARGEST_TEXT = 1 << 24

@@ -8,7 +8,7 @@ from harness import run_ranks
 
 from moco_scale import distributed
 from moco_scale.data import scanned_index, tar_scan
-from moco_scale.data.index import INDEX_JSON
+from moco_scale.data.index_file import INDEX_JSON
 from moco_scale.data.open_shards import open_shards
 from moco_scale.errors import UserError
 

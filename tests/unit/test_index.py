@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from moco_scale.__main__ import main
-from moco_scale.data import index
-from moco_scale.data.index import INDEX_DTYPE, IndexedShards, has_split
+from moco_scale.data import index, index_file
+from moco_scale.data.index import IndexedShards
+from moco_scale.data.index_file import INDEX_DTYPE, has_split
 from moco_scale.errors import UserError
 
 
@@ -128,8 +129,8 @@ def test_an_index_of_a_million_is_mapped_not_read(tmp_path: Path) -> None:
     rows["offset"], rows["size"], rows["label"] = 512, 100, -1
     np.save(tmp_path / "train-index.npy", rows)
     (tmp_path / "train-000000.tar").write_bytes(bytes(10240))
-    entry = index.split_entry("train", rows, [("train-000000.tar", 10240, len(rows))])
-    header = {"format": index.FORMAT, "version": 1, "classes": [], "splits": {"train": entry}}
+    entry = index_file.split_entry("train", rows, [("train-000000.tar", 10240, len(rows))])
+    header = {"format": index_file.FORMAT, "version": 1, "classes": [], "splits": {"train": entry}}
     (tmp_path / "index.json").write_text(json.dumps(header))
     shards = IndexedShards.open(tmp_path)
     assert len(shards) == 1_000_000
@@ -276,7 +277,7 @@ def consistent(folder: Path, change: Callable[[np.ndarray], None]) -> None:
     rows = np.load(folder / "train-index.npy")
     change(rows)
     np.save(folder / "train-index.npy", rows)
-    checksum = index.rows_checksum(rows)
+    checksum = index_file.rows_checksum(rows)
     edit(folder, lambda header: header["splits"]["train"].update(checksum=checksum))
 
 
