@@ -19,10 +19,13 @@ from torch import Tensor
 
 from moco_scale.allocator import keep_freed_memory
 from moco_scale.errors import RankError, UserError
-from moco_scale.launchers import SCHEDULERS, complete_environment
+from moco_scale.interfaces import name_interface
+from moco_scale.launchers import SCHEDULERS, complete_environment, why_not_met
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective, where nothing else watches
+MEETING = timedelta(minutes=10)
+"""How long a process that has started waits for the last one, or for rank 0."""
 
 # Renamed in torch 2.14, where the older name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,12 +43,13 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
             time-out of the collectives, which says less, comes later.
 
     Raises:
-        UserError: CUDA is asked for and absent, there are more processes than GPUs here, or the
-            environment does not say which process this is.
+        UserError: CUDA is asked for and absent, there are more processes than GPUs here, the
+            environment does not say which process this is, or the others cannot be reached.
     """
     if dist.is_initialized():
         return
     complete_environment(os.environ)
+    name_interface(os.environ)
     local = local_rank()
     if torch.cuda.device_count() == 1 and any(name in os.environ for name in SCHEDULERS):
         local = 0  # the scheduler has hidden the other tasks' GPUs from this one
@@ -67,20 +71,23 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
     global _device, _store, _timeout
     _device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    # A process on its own has nobody to meet, and no port that another program could hold.
-    alone = (dist.HashStore(), 0, 1)
-    met = os.environ["WORLD_SIZE"] != "1"
-    store, number, world = next(dist.rendezvous("env://", timeout=TIMEOUT)) if met else alone
-    _store = store
     if hang_timeout:
         _timeout = max(TIMEOUT, timedelta(seconds=1.1 * patience(hang_timeout)))
-    dist.init_process_group(
-        backend,
-        timeout=_timeout,
-        store=dist.PrefixStore("default_pg", store),
-        rank=number,
-        world_size=world,
-    )
+    if os.environ["WORLD_SIZE"] == "1":
+        # Nobody to meet, and no port that another program could hold.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        _store = next(dist.rendezvous("env://", timeout=MEETING))[0]
+        _store.set_timeout(TIMEOUT)
+        met = dist.PrefixStore("default_pg", _store)
+        dist.init_process_group(backend, timeout=_timeout, store=met, rank=number, world_size=world)
+    except RuntimeError as error:
+        why = why_not_met(os.environ, str(error).splitlines()[0])
+        if why is None:
+            raise
+        raise RankError(UserError(why), number) from error
 
 
 def shutdown() -> None:

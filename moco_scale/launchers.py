@@ -215,6 +215,37 @@ def _port_of(environ: Mapping[str, str], name: str) -> int | None:
     return _PORTS[zlib.crc32(value.encode()) % len(_PORTS)] if value else None
 
 
+def why_not_met(environ: Mapping[str, str], said: str) -> str | None:
+    """What it means that processes did not come together; None for other failures.
+
+    Args:
+        environ: complete.
+        said: by torch.
+    """
+    where = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+    if "EADDRINUSE" in said:
+        return (
+            f"{where} is taken: another run, or one that hangs, listens there; end it, or choose "
+            "another MASTER_PORT for all processes"
+        )
+    if "waiting for clients" in said:
+        return (
+            f"not all {environ['WORLD_SIZE']} processes came to {where} ({said}): were all "
+            "started, and can their hosts reach that address?"
+        )
+    if "client socket" in said or "failed to connect" in said:
+        return (
+            f"cannot reach rank 0 at {where}: was it started, is that the address of its host in "
+            f"a network that this host shares, is the port open? ({said})"
+        )
+    if "connectFullMesh" in said:
+        return (
+            f"met the others at {where}, but gloo cannot connect to them: name the network "
+            f"interface that all hosts share in GLOO_SOCKET_IFNAME, such as eth0 ({said})"
+        )
+    return None
+
+
 def first_host(nodes: str) -> str:
     """The first host of Slurm's list: ``gpu[07-12,3],login1`` begins with ``gpu07``.
 

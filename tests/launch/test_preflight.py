@@ -4,8 +4,10 @@ import importlib.metadata
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +15,7 @@ import pytest
 from commands import TINY, forked, make_shards
 from conftest import write_picture
 
-from moco_scale import command_line, identity, preflight
+from moco_scale import command_line, distributed, identity, preflight
 
 
 def other_flags(*flags: str) -> None:
@@ -96,6 +98,41 @@ def test_another_output_folder(tiny_shards: Path, tmp_path: Path) -> None:
     (other / ".lock").write_text("host 1 0123456789abcdef\n")
     output = refused(tiny_shards, tmp_path / "out", other_flags, "--output-dir", str(other))
     assert "a file system that all hosts share" in output
+
+
+def alone_of_two(rank: int, port: int) -> None:
+    """The other process never comes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    distributed.MEETING = timedelta(seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "taken", "said"),
+    [
+        (0, False, r"not all 2 processes came to 127\.0\.0\.1:\d+ .* 1/2 clients joined"),
+        (1, False, r"cannot reach rank 0 at 127\.0\.0\.1:\d+ \(MASTER_ADDR, MASTER_PORT\)"),
+        (0, True, r"127\.0\.0\.1:\d+ .* is taken: .* choose another MASTER_PORT"),
+    ],
+)
+def test_processes_that_do_not_meet_say_why(
+    tmp_path: Path, rank: int, taken: bool, said: str
+) -> None:
+    with socket.socket() as holder:
+        holder.bind(("0.0.0.0", 0))
+        port = holder.getsockname()[1]
+        if taken:
+            holder.listen()
+        else:
+            holder.close()
+        status, output = forked(
+            *(*TINY, "--output-dir", tmp_path),
+            prepare=alone_of_two,
+            prepare_args=(rank, port),
+        )
+    assert status == 2, output
+    assert re.search(rf"train\.py: error: rank {rank} on \S+: {said}", output), output
+    assert "Traceback" not in output
 
 
 def test_preflight_looks_and_leaves(tiny_shards: Path, tmp_path: Path) -> None:
