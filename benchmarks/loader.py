@@ -15,6 +15,7 @@ webdataset    the same transforms behind webdataset's own reader, shuffle(1000),
 dali          DALI on the CPU: decode and two random crops, 1 thread; only where it is installed
 loader        moco_scale's: shards, decode once, two uint8 crops in shared memory, 1 worker; flip,
               colours and blur, which the first two do here, happen on the training device
+cached        the loader when --cache has everything decoded: from the second epoch on
 decode        simplejpeg alone, in memory that is there: the ceiling of decoding whole pictures
 entropy       JPEG's entropy decoding alone, about: what no decoder on a CPU can do without
 
@@ -23,8 +24,9 @@ Prints a table and, as its last line, one JSON object. Images are per second of 
     end_to_end_vs_official        loader over official
     end_to_end_vs_webdataset, end_to_end_vs_dali    where those were run, else null
     loader_vs_decode              loader over decode: its place below the ceiling
+    cached_vs_loader              what --cache gains
     decode_vs_official, entropy_vs_official
-    official, webdataset, dali, loader, decode, entropy    medians, images per second and core
+    official, webdataset, dali, loader, cached, decode, entropy    medians of these
     cores_per_1000                cores that the loader keeps busy to deliver 1,000 images a second
     scaling_1_to_2_workers        images per second of wall clock with 2 workers over 1, median
     memory_mb_epoch_1, memory_mb_epoch_2    highest of the tree of processes in each of two epochs,
@@ -63,8 +65,10 @@ from torchvision import datasets, transforms
 
 from moco_scale.data import shard_command
 from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.decode import decode_rgb
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.order import BatchPlan
+from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import pretraining_loader
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample.tar"
@@ -130,16 +134,25 @@ class Pictures:
         self.shards = open_shards(str(out), "train")
         everything = [bytes(self.shards.read(i)) for i in range(len(self.shards))]
         self.jpegs = [data for data in everything if simplejpeg.is_jpeg(data)]
+        self.cache = PixelCache.open(self.shards, str(scratch / "cache"))
+        for i, data in enumerate(everything):
+            self.cache.put(i, decode_rgb(data))
 
     def plan(self) -> BatchPlan:
         return BatchPlan(self.shards.order(seed=0), min(self.batch, len(self.shards)))
 
-    def loader(self, images: int, workers: int) -> Iterator[int]:
+    def loader(self, images: int, workers: int, cache: PixelCache | None = None) -> Iterator[int]:
         """Drives our loader; yields the number of images of each batch."""
         plan = self.plan()
         steps = -(-images // plan.global_batch)
         with pretraining_loader(
-            self.shards, plan, AUGMENTATIONS["v2"], SIZE, num_workers=workers, end_step=steps
+            self.shards,
+            plan,
+            AUGMENTATIONS["v2"],
+            SIZE,
+            num_workers=workers,
+            end_step=steps,
+            cache=cache,
         ) as loader:
             for batch in loader:
                 yield batch.views.shape[1]
@@ -214,6 +227,7 @@ WAYS: dict[str, Callable[[Pictures, int], Iterator[int]]] = {
     "webdataset": with_webdataset,
     "dali": with_dali,
     "loader": lambda pictures, images: pictures.loader(images, 1),
+    "cached": lambda pictures, images: pictures.loader(images, 1, pictures.cache),
     "decode": bare_decode,
     # At an eighth of the size hardly anything is left but entropy decoding.
     "entropy": lambda pictures, images: bare_decode(pictures, images, 8),
@@ -328,6 +342,7 @@ def main() -> None:
         "end_to_end_vs_webdataset": ratio("loader", "webdataset"),
         "end_to_end_vs_dali": ratio("loader", "dali"),
         "loader_vs_decode": ratio("loader", "decode"),
+        "cached_vs_loader": ratio("cached", "loader"),
         "decode_vs_official": ratio("decode", "official"),
         "entropy_vs_official": ratio("entropy", "official"),
         **{way: median.get(way) for way in WAYS},

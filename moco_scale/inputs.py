@@ -135,7 +135,8 @@ class StepInputs:
         plan, world = inputs.plan, distributed.world_size()
         self._batch = plan.batch(batch.step)
         self._mine = plan.share(batch.step, distributed.rank(), world)
-        self._crops = batch.views.to(inputs.device, non_blocking=True)
+        # The workers have a pixel's colours together; exchanges and augmentation want planes.
+        self._crops = batch.views.to(inputs.device, non_blocking=True).contiguous()
         self._sent = [
             inputs.shuffle.send(self._crops[key], batch.step, stream)
             for stream, (_, key) in enumerate(inputs.terms)

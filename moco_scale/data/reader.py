@@ -50,7 +50,8 @@ class ViewBatch(NamedTuple):
     labels: Tensor
     """int64 [b], -1 where there is none."""
     views: Tensor
-    """uint8 [V, b, 3, S, S], RGB, cropped and not augmented any further."""
+    """uint8 [V, b, 3, S, S], RGB, cropped and not augmented any further. In memory the three
+    colours of a pixel may lie together, as decoders and resizing have them."""
     bad: Sequence[BadSample] = ()
     """Samples that cannot be decoded. In pretraining another is seen in the place of each, under
     its number and with its own label; in evaluation they are left out."""
@@ -271,6 +272,11 @@ class _RandomCrops(_Crops):
         for i in range(len(seen)):
             self.crop(views[:, i], i, job, draws, seen, bad)
         return self.batch(job, job.samples, seen, views, bad)
+
+    def memory(self, pictures: int) -> Tensor:
+        """As resizing likes it: a pixel's colours together."""
+        memory = batch_memory((self.views, pictures, self.image_size, self.image_size, 3))
+        return memory.permute(0, 1, 4, 2, 3)
 
     def draws(self, job: _Job) -> list[list[list[float]]]:
         """What places the crops: CROP_SLOTS numbers for each view of each sample."""

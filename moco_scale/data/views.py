@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,7 +58,9 @@ def write_crop(out: Tensor, pixels: Pixels, box: Box) -> None:
     Bilinear with antialiasing, as PIL does it. Without, it is faster and wrong.
     """
     top, left, height, width = box
-    region = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)
+    # Whole in memory, of which the kernel makes use, as of an `out` that has colours innermost.
+    whole = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    region = torch.from_numpy(whole).permute(2, 0, 1)
     if region.shape == out.shape:
         out.copy_(region)
     else:

@@ -258,6 +258,17 @@ def test_a_worker_builds_batches_in_shared_memory(monkeypatch: pytest.MonkeyPatc
     assert memory.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pixel_s_colours_lie_together(pictures: PicturesInMemory, workers: int) -> None:
+    """Also after the way from the worker: a copy in another order would cost what it saves."""
+    loader = pretraining_loader(
+        pictures, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=workers, end_step=1
+    )
+    (batch,) = loader
+    assert batch.views.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert batch.views.to("cpu", copy=True).stride() == batch.views.stride()  # as to a GPU
+
+
 def test_a_closed_loader_has_no_batches(pictures: PicturesInMemory) -> None:
     loader = pretraining_loader(
         pictures, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=1, end_step=7
