@@ -150,7 +150,7 @@ def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) ->
     started = time.monotonic()
     everything = [(split, name) for split, names in shards.splits.items() for name in names]
     scans = _scan_all(spec, shards.folder, [name for _, name in everything])
-    classes = _classes(spec, everything, scans)
+    classes = class_names(spec, everything, scans)
     place = {name: i for i, name in enumerate(classes)}
     header: dict[str, Any] = {
         "format": index_file.FORMAT,
@@ -169,11 +169,11 @@ def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) ->
                 if of == split
             ]
             rows = np.concatenate(
-                [_rows(number, scan, place) for number, (_, scan) in enumerate(chosen)]
+                [index_rows(number, scan, place) for number, (_, scan) in enumerate(chosen)]
             )
             entry = [(name, sizes[name], len(scan.offset)) for name, scan in chosen]
             header["splits"][split] = index_file.split_entry(split, rows, entry)
-            _save(folder / index_file.index_name(split), rows)
+            save_rows(folder / index_file.index_name(split), rows)
         write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1))
         sync_folder(folder)
     except OSError as error:
@@ -204,7 +204,7 @@ def _scan_all(spec: str, folder: Path, names: list[str]) -> list[ShardScan]:
     return scans
 
 
-def _classes(spec: str, everything: list[tuple[str, str]], scans: list[ShardScan]) -> list[str]:
+def class_names(spec: str, everything: list[tuple[str, str]], scans: list[ShardScan]) -> list[str]:
     """Names of all classes: those in the tars, sorted, or the numbers themselves."""
     names = sorted({name for scan in scans for name in scan.names})
     highest = max((int(scan.label.max()) for scan in scans if not scan.names), default=-1)
@@ -224,7 +224,7 @@ def _classes(spec: str, everything: list[tuple[str, str]], scans: list[ShardScan
     return names or [str(number) for number in range(highest + 1)]
 
 
-def _rows(number: int, scan: ShardScan, place: dict[str, int]) -> np.ndarray:
+def index_rows(number: int, scan: ShardScan, place: dict[str, int]) -> np.ndarray:
     rows = np.zeros(len(scan.offset), index_file.INDEX_DTYPE)
     rows["shard"], rows["offset"], rows["size"] = number, scan.offset, scan.size
     rows["label"] = scan.label
@@ -234,7 +234,7 @@ def _rows(number: int, scan: ShardScan, place: dict[str, int]) -> np.ndarray:
     return rows
 
 
-def _save(path: Path, rows: np.ndarray) -> None:
+def save_rows(path: Path, rows: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -17,9 +17,11 @@ from pathlib import Path
 from types import FrameType
 
 from moco_scale import __version__
+from moco_scale.data.check import check
 from moco_scale.data.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TAR, read_ground_truth
 from moco_scale.data.layout import Listing, arrange
 from moco_scale.data.output_folder import LEFT_OUT, OutputFolder, size_text
+from moco_scale.data.repair import repair
 from moco_scale.data.shards import Encoding, ShardSize, write_shards
 from moco_scale.data.sources import UNPACKED, scan
 from moco_scale.errors import UserError
@@ -29,6 +31,10 @@ _MOST_REASONS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        f"{parser.prog} --source SRC --out DIR [options]\n"
+        f"       {parser.prog} --check DIR | --repair DIR [--workers N]"
+    )
     parser.description = (
         "Write pictures as WebDataset shards (train-000000.tar …, val-000000.tar …) in seeded "
         "random order, with an index for exact epochs. Original bytes are kept unless "
@@ -38,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--source",
         type=Path,
-        required=True,
         metavar="SRC",
         help="a folder with train/CLASS/* and perhaps val/CLASS/*, or CLASS/*, or unlabelled "
         "pictures; a tar of one (.gz .bz2 .xz: decompressed once next to DIR, which needs room); "
@@ -67,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only the first N training pictures of each class, by name",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    output.add_argument("--out", type=Path, metavar="DIR", help="folder to make")
     output.add_argument(
         "--overwrite",
         action="store_true",
@@ -108,9 +113,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes; they do not change the shards (default: the cores there are, %(default)s)",
     )
 
+    existing = parser.add_argument_group("shards that exist")
+    existing.add_argument(
+        "--check",
+        type=Path,
+        metavar="DIR",
+        help="read every byte, decode every picture, compare with the index; status 1 and a list "
+        "when something is damaged",
+    )
+    existing.add_argument(
+        "--repair",
+        type=Path,
+        metavar="DIR",
+        help="make the index again from the tars, and damaged tars from what can be read of them; "
+        f"what is lost is listed in DIR/{LEFT_OUT}, and what is replaced stays beside it",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
-    """Make the shards that the arguments ask for. Raises UserError; then nothing is left behind."""
+    """Do what the arguments ask for: make shards, check or repair them.
+
+    Raises UserError; then nothing is left behind.
+    """
+    asked = [flag for flag in ("source", "out", "check", "repair") if getattr(args, flag)]
+    if asked == ["check"]:
+        return check(args.check, args.workers)
+    if asked == ["repair"]:
+        return repair(args.repair, args.workers)
+    if asked != ["source", "out"]:
+        raise UserError(
+            "give --source and --out to make shards, or --check DIR, or --repair DIR, alone"
+            + (f"; not {' and '.join('--' + flag for flag in asked)}" if asked else "")
+        )
     if args.quality is not None and args.short_side is None:
         raise UserError("--quality is for pictures that are re-encoded: give --short-side too.")
     started = time.monotonic()

@@ -1,0 +1,51 @@
+"""``python -m moco_scale shard --check DIR``: is every byte what it should be?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moco_scale.data.examine import examine_all, list_folder
+from moco_scale.data.output_folder import size_text
+
+_MOST_SHOWN = 100
+
+
+def check(path: Path, workers: int) -> int:
+    """Read every byte and decode every picture; say what is wrong.
+
+    Returns:
+        0 when nothing is, else 1.
+
+    Raises:
+        UserError: there are no shards.
+    """
+    folder = list_folder(path)
+    if not folder.indexed:
+        print(f"{path} has no index of its own: only what the tars say can be checked", flush=True)
+    findings = [f"index: {problem}" for problem in folder.problems]
+    pictures, read, shards, damaged = 0, 0, 0, 0
+    for _, examined in examine_all(folder, workers, f"checking {path}"):
+        shards += 1
+        pictures += examined.pictures
+        read += max(examined.bytes, 0)
+        damaged += bool(examined.findings)
+        findings += map(str, examined.findings)
+    for line in findings[:_MOST_SHOWN]:
+        print(line)
+    if len(findings) > _MOST_SHOWN:
+        print(f"and {len(findings) - _MOST_SHOWN} more")
+    print(
+        f"{pictures} pictures in {shards} shard{'s' * (shards != 1)} read and decoded, "
+        f"{size_text(read)}"
+    )
+    if not findings:
+        print(f"{path} is whole")
+        return 0
+    parts = ["its index"] * bool(folder.problems)
+    parts += [f"{damaged} of its {shards} shards"] * bool(damaged)
+    print(
+        f"{path} is DAMAGED: {' and '.join(parts)}. "
+        "Copy what is damaged again from where it was made, or keep what can be kept with: "
+        f"python -m moco_scale shard --repair {path}"
+    )
+    return 1

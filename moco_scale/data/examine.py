@@ -1,0 +1,246 @@
+"""What is wrong with shards: every byte is read, every picture decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moco_scale.data import index_file
+from moco_scale.data.decode import DecodeError, decode_rgb
+from moco_scale.data.output_folder import LEFT_OUT
+from moco_scale.data.pool import BrokenProcessPool, in_order
+from moco_scale.data.progress import Progress
+from moco_scale.data.shard_list import list_shards
+from moco_scale.data.tar_scan import ShardScan, scan_tar
+from moco_scale.errors import UserError
+
+_CHUNK = 1 << 22
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong."""
+
+    shard: str
+    offset: int
+    """Of the picture; -1: the shard as a whole."""
+    key: str
+    problem: str
+
+    def __str__(self) -> str:
+        place = self.shard
+        if self.offset >= 0:
+            place += f" at byte {self.offset}" + (f" (key {self.key})" if self.key else "")
+        return f"{place}: {self.problem}"
+
+
+class Expected(NamedTuple):
+    """What a shard should be, as far as it is known."""
+
+    path: Path
+    bytes: int | None = None
+    checksum: str | None = None  # hex BLAKE2b-128 of the file
+    rows: np.ndarray | None = None  # of INDEX_DTYPE
+    dropped: frozenset[str] = frozenset()  # keys that were left out of the index before
+
+
+class Examined(NamedTuple):
+    """What one shard is."""
+
+    expected: Expected
+    bytes: int  # -1: there is none
+    checksum: str
+    scan: ShardScan | None  # None: its structure is damaged
+    bad: frozenset[int]  # offsets of pictures that cannot be decoded or lie outside
+    pictures: int  # that can be decoded
+    findings: list[Finding]
+
+
+class Folder(NamedTuple):
+    """A folder of shards, with what is known about it."""
+
+    path: Path
+    classes: list[str] | None  # None: not known
+    splits: dict[str, list[Expected]]
+    problems: list[str]  # of the index
+    indexed: bool  # it has, or had, an index of ours
+    made: dict[str, Any]  # how; {} when not known
+
+
+def list_folder(path: Path) -> Folder:
+    """The shards of a folder, from its index where that can be read, else from their names.
+
+    Raises UserError: there is no such folder, or it holds no shards.
+    """
+    if not path.is_dir():
+        raise UserError(f"There is no folder {path}.")
+    problems, classes, made = [], None, dict[str, Any]()
+    splits: dict[str, list[Expected]] = {}
+    file = path / index_file.INDEX_JSON
+    found = list_shards(str(path))
+    indexed = file.exists() or any(path.glob("*-index.npy"))
+    if file.exists():
+        try:
+            header = index_file.parse_header(file.read_bytes(), file)
+        except (UserError, OSError) as error:
+            problems.append(str(error))
+        else:
+            classes, made = header["classes"], dict(header.get("made") or {})
+            dropped = _dropped(path)
+            for split, entry in header["splits"].items():
+                shards = entry["shards"]
+                rows: list[np.ndarray | None] = [None] * len(shards)
+                try:
+                    every = index_file.read_rows(path, split, header)
+                    starts = np.searchsorted(every["shard"], np.arange(1, len(shards)))
+                    rows = list(np.split(every, starts))
+                except UserError as error:
+                    problems.append(str(error))
+                splits[split] = [
+                    Expected(
+                        path / shard["name"],
+                        int(shard["bytes"]),
+                        shard.get("checksum"),
+                        of_shard,
+                        dropped.get(shard["name"], frozenset()),
+                    )
+                    for shard, of_shard in zip(shards, rows, strict=True)
+                ]
+    elif indexed:
+        problems.append(f"{file} is missing.")
+    if not splits and found is not None:
+        splits = {s: [Expected(path / name) for name in names] for s, names in found.splits.items()}
+    if not splits:
+        raise UserError(f"{path} holds no shards: no *.tar, and no {index_file.INDEX_JSON}.")
+    return Folder(path, classes, splits, problems, indexed, made)
+
+
+def _dropped(folder: Path) -> dict[str, frozenset[str]]:
+    """By shard: keys of pictures that a repair left out of the index and in the tar."""
+    found: dict[str, set[str]] = {}
+    try:
+        lines = (folder / LEFT_OUT).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            shard, _, key = json.loads(line)["name"].partition(":")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        found.setdefault(shard, set()).add(key)
+    return {shard: frozenset(keys) for shard, keys in found.items()}
+
+
+def examine_all(folder: Folder, workers: int, label: str) -> Iterator[tuple[str, Examined]]:
+    """(split, what it is) of every shard, in order; several processes read."""
+    everything = [(s, expected) for s, shards in folder.splits.items() for expected in shards]
+    try:
+        with Progress(label, len(everything), "shards") as progress:
+            results = in_order(examine, [expected for _, expected in everything], workers)
+            for (split, _), (_, examined) in zip(everything, results, strict=True):
+                yield split, examined
+                progress.add(1)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A process that examined shards was killed, probably for want of memory; try fewer "
+            f"than --workers {workers}."
+        ) from error
+
+
+def examine(expected: Expected) -> Examined:
+    """Read one shard from its first byte to its last, and decode its pictures."""
+    path, findings = expected.path, list[Finding]()
+
+    def wrong(problem: str, offset: int = -1, key: str = "") -> None:
+        findings.append(Finding(path.name, offset, key, problem))
+
+    try:
+        with path.open("rb") as file:
+            size, digest = 0, hashlib.blake2b(digest_size=16)
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+            checksum = digest.hexdigest()
+            scan = None
+            try:
+                scan = scan_tar(path)
+            except UserError as error:
+                wrong(str(error).removeprefix(f"Shard {path} "))
+            if expected.bytes is not None and size != expected.bytes:
+                wrong(f"it has {size} bytes, the index says {expected.bytes}")
+            elif expected.checksum not in (None, checksum):
+                wrong("its bytes are not those that were written: its checksum is another")
+            places = _places(expected, scan, wrong)
+            bad: set[int] = set()
+            for offset, length in places:
+                problem = _problem(file, offset, length, size)
+                if problem is not None:
+                    bad.add(offset)
+                    wrong(problem, offset, key_before(file, offset))
+            if scan is not None and expected.rows is not None:
+                known = set(expected.rows["offset"].tolist())
+                for offset in scan.offset.tolist():
+                    key = key_before(file, offset)
+                    if offset not in known and key not in expected.dropped:
+                        wrong("a picture that the index does not have", offset, key)
+    except FileNotFoundError:
+        return Examined(expected, -1, "", None, frozenset(), 0, [_missing(path, expected)])
+    except OSError as error:
+        wrong(f"cannot be read: {error.strerror or error}")
+        return Examined(expected, -1, "", None, frozenset(), 0, findings)
+    good = len(places) - len(bad)
+    return Examined(expected, size, checksum, scan, frozenset(bad), good, findings)
+
+
+def _missing(path: Path, expected: Expected) -> Finding:
+    count = "" if expected.rows is None else f", with {len(expected.rows)} pictures"
+    return Finding(path.name, -1, "", f"is missing{count}")
+
+
+def _places(expected: Expected, scan: ShardScan | None, wrong: Any) -> list[tuple[int, int]]:
+    """(offset, size) of the pictures to decode: those of the index, or else of the tar."""
+    if expected.rows is None:
+        if scan is None:
+            return []
+        return list(zip(scan.offset.tolist(), scan.size.tolist(), strict=True))
+    places = list(
+        zip(expected.rows["offset"].tolist(), expected.rows["size"].tolist(), strict=True)
+    )
+    if scan is not None:
+        there = set(zip(scan.offset.tolist(), scan.size.tolist(), strict=True))
+        for offset, _ in places:
+            if (offset, _) not in there:
+                wrong("the index has a picture here, and the tar has none", offset)
+        places = [place for place in places if place in there]
+    return places
+
+
+def _problem(file: Any, offset: int, length: int, end: int) -> str | None:
+    """Why a picture cannot be decoded, None when it can."""
+    if offset + length > end:
+        return f"cut off: the file ends at byte {end}"
+    file.seek(offset)
+    data = file.read(length)
+    try:
+        decode_rgb(data)
+    except DecodeError as error:
+        zeros = bool(data) and not any(data)
+        return f"cannot be decoded: {'nothing but zeros' if zeros else error}"
+    return None
+
+
+def key_before(file: Any, offset: int) -> str:
+    """The key in the header before a picture, "" where there is no header."""
+    file.seek(offset - tarfile.BLOCKSIZE)
+    try:
+        name = tarfile.TarInfo.frombuf(
+            file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape"
+        ).name
+    except tarfile.TarError:
+        return ""
+    return name.partition(".")[0]

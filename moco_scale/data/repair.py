@@ -1,0 +1,214 @@
+"""``python -m moco_scale shard --repair DIR``: keep what can be kept, and say what is lost.
+
+A tar whose structure is whole is left as it is: pictures in it that cannot be decoded are left out
+of the index. A tar whose structure is damaged is written anew from what can be read of it. What is
+replaced stays beside it under another name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moco_scale.data import index_file
+from moco_scale.data.examine import Examined, Expected, Folder, examine, examine_all, list_folder
+from moco_scale.data.layout import LeftOut
+from moco_scale.data.output_folder import LEFT_OUT, sync
+from moco_scale.data.salvage import salvage
+from moco_scale.data.scanned_index import class_names, index_rows, save_rows
+from moco_scale.data.shard_file import write_errors
+from moco_scale.data.tar_scan import ShardScan
+from moco_scale.errors import UserError
+from moco_scale.files import sync_folder, write_atomically
+
+_TEMPORARY = ".repaired-"
+
+
+class _Shard(NamedTuple):
+    """One shard as it will be."""
+
+    name: str
+    examined: Examined
+    scan: ShardScan
+    keep: np.ndarray  # bool, of the scan's pictures
+    new: Path | None  # a tar to put in its place
+
+
+def repair(path: Path, workers: int) -> int:
+    """Repair a folder of shards, where there is something to repair. Returns 0.
+
+    Raises:
+        UserError: there are no shards, nothing of a split can be kept, or something cannot be
+            written; the folder is then as it was.
+    """
+    folder = list_folder(path)
+    found = list(examine_all(folder, workers, f"examining {path}"))
+    if (
+        folder.indexed
+        and not folder.problems
+        and not any(examined.findings for _, examined in found)
+    ):
+        print(f"{path} is whole: nothing to repair")
+        return 0
+    lost: list[LeftOut] = []
+    splits: dict[str, list[_Shard]] = {split: [] for split in folder.splits}
+    try:
+        with write_errors(path / index_file.INDEX_JSON):
+            for split, examined in found:
+                shard = _repaired(split, examined, lost)
+                if shard is not None:
+                    splits[split].append(shard)
+            for split, shards in splits.items():
+                if not any(shard.keep.any() for shard in shards):
+                    raise UserError(f"Nothing of the {split} pictures in {path} can be kept.")
+            header, rows = _index(folder, splits)
+            _put_in_place(folder, splits, header, rows, lost)
+    finally:
+        for left in path.glob(f"*{_TEMPORARY}*"):
+            left.unlink()
+    _conclude(folder, header, lost)
+    return 0
+
+
+def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | None:
+    """What becomes of a shard; None when nothing of it is left."""
+    expected = examined.expected
+    name = expected.path.name
+    before = len(lost)
+
+    def lose(place: str, reason: str) -> None:
+        lost.append(LeftOut(split, f"{name}:{place}", reason))
+
+    if examined.scan is not None:
+        keep = np.array([o not in examined.bad for o in examined.scan.offset.tolist()], dtype=bool)
+        keys = {f.offset: f for f in examined.findings if f.offset in examined.bad}
+        for offset in examined.scan.offset[~keep].tolist():
+            lose(keys[offset].key, keys[offset].problem)
+        if len(lost) > before:
+            print(
+                f"{name}: left out of the index, because they cannot be decoded: "
+                f"{len(lost) - before} of {len(keep)} pictures; the tar stays as it is"
+            )
+        return _Shard(name, examined, examined.scan, keep, None)
+    wanted = 0 if expected.rows is None else len(expected.rows)
+    reason = examined.findings[0].problem
+    if examined.bytes < 0:
+        for offset in [] if expected.rows is None else expected.rows["offset"].tolist():
+            lose(f"byte {offset}", "the shard is not there")
+        print(f"{name} {reason}: {wanted} pictures are lost; copy it again to have them")
+        return None
+    new = expected.path.with_name(f"{name}{_TEMPORARY}{os.getpid()}")
+    kept = salvage(expected.path, new, expected.rows)
+    for place, why in kept.lost:
+        lose(place, why)
+    of = f" of {wanted}" if wanted else ""
+    what = reason.partition(". ")[0].rstrip(".")
+    print(f"{name} {what}: {kept.kept}{of} pictures are kept in a new tar")
+    if not kept.kept:
+        return None
+    after = examine(Expected(new))
+    if after.scan is None or after.bad:
+        raise UserError(f"{new} was not written as it should be: {after.findings[0]}")
+    return _Shard(name, after, after.scan, np.ones(len(after.scan.offset), dtype=bool), new)
+
+
+def _index(
+    folder: Folder, splits: dict[str, list[_Shard]]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """index.json and the rows of each split."""
+    everything = [(split, shard.name) for split, shards in splits.items() for shard in shards]
+    scans = [shard.scan for shards in splits.values() for shard in shards]
+    classes = class_names(str(folder.path), everything, scans)
+    place = {name: i for i, name in enumerate(classes)}
+    names = classes if folder.classes is None else folder.classes
+    if len(names) < len(classes):
+        raise UserError(
+            f"{folder.path / index_file.INDEX_JSON} names {len(names)} classes, and the tars have "
+            f"labels up to {len(classes) - 1}: they belong to different sets"
+        )
+    header: dict[str, Any] = {
+        "format": index_file.FORMAT,
+        "version": index_file.VERSION,
+        "classes": names,
+        "splits": {},
+        "made": {**folder.made, "repaired": True},
+    }
+    rows = {}
+    for split, shards in splits.items():
+        shards = [shard for shard in shards if shard.keep.any()]
+        parts = [
+            index_rows(number, shard.scan, place)[shard.keep] for number, shard in enumerate(shards)
+        ]
+        rows[split] = np.concatenate(parts)
+        listed = [(shard.name, shard.examined.bytes, int(shard.keep.sum())) for shard in shards]
+        checksums = [shard.examined.checksum for shard in shards]
+        header["splits"][split] = index_file.split_entry(split, rows[split], listed, checksums)
+    return header, rows
+
+
+def _put_in_place(
+    folder: Folder,
+    splits: dict[str, list[_Shard]],
+    header: dict[str, Any],
+    rows: dict[str, np.ndarray],
+    lost: list[LeftOut],
+) -> None:
+    """Everything is written; now it takes the place of what was there, the index at last."""
+    for shards in splits.values():
+        for shard in shards:
+            if shard.new is not None:
+                sync(shard.new)
+                target = folder.path / shard.name
+                backup = _free_name(target, "damaged")
+                try:
+                    os.link(target, backup)
+                except OSError:  # a file system without links
+                    os.rename(target, backup)
+                os.replace(shard.new, target)
+    for name in [index_file.INDEX_JSON, *map(index_file.index_name, rows)]:
+        if (folder.path / name).exists():
+            shutil.copy2(folder.path / name, _free_name(folder.path / name, "before-repair"))
+    if lost:
+        file = folder.path / LEFT_OUT
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        lines = (json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in lost)
+        write_atomically(file, before + "".join(lines))
+    for split, of_split in rows.items():
+        save_rows(folder.path / index_file.index_name(split), of_split)
+    text = json.dumps(header, indent=1, ensure_ascii=False)
+    write_atomically(folder.path / index_file.INDEX_JSON, text)
+    sync_folder(folder.path)
+
+
+def _free_name(path: Path, suffix: str) -> Path:
+    """A name beside a file for what it was: NAME.damaged, NAME.damaged-2, …"""
+    for number in range(1, 1000):
+        name = path.with_name(f"{path.name}.{suffix}" + (f"-{number}" if number > 1 else ""))
+        if not name.exists():
+            return name
+    raise UserError(f"{path.with_name(f'{path.name}.{suffix}')}: too many files of this kind")
+
+
+def _conclude(folder: Folder, header: dict[str, Any], lost: list[LeftOut]) -> None:
+    for split, entry in header["splits"].items():
+        count = len(entry["shards"])
+        print(f"{split}: {entry['samples']} pictures in {count} shard{'s' * (count != 1)} are kept")
+    if folder.classes is None and header["classes"]:
+        print(
+            f"the names of the {len(header['classes'])} classes were in {index_file.INDEX_JSON}, "
+            "which is lost: they are called by what the tars say"
+        )
+    if lost:
+        print(
+            f"lost: {len(lost)} pictures, listed in {folder.path / LEFT_OUT}. A run that was "
+            "started with all of them cannot be resumed with fewer: for that, copy the damaged "
+            "files again, or use them as they were with --bad-samples skip"
+        )
+    else:
+        print("nothing is lost")
+    print("what was replaced lies beside it as *.damaged and *.before-repair")

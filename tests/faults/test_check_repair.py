@@ -1,0 +1,180 @@
+"""`shard --check` finds every kind of damage; `shard --repair` keeps what can be kept."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moco_scale.__main__ import main
+from moco_scale.data.decode import decode_rgb
+from moco_scale.data.index import IndexedShards
+
+
+@pytest.fixture
+def shards(tiny_shards: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_shards, tmp_path / "shards")
+
+
+def place(shards: Path, sample: int, split: str = "train") -> tuple[Path, int, int]:
+    """(tar, offset, size) of a picture."""
+    row = np.load(shards / f"{split}-index.npy")[sample]
+    return shards / f"{split}-{row['shard']:06d}.tar", int(row["offset"]), int(row["size"])
+
+
+def write(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def half_zeroed(shards: Path) -> set[int]:
+    tar, offset, size = place(shards, 3)
+    write(tar, offset + size // 2, bytes(size - size // 2))
+    return {3}
+
+
+def header_in_the_middle(shards: Path) -> set[int]:
+    tar, offset, _ = place(shards, 12)
+    write(tar, offset - 500, b"\xff" * 10)
+    return set()
+
+
+def truncated(shards: Path) -> set[int]:
+    tar, offset, _ = place(shards, 28)
+    os.truncate(tar, offset + 10)
+    return {28, 29, 30, 31}
+
+
+def missing(shards: Path) -> set[int]:
+    tar, _, _ = place(shards, 8)
+    tar.unlink()
+    return set(range(8, 16))
+
+
+def empty(shards: Path) -> set[int]:
+    tar, _, _ = place(shards, 0)
+    tar.write_bytes(b"")
+    return set(range(8))
+
+
+def no_index(shards: Path) -> set[int]:
+    for path in (*shards.glob("*.npy"), shards / "index.json"):
+        path.unlink()
+    return set()
+
+
+def damaged_rows(shards: Path) -> set[int]:
+    os.truncate(shards / "train-index.npy", 50)
+    return set()
+
+
+def damaged_header(shards: Path) -> set[int]:
+    os.truncate(shards / "index.json", 50)
+    return set()
+
+
+def another_byte(shards: Path) -> set[int]:
+    """In a label, which nothing reads: found by the checksum."""
+    tar, offset, size = place(shards, 5)
+    write(tar, offset + size + -size % 512 + 2 * 512 - 10, b"x")
+    return set()
+
+
+DAMAGE = (
+    half_zeroed,
+    header_in_the_middle,
+    truncated,
+    missing,
+    empty,
+    no_index,
+    damaged_rows,
+    damaged_header,
+    another_byte,
+)
+
+
+def contents(shards: Path, split: str = "train") -> list[tuple[bytes, int]]:
+    pictures = IndexedShards.open(shards, split)
+    return [(bytes(pictures.read(i)), int(pictures.labels[i])) for i in range(len(pictures))]
+
+
+def test_what_is_whole_is_left_alone(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    assert main(["shard", "--check", str(shards), "--workers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "40 pictures in 5 shards read and decoded" in said and "is whole" in said
+    assert main(["shard", "--repair", str(shards)]) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_and_what_can_be_kept_is_kept(
+    damage: Callable[[Path], set[int]], shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, val = contents(shards), contents(shards, "val")
+    fingerprint = IndexedShards.open(shards).fingerprint
+    lost = damage(shards)
+    damaged = {path.name: path.read_bytes() for path in shards.iterdir()}
+    check = ["shard", "--check", str(shards), "--workers", "1"]
+    found = main(check)
+    said = capsys.readouterr().out
+    if damage is no_index:  # then it is a set like those of others
+        assert found == 0 and "has no index of its own" in said
+    else:
+        assert found == 1
+        assert "DAMAGED" in said and f"shard --repair {shards}" in said
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == damaged
+    assert main(["shard", "--repair", str(shards), "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    assert contents(shards) == [item for i, item in enumerate(before) if i not in lost]
+    assert contents(shards, "val") == val
+    for data, _ in contents(shards):
+        decode_rgb(data)
+    left_out = shards / "left_out.jsonl"
+    entries = [json.loads(line) for line in left_out.read_text().splitlines()] if lost else []
+    assert len(entries) == len(lost) and left_out.exists() == bool(lost)
+    assert (f"lost: {len(lost)} pictures, listed in {left_out}" in said) == bool(lost)
+    assert ("nothing is lost" in said) == (not lost)
+    assert main(check) == 0, capsys.readouterr().out
+    # Nothing of the user's is gone: what was there is there under this or another name.
+    now = [path.read_bytes() for path in shards.iterdir()]
+    assert all(content in now for content in damaged.values())
+    if damage in (no_index, damaged_rows, damaged_header):  # runs can be resumed
+        assert IndexedShards.open(shards).fingerprint == fingerprint
+
+
+def test_without_any_index_a_truncated_tar_is_kept_as_far_as_it_goes(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(shards)
+    truncated(shards)
+    no_index(shards)
+    assert main(["shard", "--repair", str(shards), "--workers", "1"]) == 0
+    assert contents(shards) == before[:28]
+    said = capsys.readouterr().out
+    assert "4 pictures are kept in a new tar" in said
+    assert "names of the 2 classes" in said
+
+
+def test_a_set_of_which_nothing_is_left_is_refused_and_left_as_it_was(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tar in shards.glob("val-*.tar"):
+        tar.write_bytes(b"")
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    assert main(["shard", "--repair", str(shards), "--workers", "1"]) == 2
+    assert "Nothing of the val pictures" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+
+
+def test_flags_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in ([], ["--check", "x", "--out", "y"], ["--source", "x"]):
+        assert main(["shard", *flags]) == 2
+        assert "--source and --out to make shards" in capsys.readouterr().err
+    assert main(["shard", "--check", str(tmp_path / "no")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
