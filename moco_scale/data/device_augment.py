@@ -38,7 +38,7 @@ from moco_scale.transfer import on_device
 
 _KINDS = (pixels.brightness, pixels.contrast, pixels.saturation, pixels.hue)
 _ORDER_TABLE = np.array(ORDERS)
-_CACHED_ELEMENTS = 2**20
+_CACHED_ELEMENTS = 2**18
 
 
 def _checked(crops: Tensor, params: Params | Tensor) -> Params:
