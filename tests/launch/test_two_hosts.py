@@ -53,62 +53,66 @@ def test_torchrun_with_rendezvous(
 ) -> None:
     started = [
         host.start(
-            *(BIN / "torchrun", "--nnodes", 2, "--nproc-per-node", 2, "--rdzv-backend", "c10d"),
-            *("--rdzv-id", "moco", "--rdzv-endpoint", f"{hosts[0].name}:29400"),
-            *("train.py", *FLAGS, "--data-dir", tiny_shards, "--output-dir", tmp_path),
+            *("scripts/torchrun_elastic.sh", *FLAGS),
+            *("--data-dir", tiny_shards, "--output-dir", tmp_path),
+            TORCHRUN=BIN / "torchrun",
+            RENDEZVOUS=f"{hosts[0].name}:29400",
+            NODES=2,
+            GPUS=2,
+            INTERFACE="eth0",
         )
         for host in hosts
     ]
     assert_same_curve(started, tmp_path, on_one_host)
 
 
+@pytest.fixture(scope="session")
+def zero1_on_one_host(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The same under DeepSpeed's ZeRO-1."""
+    out = tmp_path_factory.mktemp("zero1-one-host")
+    flags = (*FLAGS, "--deepspeed", "ds_configs/zero1.json", "--data-dir", tiny_shards)
+    status, output = forked(*flags, "--output-dir", out, ranks=4)
+    assert status == 0, output
+    return losses(out)
+
+
 @pytest.fixture
-def hostfile(tmp_path: Path) -> Path:
-    """What deepspeed reads: both hosts, two processes each."""
+def deepspeed(tiny_shards: Path, tmp_path: Path) -> tuple[list[object], dict[str, object]]:
+    """Its launch file on both hosts, two processes each: a command line and its variables."""
     file = tmp_path / "hostfile"
     file.write_text("".join(f"{name} slots=2\n" for name in NAMES))
-    return file
+    command = ["scripts/deepspeed_hostfile.sh", *FLAGS]
+    command += ["--data-dir", tiny_shards, "--output-dir", tmp_path / "out"]
+    return command, {"DEEPSPEED": BIN / "deepspeed", "HOSTFILE": file, "INTERFACE": "eth0"}
 
 
 @pytest.mark.slow
 def test_deepspeed_on_each_host_without_ssh(
     hosts: tuple[Host, Host],
-    tiny_shards: Path,
+    deepspeed: tuple[list[object], dict[str, object]],
     tmp_path: Path,
-    hostfile: Path,
-    on_one_host: list[float],
+    zero1_on_one_host: list[float],
 ) -> None:
-    started = [
-        host.start(
-            *(BIN / "deepspeed", "--hostfile", hostfile, "--no_ssh", "--node_rank", number),
-            *("--master_addr", hosts[0].address, "train.py", *FLAGS),
-            *("--data-dir", tiny_shards, "--output-dir", tmp_path / "out"),
-        )
-        for number, host in enumerate(hosts)
-    ]
-    assert_same_curve(started, tmp_path / "out", on_one_host)
+    command, variables = deepspeed
+    variables["MASTER_ADDR"] = hosts[0].address
+    started = [h.start(*command, **variables, NODE_RANK=number) for number, h in enumerate(hosts)]
+    assert_same_curve(started, tmp_path / "out", zero1_on_one_host)
 
 
 @pytest.mark.slow
 def test_deepspeed_over_pdsh(
     hosts: tuple[Host, Host],
-    tiny_shards: Path,
+    deepspeed: tuple[list[object], dict[str, object]],
     tmp_path: Path,
-    hostfile: Path,
-    on_one_host: list[float],
+    zero1_on_one_host: list[float],
 ) -> None:
     missing = [name for name in ("pdsh", "ssh", "sshd", "ssh-keygen") if not shutil.which(name)]
     if missing:
         pytest.skip(f"{', '.join(missing)} missing: apt-get install pdsh openssh-server")
     offer_ssh(hosts, tmp_path)
-    # The variables that pdsh's shells do not inherit, where deepspeed looks for them.
-    (tmp_path / "environment").write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n")
-    started = hosts[0].start(
-        *(BIN / "deepspeed", "--hostfile", hostfile, "train.py", *FLAGS),
-        *("--data-dir", tiny_shards, "--output-dir", tmp_path / "out"),
-        DS_ENV_FILE=tmp_path / "environment",
-    )
-    assert_same_curve([started], tmp_path / "out", on_one_host)
+    command, variables = deepspeed
+    started = hosts[0].start(*command, **variables)
+    assert_same_curve([started], tmp_path / "out", zero1_on_one_host)
     assert "host-b" in started.output()
 
 
@@ -138,7 +142,7 @@ def offer_ssh(hosts: tuple[Host, Host], folder: Path) -> None:
         listening.wait_for("Server listening")
 
 
-def srun(hosts: tuple[Host, Host], *arguments: object) -> list[Started]:
+def srun(hosts: tuple[Host, Host], *arguments: object, **variables: object) -> list[Started]:
     """train.py as four tasks with the variables that Slurm would set."""
     job = {
         "SLURM_JOB_ID": 4711,
@@ -150,7 +154,7 @@ def srun(hosts: tuple[Host, Host], *arguments: object) -> list[Started]:
     return [
         hosts[rank // 2].start(
             *(sys.executable, "train.py", *arguments),
-            **job,
+            **job | variables,
             SLURM_PROCID=rank,
             SLURM_NODEID=rank // 2,
             SLURM_LOCALID=rank % 2,
@@ -165,6 +169,20 @@ def test_the_variables_of_srun(
 ) -> None:
     started = srun(hosts, *FLAGS, "--data-dir", tiny_shards, "--output-dir", tmp_path)
     assert_same_curve(started, tmp_path, on_one_host)
+
+
+@pytest.mark.slow
+def test_hosts_whose_own_name_means_the_loopback(
+    hosts: tuple[Host, Host], tiny_shards: Path, tmp_path: Path, on_one_host: list[float]
+) -> None:
+    """As on many systems; and nobody says which interface to use."""
+    table = tmp_path / "hosts"
+    table.write_text("127.0.0.1 localhost\n" + "".join(f"127.0.1.1 {name}\n" for name in NAMES))
+    for host in hosts:
+        host.run("mount", "--bind", table, "/etc/hosts")
+    flags = (*FLAGS, "--data-dir", tiny_shards, "--output-dir", tmp_path / "out")
+    address = {"MASTER_ADDR": hosts[0].address, "GLOO_SOCKET_IFNAME": None}
+    assert_same_curve(srun(hosts, *flags, **address), tmp_path / "out", on_one_host)
 
 
 @pytest.mark.slow
