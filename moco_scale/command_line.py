@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -22,6 +22,12 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Flags that are not given take the recipe's value.",
         allow_abbrev=False,
     )
+    add_flags(parser)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add everything that :func:`config_of` reads."""
     parser.add_argument(
         "--recipe", choices=tuple(RECIPES), default=DEFAULT_RECIPE, help="published settings"
     )
@@ -35,7 +41,6 @@ def make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(section)
         for field in fields(cls):
             _add_flag(group, field)
-    return parser
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
@@ -66,13 +71,23 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     Raises:
         UserError: values that contradict each other or cannot work.
     """
-    args = vars(make_parser().parse_args(argv))
-    amp = args.pop("amp_opt_level")
+    return config_of(vars(make_parser().parse_args(argv)))
+
+
+def config_of(args: Mapping[str, Any]) -> Config:
+    """The configuration that parsed flags ask for; others than train.py's are ignored.
+
+    Raises:
+        UserError: values that contradict each other or cannot work.
+    """
+    args = dict(args)
+    amp = args["amp_opt_level"]
     if args["lr_decay_epochs"] is not None:
         args["lr_decay_epochs"] = tuple(n for part in args["lr_decay_epochs"] for n in part)
     if amp is not None:
         args["precision"] = _precision_of_amp(amp, args["precision"])
-    given = {k: v for k, v in args.items() if v is not None and k not in ("recipe", "local_rank")}
+    known = {f.name for cls in SECTIONS.values() for f in fields(cls)}
+    given = {k: v for k, v in args.items() if v is not None and k in known}
     return build(args["recipe"], given)
 
 

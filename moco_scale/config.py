@@ -120,7 +120,7 @@ class ModelConfig:
 class ContrastConfig:
     """The contrastive task."""
 
-    nce_k: int = _option(65536, "keys in the queue")
+    nce_k: int = _option(65536, "keys in the queue", flags=("--queue-size",))
     nce_t: float = _option(0.07, "temperature")
     queue_dtype: str = _option(
         "fp32", "what the queue's keys are rounded to", choices=tuple(DTYPES)

@@ -277,7 +277,7 @@ def _zero(
     if zero.get("overlap_comm", "auto") == "auto":
         zero["overlap_comm"] = overlap
     if stage == 3:
-        _stage3(path, zero, parameters, notes)
+        _stage3(path, zero, size, notes)
         return
     # The norm costs a device synchronisation, and turns a step whose gradients are not finite into
     # one that is left out: what scaled gradients need, and what must not happen silently else.
@@ -320,7 +320,7 @@ def _offload(path: str, config: dict[str, Any], zero: dict[str, Any], stage: int
     config["zero_force_ds_cpu_optimizer"] = False
 
 
-def _stage3(path: str, zero: dict[str, Any], parameters: int, notes: list[str]) -> None:
+def _stage3(path: str, zero: dict[str, Any], size: int, notes: list[str]) -> None:
     # Small parameters that stay gathered would not see the moving average, which works on shards.
     threshold = zero.get("stage3_param_persistence_threshold", "auto")
     if threshold not in ("auto", 0):
@@ -329,11 +329,15 @@ def _stage3(path: str, zero: dict[str, Any], parameters: int, notes: list[str]) 
             "weights of the key encoder that stay gathered would not follow the query"
         )
     zero["stage3_param_persistence_threshold"] = 0
-    if zero.get("stage3_prefetch_bucket_size", "auto") == "auto":
-        zero["stage3_prefetch_bucket_size"] = min(50_000_000, parameters)
-    for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
+    # Who chooses this stage is short of memory: weights are let go after use and gathered again for
+    # the backward pass. DeepSpeed's own 1e9 would keep any encoder whole from one to the other.
+    for key, value in (
+        ("stage3_prefetch_bucket_size", size),
+        ("stage3_max_live_parameters", 2 * size),
+        ("stage3_max_reuse_distance", 0),
+    ):
         if zero.get(key, "auto") == "auto":
-            zero[key] = 1_000_000_000
+            zero[key] = value
     # Checkpoints gather weight by weight themselves; DeepSpeed's own saving is not used.
     if zero.get("stage3_gather_16bit_weights_on_model_save", "auto") == "auto":
         zero["stage3_gather_16bit_weights_on_model_save"] = False

@@ -42,6 +42,7 @@ class FlopCount:
     Attributes:
         total: of the whole module.
         by_operator: the same by kind of operator.
+        by_module: the same by the name of each submodule, those inside it included.
         uncounted: operators that may matter and that nobody knows how to count, with the number
             of their calls; element-wise ones are left out.
         table: fvcore's table by module, a function of the depth to show.
@@ -49,6 +50,7 @@ class FlopCount:
 
     total: int
     by_operator: dict[str, int]
+    by_module: dict[str, int]
     uncounted: dict[str, int]
     table: Callable[[int], str]
 
@@ -86,6 +88,7 @@ def count_flops(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> FlopC
     return FlopCount(
         total=total,
         by_operator={name: int(n) for name, n in analysis.by_operator().most_common()},
+        by_module={name: int(n) for name, n in analysis.by_module().items() if name},
         uncounted={
             name: n for name, n in analysis.unsupported_ops().items() if name not in ELEMENTWISE
         },
@@ -216,6 +219,7 @@ def _as_json(args: argparse.Namespace, count: FlopCount, costs: dict[str, int]) 
         "macs": costs,
         "flops": {name: 2 * macs for name, macs in costs.items()},
         "macs_by_operator": count.by_operator,
+        "macs_by_module": count.by_module,
         "uncounted_operators": count.uncounted,
     }
 

@@ -22,6 +22,7 @@ from moco_scale.errors import RankError, UserError
 from moco_scale.evaluation import pictures
 from moco_scale.evaluation.features import LeftOut, chosen_output
 from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, is_labelled
+from moco_scale.planner.utilisation import Utilisation, device_name
 from moco_scale.recipes import RECIPES
 from moco_scale.run_state import numbers_alike
 from moco_scale.step_times import StepTimes
@@ -44,6 +45,7 @@ class Monitor:
         self.run, self.telemetry = run, telemetry
         self._since, self._steps_then = time.perf_counter(), run.step
         self._rate = 0.0
+        self._utilisation = Utilisation(run.config, run.world, device_name(run.device))
         self._initial_knn: float | None = None
         self._left_out = LeftOut() if run.config.run.bad_samples == "skip" else None
         self._step_times = StepTimes()
@@ -170,6 +172,10 @@ class Monitor:
             f"{self._rate:.0f} images/s, waiting for data {record['data_wait_fraction']:.0%}, "
             f"ETA {self._eta()}"
         )
+        mfu = self._utilisation.of(self._rate)
+        if mfu is not None:
+            record["mfu"] = mfu
+            line += f", {mfu:.0%} of the peak"
         for note in notes:
             self.telemetry.say(note)
         if epoch_done:

@@ -124,7 +124,7 @@ class DeepSpeedEngine(Replicated, Engine):
         if self._stage == 0:
             masters, gradients = [], self._gradients()
         else:
-            masters = [p for group in inner.param_groups for p in group["params"]]
+            masters = self._masters()
             summed = [g for g in self._optimizer.averaged_gradients.values() if g is not None]
             gradients = [
                 *self._gradients(),  # stage 1 keeps them all
@@ -140,6 +140,10 @@ class DeepSpeedEngine(Replicated, Engine):
 
     def _own(self, parameters: list[Tensor]) -> list[Tensor]:
         return parameters
+
+    def _masters(self) -> list[Tensor]:
+        """The optimizer's own copies of this rank's part of the weights."""
+        return [p for group in self._optimizer.optimizer.param_groups for p in group["params"]]
 
 
 class ShardedDeepSpeedEngine(DeepSpeedEngine):
@@ -159,6 +163,9 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
 
     def _own(self, parameters: list[Tensor]) -> list[Tensor]:
         return [p.ds_tensor for p in parameters]  # type: ignore[attr-defined]
+
+    def _masters(self) -> list[Tensor]:
+        return list(self._optimizer.fp32_partitioned_groups_flat)
 
     def model_state(self, keep: Keep = everything) -> dict[str, Tensor]:
         state = {}

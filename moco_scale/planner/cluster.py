@@ -1,0 +1,114 @@
+"""The machines that a plan is for."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moco_scale.errors import UserError
+from moco_scale.files import read_json
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of GPU in one kind of cluster; rates are of one direction.
+
+    Attributes:
+        name: for the report.
+        memory_gib: of a GPU.
+        tflops_fp32: peak of fp32 matrix products (without TF32, which is not used).
+        tflops_half: peak of bf16 or fp16 ones, dense.
+        memory_gbs: bandwidth of a GPU's memory, GB/s.
+        node_gbs: GB/s that a GPU sends to others of its node.
+        network_gbs: GB/s that a GPU sends to other nodes.
+        latency_us: of one message across the network, microseconds.
+        compute_share: of the peak that large matrix products reach.
+        memory_share: of the memory's bandwidth that other operators reach.
+        network_share: of links' rates that collectives reach.
+        kernel_us: least time of one operator, microseconds.
+        reserved_gib: of a GPU's memory, for CUDA, NCCL and fragmentation.
+        images_per_core: pictures a second that one CPU core decodes and crops twice.
+        half: precisions below fp32 that it computes in.
+    """
+
+    name: str
+    memory_gib: float
+    tflops_fp32: float
+    tflops_half: float
+    memory_gbs: float
+    node_gbs: float
+    network_gbs: float
+    latency_us: float = 10.0
+    compute_share: float = 0.6
+    memory_share: float = 0.75
+    network_share: float = 0.75
+    kernel_us: float = 4.0
+    reserved_gib: float = 2.0
+    images_per_core: float = 300.0
+    half: tuple[str, ...] = ("bf16", "fp16")
+
+
+# Peaks and rates from NVIDIA's data sheets; shares are assumptions that a JSON can replace.
+PRESETS: dict[str, Hardware] = {
+    # DGX H100: 900 GB/s NVLink both ways together, one 400 Gb/s adapter a GPU.
+    "h100": Hardware("H100 SXM 80 GB", 80, 67, 989, 3350, 450, 50, compute_share=0.5),
+    # DGX A100: 600 GB/s NVLink both ways together, one 200 Gb/s adapter a GPU.
+    "a100": Hardware("A100 SXM 80 GB", 80, 19.5, 312, 2039, 300, 25),
+    # DGX-1: 300 GB/s NVLink both ways together, four 100 Gb/s adapters for eight GPUs.
+    "v100": Hardware("V100 SXM2 32 GB", 32, 15.7, 125, 900, 150, 6.25, half=("fp16",)),
+}
+
+
+def read_hardware(name: str) -> Hardware:
+    """A preset by name, or a JSON file with the fields of :class:`Hardware`.
+
+    A file may say ``"like": PRESET`` and then only what differs.
+
+    Raises:
+        UserError: neither; a field that is unknown, missing or no positive number.
+    """
+    if name.lower() in PRESETS:
+        return PRESETS[name.lower()]
+    if not name.endswith(".json"):
+        raise UserError(
+            f"--hardware {name}: known are {', '.join(PRESETS)}; or name a .json file with the "
+            f"fields {', '.join(f.name for f in fields(Hardware))}"
+        )
+    given = read_json(name, "hardware description")
+    if not isinstance(given, dict):
+        raise UserError(f"hardware description {name}: must be a JSON object")
+    return _from_json(name, given)
+
+
+def _from_json(path: str, given: dict[str, Any]) -> Hardware:
+    values = dict(given)
+    like = values.pop("like", None)
+    if like is not None and like not in PRESETS:
+        raise UserError(f'hardware description {path}: "like" {like!r} is none of {list(PRESETS)}')
+    known = {f.name: f for f in fields(Hardware)}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(
+                f"hardware description {path}: {key!r} is unknown; there are {', '.join(known)}"
+            )
+        if key == "name":
+            good = isinstance(value, str)
+        elif key == "half":
+            good = isinstance(value, list) and set(value) <= {"bf16", "fp16"}
+            values["half"] = tuple(value) if good else value
+        else:
+            good = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if not good:
+            raise UserError(f"hardware description {path}: {key} {value!r} is not what it must be")
+    if like is not None:
+        return dataclasses.replace(PRESETS[like], **{"name": path, **values})
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values]
+    if missing:
+        raise UserError(
+            f"hardware description {path}: {', '.join(missing)} missing; say them, or "
+            f'"like": one of {", ".join(PRESETS)}'
+        )
+    return Hardware(**values)

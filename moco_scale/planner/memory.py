@@ -1,0 +1,151 @@
+"""Memory of a GPU, by kind."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from moco_scale.config import Config
+from moco_scale.deepspeed_config import read_configuration
+from moco_scale.encoders import Encoder
+from moco_scale.engines.base import PRECISIONS
+from moco_scale.engines.blocks import blocks_of
+from moco_scale.moco import MoCo
+from moco_scale.planner.trace import Trace
+from moco_scale.queue import DTYPES
+
+FP32 = 4
+_LOGITS = 1 << 24  # elements of a block of logits on a GPU
+_WORKSPACES = (
+    3  # a weight's other layouts and its gradient's, while a convolution is differentiated
+)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What an engine makes of a model on a number of ranks.
+
+    Attributes:
+        engine: ``ddp``, ``fsdp``, ``zero0`` ... ``zero3``.
+        world: ranks.
+        shard: ranks over which one copy of what is sharded is spread.
+        configuration: DeepSpeed's, its ``"auto"`` values filled in; else empty.
+    """
+
+    engine: str
+    world: int
+    shard: int
+    configuration: dict[str, object]
+
+    def bucket(self, name: str) -> int:
+        """A number of ``zero_optimization``."""
+        section = self.configuration["zero_optimization"]
+        assert isinstance(section, dict)
+        return int(section[name])
+
+
+def sharding(config: Config, moco: MoCo, world: int) -> Sharding:
+    """How a configuration is carried out on ``world`` ranks.
+
+    Raises:
+        UserError: a DeepSpeed file that contradicts the flags.
+    """
+    run = config.run
+    if run.engine != "deepspeed":
+        shard = (run.fsdp_shard_size or world) if run.engine == "fsdp" else 1
+        return Sharding(run.engine, world, shard, {})
+    read = read_configuration(
+        run.deepspeed,
+        batch_size=config.optim.batch_size,
+        world=world,
+        precision=run.precision,
+        clip_norm=config.optim.clip_grad,
+        parts=run.accumulation_steps,
+        parameters=sum(p.numel() for p in moco.trained_parameters().values()),
+        overlap=False,
+        compiled=run.compile,
+    )
+    shard = 1 if read.stage == 0 else world
+    return Sharding(f"zero{read.stage}", world, shard, read.configuration)
+
+
+def share(p: nn.Parameter, how: Sharding) -> int:
+    """Elements of a parameter on the rank that holds most of it."""
+    if how.engine == "fsdp" and p.ndim:  # whole rows
+        return math.ceil(p.shape[0] / how.shard) * (p.numel() // p.shape[0])
+    if how.engine == "zero3":
+        return math.ceil(p.numel() / how.shard)
+    return p.numel()
+
+
+def flat_partition(numbers: int, how: Sharding) -> int:
+    """Elements of a rank's part of ZeRO's flat buffer (stages 1 and 2): aligned for NCCL."""
+    align = 2 * how.shard
+    return math.ceil(numbers / align) * align // how.shard
+
+
+def memory(config: Config, moco: MoCo, how: Sharding, trace: Trace) -> dict[str, int]:
+    """Bytes of one rank at the moment of a step when they are most.
+
+    Kinds: ``weights``, ``key encoder``, ``optimizer``, ``gradients``, ``gathered`` (weights put
+    together for use, and buffers of collectives), ``queue``, ``activations`` (with crops), ``loss``
+    (a block of logits), ``workspaces``.
+    """
+    query = list(moco.query.parameters())
+    trained = list(moco.trained_parameters().values())
+    total = sum(p.numel() for p in query)
+    numbers = sum(p.numel() for p in trained)
+    engine = how.engine
+    own_all, own = (sum(share(p, how) for p in ps) for ps in (query, trained))
+    flat = flat_partition(numbers, how)
+    momentum, gradients, gathered = numbers, numbers, 0
+    activations = trace.peak
+    if engine in ("zero1", "zero2"):
+        momentum = 2 * flat  # and the partition of weights that it moves
+        gathered = how.bucket("reduce_bucket_size")
+        gradients = numbers if engine == "zero1" else flat
+    elif engine == "zero0":
+        gathered = numbers if how.world > 1 else 0  # all gradients, flattened for one message
+    elif engine in ("zero3", "fsdp"):
+        momentum = 2 * own if engine == "zero3" else own
+        gradients = own
+        gathered = _gathered(config, moco.query, how, total)
+    if engine == "zero1" or how.world == 1:
+        # Gradients come as activations go.
+        activations = max(trace.peak_with_gradients - FP32 * numbers, 0)
+    rows = config.optim.batch_size // how.world // config.run.accumulation_steps
+    contrast = config.contrast
+    sharded = config.run.queue == "sharded"
+    slots = math.ceil(contrast.nce_k / how.world) if sharded else contrast.nce_k
+    image = 8 if contrast.mask_same_image else 0
+    queries = rows * how.world if sharded else rows
+    return {
+        "weights": FP32 * own_all,
+        "key encoder": FP32 * own_all,
+        "optimizer": FP32 * momentum,
+        "gradients": FP32 * gradients,
+        "gathered": FP32 * gathered,
+        "queue": slots * (config.model.dim * DTYPES[contrast.queue_dtype].itemsize + image),
+        "activations": activations,
+        "loss": FP32 * min(queries * slots, _LOGITS),
+        "workspaces": FP32 * _WORKSPACES * max(p.numel() for p in trained),
+    }
+
+
+def _gathered(config: Config, encoder: Encoder, how: Sharding, total: int) -> int:
+    """Elements (of 4 bytes) that are whole at a time."""
+    if how.engine == "zero3":
+        live = min(total, how.bucket("stage3_max_live_parameters"))
+        fetched = min(total, live + how.bucket("stage3_prefetch_bucket_size"))
+        # Gradients in a bucket, laid out for the ranks, and this rank's part of the result.
+        bucket = min(total, how.bucket("reduce_bucket_size"))
+        return fetched + 2 * bucket + bucket // how.world
+    units = [sum(p.numel() for p in block.parameters()) for block in blocks_of(encoder)]
+    half = PRECISIONS[config.run.precision] is not None and not config.run.activation_checkpointing
+    # What is no block stays from the root's forward to its backward; of blocks, one in use and the
+    # next.
+    pairs = [a + b for a, b in itertools.pairwise(units)]
+    return total - sum(units) + max(pairs, default=sum(units)) // (2 if half else 1)

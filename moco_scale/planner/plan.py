@@ -1,0 +1,186 @@
+"""One plan: everything that is known of a run before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moco_scale.config import DATASETS, Config
+from moco_scale.errors import UserError
+from moco_scale.planner.cluster import GB, Hardware
+from moco_scale.planner.estimate import MEAN_PICTURE_BYTES, StepTime, step_time
+from moco_scale.planner.memory import memory, sharding
+from moco_scale.planner.trace import build_model, trace_step
+from moco_scale.planner.traffic import Collective, traffic
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one configuration on so many machines of one kind.
+
+    Attributes:
+        config: of the run.
+        nodes, gpus: machines, and GPUs of each.
+        hardware: that they are.
+        images: training pictures of an epoch.
+        memory: bytes of the fullest GPU by kind.
+        collectives: of a step.
+        flops: hardware FLOPs of a step, all ranks together.
+        time: of a step.
+    """
+
+    config: Config
+    nodes: int
+    gpus: int
+    hardware: Hardware
+    images: int
+    memory: dict[str, int]
+    collectives: list[Collective]
+    flops: int
+    time: StepTime
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus
+
+    @property
+    def memory_gib(self) -> float:
+        """Of the fullest GPU, what CUDA and NCCL reserve included."""
+        return sum(self.memory.values()) / GIB + self.hardware.reserved_gib
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_gib <= self.hardware.memory_gib
+
+    @property
+    def images_per_second(self) -> float:
+        return self.config.optim.batch_size / self.time.total
+
+    @property
+    def steps(self) -> int:
+        return self.config.optim.epochs * (self.images // self.config.optim.batch_size)
+
+    @property
+    def days(self) -> float:
+        return self.steps * self.time.total / 86400
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: of the peak at this precision."""
+        half = self.config.run.precision != "fp32"
+        peak = (self.hardware.tflops_half if half else self.hardware.tflops_fp32) * 1e12
+        return self.flops / self.time.total / (peak * self.world)
+
+    @property
+    def cores_per_node(self) -> float:
+        """CPU cores that reading and cropping need on each node."""
+        return self.images_per_second / self.nodes / self.hardware.images_per_core
+
+    @property
+    def storage_gbs(self) -> float:
+        """GB/s that all nodes together read."""
+        return self.images_per_second * MEAN_PICTURE_BYTES / GB
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the keys are those of the report."""
+        sent = sum(c.sent for c in self.collectives)
+        across = sum(c.sent_across for c in self.collectives)
+        return {
+            "nodes": self.nodes,
+            "gpus_per_node": self.gpus,
+            "hardware": self.hardware.name,
+            "batch_size": self.config.optim.batch_size,
+            "memory_gib_by_kind": {k: round(v / GIB, 4) for k, v in self.memory.items()},
+            "memory_per_gpu_gib": round(self.memory_gib, 3),
+            "fits": self.fits,
+            "bytes_per_step": round(sent),
+            "bytes_per_step_across_nodes": round(across),
+            "collectives": [
+                {
+                    "purpose": c.purpose,
+                    "kind": c.kind,
+                    "payload": c.payload,
+                    "ranks": c.ranks,
+                    "sent": round(c.sent),
+                    "sent_across_nodes": round(c.sent_across),
+                }
+                for c in self.collectives
+            ],
+            "flops_per_step": self.flops,
+            "step_seconds": {
+                "compute": self.time.compute,
+                "loss": self.time.loss,
+                "update": self.time.update,
+                "augment": self.time.augment,
+                "network": self.time.network,
+                "network_exposed": self.time.exposed,
+                "total": self.time.total,
+            },
+            "images_per_second": round(self.images_per_second, 1),
+            "mfu": round(self.mfu, 4),
+            "steps": self.steps,
+            "days": round(self.days, 4),
+            "gpu_hours": round(self.days * 24 * self.world, 1),
+            "cores_per_node": round(self.cores_per_node, 1),
+            "storage_gb_per_second": round(self.storage_gbs, 3),
+        }
+
+
+def make_plan(
+    config: Config, nodes: int, gpus: int, hardware: Hardware, images: int | None = None
+) -> Plan:
+    """Work a run out.
+
+    Args:
+        config: of the run; its data are not looked at.
+        nodes: machines.
+        gpus: of each.
+        hardware: that they are.
+        images: training pictures; by default those of the data set's published version.
+
+    Raises:
+        UserError: the batch cannot be shared, groups do not fit, a precision that the hardware does
+            not have, unknown number of pictures.
+    """
+    world, batch = nodes * gpus, config.optim.batch_size
+    if batch % world:
+        raise UserError(
+            f"--batch-size {batch} cannot be shared equally among {nodes} x {gpus} = {world} GPUs; "
+            f"choose a multiple of {world}"
+        )
+    if batch // world % config.run.accumulation_steps:
+        raise UserError(
+            f"--accumulation-steps {config.run.accumulation_steps} does not divide the "
+            f"{batch // world} images of each GPU"
+        )
+    group, per_rank = config.model.bn_group_size, batch // world
+    if per_rank % group and group % per_rank:
+        raise UserError(
+            f"--bn-group-size {group} does not fit {per_rank} images on each of {world} GPUs"
+        )
+    if config.run.precision not in ("fp32", *hardware.half):
+        raise UserError(f"{hardware.name} does not compute in {config.run.precision}")
+    images = images or DATASETS[config.data.dataset].images
+    if images is None:
+        raise UserError(f"--dataset {config.data.dataset} may have any size: say --images N")
+    if images < batch:
+        raise UserError(f"--images {images} do not fill one batch of {batch}")
+    moco = build_model(config)
+    how = sharding(config, moco, world)
+    trace = trace_step(config, world)
+    held = memory(config, moco, how, trace)
+    collectives = traffic(config, moco, how, gpus)
+    time = step_time(config, how, trace, collectives, held["weights"], hardware)
+    return Plan(
+        config=config,
+        nodes=nodes,
+        gpus=gpus,
+        hardware=hardware,
+        images=images,
+        memory=held,
+        collectives=collectives,
+        flops=trace.flops * world,
+        time=time,
+    )

@@ -1,0 +1,207 @@
+"""One rank's forward and backward passes without numbers: FLOPs, bytes moved, memory held.
+
+The model runs on fake tensors, which have shapes and lifetimes and no contents, so that a step of
+any size is counted in seconds on any machine. What is counted is what PyTorch would do: each
+operator of the query's forward and backward pass and of the key's forward pass.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from moco_scale.batchnorm import GroupedBatchNorm2d
+from moco_scale.config import Config
+from moco_scale.encoders import build_encoder
+from moco_scale.engines.base import PRECISIONS
+from moco_scale.engines.blocks import transform_blocks
+from moco_scale.moco import MoCo
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operator's work.
+
+    Attributes:
+        flops: multiplications and additions, where it is a matrix product; else 0.
+        moved: bytes of its inputs and outputs.
+        half: whether its result is in half precision.
+    """
+
+    flops: int
+    moved: int
+    half: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one rank's step is made of.
+
+    Attributes:
+        query: kernels of the query's forward passes.
+        key: kernels of the key's.
+        backward: kernels of the backward passes.
+        held: bytes that wait for the backward pass after the query's forward pass.
+        peak: the most bytes besides parameters at any time, gradients of weights excluded.
+        peak_with_gradients: the same, each gradient included from when it is made.
+    """
+
+    query: list[Kernel]
+    key: list[Kernel]
+    backward: list[Kernel]
+    held: int
+    peak: int
+    peak_with_gradients: int
+
+    @property
+    def flops(self) -> int:
+        """Hardware FLOPs of a step on one rank."""
+        return sum(k.flops for part in (self.query, self.key, self.backward) for k in part)
+
+
+class _Recorder(TorchDispatchMode):
+    """Kernels, and the bytes of all storages that are alive."""
+
+    def __init__(self, ignored: set[int]) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self.live = self.peak = 0
+        self._ignored = ignored
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        new = [t for t in results if self._is_new(t)]
+        count = flop_registry.get(func._overloadpacket)
+        inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        if new or func._schema.is_mutable:  # a view moves nothing
+            moved = sum(t.numel() * t.element_size() for t in (*inputs, *results))
+            flops = int(count(*args, **kwargs, out_val=out)) if count else 0
+            half = bool(results) and results[0].element_size() == 2
+            self.kernels.append(Kernel(flops, moved, half))
+        return out
+
+    def _is_new(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._known or place in self._ignored:
+            return False
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            del self._known[place]
+
+        self._known[place] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        return True
+
+
+def build_model(config: Config) -> MoCo:
+    """Both encoders of a configuration, on no device."""
+    model = config.model
+    with torch.device("meta"):
+        return MoCo(
+            build_encoder(
+                model.model,
+                width=model.model_width,
+                stem=model.stem,
+                head=model.head,
+                dim=model.dim,
+                image_size=config.data.image_size,
+                patch_size=model.patch_size,
+                train_patch_embedding=model.train_patch_embedding,
+            )
+        )
+
+
+def trace_step(config: Config, world: int) -> Trace:
+    """Trace the step of one of ``world`` ranks.
+
+    A rank's BatchNorm groups are laid as in a run; a group that spans ranks counts as one of this
+    rank's own images. With several parts to a step, all parts are counted and the memory is that
+    of one of them, as they follow one another.
+    """
+    parts = config.run.accumulation_steps
+    per_rank = config.optim.batch_size // world
+    rows, size = per_rank // parts, config.data.image_size
+    moco = build_model(config)
+    moco.compute_dtype = PRECISIONS[config.run.precision]
+    for module in moco.modules():
+        if isinstance(module, GroupedBatchNorm2d):
+            module.local_groups = max(rows // config.model.bn_group_size, 1)
+    transform_blocks(moco, compiled=False, recompute=config.run.activation_checkpointing)
+    views = 2 if config.contrast.symmetric else 1
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _materialise(moco)
+        weights = {t.untyped_storage()._cdata for t in (*moco.parameters(), *moco.buffers())}
+        with _Recorder(weights) as recorder:
+            marks = [0]
+            # Augmented crops of both encoders, in fp32.
+            crops = [torch.empty(rows, 3, size, size) for _ in range(views)]
+            queries = moco(*crops)
+            held = recorder.live
+            marks.append(len(recorder.kernels))
+            with torch.no_grad():
+                for _ in range(views):
+                    moco.keys(torch.empty(per_rank, 3, size, size), parts)
+            marks.append(len(recorder.kernels))
+            forward_peak = recorder.peak
+            recorder.peak = recorder.live
+            without, everything = _backward(moco, queries, recorder)
+        kernels = recorder.kernels
+    sections = [kernels[a:b] for a, b in zip(marks, [*marks[1:], len(kernels)], strict=True)]
+    return Trace(
+        query=sections[0] * parts,
+        key=sections[1],
+        backward=sections[2] * parts,
+        held=held,
+        peak=max(forward_peak, without),
+        peak_with_gradients=max(forward_peak, everything),
+    )
+
+
+def _backward(moco: MoCo, queries: list[Tensor], recorder: _Recorder) -> tuple[int, int]:
+    """Run it; the most bytes alive without, and with, the gradients that parameters have kept."""
+    kept = without = everything = 0
+
+    def account(parameter: Tensor | None = None) -> None:
+        nonlocal kept, without, everything
+        without = max(without, recorder.peak - kept)
+        everything = max(everything, recorder.peak)
+        recorder.peak = recorder.live
+        if parameter is not None:  # its gradient is complete: the engine's from here on
+            assert parameter.grad is not None
+            kept += parameter.grad.untyped_storage().nbytes()
+
+    trained = [p for p in moco.query.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(account) for p in trained]
+    torch.stack([query.sum() for query in queries]).sum().backward()
+    account()
+    for hook in hooks:
+        hook.remove()
+    return without, everything
+
+
+def _materialise(module: nn.Module) -> None:
+    """Fake tensors instead of those on no device, in place."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                fake = torch.empty(p.shape, dtype=p.dtype)
+                part._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, b in part._buffers.items():
+            if b is not None:
+                part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)

@@ -1,0 +1,207 @@
+"""Plans: shapes and lifetimes without numbers, hardware files, advice, the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moco_scale import command_line
+from moco_scale.__main__ import main
+from moco_scale.batchnorm import set_groups
+from moco_scale.encoders import build_encoder
+from moco_scale.errors import UserError
+from moco_scale.flops import count_flops
+from moco_scale.moco import MoCo
+from moco_scale.planner.cluster import PRESETS, read_hardware
+from moco_scale.planner.memory import flat_partition, sharding
+from moco_scale.planner.plan import Plan, make_plan
+from moco_scale.planner.trace import build_model, trace_step
+from moco_scale.planner.traffic import Collective
+from moco_scale.planner.utilisation import Utilisation
+
+SMALL = (
+    *("--recipe", "v2", "--dataset", "cifar10", "--model", "resnet18", "--image-size", "16"),
+    *("--batch-size", "16", "--bn-group-size", "4", "--nce-k", "64"),
+)
+
+
+def plan_of(*flags: str, nodes: int = 1, gpus: int = 2, hardware: str = "a100") -> Plan:
+    config = command_line.parse([*SMALL, *flags])
+    return make_plan(config, nodes, gpus, PRESETS[hardware])
+
+
+def test_flops_are_those_of_fvcore() -> None:
+    """The query's forward and twice that backward but for the first layer's input, and the key's.
+
+    A ViT's first layer is not trained: its backward pass has no products either.
+    """
+    config = command_line.parse(list(SMALL))
+    trace = trace_step(config, 1)
+    encoder = build_encoder("resnet18", stem="cifar", head="mlp", image_size=16)
+    image = torch.zeros(1, 3, 16, 16)
+    forward = count_flops(encoder, image)
+    # fvcore counts normalisation too; matrix products alone are what both count.
+    products = sum(forward.by_operator.get(k, 0) for k in ("conv", "linear"))
+    first = 3 * 9 * 64 * 16 * 16
+    assert trace.flops == 16 * 2 * (4 * products - first)
+
+
+def test_memory_is_what_a_real_pass_holds() -> None:
+    """Bytes that autograd saves in a real forward pass, each storage once."""
+    config = command_line.parse(list(SMALL))
+    moco = MoCo(build_encoder("resnet18", stem="cifar", head="mlp", image_size=16))
+    set_groups(moco, 4, 16)
+    known = {t.untyped_storage().data_ptr() for t in (*moco.parameters(), *moco.buffers())}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = moco(torch.randn(16, 3, 16, 16))
+    held = trace_step(config, 1).held
+    assert out
+    assert sum(saved.values()) <= held <= 1.02 * sum(saved.values())
+
+
+def test_recomputing_holds_less_and_computes_more() -> None:
+    whole = trace_step(command_line.parse(list(SMALL)), 1)
+    again = trace_step(command_line.parse([*SMALL, "--activation-checkpointing"]), 1)
+    assert again.held < 0.6 * whole.held
+    assert 1.15 * whole.flops < again.flops < 1.35 * whole.flops
+
+
+def test_parts_hold_a_part_and_compute_the_same() -> None:
+    whole = trace_step(command_line.parse(list(SMALL)), 1)
+    parts = trace_step(command_line.parse([*SMALL, "--accumulation-steps", "2"]), 1)
+    assert parts.flops == whole.flops
+    assert parts.held == pytest.approx(whole.held / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_zero_partitions_are_aligned(world: int) -> None:
+    config = command_line.parse([*SMALL, "--deepspeed", "ds_configs/zero1.json"])
+    moco = build_model(config)
+    how = sharding(config, moco, 2)
+    how = type(how)(how.engine, world, world, how.configuration)
+    numbers = sum(p.numel() for p in moco.trained_parameters().values())
+    part = flat_partition(numbers, how)
+    assert part * world >= numbers
+    assert part % 2 == 0
+    assert part * world - numbers < 2 * world
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "spread", "sent", "across"),
+    [
+        ("all-reduce", 8, 1, 1.75, 0.0),
+        ("all-gather", 8, 2, 0.875, 0.875 * 2 / 8),
+        ("all-to-all", 8, 2, 0.875, 0.5),
+        ("reduce-scatter", 1, 1, 0.0, 0.0),
+    ],
+)
+def test_what_a_ring_sends(kind: str, ranks: int, spread: int, sent: float, across: float) -> None:
+    collective = Collective("", kind, 1_000_000, ranks, spread)
+    assert collective.sent == pytest.approx(sent * 1e6)
+    assert collective.sent_across == pytest.approx(across * 1e6)
+
+
+def test_sharding_shrinks_the_state_and_one_gpu_sends_nothing() -> None:
+    ddp, fsdp = plan_of(gpus=4), plan_of("--engine", "fsdp", gpus=4)
+    for kind in ("weights", "key encoder", "optimizer"):
+        assert fsdp.memory[kind] == pytest.approx(ddp.memory[kind] / 4, rel=0.02)
+    assert plan_of(gpus=1).collectives == []
+    assert plan_of(gpus=1).time.exposed == 0
+
+
+def test_hybrid_sharding_keeps_gathering_inside_nodes() -> None:
+    flags = ("--engine", "fsdp", "--fsdp-shard-size", "2")
+    plan = plan_of(*flags, nodes=2, gpus=2)
+    across = {c.purpose: c.sent_across for c in plan.collectives}
+    assert across["query, forward"] == across["gradients"] == 0
+    assert across["gradients between copies"] > 0
+
+
+def test_groups_that_span_ranks_send_statistics() -> None:
+    purposes = {c.purpose for c in plan_of("--bn-group-size", "global").collectives}
+    assert {"BatchNorm, forward", "BatchNorm, backward"} <= purposes
+
+
+def test_what_does_not_fit_is_said_with_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"like": "a100", "memory_gib": 0.3, "reserved_gib": 0.01}))
+    status = main(["plan", *SMALL, "--nce-k", "1000000", "--gpus", "2", "--hardware", str(small)])
+    said = capsys.readouterr().out
+    assert status == 1
+    assert "DOES NOT FIT" in said
+    assert "GiB too much" in said
+    assert "--queue sharded" in said
+
+
+def test_utilisation_where_the_peak_is_known() -> None:
+    config = command_line.parse([*SMALL, "--precision", "bf16"])
+    assert Utilisation(config, 2, "").of(100.0) is None
+    assert Utilisation(config, 2, "GPU of tomorrow").of(100.0) is None
+    flops = trace_step(config, 2).flops / 8
+    found = Utilisation(config, 2, "NVIDIA A100-SXM4-80GB").of(100.0)
+    assert found == pytest.approx(100 * flops / (2 * 312e12))
+    again = command_line.parse([*SMALL, "--precision", "bf16", "--activation-checkpointing"])
+    assert Utilisation(again, 2, "NVIDIA A100-SXM4-80GB").of(100.0) == pytest.approx(found)
+
+
+def test_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["plan", *SMALL, "--gpus", "2", "--json", "--plot", str(tmp_path / "plan.png")]
+    assert main(flags) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"memory_per_gpu_gib", "bytes_per_step", "images_per_second", "days"} <= found.keys()
+    assert found["bytes_per_step"] == round(sum(c["sent"] for c in found["collectives"]))
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert main(flags) == 2  # nothing is overwritten
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_line_for_each_number_of_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, "--gpus", "2", "--scale", "1", "4"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["2", "16"], ["8", "64"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "3"], "cannot be shared equally"),
+        (["--nodes", "0"], "--nodes 0"),
+        (["--hardware", "b9000"], "known are h100, a100, v100"),
+        (["--hardware", "v100", "--precision", "bf16"], "does not compute in bf16"),
+        (["--dataset", "images"], "say --images N"),
+        (["--images", "3"], "do not fill one batch"),
+        (["--gpus", "8", "--bn-group-size", "16", "--batch-size", "48"], "does not fit 6 images"),
+    ],
+)
+def test_bad_input(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "must be a JSON object"),
+        ('{"memory": 3}', "'memory' is unknown"),
+        ('{"memory_gib": -1}', "memory_gib -1"),
+        ('{"name": "x"}', "memory_gib, tflops_fp32"),
+        ('{"like": "z1"}', "is none of"),
+        ('{"half": ["fp8"], "like": "a100"}', "half"),
+    ],
+)
+def test_bad_hardware(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_hardware(str(path))
