@@ -21,6 +21,7 @@ from moco_scale.allocator import keep_freed_memory
 from moco_scale.errors import RankError, UserError
 from moco_scale.interfaces import name_interface
 from moco_scale.launchers import SCHEDULERS, complete_environment, why_not_met
+from moco_scale.restarts import name_of_start
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective, where nothing else watches
@@ -80,6 +81,8 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
     number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         _store = next(dist.rendezvous("env://", timeout=MEETING))[0]
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _store = dist.PrefixStore(name_of_start(_store, number, world), _store)
         _store.set_timeout(TIMEOUT)
         met = dist.PrefixStore("default_pg", _store)
         dist.init_process_group(backend, timeout=_timeout, store=met, rank=number, world_size=world)
@@ -112,8 +115,7 @@ def side_store(purpose: str) -> Any:
     It lives with rank 0, or with torchrun on its host; what is said there is apart from all
     collectives. For several processes only.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"{purpose}/{attempt}", _store.clone())
+    return dist.PrefixStore(purpose, _store.clone())
 
 
 def flight_record() -> bytes | None:

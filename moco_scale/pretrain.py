@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale import distributed, identity
+from moco_scale import distributed, identity, timing
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.batchnorm import set_groups, spans_ranks
 from moco_scale.config import Config
@@ -35,19 +35,7 @@ from moco_scale.schedules import learning_rate
 from moco_scale.shuffle import ShuffleBN
 from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Meters, Telemetry
-from moco_scale.timing import (
-    AGREE,
-    BACKWARD,
-    EMA,
-    FORWARD,
-    LOG,
-    QUEUE,
-    SAVE,
-    SHUFFLE,
-    SUMMING,
-    UPDATE,
-    Phases,
-)
+from moco_scale.timing import Phases
 
 
 def open_data(config: Config) -> tuple[Shards, BatchPlan]:
@@ -129,7 +117,7 @@ class Pretraining:
         self.engine = make_engine(config, moco, self.device)
         if saved:
             load_optimizer(self, saved)
-        self.engine.when_differentiated(lambda: self.phases.enter(SUMMING))
+        self.engine.when_differentiated(lambda: self.phases.enter(timing.SUMMING))
         self.shuffle = ShuffleBN(
             config.optim.batch_size, seed, contrast.shuffle_bn, contrast.shuffle_group
         )
@@ -162,7 +150,7 @@ class Pretraining:
     def train_step(self, batch: ViewBatch) -> None:
         """One step: keys from shuffled crops, queries, loss, update, enqueue."""
         config, queue, enter = self.config.contrast, self.queue, self.phases.enter
-        enter(SHUFFLE)
+        enter(timing.SHUFFLE)
         inputs = self.inputs.take(batch)  # augmented crops, the keys' sent to where they belong
         mine = self.plan.share(batch.step, self.rank, self.world)
         self.negatives = queue.used
@@ -170,44 +158,44 @@ class Pretraining:
         total = torch.zeros((), device=self.device)
         for part, rows in enumerate(np.split(np.arange(len(mine.index)), self.parts)):
             own = slice(rows[0], rows[-1] + 1)
-            enter(FORWARD)
+            enter(timing.FORWARD)
             queries = self.engine.query(*inputs.queries(own), part=part)
             if part == 0:  # the exchange has been under way during the first queries
                 all_keys = [self._keys(inputs, term) for term in range(len(queries))]
             first = self.rank * len(mine.index)
-            enter(QUEUE)
+            enter(timing.QUEUE)
             positives = [keys[first + own.start : first + own.stop] for keys in all_keys]
             parts_terms = [
                 queue.contrast(query, positive, config.nce_t, mine.index[own])
                 for query, positive in zip(queries, positives, strict=True)
             ]
             loss = torch.stack([term.loss.mean() for term in parts_terms]).sum()
-            enter(BACKWARD)
+            enter(timing.BACKWARD)
             self.engine.backward(loss / self.parts)
             self._measure(loss, parts_terms[0], queries[0], positives[0])
             total = total + loss.detach()
-        enter(UPDATE)
+        enter(timing.UPDATE)
         scale = self.engine.loss_scale
         lowest = scale is None or scale.value <= scale.settings.minimum
         applied = self.engine.step(self.learning_rate(batch.step))
         if applied:
-            enter(EMA)
+            enter(timing.EMA)
             self.engine.ema(config.alpha)
-            enter(QUEUE)
+            enter(timing.QUEUE)
             for keys in all_keys:  # of a step that was left out, some may not be finite
                 queue.enqueue(keys, self.plan.batch(batch.step).index)
-        enter(AGREE)
+        enter(timing.AGREE)
         finite = self.engine.weights_finite()
         self.watch.record(batch.step + 1, total, finite, skipped=lowest and not applied)
 
     def _keys(self, inputs: StepInputs, term: int) -> Tensor:
         """Keys of the whole global batch, of which this rank computes those it was sent."""
         enter = self.phases.enter
-        enter(SHUFFLE)
+        enter(timing.SHUFFLE)
         inputs.receive(term)
-        enter(FORWARD)
+        enter(timing.FORWARD)
         keys = self.engine.key(inputs.keys(term))
-        enter(SHUFFLE)
+        enter(timing.SHUFFLE)
         return inputs.gather_back(term, keys)
 
     def learning_rate(self, step: int) -> float:
@@ -248,7 +236,7 @@ class Pretraining:
             if self.step < self.last_step:
                 with StopRequest(3600 * self.config.run.max_time, self._started) as stop:
                     self._loop(telemetry, monitor, stop)
-                    self.phases.enter(SAVE)
+                    self.phases.enter(timing.SAVE)
                     self.folder.settle()
                 monitor.finish()
             else:
@@ -301,7 +289,7 @@ class Pretraining:
                 save = epoch_done or last or due or reason
                 report = self.step == 1 or self.step % run.print_freq == 0 or epoch_done or last
                 if report or save:
-                    self.phases.enter(LOG)
+                    self.phases.enter(timing.LOG)
                     for line in self.bad.collect(self.step):
                         telemetry.say(line)
                 if report:
@@ -311,7 +299,7 @@ class Pretraining:
                     self.meters.start_epoch()
                 monitor.require_agreement(bool(save))
                 if save:
-                    self.phases.enter(SAVE)
+                    self.phases.enter(timing.SAVE)
                     save_state(self, epoch_done)
                     monitor.restart_clock()
                 if reason and not last:
