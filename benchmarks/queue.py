@@ -6,26 +6,31 @@
 First, on one process, InfoNCE over a replicated queue, forward and backward. The usual way clones
 the queue, makes all logits with einsum, concatenates, divides and calls cross_entropy. Repeats
 alternate; both must give the same loss and gradient, which is checked. Its times are CPU times of
-one thread, so that whoever else uses the machine hardly counts. Then the queue sharded over
-R gloo ranks of this machine, for a global batch of the same ``--queries``: peak memory of a rank,
-the queue included, beside its share of the keys; CPU time of a rank for loss, gradient and
-enqueueing, which does not depend on how many ranks share a core; wall time, which does; and bytes
-that a rank hands to collectives, besides the keys that every queue has to be given anyway. A
-replicated queue of that length takes R times the share on every rank.
+one thread, so that whoever else uses the machine hardly counts. It is measured twice: in a process
+with the C library's own settings, in which any code runs; and in one that keeps freed memory, as
+this package's runs do, which spares the usual way most of its page faults.
 
-Memory is what the kernel says: growth of the resident set up to its peak (VmHWM, reset before), in
-a fresh process after a warm-up on a few thousand keys, which leaves the libraries' own buffers.
+Then the queue sharded over R gloo ranks of this machine, for a global batch of the same
+``--queries``: peak memory of a rank, the queue included, beside its share of the keys; CPU time of
+a rank for loss, gradient and enqueueing, which does not depend on how many ranks share a core; wall
+time, which does; and bytes that a rank hands to collectives, besides the keys that every queue has
+to be given anyway. A replicated queue of that length takes R times the share on every rank.
+
+Memory is counted in two ways, in a fresh process: what tensors take at their peak, by the record
+that the profiler keeps of every allocation; and what the kernel says, the growth of the resident
+set up to its peak (VmHWM, reset before) after a warm-up on a few thousand keys. The second has a
+few MiB of odds and ends, such as the buffers of gloo and of BLAS, that do not grow with the queue.
 
 Prints two tables and, as its last line, one JSON object:
 
     infonce_time_vs_usual       median of the repeats' ratios, ours over usual (65,536 keys)
-    infonce_memory_vs_usual     extra peak memory, ours over usual, the queue itself not counted
-    infonce_ms, usual_ms, infonce_extra_mib, usual_extra_mib
+    infonce_time_vs_usual_kept  the same where freed memory is kept
+    infonce_memory_vs_usual     extra peak resident memory, ours over usual, without the queue
+    infonce_ms, usual_ms, infonce_ms_kept, usual_ms_kept, infonce_extra_mib, usual_extra_mib
     sharded                     one object for each row of the second table: ranks, keys, dtype,
-                                share_mib, peak_mib, chunk_mib, memory_vs_share ((peak - chunk) /
-                                share), cpu_ms, wall_ms, bytes_sent
-    sharded_memory_vs_share     the largest memory_vs_share of rows whose share is 32 MiB or more:
-                                below, a process's own odds and ends weigh as much
+                                share_mib, tensors_mib, resident_mib, chunk_mib, memory_vs_share
+                                ((tensors - chunk) / share), cpu_ms, wall_ms, bytes_sent
+    sharded_memory_vs_share     the largest memory_vs_share of them
     queries, dim, repeats, torch, threads_per_rank
 """
 
@@ -35,6 +40,7 @@ import argparse
 import ctypes
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -52,6 +58,8 @@ if __name__ == "queue":
     sys.modules["queue"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["queue"])
 else:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which counts tensors here
+
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -107,6 +115,18 @@ class Peak:
         return int(found.group(1))
 
 
+def tensor_peak(action: Callable[[], object]) -> float:
+    """MiB that tensors take at most while something runs, besides those that were there before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        action()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0) / MIB
+
+
 def extra_memory(way: str, queries: int, dim: int) -> float:
     """MiB that one loss and its gradient need besides the queue."""
     keys = unit_rows(LENGTH, dim, 1)
@@ -154,7 +174,7 @@ def sharded(length: int, dim: int, queries: int, dtype: str, repeats: int) -> di
     peak = Peak()
     queue = KeyQueue(length, dim, SEED, "cpu", **place)
     step(queue)
-    mib = peak.mib()
+    resident = peak.mib()
     sent.clear()
     cpu, wall = [], []
     for _ in range(repeats):
@@ -164,11 +184,15 @@ def sharded(length: int, dim: int, queries: int, dtype: str, repeats: int) -> di
         cpu.append(time.process_time() - starts[0])
         distributed.barrier()
         wall.append(time.perf_counter() - starts[1])
+    bytes_sent = sum(sent) / repeats
+    del queue
+    tensors = tensor_peak(lambda: step(KeyQueue(length, dim, SEED, "cpu", **place)))
     return {
-        "mib": mib,
+        "resident": resident,
+        "tensors": tensors,
         "cpu": statistics.median(cpu),
         "wall": statistics.median(wall),
-        "sent": sum(sent) / repeats,
+        "sent": bytes_sent,
     }
 
 
@@ -192,6 +216,12 @@ def chunk_bytes(queries: int, dim: int) -> int:
     return 4 * rows * (queries + dim)
 
 
+def summary(times: dict[str, list[float]]) -> tuple[dict[str, float], float]:
+    """Median milliseconds of both ways, and the median of the repeats' ratios."""
+    ratio = statistics.median(a / b for a, b in zip(times["ours"], times["usual"], strict=True))
+    return {way: statistics.median(times[way]) * 1e3 for way in WAYS}, ratio
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", help="default 1 2 4 8, --quick 1 2 4")
@@ -207,24 +237,25 @@ def main() -> None:
     lengths = args.keys or ([65536, 524288] if args.quick else [65536, 1048576, 4194304])
     dtypes = args.dtype or (["fp32"] if args.quick else list(DTYPES))
 
-    (times,) = run_ranks(compare, 1, args.queries, args.dim, repeats)
+    torch.set_num_threads(1)
+    ms, ratio = summary(compare(args.queries, args.dim, repeats))
+    kept_ms, kept_ratio = summary(run_ranks(compare, 1, args.queries, args.dim, repeats)[0])
     memory = {way: run_ranks(extra_memory, 1, way, args.queries, args.dim)[0] for way in WAYS}
-    medians = {way: statistics.median(times[way]) for way in WAYS}
-    ratio = statistics.median(a / b for a, b in zip(times["ours"], times["usual"], strict=True))
     print(
         f"InfoNCE, {args.queries} queries against {LENGTH} keys of {args.dim}, forward and "
         f"backward, median of {repeats} repeats, one thread, {os.cpu_count()} cores\n"
-        f"{'':6} {'time':>10} {'extra memory':>14}"
+        f"{'':6} {'time':>10} {'freed is kept':>14} {'extra memory':>14}"
     )
     for way in WAYS:
-        print(f"{way:6} {medians[way] * 1e3:>7.1f} ms {memory[way]:>10.1f} MiB")
-    print(f"{'ratio':6} {ratio:>10.3f} {memory['ours'] / memory['usual']:>14.3f}\n", flush=True)
+        print(f"{way:6} {ms[way]:>7.1f} ms {kept_ms[way]:>11.1f} ms {memory[way]:>10.1f} MiB")
+    saved = memory["ours"] / memory["usual"]
+    print(f"{'ratio':6} {ratio:>10.3f} {kept_ratio:>14.3f} {saved:>14.3f}\n", flush=True)
 
     chunk = chunk_bytes(args.queries, args.dim) / MIB
     print(
         f"sharded, {args.queries} queries over all ranks, one chunk {chunk:.1f} MiB\n"
-        f"{'ranks':>5} {'keys':>9} {'':5} {'share':>11} {'peak':>11} {'(peak-chunk)/share':>19} "
-        f"{'CPU a rank':>11} {'wall':>10} {'sent a rank':>12}"
+        f"{'ranks':>5} {'keys':>9} {'':5} {'share':>11} {'tensors':>11} {'resident':>11} "
+        f"{'(tensors-chunk)/share':>21} {'CPU a rank':>11} {'wall':>10} {'sent a rank':>12}"
     )
     rows: list[dict[str, Any]] = []
     for length in lengths:
@@ -234,37 +265,41 @@ def main() -> None:
                     sharded, world, length, args.dim, args.queries, dtype, max(repeats // 4, 2)
                 )
                 share = length * args.dim * DTYPES[dtype].itemsize / world / MIB
-                peak = max(r["mib"] for r in got)
+                tensors, resident = (max(r[n] for r in got) for n in ("tensors", "resident"))
                 row = {
                     "ranks": world,
                     "keys": length,
                     "dtype": dtype,
                     "share_mib": round(share, 2),
-                    "peak_mib": round(peak, 2),
+                    "tensors_mib": round(tensors, 2),
+                    "resident_mib": round(resident, 2),
                     "chunk_mib": round(chunk, 2),
-                    "memory_vs_share": round((peak - chunk) / share, 3),
+                    "memory_vs_share": round((tensors - chunk) / share, 3),
                     "cpu_ms": round(statistics.mean(r["cpu"] for r in got) * 1e3, 2),
                     "wall_ms": round(max(r["wall"] for r in got) * 1e3, 2),
                     "bytes_sent": int(got[0]["sent"]),
                 }
                 rows.append(row)
+                cpu_ms, wall_ms = row["cpu_ms"], row["wall_ms"]
                 print(
-                    f"{world:>5} {length:>9} {dtype:5} {share:>7.1f} MiB {peak:>7.1f} MiB "
-                    f"{row['memory_vs_share']:>19.3f} {row['cpu_ms']:>8.1f} ms "
-                    f"{row['wall_ms']:>7.1f} ms {row['bytes_sent']:>12}",
+                    f"{world:>5} {length:>9} {dtype:5} {share:>7.1f} MiB {tensors:>7.1f} MiB "
+                    f"{resident:>7.1f} MiB {row['memory_vs_share']:>21.3f} {cpu_ms:>8.1f} ms "
+                    f"{wall_ms:>7.1f} ms {row['bytes_sent']:>12}",
                     flush=True,
                 )
-    large = [row["memory_vs_share"] for row in rows if row["share_mib"] >= 32]
     print(
         json.dumps(
             {
                 "infonce_time_vs_usual": round(ratio, 4),
-                "infonce_memory_vs_usual": round(memory["ours"] / memory["usual"], 4),
-                "infonce_ms": round(medians["ours"] * 1e3, 2),
-                "usual_ms": round(medians["usual"] * 1e3, 2),
+                "infonce_time_vs_usual_kept": round(kept_ratio, 4),
+                "infonce_memory_vs_usual": round(saved, 4),
+                "infonce_ms": round(ms["ours"], 2),
+                "usual_ms": round(ms["usual"], 2),
+                "infonce_ms_kept": round(kept_ms["ours"], 2),
+                "usual_ms_kept": round(kept_ms["usual"], 2),
                 "infonce_extra_mib": round(memory["ours"], 2),
                 "usual_extra_mib": round(memory["usual"], 2),
-                "sharded_memory_vs_share": max(large, default=None),
+                "sharded_memory_vs_share": max(row["memory_vs_share"] for row in rows),
                 "sharded": rows,
                 "queries": args.queries,
                 "dim": args.dim,

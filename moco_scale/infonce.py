@@ -11,7 +11,7 @@ from torch import Tensor
 from moco_scale import distributed
 
 # Elements of one block of logits: it should stay in a CPU's cache, and a GPU needs it large.
-_BLOCK_CPU = 1 << 18
+_BLOCK_CPU = 1 << 17
 _BLOCK_GPU = 1 << 24
 # exp(1 / T), summed over any queue, and exp(-1 / T) must stay normal fp32 numbers, because no
 # maximum is subtracted.
@@ -105,26 +105,27 @@ def partial_sums(
     query: Tensor, negatives: Negatives, temperature: float, samples: Tensor | None
 ) -> Sums:
     """The sums over the keys that are here, for queries fp32 [N, D]; no messages."""
+    keys, probed = negatives.keys, min(negatives.probed, len(negatives.keys))
     exps_sum = query.new_zeros(len(query))
     weighted = torch.zeros_like(query)
+    probed_sum = query.new_zeros(query.shape[1])
     scaled = query / temperature
     block = _BLOCK_CPU if query.device.type == "cpu" else _BLOCK_GPU
     rows = max(block // max(len(query), 1), 256)
-    for start in range(0, len(negatives.keys), rows):
-        keys = negatives.keys[start : start + rows].float()
-        exps = (scaled @ keys.T).exp_()
+
+    def add(part: slice) -> None:  # a function, so that one block is freed before the next is made
+        some = keys[part].float()
+        exps = (scaled @ some.T).exp_()
         if samples is not None and negatives.samples is not None:
-            own = negatives.samples[start : start + rows] == samples[:, None]
-            exps.masked_fill_(own, 0.0)
-        exps_sum += exps.sum(1)
-        weighted.addmm_(exps, keys)
-    probed = negatives.keys[: negatives.probed]
-    return Sums(
-        weighted,
-        exps_sum,
-        query @ probed.sum(0, dtype=torch.float32),
-        query.new_full((len(query),), len(probed)),
-    )
+            exps.masked_fill_(negatives.samples[part] == samples[:, None], 0.0)
+        exps_sum.add_(exps.sum(1))
+        weighted.addmm_(exps, some)
+        if part.start < probed:
+            probed_sum.add_(some[: probed - part.start].sum(0))
+
+    for start in range(0, len(keys), rows):
+        add(slice(start, start + rows))
+    return Sums(weighted, exps_sum, query @ probed_sum, query.new_full((len(query),), probed))
 
 
 def _sums_over_ranks(

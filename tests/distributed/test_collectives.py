@@ -30,6 +30,8 @@ def gathers() -> dict[str, Any]:
         "even": distributed.all_gather_rows(even),
         "slice": distributed.all_gather_rows(even.float()[:, 1:]),
         "bytes": distributed.all_gather_rows(even.to(torch.uint8)),
+        "shared out": distributed.reduce_scatter_rows(rows_of(rank, 2 * world).float()),
+        "per node": distributed.ranks_per_node(),
         "identity": (rank, world, distributed.is_main(), distributed.local_rank()),
     }
     results["uneven"] = [
@@ -195,6 +197,9 @@ def test_rows_are_gathered_in_rank_order(ranks: Ranks) -> None:
         assert got["identity"] == (rank, world, rank == 0, rank)
         assert torch.equal(got["even"], every)
         assert torch.equal(got["slice"], every.float()[:, 1:])
+        added = torch.stack([rows_of(r, 2 * world) for r in range(world)]).sum(0).float()
+        assert torch.equal(got["shared out"], added[2 * rank : 2 * rank + 2])
+        assert got["per node"] == world  # all on this host
         assert torch.equal(got["bytes"], every.to(torch.uint8))
         for counts, uneven in zip(ROWS, got["uneven"], strict=True):
             assert torch.equal(uneven, torch.cat([rows_of(r, counts[r]) for r in range(world)]))

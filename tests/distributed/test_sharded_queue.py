@@ -220,22 +220,24 @@ def joined(ranks: list[dict[str, Any]], when: str, sharded: bool) -> dict[str, T
     return states[0] | whole
 
 
+# Both terms of a symmetric loss, in two parts: four losses a step.
+OFTEN = ("--symmetric", "--accumulation-steps", "2", "--bn-group-size", "2")
+LONG = [(4, "sharded"), (2, "replicated"), (1, "sharded"), (4, "sharded")]
+
+
 @pytest.mark.parametrize(
-    "parts",
+    ("parts", "more"),
     [
-        [(2, "sharded"), (1, "replicated")],
-        pytest.param(
-            [(4, "sharded"), (2, "replicated"), (1, "sharded"), (4, "sharded")],
-            marks=pytest.mark.slow,
-        ),
+        ([(2, "sharded"), (1, "replicated")], OFTEN),
+        pytest.param(LONG, (), marks=pytest.mark.slow),
     ],
-    ids=len,
+    ids=["few", "many"],
 )
 def test_a_sharded_run_goes_on_replicated_on_other_ranks_and_back(
-    tiny_shards: Path, tmp_path: Path, parts: list[tuple[int, str]]
+    tiny_shards: Path, tmp_path: Path, parts: list[tuple[int, str]], more: tuple[str, ...]
 ) -> None:
     # No steps are taken, so that rounding cannot grow; the queues turn over all the same.
-    flags = [*SMALL, "--base-lr", "0", "--data-dir", str(tiny_shards)]
+    flags = [*SMALL, *more, "--base-lr", "0", "--data-dir", str(tiny_shards)]
     one = [*flags, "--output-dir", str(tmp_path / "one")]
     other = [*flags, "--output-dir", str(tmp_path / "other")]
     uninterrupted = run_ranks(train, 1, one, len(parts))[0]
@@ -255,3 +257,21 @@ def test_a_sharded_run_goes_on_replicated_on_other_ranks_and_back(
         for rank in ranks:
             for name, mean in expected["means"].items():
                 assert rank["means"][name] == pytest.approx(mean, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_is_interrupted_repeats_itself_to_the_bit(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = [*SMALL, "--queue", "sharded", "--data-dir", str(tiny_shards)]
+    whole = run_ranks(train, 2, [*flags, "--output-dir", str(tmp_path / "whole")], 2)
+    for _ in range(2):
+        halves = run_ranks(train, 2, [*flags, "--output-dir", str(tmp_path / "halves")], 1)
+    for half, once in zip(halves, whole, strict=True):
+        assert half[0]["means"] == once[1]["means"]
+    states = [
+        checkpoint.load(tmp_path / name / "checkpoints" / "step-00000004")
+        for name in ("whole", "halves")
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert [n for n in states[0] if not torch.equal(states[0][n], states[1][n])] == []

@@ -47,6 +47,9 @@ def test_every_step_is_recorded(zero1_run: tuple[Path, str]) -> None:
         assert record["images_per_second"] > 0
         assert 0 <= record["data_wait_fraction"] <= 1
         assert record["chance_loss"] == pytest.approx(math.log(33))
+        steps = min(record["step"], 4)  # of 8 keys, in a queue of 32
+        assert record["queue_age_max"] == steps
+        assert record["queue_age_mean"] == (1 + steps) / 2
     assert [r["step"] for r in records if "knn_top1" in r] == [4, 8]
     assert all(0 <= r["knn_top1"] <= 100 for r in records if "knn_top1" in r)
     assert 0 <= records[0]["knn_top1_initial"] <= 100
@@ -197,3 +200,13 @@ def test_a_terminal_gets_a_progress_bar(tiny_shards: Path, tmp_path: Path) -> No
     assert re.search(r"\r[^\n]*\d+%\|[^\n]*\| [012]/8 ", text), text
     assert re.search(r"step 2/8 loss \d", text), text
     assert "\r" not in (tmp_path / "log.txt").read_text()
+
+
+def test_chance_is_that_of_the_keys_that_count(tiny_shards: Path, tmp_path: Path) -> None:
+    flags = ("--mask-unfilled", "--max-steps", 3, "--data-dir", tiny_shards)
+    status, output = forked(*TINY, *flags, "--output-dir", tmp_path)
+    assert status == 0, output
+    records = metrics(tmp_path)
+    assert [r["chance_loss"] for r in records] == pytest.approx([math.log(n) for n in (1, 9, 17)])
+    assert records[0]["loss"] == 0  # no negatives yet
+    assert all(r["loss"] > 0 for r in records[1:])
