@@ -102,16 +102,15 @@ def infonce(
 
 @torch.no_grad()
 def partial_sums(
-    query: Tensor, negatives: Negatives, temperature: float, samples: Tensor | None
+    scaled: Tensor, negatives: Negatives, temperature: float, samples: Tensor | None
 ) -> Sums:
-    """The sums over the keys that are here, for queries fp32 [N, D]; no messages."""
+    """The sums over the keys that are here, for queries over T, fp32 [N, D]; no messages."""
     keys, probed = negatives.keys, min(negatives.probed, len(negatives.keys))
-    exps_sum = query.new_zeros(len(query))
-    weighted = torch.zeros_like(query)
-    probed_sum = query.new_zeros(query.shape[1])
-    scaled = query / temperature
-    block = _BLOCK_CPU if query.device.type == "cpu" else _BLOCK_GPU
-    rows = max(block // max(len(query), 1), 256)
+    exps_sum = scaled.new_zeros(len(scaled))
+    weighted = torch.zeros_like(scaled)
+    probed_sum = scaled.new_zeros(scaled.shape[1])
+    block = _BLOCK_CPU if scaled.device.type == "cpu" else _BLOCK_GPU
+    rows = max(block // max(len(scaled), 1), 256)
 
     def add(part: slice) -> None:  # a function, so that one block is freed before the next is made
         some = keys[part].float()
@@ -125,13 +124,14 @@ def partial_sums(
 
     for start in range(0, len(keys), rows):
         add(slice(start, start + rows))
-    return Sums(weighted, exps_sum, query @ probed_sum, query.new_full((len(query),), probed))
+    similar = (scaled @ probed_sum).mul_(temperature)
+    return Sums(weighted, exps_sum, similar, scaled.new_full((len(scaled),), probed))
 
 
 def _sums_over_ranks(
-    query: Tensor, negatives: Negatives, temperature: float, samples: Tensor | None
+    scaled: Tensor, negatives: Negatives, temperature: float, samples: Tensor | None
 ) -> Sums:
-    every = distributed.all_gather_rows(query)
+    every = distributed.all_gather_rows(scaled)
     if samples is not None:
         samples = distributed.all_gather_rows(samples)
     sums = partial_sums(every, negatives, temperature, samples)
@@ -151,7 +151,7 @@ class _InfoNCE(torch.autograd.Function):
         samples: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         sum_up = _sums_over_ranks if negatives.sharded else partial_sums
-        sums = sum_up(query, negatives, temperature, samples)
+        sums = sum_up(query / temperature, negatives, temperature, samples)
         # How far all negatives together lie above the positive. Everything is a function of it:
         # differences such as softmax - 1 would cancel every digit near a softmax of 1.
         margin = sums.exps.log() - (query * positive).sum(1) / temperature

@@ -30,7 +30,7 @@ def simulated_loss(
     queues: list[KeyQueue], query: Tensor, positive: Tensor, images: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What the ranks together say: they hold parts, and every query meets all parts."""
-    parts = [partial_sums(query, queue.negatives(), T, images) for queue in queues]
+    parts = [partial_sums(query / T, queue.negatives(), T, images) for queue in queues]
     total = Sums(*(torch.stack(columns).sum(0) for columns in zip(*parts, strict=True)))
     margin = total.exps.log() - (query * positive).sum(1) / T
     mean_key = torch.where(total.exps[:, None] > 0, total.weighted / total.exps[:, None], 0.0)

@@ -221,7 +221,7 @@ def joined(ranks: list[dict[str, Any]], when: str, sharded: bool) -> dict[str, T
 
 
 # Both terms of a symmetric loss, in two parts: four losses a step.
-OFTEN = ("--symmetric", "--accumulation-steps", "2", "--bn-group-size", "2")
+OFTEN = ("--symmetric", "--accumulation-steps", "2", "--batch-size", "16")
 LONG = [(4, "sharded"), (2, "replicated"), (1, "sharded"), (4, "sharded")]
 
 
