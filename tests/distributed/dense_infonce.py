@@ -41,15 +41,14 @@ def loss_and_gradient(
     """Loss [N] of each query, and the gradient [N, D] of their sum, in fp64."""
     q = query.detach().double().requires_grad_()
     losses = []
+    keys = torch.stack([slot.key for slot in ring]).double() if ring else q.new_empty(0, q.shape[1])
     for row, key, image in zip(q, positive.double(), images, strict=True):
-        others = [
-            slot.key.double()
+        counts = [
+            not (mask_unfilled and slot.image < 0) and not (mask_same_image and slot.image == image)
             for slot in ring
-            if not (mask_unfilled and slot.image < 0)
-            and not (mask_same_image and slot.image == image)
         ]
-        logits = torch.stack([key, *others]) @ row / temperature
-        losses.append(torch.logsumexp(logits, 0) - logits[0])
+        logits = torch.cat([key[None], keys[torch.tensor(counts, dtype=torch.bool)]]) @ row
+        losses.append(torch.logsumexp(logits / temperature, 0) - logits[0] / temperature)
     loss = torch.stack(losses)
     (gradient,) = torch.autograd.grad(loss.sum(), q)
     return loss.detach(), gradient
