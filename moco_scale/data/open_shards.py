@@ -9,6 +9,7 @@ from moco_scale.data import index, index_file
 from moco_scale.data.mixed_shards import MixedShards, split_mixture
 from moco_scale.data.remote import is_remote
 from moco_scale.data.remote_shards import has_remote_split, open_remote
+from moco_scale.data.remote_tars import is_remote_pattern, open_remote_tars, remote_tars
 from moco_scale.data.scanned_index import open_scanned
 from moco_scale.data.shard_list import ShardList, is_pattern, list_shards
 from moco_scale.data.shard_set import Shards
@@ -19,11 +20,11 @@ from moco_scale.errors import UserError
 def open_shards(source: str | Path | ShardSource, split: str) -> Shards:
     """The pictures of one split of a data set, checked to be all there.
 
-    source, as `--data-dir` names it: a folder of shards made by `python -m moco_scale shard`; an
-    address of such a folder; a folder of tars that were written elsewhere, or a pattern of such
-    (see `list_shards`), which are indexed on first use; or several of these with weights,
-    `A:0.7,B:0.3` (see `split_mixture`). Of several sets all must have a train split; other splits
-    are those of the sets that have them.
+    source, as `--data-dir` names it: a folder that `python -m moco_scale shard` has made, or its
+    address; a folder of tars that were written elsewhere, or a pattern of such (see `list_shards`)
+    or of their addresses (see `remote_tars`), which are indexed on first use; or several of these
+    with weights, `A:0.7,B:0.3` (see `split_mixture`). Of several sets all must have a train split;
+    other splits are those of the sets that have them.
 
     Raises UserError: there is no such data set or split, or something in it is missing or damaged.
     """
@@ -58,7 +59,8 @@ def _source(source: str | Path | ShardSource) -> ShardSource:
 
 def _open_one(source: ShardSource, split: str) -> Shards:
     if is_remote(source.spec):
-        return open_remote(source, split)
+        pattern = is_remote_pattern(source.spec)
+        return open_remote_tars(source, split) if pattern else open_remote(source, split)
     tars = _without_index(source.spec)
     if tars is None:
         return index.IndexedShards.open(source.spec, split)
@@ -67,6 +69,8 @@ def _open_one(source: ShardSource, split: str) -> Shards:
 
 def _has_split(source: ShardSource, split: str) -> bool:
     if is_remote(source.spec):
+        if is_remote_pattern(source.spec):
+            return split in remote_tars(source).splits
         return has_remote_split(source, split)
     try:
         tars = _without_index(source.spec)

@@ -30,7 +30,7 @@ _SILENCE = 60.0  # seconds without a byte after which a connection counts as bro
 _CHUNK = 1 << 20
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _USER = re.compile(r"//[^/@,\s]*@")
-_SIGNATURE = re.compile(r"(://[^?#,\s]*[^?#,\s/])/*[?#][^,\s]*")
+_SIGNATURE = re.compile(r"(://(?:\{[^{}]*\}|[^?#,\s])*?)/*[?#][^,\s]*")
 # Statuses that tell of the moment rather than of the file.
 _PASSING = {408, 423, 425, 429, 500, 502, 503, 504}
 

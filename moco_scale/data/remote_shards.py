@@ -30,22 +30,24 @@ _ATTEMPTS = 3  # to fetch an index that is whole and fits the rest
 class RemoteShards(index.IndexedShards):
     """The pictures of a split that lie elsewhere, read through a cache.
 
-    `folder` is the set's in the cache: its index, and the shards that are here now.
+    `folder` is the set's in the cache, with the shards that are here now; `index_dir` holds the
+    index.
     """
 
     def __init__(
         self,
-        folder: Path,
+        index_dir: Path,
         split: str,
         header: Mapping[str, Any],
         rows: np.ndarray,
         selection: np.ndarray | None,
         name: str,
+        folder: Path,
         place: Place,
         cache: ShardCache,
     ) -> None:
-        super().__init__(folder / SHARDS, split, header, rows, selection, folder, name)
-        self._place, self._cache = place, cache
+        super().__init__(folder / SHARDS, split, header, rows, selection, index_dir, name)
+        self._folder, self._place, self._cache = folder, place, cache
         self._files = [
             RemoteFile(shard["name"], int(shard["bytes"]), shard.get("checksum"))
             for shard in header["splits"][split]["shards"]
@@ -60,27 +62,27 @@ class RemoteShards(index.IndexedShards):
 
     def remote_parts(self) -> list[RemotePart]:
         shard_of = self._rows["shard"].astype(np.uint32)
-        return [RemotePart(0, shard_of, self._files, self._place, self.index_dir, self._cache)]
+        return [RemotePart(0, shard_of, self._files, self._place, self._folder, self._cache)]
 
     def subset(self, indices: Indices) -> RemoteShards:
         selection = self._selected(indices)
         header, rows = self._header, self._all_rows
-        place = self.name, self._place, self._cache
+        place = self.name, self._folder, self._place, self._cache
         return RemoteShards(self.index_dir, self.split, header, rows, selection, *place)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        place = self.name, self._place, self._cache
+        place = self.name, self._folder, self._place, self._cache
         return self.index_dir, self.split, self._header, self._selection, *place
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        folder, split, header, selection, *place = state
-        rows = index_file.map_rows(folder, split)
-        self.__init__(folder, split, header, rows, selection, *place)  # type: ignore[misc]
+        index_dir, split, header, selection, *place = state
+        rows = index_file.map_rows(index_dir, split)
+        self.__init__(index_dir, split, header, rows, selection, *place)  # type: ignore[misc]
 
     def _map(self, shard: int) -> mmap.mmap:
         file, size = self._files[shard], self._shards[shard][1]
         held = self._cache.hold(
-            self._place, self.index_dir, file, stopped=closing, let_go=self._maps.clear
+            self._place, self._folder, file, stopped=closing, let_go=self._maps.clear
         )
         with held:
             # The mapping keeps a descriptor of its own, and with it the lock.
@@ -104,7 +106,7 @@ def open_remote(source: ShardSource, split: str) -> RemoteShards:
                 break
             folder = cache.root / _folder_name(name, content)
             rows = _rows(place, cache, folder, split, header, content)
-            return RemoteShards(folder, split, header, rows, None, name, place, cache)
+            return RemoteShards(folder, split, header, rows, None, name, folder, place, cache)
         except _DamagedError as damage:
             if attempt == _ATTEMPTS:
                 raise UserError(
@@ -134,8 +136,8 @@ def _parsed(content: bytes, place: Place) -> dict[str, Any]:
         header = index_file.parse_header(content, place.address(index_file.INDEX_JSON))
     except UserError as error:
         raise _DamagedError(str(error)) from None
-    for split in header["splits"].values():
-        for shard in split["shards"]:
+    for entry in header["splits"].values():
+        for shard in entry["shards"]:
             if shard["name"].startswith("."):
                 raise _DamagedError(
                     f"{place.address(index_file.INDEX_JSON)} names {shard['name']!r}"

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import numpy as np
 from moco_scale.data import index, index_file
 from moco_scale.data.pool import BrokenProcessPool, in_order
 from moco_scale.data.progress import Progress
+from moco_scale.data.shard_cache import cache_home
 from moco_scale.data.shard_list import ShardList
 from moco_scale.data.tar_scan import ShardScan, scan_tar
 from moco_scale.errors import UserError
@@ -70,7 +71,7 @@ def open_scanned(spec: str, shards: ShardList, split: str) -> index.IndexedShard
             "that can be written in the environment variable MOCO_SCALE_CACHE."
         )
     place = writable[0]
-    with _alone(place / f"{key.names}.lock", f"{spec}: another process makes the index; waiting"):
+    with alone(place / f"{key.names}.lock", f"{spec}: another process makes the index; waiting"):
         found = _open(spec, shards, split, key.folder(place))
         if found is not None:
             return found
@@ -111,12 +112,8 @@ def _key(shards: ShardList) -> tuple[_Key, dict[str, int]]:
 
 def _cache_folder(folder: Path) -> Path:
     """Where the index of the tars of a folder goes that cannot be written."""
-    root = os.environ.get("MOCO_SCALE_CACHE")
-    if not root:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        root = os.path.join(base, "moco_scale")
     of = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
-    return Path(root) / "index" / of
+    return cache_home() / "index" / of
 
 
 def _can_write(place: Path) -> bool:
@@ -131,7 +128,7 @@ def _can_write(place: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path, waiting: str) -> Iterator[None]:
+def alone(lock: Path, waiting: str) -> Iterator[None]:
     """One process at a time, on file systems that can lock; elsewhere work may be done twice, and
     whole files replace each other."""
     with contextlib.ExitStack() as held:
@@ -148,8 +145,28 @@ def _alone(lock: Path, waiting: str) -> Iterator[None]:
 
 def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) -> None:
     started = time.monotonic()
-    everything = [(split, name) for split, names in shards.splits.items() for name in names]
-    scans = _scan_all(spec, shards.folder, [name for _, name in everything])
+    names = [name for members in shards.splits.values() for name in members]
+    scans = _scan_all(spec, shards.folder, names)
+    write_index(spec, shards.splits, scans, sizes, folder, started)
+
+
+def write_index(
+    spec: str,
+    splits: Mapping[str, Sequence[str]],
+    scans: Sequence[ShardScan],
+    sizes: Mapping[str, int],
+    folder: Path,
+    started: float,
+    checksums: Mapping[str, str] | None = None,
+) -> None:
+    """Write the index of scanned tars to a folder, and say so.
+
+    splits: the tars' names. scans: of all of them in this order. sizes, checksums: by name, the
+    latter hex BLAKE2b-128. started: when the work began, by `time.monotonic`.
+
+    Raises UserError: labels are numbers in some tars and names in others; it cannot be written.
+    """
+    everything = [(split, name) for split, names in splits.items() for name in names]
     classes = class_names(spec, everything, scans)
     place = {name: i for i, name in enumerate(classes)}
     header: dict[str, Any] = {
@@ -162,7 +179,7 @@ def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) ->
     # Readers look for a folder with an index.json: that comes last.
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for split in shards.splits:
+        for split in splits:
             chosen = [
                 (name, scan)
                 for (of, name), scan in zip(everything, scans, strict=True)
@@ -172,7 +189,8 @@ def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) ->
                 [index_rows(number, scan, place) for number, (_, scan) in enumerate(chosen)]
             )
             entry = [(name, sizes[name], len(scan.offset)) for name, scan in chosen]
-            header["splits"][split] = index_file.split_entry(split, rows, entry)
+            sums = None if checksums is None else [checksums[name] for name, _ in chosen]
+            header["splits"][split] = index_file.split_entry(split, rows, entry, sums)
             save_rows(folder / index_file.index_name(split), rows)
         write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1))
         sync_folder(folder)
@@ -204,7 +222,9 @@ def _scan_all(spec: str, folder: Path, names: list[str]) -> list[ShardScan]:
     return scans
 
 
-def class_names(spec: str, everything: list[tuple[str, str]], scans: list[ShardScan]) -> list[str]:
+def class_names(
+    spec: str, everything: list[tuple[str, str]], scans: Sequence[ShardScan]
+) -> list[str]:
     """Names of all classes: those in the tars, sorted, or the numbers themselves."""
     names = sorted({name for scan in scans for name in scan.names})
     highest = max((int(scan.label.max()) for scan in scans if not scan.names), default=-1)

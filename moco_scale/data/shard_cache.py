@@ -36,13 +36,13 @@ _POLL = 0.05  # seconds between looks at what another process does
 GB = 10**9
 
 
-def default_root() -> Path:
-    """Where shards are kept unless the user says otherwise."""
+def cache_home() -> Path:
+    """The user's folder for what can be made again."""
     root = os.environ.get("MOCO_SCALE_CACHE")
     if not root:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         root = os.path.join(base, "moco_scale")
-    return Path(root) / "shards"
+    return Path(root)
 
 
 def size_text(size: int) -> str:

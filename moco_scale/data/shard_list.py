@@ -68,7 +68,7 @@ def list_shards(spec: str) -> ShardList | None:
         raise UserError(f"{spec} names {twice} twice")
     folder = absolute[0].parent if is_pattern(spec) else Path(os.path.abspath(spec))
     splits: dict[str, list[str]] = {}
-    for split, path in zip(_splits(spec, absolute, folder), absolute, strict=True):
+    for split, path in zip(splits_of(spec, absolute, folder), absolute, strict=True):
         splits.setdefault(split, []).append(os.path.relpath(path, folder))
     return ShardList(folder, splits)
 
@@ -157,8 +157,8 @@ def _refuse_compressed(path: Path) -> UserError:
     )
 
 
-def _splits(spec: str, paths: list[Path], folder: Path) -> list[str]:
-    """The split of each tar."""
+def splits_of(spec: str, paths: list[Path], folder: Path) -> list[str]:
+    """The split of each tar, by words in its name; see `list_shards`. Raises UserError."""
     told = [_split_of(path, folder) for path in paths]
     untold = [path for path, split in zip(paths, told, strict=True) if split is None]
     if len(untold) == len(paths):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moco_scale.data.download import Patience
 from moco_scale.data.remote import Place, place, shown
-from moco_scale.data.shard_cache import GB, ShardCache, default_root
+from moco_scale.data.shard_cache import GB, ShardCache, cache_home
 
 CACHE_GB = 32.0
 GIVE_UP_SECONDS = 600.0
@@ -36,7 +36,7 @@ class ShardSource:
 
     @property
     def cache(self) -> ShardCache:
-        root = Path(self.cache_dir).expanduser() if self.cache_dir else default_root()
+        root = Path(self.cache_dir).expanduser() if self.cache_dir else cache_home() / "shards"
         return ShardCache(root.absolute(), round(self.cache_size * GB), Patience(self.give_up))
 
     @property

@@ -24,7 +24,7 @@ from moco_scale.config import build, differences
 from moco_scale.data import remote, shard_source
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.download import Patience, RemoteFile
-from moco_scale.data.fetch_ahead import FetchAhead, Job, Lookahead, RemotePart, check_room
+from moco_scale.data.fetch_ahead import NOWHERE, FetchAhead, Job, Lookahead, RemotePart, check_room
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
@@ -302,6 +302,55 @@ def test_an_object_store(tiny_shards: Path, tmp_path: Path) -> None:
             batches(open_shards(ShardSource("memory://bucket/set", str(tmp_path)), "train"), 0)
     finally:
         store.rm("/bucket", recursive=True)
+
+
+def test_tars_without_an_index_are_fetched_once_to_make_it(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path / "home"))
+    near = open_shards(tiny_shards, "train")
+    bad = ("drop 3000", "500", "")
+
+    def fault(name: str, attempt: int) -> str:
+        return "404" if name == "index.json" else bad[min(attempt, 2)]
+
+    with served(tiny_shards, fault) as server:
+        spec = f"{server.url}/train-{{000000,000001,000002,000003}}.tar?signed=secret"
+        source = ShardSource(spec, str(tmp_path / "cache"))
+        far = open_shards(source, "train")
+        assert np.array_equal(far.labels, near.labels)
+        same(batches(far, 1), batches(near, 0))
+        same(batches(open_shards(source, "train"), 0), batches(near, 0))
+        assert all(server.count(path.name) == 3 for path in tiny_shards.glob("train-*.tar"))
+        assert not has_split(source, "val")
+        with pytest.raises(UserError, match="no split 'val'"):
+            open_shards(source, "val")
+        assert str(source) == spec.partition("?")[0]
+        assert all(request.query == "signed=secret" for request in server.requests)
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_shards, broken)
+    os.truncate(broken / "train-000001.tar", 5000)
+    with (
+        served(broken) as server,
+        pytest.raises(UserError, match=rf"{server.url}/train-000001.tar.*trunc"),
+    ):
+        open_shards(f"{server.url}/train-{{000000..000003}}.tar", "train")
+
+
+def test_near_and_far_sets_are_mixed(tiny_shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_shards, tmp_path / "copy")
+    near = open_shards(f"{tiny_shards}:0.25,{tmp_path / 'copy'}:0.75", "train")
+    with served(tiny_shards) as server:
+        spec = f"{tiny_shards}:0.25,{server.url}:0.75"
+        far = open_shards(ShardSource(spec, str(tmp_path / "cache")), "train")
+        assert far.fingerprint == near.fingerprint
+        same(batches(far, 2, steps=20), batches(near, 0, steps=20))
+        subset = far.subset(np.arange(10, 60, 3))
+        [part] = subset.remote_parts()
+        for i, shard in enumerate(part.shard_of.tolist()):
+            name = part.files[shard].name if shard != NOWHERE else None
+            assert (name is not None) == (10 + 3 * i >= 32)
+            assert name is None or f"{server.url}, {name}" in subset.where(i)
 
 
 def test_passwords_and_signatures_are_written_nowhere(tmp_path: Path) -> None:

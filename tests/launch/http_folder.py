@@ -28,6 +28,7 @@ Fault = str
 class Request(NamedTuple):
     name: str
     start: int
+    query: str = ""
 
 
 class FaultyFolder:
@@ -65,13 +66,14 @@ class FaultyFolder:
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True
-        name = handler.path.rpartition("/")[2]
+        path_asked, _, query = handler.path.partition("?")
+        name = path_asked.rpartition("/")[2]
         asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         with self._lock:
             attempt = self._attempts[name]
             self._attempts[name] += 1
-            self.requests.append(Request(name, start))
+            self.requests.append(Request(name, start, query))
         fault = self.fault(name, attempt)
         path = self.folder / name
         if fault == "silent":
