@@ -18,7 +18,11 @@ from moco_scale import command_line, launchers
 from moco_scale.config import Config
 
 SCRIPTS = REPOSITORY / "scripts"
-SHELL = sorted([*SCRIPTS.glob("*.sh"), SCRIPTS / "slurm.sbatch", REPOSITORY / ".ci" / "run"])
+SHELL = [
+    *(SCRIPTS / name for name in ("environment.sh", "slurm.sbatch", "torchrun_elastic.sh")),
+    *(SCRIPTS / name for name in ("deepspeed_hostfile.sh", "two_terminals.sh")),
+    REPOSITORY / ".ci" / "run",
+]
 WATCHED = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ENV_FILE"),
     *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"),
