@@ -164,6 +164,14 @@ def test_crops_in_fp32_are_those_in_whole_numbers(box: tuple[int, int, int, int]
     assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_sees_nearly_what_a_worker_does() -> None:
+    ours, theirs = batches(MIXED, DeviceDecoder.on_gpu(torch.device("cuda"))), batches(MIXED, None)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.views.device.type == "cuda"
+        assert (a.views.cpu().int() - b.views.int()).abs().float().mean() < 2
+
+
 def test_without_a_gpu_the_flag_is_refused() -> None:
     with pytest.raises(UserError, match=r"--decode gpu needs a GPU"):
         DeviceDecoder.on_gpu(CPU)
