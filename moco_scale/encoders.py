@@ -116,11 +116,12 @@ class _WideResNet(ResNet):
         super().__init__(block, layers, num_classes=1, norm_layer=GroupedBatchNorm2d)
         channels = 64 * width
         if stem == "cifar":
+            # Initialised as any nn.Conv2d, not as torchvision's ResNet: so is the official demo's.
             self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()  # type: ignore[assignment]
         else:
             self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = GroupedBatchNorm2d(channels)
         self.fc = nn.Identity()  # type: ignore[assignment]
 
