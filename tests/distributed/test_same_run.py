@@ -66,8 +66,8 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
         # An all but frozen network, so that rounding cannot grow, and no layer of single pixels,
         # where four numbers that hardly differ would be normalised. Groups of 4 hold half a
         # process's samples, all of them, and those of two processes.
-        flags = [*TINY, "--stem", "cifar", "--nce-k", "20", "--base-lr", "0", "--rng-seed", str(SEED)]
-        flags += ["--data-dir", str(tiny_shards), "--output-dir", str(out)]
+        flags = [*TINY, "--stem", "cifar", "--nce-k", "20", "--base-lr", "0"]
+        flags += ["--rng-seed", str(SEED), "--data-dir", str(tiny_shards), "--output-dir", str(out)]
         results[world] = run_ranks(one_rank, world, flags)
     return results
 
