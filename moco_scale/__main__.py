@@ -15,7 +15,7 @@ COMMANDS = {
     "shard": ("moco_scale.data.shard_command", "turn pictures into WebDataset shards"),
     "flops": ("moco_scale.flops", "count the FLOPs of a model and of training it"),
     "plan": ("moco_scale.planner.command", "say what a run needs: memory, traffic, time, cores"),
-    "inspect": ("moco_scale.inspect_command", "say what a checkpoint holds and if it is whole"),
+    "inspect": ("moco_scale.inspect_command", "say what a checkpoint or a folder of shards holds"),
     "demo": ("moco_scale.demo.run", "a complete small run on pictures it renders itself"),
     "cifar10": ("moco_scale.demo.cifar10", "a complete run on CIFAR-10"),
 }

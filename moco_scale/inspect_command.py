@@ -1,4 +1,4 @@
-"""Say what a checkpoint holds: step, who wrote it, settings, sizes, and whether it is whole."""
+"""Say what a checkpoint holds, and whether it is whole; or what a folder of shards holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moco_scale import checkpoint
+from moco_scale.data.contact_sheet import contact_sheet
+from moco_scale.data.index_file import INDEX_JSON
+from moco_scale.data.open_shards import open_shards
+from moco_scale.data.shard_summary import print_summary, summarise
 from moco_scale.errors import UserError
 
 PARTS = ("model.query", "model.key", "optimizer", "queue")
@@ -16,20 +20,51 @@ PARTS = ("model.query", "model.key", "optimizer", "queue")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's output folder"
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="a checkpoint, a run's output folder, or a folder of shards",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tensors", action="store_true", help="list every tensor and its shape")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="of shards: draw a sheet of pictures, a PNG"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print it. Returns 1 where the checkpoint is damaged, else 0. Raises UserError."""
+    if _holds_shards(args.path):
+        return _run_shards(args)
+    if args.sheet is not None:
+        raise UserError(f"--sheet {args.sheet} is for a folder of shards, and {args.path} is none")
     found = describe(args.path)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
         _print(found, args.tensors)
     return 0 if found["damage"] is None else 1
+
+
+def _holds_shards(path: Path) -> bool:
+    if (path / checkpoint.META).is_file() or (path / "checkpoints").is_dir():
+        return False
+    return (path / INDEX_JSON).is_file() or any(path.glob("*.tar"))
+
+
+def _run_shards(args: argparse.Namespace) -> int:
+    found = summarise(args.path)
+    if args.sheet is not None:
+        split = "train" if "train" in found["splits"] else next(iter(found["splits"]))
+        contact_sheet(open_shards(args.path, split), args.sheet)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_summary(found)
+        if args.sheet is not None:
+            print(f"  sheet of pictures: {args.sheet}")
+    sys.stdout.flush()
+    return 0
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""What a folder of shards holds, in numbers: all of it from the index, pictures from a sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moco_scale.data.decode import DecodeError, picture_size
+from moco_scale.data.examine import list_folder
+from moco_scale.data.open_shards import open_shards
+from moco_scale.data.output_folder import size_text
+from moco_scale.data.shard_set import Shards
+
+SAMPLE = 1000
+_NAMED = 5  # classes with most and with fewest pictures
+_SIGNATURES = {
+    b"\xff\xd8\xff": "jpeg",
+    b"\x89PNG": "png",
+    b"RIFF": "webp",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+    b"P5": "pgm",
+    b"P6": "ppm",
+}
+
+
+def summarise(path: Path) -> dict[str, Any]:
+    """Counts, sizes, classes and formats of each split, as plain values.
+
+    Returns:
+        ``path``, ``made`` (what the index says about how), and under ``splits`` for each:
+        ``pictures``, ``shards``, ``bytes`` (of the tars); ``classes`` (names), ``per_class``
+        (pictures of each, in their order), ``unlabelled``; and of ``sampled`` pictures, spread
+        over the split: ``picture_bytes``, ``width``, ``height``, ``short_side`` as [smallest, 5 %,
+        median, 95 %, largest], ``formats`` (counts), ``unreadable`` (whose header is none).
+
+    Raises:
+        UserError: there are no shards, or some are missing or damaged.
+    """
+    folder = list_folder(path)
+    splits = {}
+    for split, expected in folder.splits.items():
+        shards = open_shards(path, split)
+        labels = shards.labels
+        counts = np.bincount(labels[labels >= 0], minlength=len(shards.classes))
+        splits[split] = {
+            "pictures": len(shards),
+            "shards": len(expected),
+            "bytes": sum(shard.path.stat().st_size for shard in expected),
+            "classes": shards.classes,
+            "per_class": counts.tolist(),
+            "unlabelled": int((labels < 0).sum()),
+            **_sampled(shards),
+        }
+    return {"path": str(path), "made": folder.made, "splits": splits}
+
+
+def _sampled(shards: Shards) -> dict[str, Any]:
+    places = np.unique(np.linspace(0, len(shards) - 1, SAMPLE).astype(np.int64))
+    formats: Counter[str] = Counter()
+    sizes, sides, unreadable = [], [], 0
+    for place in places.tolist():
+        data = shards.read(place)
+        sizes.append(len(data))
+        start = bytes(data[:4])
+        formats[next((n for magic, n in _SIGNATURES.items() if start.startswith(magic)), "?")] += 1
+        try:
+            sides.append(picture_size(data))
+        except DecodeError:
+            unreadable += 1
+    heights, widths = np.array(sides or [(0, 0)]).T
+    return {
+        "sampled": len(places),
+        "picture_bytes": _spread(np.array(sizes)),
+        "width": _spread(widths),
+        "height": _spread(heights),
+        "short_side": _spread(np.minimum(heights, widths)),
+        "formats": dict(formats.most_common()),
+        "unreadable": unreadable,
+    }
+
+
+def _spread(values: np.ndarray) -> list[int]:
+    """[smallest, 5 %, median, 95 %, largest]"""
+    quantiles = np.quantile(values, [0, 0.05, 0.5, 0.95, 1], method="nearest")
+    return [int(value) for value in quantiles]
+
+
+def print_summary(found: dict[str, Any]) -> None:
+    """The same for people."""
+    print(found["path"])
+    made = found["made"]
+    if made.get("by"):
+        print(f"  made by {made['by']} from {made.get('source')}")
+    for split, part in found["splits"].items():
+        count = part["shards"]
+        print(
+            f"  {split}: {part['pictures']:,} pictures in {count:,} shard{'s' * (count != 1)}, "
+            f"{size_text(part['bytes'])}"
+        )
+        for name, text in _lines(part):
+            print(f"    {name:14}{text}")
+
+
+def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
+    sampled, lines = part["sampled"], []
+    least, low, median, high, most = part["picture_bytes"]
+    of = "" if sampled == part["pictures"] else f" (of {sampled} pictures spread over all)"
+    lines.append(
+        (
+            "file size",
+            f"median {size_text(median)}, 90 % within {size_text(low)} to {size_text(high)}, all "
+            f"within {size_text(least)} to {size_text(most)}{of}",
+        )
+    )
+    width, height, short = (part[side] for side in ("width", "height", "short_side"))
+    lines.append(("pixels", f"median {width[2]} x {height[2]}, largest {width[4]} x {height[4]}"))
+    lines.append(
+        (
+            "shorter side",
+            f"median {short[2]}, 90 % within {short[1]} to {short[3]}, least {short[0]}",
+        )
+    )
+    formats = (f"{name} {100 * n / sampled:.3g} %" for name, n in part["formats"].items())
+    lines.append(("formats", ", ".join(formats)))
+    if part["unreadable"]:
+        lines.append(("UNREADABLE", f"{part['unreadable']} of {sampled}: see shard --check"))
+    counts = part["per_class"]
+    if not part["classes"]:
+        return [*lines, ("classes", "none: the pictures have no labels")]
+    order = sorted(range(len(counts)), key=lambda c: -counts[c])
+    same = min(counts) == max(counts)
+    each = f"{min(counts)}" if same else f"{min(counts)} to {max(counts)}"
+    lines.append(("classes", f"{len(counts)}, of {each} pictures each"))
+
+    def named(some: list[int]) -> str:
+        return ", ".join(f"{part['classes'][c]} {counts[c]}" for c in some)
+
+    if len(counts) <= 2 * _NAMED:
+        lines.append(("", named(order)))
+    elif not same:
+        lines.append(("  most", named(order[:_NAMED])))
+        lines.append(("  fewest", named(order[: -_NAMED - 1 : -1])))
+    if part["unlabelled"]:
+        lines.append(("unlabelled", f"{part['unlabelled']} pictures"))
+    return lines

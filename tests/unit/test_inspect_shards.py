@@ -1,0 +1,88 @@
+"""What `python -m moco_scale inspect` says of a folder of shards, and the sheet it draws."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import make_shards
+from conftest import write_picture
+from PIL import Image
+
+from moco_scale.__main__ import main
+from moco_scale.data.contact_sheet import contact_sheet
+from moco_scale.data.index import IndexedShards
+
+
+def test_it_counts_what_is_there(tiny_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_shards), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    train = found["splits"]["train"]
+    files = list(tiny_shards.glob("train-*.tar"))
+    shards = IndexedShards.open(tiny_shards)
+    sizes = sorted(len(shards.read(i)) for i in range(32))
+    assert (train["pictures"], train["shards"]) == (32, len(files))
+    assert train["bytes"] == sum(path.stat().st_size for path in files)
+    assert (train["classes"], train["per_class"]) == (["ash", "birch"], [16, 16])
+    assert train["unlabelled"] == train["unreadable"] == 0
+    assert train["formats"] == {"jpeg": 32} and train["sampled"] == 32
+    assert [train["picture_bytes"][i] for i in (0, -1)] == [sizes[0], sizes[-1]]
+    assert (train["width"], train["height"]) == ([40] * 5, [32] * 5)
+    assert found["splits"]["val"]["pictures"] == 8
+    assert main(["inspect", str(tiny_shards)]) == 0
+    text = capsys.readouterr().out
+    for part in ("train: 32 pictures in 4 shards", "median 40 x 32", "jpeg 100 %", "ash 16"):
+        assert part in text
+
+
+def test_shards_of_others_without_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(6):
+        write_picture(tmp_path / "flat" / f"{i}.{('png', 'webp')[i % 2]}", seed=i)
+    shards = make_shards(tmp_path / "flat", tmp_path / "shards")
+    for path in (*shards.glob("*.npy"), shards / "index.json"):
+        path.unlink()
+    assert main(["inspect", str(shards), "--sheet", str(tmp_path / "sheet.png")]) == 0
+    text = capsys.readouterr().out
+    assert "6 pictures in 1 shard" in text and "png 50 %" in text and "no labels" in text
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
+
+
+def test_the_sheet_shows_pictures_whole_and_bad_ones_as_such(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_shards, tmp_path / "shards")
+    shards = IndexedShards.open(folder)
+    out = tmp_path / "new" / "sheet.png"
+    contact_sheet(shards, out)
+    sheet = np.asarray(Image.open(out)).astype(int)
+    again = tmp_path / "again.png"
+    contact_sheet(shards, again)
+    assert again.read_bytes() == out.read_bytes()
+    rows = np.load(folder / "train-index.npy")
+    for row in rows:
+        with open(folder / f"train-{row['shard']:06d}.tar", "r+b") as file:
+            file.seek(int(row["offset"]))
+            file.write(bytes(int(row["size"])))
+    bad = tmp_path / "bad.png"
+    contact_sheet(IndexedShards.open(folder), bad)
+    spoiled = np.asarray(Image.open(bad)).astype(int)
+    assert spoiled.shape == sheet.shape
+
+    def colourful(picture: np.ndarray) -> float:
+        return float((picture.max(-1) - picture.min(-1) > 20).mean())
+
+    assert colourful(sheet) > 0.2 and colourful(spoiled) == 0
+
+
+def test_a_sheet_replaces_nothing(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.png"
+    mine.write_bytes(b"mine")
+    assert main(["inspect", str(tiny_shards), "--sheet", str(mine)]) == 2
+    assert f"{mine} exists" in capsys.readouterr().err
+    assert mine.read_bytes() == b"mine"
+    assert main(["inspect", str(tmp_path), "--sheet", str(tmp_path / "x.png")]) == 2
