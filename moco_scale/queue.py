@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_scale.infonce import Contrast, Negatives, infonce
+from moco_scale.transfer import on_device
 
 KINDS = ("replicated", "sharded")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -119,7 +120,7 @@ class KeyQueue:
             temperature: T.
             samples: int64 [N], the images of the queries.
         """
-        images = None if self.samples is None else _on(samples, query.device)
+        images = None if self.samples is None else on_device(np.array(samples), query.device)
         return infonce(query, positive, self.negatives(), temperature, images)
 
     @torch.no_grad()
@@ -137,7 +138,7 @@ class KeyQueue:
         if self.samples is not None:
             if samples is None:
                 raise ValueError("a queue with mask_same_image must be told the keys' images")
-            images = _on(samples[-length:], keys.device)
+            images = on_device(np.array(samples[-length:]), keys.device)
         before_end = min(newest.shape[0], length - start)
         for slot, part in ((start, slice(0, before_end)), (0, slice(before_end, None))):
             self._write(slot, newest[part], None if images is None else images[part])
@@ -187,7 +188,3 @@ class KeyQueue:
 def share(length: int, rank: int, world: int) -> tuple[int, int]:
     """The part of ``length`` rows that is a rank's: first and last + 1."""
     return rank * length // world, (rank + 1) * length // world
-
-
-def _on(samples: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.tensor(samples).to(device, non_blocking=True)

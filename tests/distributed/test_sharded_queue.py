@@ -237,7 +237,7 @@ def test_a_sharded_run_goes_on_replicated_on_other_ranks_and_back(
     tiny_shards: Path, tmp_path: Path, parts: list[tuple[int, str]], more: tuple[str, ...]
 ) -> None:
     # No steps are taken, so that rounding cannot grow; the queues turn over all the same.
-    flags = [*SMALL, *more, "--base-lr", "0", "--data-dir", str(tiny_shards)]
+    flags = [*SMALL, *more, "--base-lr", "0", "--lr-min", "0", "--data-dir", str(tiny_shards)]
     one = [*flags, "--output-dir", str(tmp_path / "one")]
     other = [*flags, "--output-dir", str(tmp_path / "other")]
     uninterrupted = run_ranks(train, 1, one, len(parts))[0]
