@@ -94,11 +94,21 @@ def _data(config: Config, world: int, gpus: int) -> list[Collective]:
     contrast, batch = config.contrast, config.optim.batch_size
     views, nodes = (2 if contrast.symmetric else 1), nodes_of(world, gpus)
     crop = 3 * config.data.image_size**2
-    shuffled = contrast.shuffle_bn != "off"
-    crops = batch // world * crop * views if shuffled else 0
+    per_rank = batch // world
+    among = {"world": batch, "node": contrast.shuffle_group or gpus * per_rank, "off": per_rank}
+    exchanging = max(among[contrast.shuffle_bn] // per_rank, 1)
+    crops = per_rank * crop * views
     keys = FP32 * batch * config.model.dim * views
     found = [
-        Collective("ShuffleBN: crops", ALL_TO_ALL, crops, world, nodes, views, "query"),
+        Collective(
+            "ShuffleBN: crops",
+            ALL_TO_ALL,
+            crops,
+            exchanging,
+            nodes_of(exchanging, gpus),
+            views,
+            "query",
+        ),
         Collective("keys", ALL_GATHER, keys, world, nodes, views),
     ]
     if config.run.queue == "sharded":

@@ -126,6 +126,16 @@ def test_hybrid_sharding_keeps_gathering_inside_nodes() -> None:
     assert across["gradients between copies"] > 0
 
 
+def test_shuffling_inside_nodes_stays_there() -> None:
+    for mode, across in (("world", 0.5), ("node", 0.0)):
+        plan = plan_of("--shuffle-bn", mode, nodes=2, gpus=2)
+        (crops,) = [c for c in plan.collectives if c.kind == "all-to-all"]
+        assert crops.sent_across == across * crops.payload
+        assert crops.sent == pytest.approx((0.75 if mode == "world" else 0.5) * crops.payload)
+    plans = plan_of("--shuffle-bn", "off", nodes=2, gpus=2)
+    assert not [c for c in plans.collectives if c.kind == "all-to-all"]
+
+
 def test_groups_that_span_ranks_send_statistics() -> None:
     purposes = {c.purpose for c in plan_of("--bn-group-size", "global").collectives}
     assert {"BatchNorm, forward", "BatchNorm, backward"} <= purposes
