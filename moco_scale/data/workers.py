@@ -109,7 +109,13 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         self._length = len(jobs)  # type: ignore[arg-type]
         self._ahead = ahead
         context = _context(start_method) if num_workers else None
-        self._no_longer = None if context is None else context.Event()
+        try:
+            self._no_longer = None if context is None else context.Event()
+        except OSError as error:  # it takes files too
+            message = _explained(error, None, None)
+            if message is None:
+                raise
+            raise UserError(message) from error
         # More decoders than cores is the default on small machines, and does no harm.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         self._loader = DataLoader(
