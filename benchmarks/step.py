@@ -47,7 +47,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco_scale import distributed
 from moco_scale.batchnorm import set_groups
-from moco_scale.config import Config, build
+from moco_scale.config import Config
+from moco_scale.config_rules import build
 from moco_scale.data import shard_command
 from moco_scale.data.reader import ViewBatch
 from moco_scale.demo.pictures import CLASSES, write_folder

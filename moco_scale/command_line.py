@@ -9,7 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from moco_scale.cli import Parser
-from moco_scale.config import SECTIONS, Config, build
+from moco_scale.config import SECTIONS, Config
+from moco_scale.config_rules import build
 from moco_scale.errors import UserError
 from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
 

@@ -1,27 +1,18 @@
-"""The configuration: one tree of frozen dataclasses, resolved and checked.
-
-A value comes from, in this order: a flag, the recipe, the data set's preset, the field's default.
-"""
+"""The configuration: one tree of frozen dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moco_scale import deepspeed_config
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.bad_samples import POLICIES
-from moco_scale.data.remote import names_remote
 from moco_scale.data.shard_source import CACHE_GB, GIVE_UP_SECONDS, ShardSource
 from moco_scale.data.windows import REMOTE_WINDOW
 from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS
-from moco_scale.errors import UserError
-from moco_scale.infonce import MIN_TEMPERATURE
 from moco_scale.queue import DTYPES, KINDS
-from moco_scale.recipes import RECIPES
 from moco_scale.schedules import SCHEDULES
 from moco_scale.shuffle import MODES
 
@@ -302,183 +293,6 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "run": RunConfig,
 }
-
-
-def build(recipe: str, given: dict[str, Any]) -> Config:
-    """A complete, checked configuration from a recipe and values by field name.
-
-    Raises:
-        UserError: an unknown recipe, or values that contradict each other or cannot work.
-    """
-    if recipe not in RECIPES:
-        raise UserError(f"recipe {recipe!r} is unknown; there are {', '.join(RECIPES)}")
-    values = RECIPES[recipe].settings | given
-    sections = {
-        name: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        for name, cls in SECTIONS.items()
-    }
-    config = _resolve(Config(recipe=recipe, **sections), given)
-    _check(config)
-    return config
-
-
-def _resolve(config: Config, given: dict[str, Any]) -> Config:
-    """Fill in what follows from other values."""
-    preset, replace = config.preset, dataclasses.replace
-    data, model, run = config.data, config.model, config.run
-    data = replace(
-        data,
-        data_dir=data.data_dir or f"data/{data.dataset}",
-        image_size=data.image_size or preset.image_size,
-    )
-    if "shuffle_window" not in given and names_remote(data.data_dir):
-        data = replace(data, shuffle_window=REMOTE_WINDOW)
-    batch, group = config.optim.batch_size, model.bn_group_size or config.optim.batch_size
-    if "bn_group_size" not in given and batch > 0 and group > 0 and batch % group:
-        # The recipe's group cannot tile a batch chosen by hand: the largest that can, below it.
-        group = next(g for g in range(min(group, batch), 0, -1) if batch % g == 0)
-    model = replace(model, stem=model.stem or preset.stem, bn_group_size=group)
-    optim = config.optim
-    if "warmup_epoch" not in given and optim.warmup_epoch >= optim.epochs > 0:
-        # The recipe's warm-up was made for its own length: keep its place in a much shorter run.
-        optim = replace(optim, warmup_epoch=optim.epochs // 10)
-    run = replace(
-        run,
-        engine=run.engine or ("deepspeed" if run.deepspeed else "ddp"),
-        precision=run.precision or _precision_of_file(run.deepspeed),
-    )
-    if run.deepspeed:
-        run, optim = _numbers_of_file(run, optim, given)
-    run = replace(run, accumulation_steps=run.accumulation_steps or 1)
-    return replace(config, data=data, model=model, optim=optim, run=run)
-
-
-def _numbers_of_file(
-    run: RunConfig, optim: OptimConfig, given: dict[str, Any]
-) -> tuple[RunConfig, OptimConfig]:
-    """What the user's DeepSpeed file says and no flag does."""
-    if "clip_grad" not in given:
-        norm = deepspeed_config.requested_number(run.deepspeed, "gradient_clipping", float)
-        optim = dataclasses.replace(optim, clip_grad=norm or 0.0)
-    if not run.accumulation_steps:
-        steps = deepspeed_config.requested_number(run.deepspeed, "gradient_accumulation_steps", int)
-        run = dataclasses.replace(run, accumulation_steps=int(steps or 1))
-    return run, optim
-
-
-def _precision_of_file(path: str) -> str:
-    return deepspeed_config.requested_precision(path) if path else "fp32"
-
-
-def _check(config: Config) -> None:
-    optim, contrast, run = config.optim, config.contrast, config.run
-    positive = {
-        "--batch-size": optim.batch_size,
-        "--epochs": optim.epochs,
-        "--nce-k": contrast.nce_k,
-        "--dim": config.model.dim,
-        "--image-size": config.data.image_size,
-        "--print-freq": run.print_freq,
-        "--keep-checkpoints": run.keep_checkpoints,
-        "--bn-group-size": config.model.bn_group_size,
-        "--warmup-multiplier": optim.warmup_multiplier,
-        "--accumulation-steps": run.accumulation_steps,
-        "--max-nonfinite": run.max_nonfinite,
-        "--shard-cache-size": run.shard_cache_size,
-        "--shard-timeout": run.shard_timeout,
-    }
-    not_negative = {
-        "--base-lr": optim.base_lr,
-        "--shuffle-window": config.data.shuffle_window,
-        "--clip-grad": optim.clip_grad,
-        "--patch-size": config.model.patch_size,
-        "--samples-per-epoch": config.data.samples_per_epoch,
-        "--shuffle-group": contrast.shuffle_group,
-        "--fsdp-shard-size": run.fsdp_shard_size,
-        "--weight-decay": optim.weight_decay,
-        "--lr-min": optim.lr_min,
-        "--lr-decay-rate": optim.lr_decay_rate,
-        "--num-workers": run.num_workers,
-        "--warmup-epoch": optim.warmup_epoch,
-        "--knn-freq": run.knn_freq,
-        "--save-freq": run.save_freq,
-        "--checkpoint-freq": run.checkpoint_freq,
-        "--max-steps": run.max_steps,
-        "--max-time": run.max_time,
-        "--hang-timeout": run.hang_timeout,
-        "--sync-check-freq": run.sync_check_freq,
-        "--rng-seed": optim.rng_seed,
-    }
-    for name, number in config.flat().items():
-        if isinstance(number, float) and not math.isfinite(number):
-            raise UserError(f"--{name.replace('_', '-')} {number}: must be a finite number")
-    for flag, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{flag} {value}: must be greater than 0")
-    for flag, value in not_negative.items():
-        if not value >= 0:
-            raise UserError(f"{flag} {value}: must not be negative")
-    if contrast.nce_t < MIN_TEMPERATURE:
-        raise UserError(f"--nce-t {contrast.nce_t}: must be at least {MIN_TEMPERATURE}")
-    for flag, value in (("--alpha", contrast.alpha), ("--momentum", optim.momentum)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{flag} {value}: must lie between 0 and 1")
-    if not 0 < run.max_bad_share <= 1:
-        raise UserError(
-            f"--max-bad-share {run.max_bad_share}: a share above 0 and at most 1; for no bad "
-            "picture at all, --bad-samples error"
-        )
-    if not 0 < config.data.crop <= 1:
-        raise UserError(f"--crop {config.data.crop}: a share of the area, above 0 and at most 1")
-    if optim.batch_size % config.model.bn_group_size:
-        raise UserError(
-            f"--bn-group-size {config.model.bn_group_size} does not divide "
-            f"--batch-size {optim.batch_size}: groups must tile the global batch"
-        )
-    if config.model.bn_group_size == 1:
-        raise UserError(
-            f"BatchNorm needs at least 2 samples in a group (--batch-size {optim.batch_size}, "
-            f"--bn-group-size 1)"
-        )
-    if contrast.shuffle_group:
-        check_shuffle_group(config)
-    if optim.warmup_epoch >= optim.epochs:
-        raise UserError(
-            f"--warmup-epoch {optim.warmup_epoch} leaves nothing of --epochs {optim.epochs}; "
-            "shorten the warm-up too"
-        )
-    if run.cache and run.decode == "gpu":
-        raise UserError(f"--cache {run.cache} keeps what --decode cpu makes, not --decode gpu")
-    if run.fsdp_shard_size and run.engine != "fsdp":
-        raise UserError(
-            f"--fsdp-shard-size {run.fsdp_shard_size} is for --engine fsdp, not {run.engine}"
-        )
-    if run.engine == "deepspeed" and not run.deepspeed:
-        raise UserError("--engine deepspeed needs --deepspeed FILE, such as ds_configs/zero1.json")
-    if run.engine != "deepspeed" and run.deepspeed:
-        raise UserError(
-            f"--engine {run.engine} contradicts --deepspeed {run.deepspeed}; drop one of them"
-        )
-
-
-def check_shuffle_group(config: Config) -> None:
-    """Whether ``--shuffle-group`` fits the rest. Raises UserError."""
-    group, batch = config.contrast.shuffle_group, config.optim.batch_size
-    normalised = config.model.bn_group_size
-    if config.contrast.shuffle_bn != "node":
-        raise UserError(
-            f"--shuffle-group {group} is for --shuffle-bn node, not {config.contrast.shuffle_bn}"
-        )
-    if batch % group or group % normalised:
-        raise UserError(
-            f"--shuffle-group {group}: must be a multiple of --bn-group-size {normalised} and "
-            f"divide --batch-size {batch}"
-        )
-    if group == normalised:
-        raise UserError(
-            f"--shuffle-group {group}: that is one BatchNorm group, and shuffling inside it "
-            "changes nothing; choose a larger one, or --shuffle-bn world"
-        )
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

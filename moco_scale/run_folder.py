@@ -17,7 +17,8 @@ from typing import Any, TextIO, TypeVar
 from torch import Tensor
 
 from moco_scale import checkpoint, distributed
-from moco_scale.config import Config, check_shuffle_group, differences
+from moco_scale.config import Config, differences
+from moco_scale.config_rules import check_shuffle_group
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, save_atomically, write_atomically
 from moco_scale.saver import BackgroundSaver

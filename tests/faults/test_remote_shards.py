@@ -20,7 +20,8 @@ from commands import TINY, forked
 from http_folder import FaultyFolder, served
 
 from moco_scale.command_line import parse
-from moco_scale.config import build, differences
+from moco_scale.config import differences
+from moco_scale.config_rules import build
 from moco_scale.data import remote, shard_source
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.download import Patience, RemoteFile

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from moco_scale import config as module
+from moco_scale import config_rules as module
 from moco_scale.command_line import make_parser, parse
-from moco_scale.config import Config, build, differences
+from moco_scale.config import Config, differences
+from moco_scale.config_rules import build
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.errors import UserError
 from moco_scale.recipes import DEFAULT_RECIPE, RECIPES, Recipe

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco_scale.config import build
+from moco_scale.config_rules import build
 from moco_scale.data.augment import Augmentation
 from moco_scale.data.decode import decode_rgb, orientation, without_exif
 from moco_scale.data.device_decode import DeviceDecoder, can_decode, crop_into

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moco_scale import checkpoint, run_folder
-from moco_scale.config import build
+from moco_scale.config_rules import build
 from moco_scale.errors import UserError
 from moco_scale.run_folder import RunFolder
 
