@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import shutil
 import signal
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
@@ -132,6 +134,7 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         )
         self._batches: Any = None
         self._closed = False
+        self._at_exit = partial(_close, weakref.ref(self))
 
     def __len__(self) -> int:
         return self._length
@@ -144,6 +147,9 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
                 if self._reading is not None:
                     self._reading.share(self._loader.num_workers)
                 self._batches = _start(self._loader)
+                # Who is interrupted between two batches may leave without closing. Registered
+                # after the workers, so that it comes before multiprocessing waits for them.
+                atexit.register(self._at_exit)
             batch = next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
             message = _explained(error, self._batches, self._reading)
@@ -168,6 +174,7 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
     def close(self) -> None:
         """End the workers; there are no batches afterwards. May be called again."""
         self._closed = True
+        atexit.unregister(self._at_exit)
         if self._no_longer is not None:
             self._no_longer.set()
         batches, self._batches = self._batches, None
@@ -188,6 +195,12 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _close(loader: weakref.ref[BatchLoader[Any]]) -> None:
+    alive = loader()
+    if alive is not None:
+        alive.close()
 
 
 def _unchanged(batch: Any) -> Any:
