@@ -146,6 +146,9 @@ def test_bf16_computes_in_half_and_keeps_weights_in_fp32(
     tiny_shards: Path, tmp_path: Path, engine: str
 ) -> None:
     flags = ["--precision", "bf16", "--max-steps", "2", "--image-size", "8", "--batch-size", "4"]
+    # Of strided convolutions of single pixels in bf16, oneDNN now and then gives gradients of what
+    # was in memory before; with this stem there are none.
+    flags += ["--stem", "cifar"]
     if engine == "deepspeed":
         flags += ["--deepspeed", "ds_configs/zero1.json"]
     status, output = forked(*TINY, *flags, "--data-dir", tiny_shards, "--output-dir", tmp_path)
