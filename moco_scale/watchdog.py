@@ -211,10 +211,13 @@ class Watch:
         return standing(behind, waiting)
 
     def _store_lost(self, now: float) -> str | None:
-        if self._rank == 0 or not (
-            self._broken or now - self._answered > max(0.3 * self._timeout, 3 * self._interval)
-        ):
+        late = now - self._answered > max(0.3 * self._timeout, 3 * self._interval)
+        if not self._broken and not late:
             return None
+        if self._rank == 0:
+            return (
+                f"the network of {self._host} itself is gone: not even this rank reaches its store"
+            )
         how = f" ({self._broken})" if self._broken else ""
         text = f"rank 0 is not heard of{how}: frozen, dead or cut off"
         if 0 in self._heard:
