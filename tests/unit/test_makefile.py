@@ -56,7 +56,7 @@ def test_a_wrong_python_is_named(repository: Path, tmp_path: Path) -> None:
 
 
 def test_constraints_pin_every_direct_dependency(repository: Path) -> None:
-    """Of those that `make setup` installs; what reads from object stores is nobody's but its users'."""
+    """Of those that `make setup` installs: the extra for object stores is not among them."""
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     listed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     wanted = [re.split("[><=]", requirement)[0] for requirement in listed]
