@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+HOST_TESTS := tests/launch/test_two_hosts.py tests/faults/test_restarts.py
 
 # make cifar10 SOURCE=... EPOCHS=... TRAIN_PER_CLASS=...
 SOURCE ?=
@@ -13,11 +14,11 @@ TRAIN_PER_CLASS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo cifar10 test test-slow lint format engines bench clean
+.PHONY: help setup demo cifar10 test test-hosts test-slow lint format engines bench clean
 
 help: ## print this
 	@echo "usage: make TARGET    (PYTHON=$(PYTHON) makes $(VENV))"
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the exact versions of constraints.txt
 
@@ -40,6 +41,9 @@ cifar10: $(STAMP) ## the same on CIFAR-10: SOURCE=folder or tar, EPOCHS=N, TRAIN
 
 test: $(STAMP) ## all tests but the slow ones; under 15 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-hosts: $(STAMP) ## runs across two hosts (network namespaces, so root): launchers, lost hosts, restarts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(HOST_TESTS) $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)

@@ -34,7 +34,6 @@ import torch
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 from moco_scale import command_line
-from moco_scale.data.reader import pretraining_loader
 from moco_scale.demo.pictures import write_folder
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.measure import CollectiveCounter, peak_of_step
@@ -69,16 +68,7 @@ def measure(flags: list[str]) -> tuple[dict[str, int], int]:
     def make() -> Callable[[], None]:
         run = Pretraining(command_line.parse(flags))
         run.engine.moco.train()
-        batches = pretraining_loader(
-            run.shards,
-            run.plan,
-            run.inputs.augmentation,
-            run.config.data.image_size,
-            rank=run.rank,
-            world=run.world,
-            num_workers=0,
-            end_step=STEPS,
-        )
+        batches = run.loader(STEPS)
 
         def step() -> None:
             batch = next(batches)

@@ -20,6 +20,7 @@ from moco_scale.data.order import BatchPlan
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.shard_set import Shards
+from moco_scale.data.workers import BatchLoader
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine
 from moco_scale.errors import StoppedEarly
@@ -147,6 +148,28 @@ class Pretraining:
             seed=self.config.optim.rng_seed,
         )
 
+    def loader(self, end_step: int | None = None) -> BatchLoader[ViewBatch]:
+        """This rank's share of each batch from where the run stands to `end_step`.
+
+        end_step: the first step that is left out; by default the run's last step is the last.
+        """
+        run = self.config.run
+        return pretraining_loader(
+            self.shards,
+            self.plan,
+            self.inputs.augmentation,
+            self.config.data.image_size,
+            rank=self.rank,
+            world=self.world,
+            num_workers=run.num_workers,
+            start_step=self.step,
+            end_step=self.last_step if end_step is None else end_step,
+            bad_samples=run.bad_samples,
+            fetches_ahead=distributed.local_rank() == 0,
+            cache=self.cache,
+            decoder=self.decoder,
+        )
+
     def train_step(self, batch: ViewBatch) -> None:
         """One step: keys from shuffled crops, queries, loss, update, enqueue."""
         config, queue, enter = self.config.contrast, self.queue, self.phases.enter
@@ -256,21 +279,7 @@ class Pretraining:
 
     def _loop(self, telemetry: Telemetry, monitor: Monitor, stop: StopRequest) -> None:
         run = self.config.run
-        loader = pretraining_loader(
-            self.shards,
-            self.plan,
-            self.inputs.augmentation,
-            self.config.data.image_size,
-            rank=self.rank,
-            world=self.world,
-            num_workers=run.num_workers,
-            start_step=self.step,
-            end_step=self.last_step,
-            bad_samples=run.bad_samples,
-            fetches_ahead=distributed.local_rank() == 0,
-            cache=self.cache,
-            decoder=self.decoder,
-        )
+        loader = self.loader()
         self.engine.moco.train()
         try:
             for batch in self.inputs.ahead(monitor.timed(iter(loader))):

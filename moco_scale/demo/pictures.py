@@ -1,11 +1,14 @@
 """The demo's own labelled pictures: block prints, the class being the motif that is printed.
 
-A picture is full of one motif. Where the rows of motifs begin, how each is turned, its size and
-its small shift are drawn for each picture; ink and cloth are the same everywhere. Two crops of a
-picture therefore have the motif in common and nothing else, which is what contrastive learning
-picks up, while raw pixels, which compare place by place, say little about the class.
+A picture is full of one motif. Where the rows of motifs begin, how each is turned, its size, its
+small shift and the colour of its ink are drawn for each print, and the cloth under them changes
+colour from place to place. Two crops of a picture therefore have the motif in common and nothing
+else, which is what contrastive learning picks up, while raw pixels, which compare place by place
+and colour by colour, say little about the class. (One colour for a whole picture would be what two
+crops have in common, and be learned instead.)
 """
 
+from colorsys import hsv_to_rgb
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,17 +28,33 @@ ROWS = 4
 """Rows of motifs in a picture, and motifs in a row."""
 RADIUS = 0.36
 """Of a motif, as part of the distance of two rows."""
-CLOTH = np.array([52.0, 62.0, 118.0])
-PRINT = np.array([214.0, 206.0, 178.0])
+PATCHES = 3
+"""Colours of the cloth in a row and in a column, one flowing into the next."""
+CLOTH = (0.3, 0.8, 0.15, 0.45)
+"""Least and greatest saturation and value of its colours; every hue."""
+PRINT = (0.0, 0.55, 0.75, 1.0)
+"""The same of an ink: always lighter than the cloth."""
 GRAIN = 6.0
 """Standard deviation of the noise on each pixel, of 255."""
 
 
-def _ink(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Where the print of a motif is: float32 [size, size, 1] in 0..1."""
+def _colour(limits: tuple[float, float, float, float], rng: np.random.Generator) -> tuple[int, ...]:
+    hue, saturation, value = rng.uniform((0.0, limits[0], limits[2]), (1.0, limits[1], limits[3]))
+    return tuple(round(255 * channel) for channel in hsv_to_rgb(hue, saturation, value))
+
+
+def _cloth(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Colours that flow into each other: float32 [size, size, 3] in 0..255."""
+    patches = np.array([[_colour(CLOTH, rng) for _ in range(PATCHES)] for _ in range(PATCHES)])
+    image = Image.fromarray(patches.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image, np.float32)
+
+
+def _prints(name: str, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Share of ink, float32 [size, size, 1] in 0..1, and its colour times that, [size, size, 3]."""
     side = size * SUPERSAMPLING
-    image = Image.new("L", (side, side))
-    draw = ImageDraw.Draw(image)
+    where, colours = Image.new("L", (side, side)), Image.new("RGB", (side, side))
+    draw, paint = ImageDraw.Draw(where), ImageDraw.Draw(colours)
     pitch = side / ROWS
     origin = rng.uniform(0.0, 1.0, 2)
     for row in range(-1, ROWS + 1):
@@ -45,11 +64,17 @@ def _ink(name: str, rng: np.random.Generator, size: int) -> np.ndarray:
             turn = rng.uniform(0.0, 2 * np.pi)
             c, s = np.cos(turn), np.sin(turn)
             scale = RADIUS * rng.uniform(0.9, 1.1) * pitch
+            colour = _colour(PRINT, rng)
             for outline, fill in MOTIFS[name]:
                 points = outline @ np.array([[c, s], [-s, c]]) * scale + middle
-                draw.polygon([(float(x), float(y)) for x, y in points], fill=255 * (fill == INK))
-    blocks = np.asarray(image, np.float32).reshape(size, SUPERSAMPLING, size, SUPERSAMPLING)
-    return np.asarray(blocks.mean(axis=(1, 3))[..., None] / 255.0)
+                corners = [(float(x), float(y)) for x, y in points]
+                draw.polygon(corners, fill=255 * (fill == INK))
+                if fill == INK:
+                    paint.polygon(corners, fill=colour)
+    ink = np.asarray(where, np.float32)[..., None] / 255.0
+    blocks = np.concatenate([ink, ink * np.asarray(colours, np.float32)], axis=2)
+    blocks = blocks.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 4).mean(axis=(1, 3))
+    return blocks[..., :1], blocks[..., 1:]
 
 
 def render(name: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
@@ -57,8 +82,8 @@ def render(name: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image
 
     Raises KeyError for an unknown class.
     """
-    ink = _ink(name, rng, size)
-    picture = CLOTH * (1.0 - ink) + PRINT * ink + rng.normal(0.0, GRAIN, (size, size, 1))
+    share, ink = _prints(name, rng, size)
+    picture = _cloth(rng, size) * (1.0 - share) + ink + rng.normal(0.0, GRAIN, (size, size, 1))
     return Image.fromarray(np.clip(picture, 0.0, 255.0).astype(np.uint8))
 
 

@@ -10,7 +10,7 @@ from harness import run_ranks
 from torch import Tensor
 
 from moco_scale import command_line
-from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.data.reader import ViewBatch
 from moco_scale.inputs import Inputs
 from moco_scale.pretrain import Pretraining
 from moco_scale.run_state import save_state
@@ -25,17 +25,7 @@ def started(flags: list[str], ahead: bool) -> Pretraining:
 
 
 def batches(run: Pretraining) -> Iterator[ViewBatch]:
-    return pretraining_loader(
-        run.shards,
-        run.plan,
-        run.inputs.augmentation,
-        run.config.data.image_size,
-        rank=run.rank,
-        world=run.world,
-        num_workers=0,
-        start_step=run.step,
-        end_step=STEPS,
-    )
+    return run.loader(STEPS)
 
 
 def flags_of(shards: Path, out: Path, *more: str) -> list[str]:

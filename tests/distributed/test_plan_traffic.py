@@ -8,7 +8,6 @@ from commands import TINY
 from harness import run_ranks
 
 from moco_scale import command_line
-from moco_scale.data.reader import pretraining_loader
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.measure import CollectiveCounter
 from moco_scale.planner.plan import make_plan
@@ -31,16 +30,7 @@ def sent(flags: list[str]) -> dict[str, int]:
     """Bytes by collective of the third step on this rank."""
     run = Pretraining(command_line.parse(flags))
     run.engine.moco.train()
-    batches = pretraining_loader(
-        run.shards,
-        run.plan,
-        run.inputs.augmentation,
-        run.config.data.image_size,
-        rank=run.rank,
-        world=run.world,
-        num_workers=0,
-        end_step=3,
-    )
+    batches = run.loader(3)
     counters = []
     for batch in batches:
         with CollectiveCounter() as counter:

@@ -11,7 +11,6 @@ from textbook import epoch_batches, permutation
 from torch import Tensor, nn
 
 from moco_scale import command_line
-from moco_scale.data.reader import pretraining_loader
 from moco_scale.pretrain import Pretraining
 
 STEPS, BATCH, PICTURES, SEED = 5, 8, 32, 11
@@ -40,16 +39,7 @@ def one_rank(flags: list[str]) -> Seen:
     moco.key.register_forward_pre_hook(inputs(seen.key_inputs))
     first_norm = next(m for m in moco.key.modules() if isinstance(m, nn.BatchNorm2d))
     first_norm.register_forward_hook(lambda m, args, out: seen.normalised.append(out.clone()))
-    loader = pretraining_loader(
-        run.shards,
-        run.plan,
-        run.inputs.augmentation,
-        run.config.data.image_size,
-        rank=run.rank,
-        world=run.world,
-        num_workers=0,
-        end_step=STEPS,
-    )
+    loader = run.loader(STEPS)
     for batch in loader:
         seen.samples.append(batch.index)
         seen.crops.append(batch.views.transpose(0, 1))  # samples first

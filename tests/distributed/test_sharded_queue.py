@@ -15,7 +15,6 @@ from harness import run_ranks
 from torch import Tensor
 
 from moco_scale import checkpoint, command_line, distributed
-from moco_scale.data.reader import pretraining_loader
 from moco_scale.infonce import Negatives, infonce
 from moco_scale.pretrain import Pretraining
 from moco_scale.queue import DTYPES, KeyQueue, share
@@ -190,17 +189,7 @@ def train(flags: list[str], parts: int) -> list[dict[str, Any]]:
     seen = []
     for _ in range(parts):
         before = {name: t.clone() for name, t in run.queue.state_dict().items()}
-        loader = pretraining_loader(
-            run.shards,
-            run.plan,
-            run.inputs.augmentation,
-            run.config.data.image_size,
-            rank=run.rank,
-            world=run.world,
-            num_workers=0,
-            start_step=run.step,
-            end_step=run.step + 2,
-        )
+        loader = run.loader(run.step + 2)
         for batch in loader:
             run.train_step(batch)
             run.step += 1

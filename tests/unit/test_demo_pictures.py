@@ -40,13 +40,37 @@ def test_an_existing_folder_is_not_mixed_with_another_set(tmp_path: Path) -> Non
         write_folder(tmp_path, train_per_class=1, val_per_class=1, size=24, processes=1)
 
 
+def _value(picture: Image.Image) -> np.ndarray:
+    """The V of HSV in 0..1, by which ink and cloth differ."""
+    return np.asarray(picture, dtype=float).max(axis=-1) / 255.0
+
+
+MIDDLE = (CLOTH[3] + PRINT[2]) / 2
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_motif_is_seen_everywhere_in_a_picture(name: str) -> None:
-    """In each quarter there is ink, darker than it is not."""
-    gray = np.asarray(render(name, np.random.default_rng(1), 64).convert("L"), dtype=float)
-    middle = (CLOTH.mean() + PRINT.mean()) / 2
-    quarters = [gray[i : i + 32, j : j + 32] > middle for i in (0, 32) for j in (0, 32)]
+    """In each quarter there is ink, and there is cloth."""
+    value = _value(render(name, np.random.default_rng(1), 64))
+    quarters = [value[i : i + 32, j : j + 32] > MIDDLE for i in (0, 32) for j in (0, 32)]
     assert all(0.05 < quarter.mean() < 0.7 for quarter in quarters)
+
+
+def test_no_place_of_a_picture_has_the_colours_of_another() -> None:
+    """Of two crops of one picture, colours say as little as of crops of two pictures."""
+
+    def colours(picture: Image.Image, ink: bool) -> np.ndarray:
+        """Mean colour [4, 3] of a picture's quarters, of 1, of the ink or of the cloth."""
+        rgb, of_ink = np.asarray(picture, dtype=float) / 255.0, _value(picture) > MIDDLE
+        quarters = [(slice(i, i + 48), slice(j, j + 48)) for i in (0, 48) for j in (0, 48)]
+        return np.stack([rgb[q][of_ink[q] == ink].mean(axis=0) for q in quarters])
+
+    pictures = [render("discs", np.random.default_rng(i)) for i in range(60)]
+    for ink in (True, False):
+        quarters = np.stack([colours(picture, ink) for picture in pictures])  # [60, 4, 3]
+        within = np.abs(quarters[:, 0] - quarters[:, 3]).mean()
+        between = np.abs(quarters[:-1, 0] - quarters[1:, 3]).mean()
+        assert within > 0.8 * between
 
 
 def test_pictures_of_two_classes_differ_in_nothing_but_the_motif() -> None:

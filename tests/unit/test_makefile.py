@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-TARGETS = ("setup", "demo", "cifar10", "test", "lint", "bench", "clean")
+TARGETS = ("setup", "demo", "cifar10", "test", "test-hosts", "test-slow", "lint", "bench", "clean")
 
 
 def _make(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
