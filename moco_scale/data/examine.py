@@ -17,7 +17,7 @@ from moco_scale.data.output_folder import LEFT_OUT
 from moco_scale.data.pool import BrokenProcessPool, in_order
 from moco_scale.data.progress import Progress
 from moco_scale.data.shard_list import list_shards
-from moco_scale.data.tar_scan import ShardScan, scan_tar
+from moco_scale.data.tar_scan import ShardScan, picture_key, scan_tar
 from moco_scale.errors import UserError
 
 _CHUNK = 1 << 22
@@ -43,6 +43,7 @@ class Expected(NamedTuple):
     """What a shard should be, as far as it is known."""
 
     path: Path
+    name: str  # below the folder
     bytes: int | None = None
     checksum: str | None = None  # hex BLAKE2b-128 of the file
     rows: np.ndarray | None = None  # of INDEX_DTYPE
@@ -104,6 +105,7 @@ def list_folder(path: Path) -> Folder:
                 splits[split] = [
                     Expected(
                         path / shard["name"],
+                        shard["name"],
                         int(shard["bytes"]),
                         shard.get("checksum"),
                         of_shard,
@@ -114,7 +116,10 @@ def list_folder(path: Path) -> Folder:
     elif indexed:
         problems.append(f"{file} is missing.")
     if not splits and found is not None:
-        splits = {s: [Expected(path / name) for name in names] for s, names in found.splits.items()}
+        splits = {
+            split: [Expected(path / name, name) for name in names]
+            for split, names in found.splits.items()
+        }
     if not splits:
         raise UserError(f"{path} holds no shards: no *.tar, and no {index_file.INDEX_JSON}.")
     return Folder(path, classes, splits, problems, indexed, made)
@@ -157,7 +162,7 @@ def examine(expected: Expected) -> Examined:
     path, findings = expected.path, list[Finding]()
 
     def wrong(problem: str, offset: int = -1, key: str = "") -> None:
-        findings.append(Finding(path.name, offset, key, problem))
+        findings.append(Finding(expected.name, offset, key, problem))
 
     try:
         with path.open("rb") as file:
@@ -189,7 +194,7 @@ def examine(expected: Expected) -> Examined:
                     if offset not in known and key not in expected.dropped:
                         wrong("a picture that the index does not have", offset, key)
     except FileNotFoundError:
-        return Examined(expected, -1, "", None, frozenset(), 0, [_missing(path, expected)])
+        return Examined(expected, -1, "", None, frozenset(), 0, [_missing(expected)])
     except OSError as error:
         wrong(f"cannot be read: {error.strerror or error}")
         return Examined(expected, -1, "", None, frozenset(), 0, findings)
@@ -197,9 +202,9 @@ def examine(expected: Expected) -> Examined:
     return Examined(expected, size, checksum, scan, frozenset(bad), good, findings)
 
 
-def _missing(path: Path, expected: Expected) -> Finding:
+def _missing(expected: Expected) -> Finding:
     count = "" if expected.rows is None else f", with {len(expected.rows)} pictures"
-    return Finding(path.name, -1, "", f"is missing{count}")
+    return Finding(expected.name, -1, "", f"is missing{count}")
 
 
 def _places(expected: Expected, scan: ShardScan | None, wrong: Any) -> list[tuple[int, int]]:
@@ -243,4 +248,4 @@ def key_before(file: Any, offset: int) -> str:
         ).name
     except tarfile.TarError:
         return ""
-    return name.partition(".")[0]
+    return picture_key(name)

@@ -17,6 +17,7 @@ from moco_scale.data import index_file
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.order import Order
 from moco_scale.data.shard_set import Place
+from moco_scale.data.tar_scan import picture_key
 from moco_scale.data.windows import order_of
 from moco_scale.errors import UserError
 from moco_scale.files import open_failure
@@ -138,8 +139,7 @@ class IndexedShards:
                 ).name
         except (OSError, tarfile.TarError):
             return Place(name, offset, "")
-        folder, slash, file_name = member.rpartition("/")
-        return Place(name, offset, folder + slash + file_name.partition(".")[0])
+        return Place(name, offset, picture_key(member))
 
     def fault(self, i: int) -> str | None:
         """What has happened to the shard of picture i since the index was made; None: nothing."""

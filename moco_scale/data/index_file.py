@@ -2,7 +2,8 @@
 
 A folder of shards holds, for each split, ``train-000000.tar … `` and ``train-index.npy``, and once
 for all splits ``index.json``. The tars are plain WebDataset files that any tool can stream; the
-index is what exact epochs need on top of that: where each picture lies.
+index is what exact epochs need on top of that: where each picture lies. (Shards of others that were
+repaired may lie in sub-folders: their names are paths below the folder.)
 
 ``index.json``::
 
@@ -144,11 +145,15 @@ def _header_problem(header: Mapping[str, Any], anywhere: bool) -> str | None:
             return f"split {name!r}: {type(error).__name__} {error}"
         if not all(isinstance(text, str) for text in (checksum, *checksums)):
             return f"split {name!r}: 'checksum' is not text"
-        if not anywhere and any("/" in shard for shard, _, _ in sizes):
-            return f"split {name!r}: a shard lies in another folder"
+        if not anywhere and any(map(_outside, (shard for shard, _, _ in sizes))):
+            return f"split {name!r}: a shard lies outside the folder"
         if sum(count for _, _, count in sizes) != samples:
             return f"split {name!r}: the shards' samples do not add up to {samples}"
     return None
+
+
+def _outside(name: str) -> bool:
+    return name.startswith("/") or ".." in name.split("/")
 
 
 def map_rows(index_dir: Path, split: str) -> np.ndarray:

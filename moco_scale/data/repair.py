@@ -27,12 +27,13 @@ from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
 
 _TEMPORARY = ".repaired-"
+_MOST_NAMED = 6
 
 
 class _Shard(NamedTuple):
     """One shard as it will be."""
 
-    name: str
+    name: str  # below the folder
     examined: Examined
     scan: ShardScan
     keep: np.ndarray  # bool, of the scan's pictures
@@ -48,12 +49,10 @@ def repair(path: Path, workers: int) -> int:
     """
     folder = list_folder(path)
     found = list(examine_all(folder, workers, f"examining {path}"))
-    if (
-        folder.indexed
-        and not folder.problems
-        and not any(examined.findings for _, examined in found)
-    ):
+    if not folder.problems and not any(examined.findings for _, examined in found):
         print(f"{path} is whole: nothing to repair")
+        if not folder.indexed:
+            print("it has no index of its own and needs none: --data-dir makes one on first use")
         return 0
     lost: list[LeftOut] = []
     splits: dict[str, list[_Shard]] = {split: [] for split in folder.splits}
@@ -67,18 +66,19 @@ def repair(path: Path, workers: int) -> int:
                 if not any(shard.keep.any() for shard in shards):
                     raise UserError(f"Nothing of the {split} pictures in {path} can be kept.")
             header, rows = _index(folder, splits)
-            _put_in_place(folder, splits, header, rows, lost)
+            backups = _put_in_place(folder, splits, header, rows, lost)
     finally:
-        for left in path.glob(f"*{_TEMPORARY}*"):
-            left.unlink()
-    _conclude(folder, header, lost)
+        for place in {examined.expected.path.parent for _, examined in found}:
+            for left in place.glob(f"*{_TEMPORARY}*"):
+                left.unlink()
+    _conclude(folder, header, lost, backups)
     return 0
 
 
 def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | None:
     """What becomes of a shard; None when nothing of it is left."""
     expected = examined.expected
-    name = expected.path.name
+    name = expected.name
     before = len(lost)
 
     def lose(place: str, reason: str) -> None:
@@ -102,7 +102,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
             lose(f"byte {offset}", "the shard is not there")
         print(f"{name} {reason}: {wanted} pictures are lost; copy it again to have them")
         return None
-    new = expected.path.with_name(f"{name}{_TEMPORARY}{os.getpid()}")
+    new = expected.path.with_name(f"{expected.path.name}{_TEMPORARY}{os.getpid()}")
     kept = salvage(expected.path, new, expected.rows)
     for place, why in kept.lost:
         lose(place, why)
@@ -111,7 +111,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
     print(f"{name} {what}: {kept.kept}{of} pictures are kept in a new tar")
     if not kept.kept:
         return None
-    after = examine(Expected(new))
+    after = examine(Expected(new, name))
     if after.scan is None or after.bad:
         raise UserError(f"{new} was not written as it should be: {after.findings[0]}")
     return _Shard(name, after, after.scan, np.ones(len(after.scan.offset), dtype=bool), new)
@@ -157,8 +157,12 @@ def _put_in_place(
     header: dict[str, Any],
     rows: dict[str, np.ndarray],
     lost: list[LeftOut],
-) -> None:
-    """Everything is written; now it takes the place of what was there, the index at last."""
+) -> list[Path]:
+    """Everything is written; now it takes the place of what was there, the index at last.
+
+    Returns what was there, under its new names.
+    """
+    backups = []
     for shards in splits.values():
         for shard in shards:
             if shard.new is not None:
@@ -170,9 +174,11 @@ def _put_in_place(
                 except OSError:  # a file system without links
                     os.rename(target, backup)
                 os.replace(shard.new, target)
+                backups.append(backup)
     for name in [index_file.INDEX_JSON, *map(index_file.index_name, rows)]:
         if (folder.path / name).exists():
-            shutil.copy2(folder.path / name, _free_name(folder.path / name, "before-repair"))
+            backups.append(_free_name(folder.path / name, "before-repair"))
+            shutil.copy2(folder.path / name, backups[-1])
     if lost:
         file = folder.path / LEFT_OUT
         before = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -183,6 +189,7 @@ def _put_in_place(
     text = json.dumps(header, indent=1, ensure_ascii=False)
     write_atomically(folder.path / index_file.INDEX_JSON, text)
     sync_folder(folder.path)
+    return backups
 
 
 def _free_name(path: Path, suffix: str) -> Path:
@@ -194,11 +201,13 @@ def _free_name(path: Path, suffix: str) -> Path:
     raise UserError(f"{path.with_name(f'{path.name}.{suffix}')}: too many files of this kind")
 
 
-def _conclude(folder: Folder, header: dict[str, Any], lost: list[LeftOut]) -> None:
+def _conclude(
+    folder: Folder, header: dict[str, Any], lost: list[LeftOut], backups: list[Path]
+) -> None:
     for split, entry in header["splits"].items():
         count = len(entry["shards"])
         print(f"{split}: {entry['samples']} pictures in {count} shard{'s' * (count != 1)} are kept")
-    if folder.classes is None and header["classes"]:
+    if folder.indexed and folder.classes is None and header["classes"]:
         print(
             f"the names of the {len(header['classes'])} classes were in {index_file.INDEX_JSON}, "
             "which is lost: they are called by what the tars say"
@@ -211,4 +220,7 @@ def _conclude(folder: Folder, header: dict[str, Any], lost: list[LeftOut]) -> No
         )
     else:
         print("nothing is lost")
-    print("what was replaced lies beside it as *.damaged and *.before-repair")
+    if backups:
+        names = [str(backup.relative_to(folder.path)) for backup in backups[:_MOST_NAMED]]
+        more = f" and {len(backups) - _MOST_NAMED} more" if len(backups) > _MOST_NAMED else ""
+        print(f"what was replaced is kept as {', '.join(names)}{more}")

@@ -70,6 +70,12 @@ def scan_tar(path: Path) -> ShardScan:
         raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
 
 
+def picture_key(name: str) -> str:
+    """The key of the sample whose picture has this name in the tar."""
+    stem, _, suffix = name.rpartition(".")
+    return name if "/" in suffix or not stem else stem
+
+
 def compressed(path: Path, start: bytes) -> str | None:
     """What to say about a file that begins with these bytes, None unless it is compressed."""
     for magic, tool in _COMPRESSED.items():

@@ -12,6 +12,7 @@ import pytest
 from moco_scale.__main__ import main
 from moco_scale.data.decode import decode_rgb
 from moco_scale.data.index import IndexedShards
+from moco_scale.data.open_shards import open_shards
 
 
 @pytest.fixture
@@ -67,6 +68,12 @@ def no_index(shards: Path) -> set[int]:
     return set()
 
 
+def no_rows_and_no_header(shards: Path) -> set[int]:
+    (shards / "index.json").unlink()
+    (shards / "val-index.npy").unlink()
+    return set()
+
+
 def damaged_rows(shards: Path) -> set[int]:
     os.truncate(shards / "train-index.npy", 50)
     return set()
@@ -90,7 +97,7 @@ DAMAGE = (
     truncated,
     missing,
     empty,
-    no_index,
+    no_rows_and_no_header,
     damaged_rows,
     damaged_header,
     another_byte,
@@ -123,11 +130,8 @@ def test_damage_is_found_and_what_can_be_kept_is_kept(
     check = ["shard", "--check", str(shards), "--workers", "1"]
     found = main(check)
     said = capsys.readouterr().out
-    if damage is no_index:  # then it is a set like those of others
-        assert found == 0 and "has no index of its own" in said
-    else:
-        assert found == 1
-        assert "DAMAGED" in said and f"shard --repair {shards}" in said
+    assert found == 1
+    assert "DAMAGED" in said and f"shard --repair {shards}" in said
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == damaged
     assert main(["shard", "--repair", str(shards), "--workers", "1"]) == 0
     said = capsys.readouterr().out
@@ -144,7 +148,9 @@ def test_damage_is_found_and_what_can_be_kept_is_kept(
     # Nothing of the user's is gone: what was there is there under this or another name.
     now = [path.read_bytes() for path in shards.iterdir()]
     assert all(content in now for content in damaged.values())
-    if damage in (no_index, damaged_rows, damaged_header):  # runs can be resumed
+    names_lost = damage in (no_rows_and_no_header, damaged_header)
+    assert ("names of the 2 classes were in index.json" in said) == names_lost
+    if damage in (no_rows_and_no_header, damaged_rows, damaged_header):  # runs can be resumed
         assert IndexedShards.open(shards).fingerprint == fingerprint
 
 
@@ -158,7 +164,70 @@ def test_without_any_index_a_truncated_tar_is_kept_as_far_as_it_goes(
     assert contents(shards) == before[:28]
     said = capsys.readouterr().out
     assert "4 pictures are kept in a new tar" in said
-    assert "names of the 2 classes" in said
+    assert "what was replaced is kept as train-000003.tar.damaged\n" in said
+    assert "index.json" not in said  # there was none
+
+
+def below(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def in_folders(shards: Path, tmp_path: Path) -> Path:
+    """A set as others have them: no index, and tars of the same names in two sub-folders."""
+    folder = tmp_path / "in-folders"
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        for tar in shards.glob(f"{split}-*.tar"):
+            shutil.copy(tar, folder / split / tar.name.removeprefix(f"{split}-"))
+    return folder
+
+
+def test_a_whole_set_of_others_is_left_as_it_is(
+    shards: Path, in_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_index(shards)
+    for folder in (shards, in_folders):
+        before = below(folder)
+        assert main(["shard", "--check", str(folder), "--workers", "1"]) == 0
+        assert "has no index of its own" in capsys.readouterr().out
+        assert main(["shard", "--repair", str(folder), "--workers", "1"]) == 0
+        said = capsys.readouterr().out
+        assert "nothing to repair" in said and "lost" not in said and "replaced" not in said
+        assert below(folder) == before
+        assert len(open_shards(folder, "train")) == 32
+
+
+def test_tars_in_sub_folders_are_repaired_where_they_lie(
+    shards: Path, in_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, val = contents(shards), contents(shards, "val")
+    for split, sample in (("train", 3), ("val", 5)):  # train/000000.tar and val/000000.tar
+        row = np.load(shards / f"{split}-index.npy")[sample]
+        tar, offset = in_folders / split / f"{row['shard']:06d}.tar", int(row["offset"])
+        write(tar, offset - 500, b"\xff" * 10)
+    damaged = below(in_folders)
+    assert main(["shard", "--check", str(in_folders), "--workers", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "train/000000.tar: is damaged" in said and "val/000000.tar: is damaged" in said
+    assert main(["shard", "--repair", str(in_folders), "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "train/000000.tar.damaged" in said and "val/000000.tar.damaged" in said
+    assert "lost: 2 pictures" in said
+    repaired = open_shards(in_folders, "train")
+    kept = [(bytes(repaired.read(i)), int(repaired.labels[i])) for i in range(len(repaired))]
+    assert kept == [item for i, item in enumerate(before) if i != 3]
+    assert contents(in_folders, "val") == [item for i, item in enumerate(val) if i != 5]
+    assert repaired.where(0).startswith("train/000000.tar at byte")
+    now = below(in_folders)
+    assert all(
+        now[f"{name}.damaged" if f"{name}.damaged" in now else name] == content
+        for name, content in damaged.items()
+    )
+    assert main(["shard", "--check", str(in_folders), "--workers", "1"]) == 0
+    assert main(["shard", "--repair", str(in_folders), "--workers", "1"]) == 0
+    assert "nothing to repair" in capsys.readouterr().out
 
 
 def test_a_set_of_which_nothing_is_left_is_refused_and_left_as_it_was(

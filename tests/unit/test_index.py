@@ -316,7 +316,7 @@ def _no_class(folder: Path) -> None:
         (_no_json, "damaged"),
         (_shard_list, "do not add up"),
         (_no_sizes, "bytes"),
-        (_elsewhere, "another folder"),
+        (_elsewhere, "outside the folder"),
         (_beyond, "outside the shards"),
         (_no_shard, "outside the shards"),
         (_no_class, "no class"),
