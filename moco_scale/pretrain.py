@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale import distributed, identity, timing
+from moco_scale import distributed, identity, numerics, timing
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.batchnorm import set_groups, spans_ranks
 from moco_scale.config import Config
@@ -70,10 +70,7 @@ class Pretraining:
         self.config, seed = config, config.optim.rng_seed
         self.phases = phases or Phases()
         self._started = time.monotonic()
-        # A resumed run repeats the uninterrupted one bit for bit, on a GPU too.
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        # fp32 means fp32; who wants tensor cores asks for bf16.
-        torch.backends.cudnn.allow_tf32 = False
+        numerics.set_switches()
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
         identity.require_alike(identity.of_run(config))

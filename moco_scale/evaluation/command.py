@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moco_scale import distributed, identity
+from moco_scale import distributed, identity, numerics
 from moco_scale.cli import Parser
 from moco_scale.config import DATASETS
 from moco_scale.data.augment import AUGMENTATIONS
@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = make_parser().parse_args(argv)
     distributed.initialize(args.device)
+    numerics.set_switches()
     installation = identity.installation(distributed.device())
     identity.require_alike(installation | identity.of_flags(vars(args)))
     evaluate(args)
