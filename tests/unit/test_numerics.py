@@ -32,7 +32,11 @@ def _switches() -> dict[str, bool]:
 def loose() -> Iterator[None]:
     """Every switch the wrong way, and as it was afterwards."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    names = ((cudnn, "allow_tf32"), (matmul, "allow_tf32"), (cudnn, "benchmark"))
+    names: tuple[tuple[Any, str], ...] = (
+        (cudnn, "allow_tf32"),
+        (matmul, "allow_tf32"),
+        (cudnn, "benchmark"),
+    )
     before = [getattr(module, name) for module, name in names]
     repeats = cudnn.deterministic
     for module, name in names:
