@@ -22,6 +22,8 @@
 #   DEEPSPEED    default: .venv/bin/deepspeed
 #   CONFIG       DeepSpeed's JSON; default: ds_configs/zero1.json
 #   INTERFACE    the network interface; see scripts/environment.sh.
+#   DS_ENV_FILE  variables for the processes on all hosts, NAME=VALUE a line; default: as DeepSpeed has
+#                it, .deepspeed_env in the home folder and in the checkout's.
 #
 # The same command again goes on from the newest checkpoint. The status is 75 when a signal or
 # --max-time has stopped the run and all is saved. pdsh does not pass signals on: to stop an ssh
@@ -39,12 +41,22 @@ if [ -n "${NODE_RANK:-}" ]; then
     options+=(--no_ssh --node_rank "$NODE_RANK")
 else
     # The shells that pdsh opens inherit nothing. DeepSpeed hands on what begins with NCCL or
-    # PYTHON, and what this file says, a line for each variable.
+    # PYTHON, and what a file says, a line for each variable, the last of which counts: what is set
+    # here, then what the user's own files say, which this one takes the place of.
+    name="${DS_ENV_FILE:-.deepspeed_env}"
+    case "$name" in
+        /*) given=("$name") ;;
+        *) given=("$HOME/$name" "$name") ;;
+    esac
     DS_ENV_FILE="$(mktemp)"
     trap 'rm -f "$DS_ENV_FILE"' EXIT
     export DS_ENV_FILE
-    for name in OMP_NUM_THREADS GLOO_SOCKET_IFNAME TORCH_NCCL_ASYNC_ERROR_HANDLING; do
+    for name in OMP_NUM_THREADS GLOO_SOCKET_IFNAME; do
         [ -z "${!name:-}" ] || echo "$name=${!name}" >> "$DS_ENV_FILE"
+    done
+    for file in "${given[@]}"; do
+        # DeepSpeed fails at a line that is empty or a comment.
+        [ ! -f "$file" ] || grep -E '^[A-Za-z_][A-Za-z0-9_]*=' "$file" >> "$DS_ENV_FILE" || true
     done
 fi
 "${DEEPSPEED:-.venv/bin/deepspeed}" "${options[@]}" \

@@ -17,10 +17,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # NCCL says what is wrong, and nothing else. INFO shows interfaces, rings and transports.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
-# A collective that fails or is late ends the process instead of leaving it waiting for ever. It is
-# torch's default; 0, which some images set, would hide every fault of the network.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-
 # Shards, workers and connections are open files: take what the administrator allows.
 ulimit -n "$(ulimit -Hn)" 2> /dev/null || true
 # InfiniBand pins memory. With a low limit NCCL fails to register buffers ("Cannot allocate memory").

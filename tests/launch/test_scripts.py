@@ -195,6 +195,25 @@ def test_deepspeed(stage: Stage) -> None:
     assert (args.master_addr, args.master_port) == ("node1", 1234)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_deepspeed_s_own_file_of_variables_is_kept(stage: Stage, named: bool) -> None:
+    program = stage.program("deepspeed")
+    (stage.folder / ".deepspeed_env").write_text("HOME_SAYS=a b\n\n# mine\nOMP_NUM_THREADS=4")
+    (stage.folder / "mine").write_text("MINE_SAYS=1=2")
+    file = {"DS_ENV_FILE": stage.folder / "mine"} if named else {}
+    home = {"HOME": stage.folder, "DEEPSPEED": program, "INTERFACE": "ib0"}
+    assert stage.run("deepspeed_hostfile.sh", "--recipe", "v2", **home, **file) == 0
+    (call,) = stage.calls("deepspeed")
+    # As DeepSpeed reads it: every line has to be one, and the last one of a name counts.
+    said = dict(line.split("=", maxsplit=1) for line in call["file"].splitlines())
+    if named:
+        wanted = {"OMP_NUM_THREADS": "1", "MINE_SAYS": "1=2"}
+    else:
+        wanted = {"OMP_NUM_THREADS": "4", "HOME_SAYS": "a b"}
+    assert said == wanted | {"GLOO_SOCKET_IFNAME": "ib0"}
+    assert {path.name for path in stage.folder.iterdir()} >= {".deepspeed_env", "mine"}
+
+
 def sbatch(stage: Stage, *arguments: object, **variables: object) -> int:
     """slurm.sbatch as Slurm runs it: a copy elsewhere, with the variables of a job."""
     if not (stage.programs / "srun").exists():
@@ -232,7 +251,9 @@ def test_slurm_starts_a_task_for_each_gpu(stage: Stage) -> None:
         [str(rank), str(rank % 2), "4", "gpu07", "2"] for rank in range(4)
     ]
     options = (stage.folder / "srun").read_text().split()
-    assert options == ["--cpus-per-task=3", "--kill-on-bad-exit=0", "--wait=120"]
+    assert options == ["--cpus-per-task=3", "--kill-on-bad-exit=0", "--wait=900"]
+    # Tasks that are left have to have the time to notice, and say, which one is gone.
+    assert config_after(tasks[0]["argv"]).run.hang_timeout < 900
 
 
 @pytest.mark.parametrize(
@@ -240,6 +261,7 @@ def test_slurm_starts_a_task_for_each_gpu(stage: Stage) -> None:
     [
         *((75, 0, 1), (75, 99, 1)),  # saved, and as often as it takes
         *((69, 4, 1), (137, 0, 1), (69, 5, 0), (137, 5, 0)),  # a process was lost
+        *((134, 0, 1), (135, 0, 1), (139, 4, 1), (134, 5, 0)),  # or crashed, or NCCL ended it
         *((2, 0, 0), (1, 0, 0), (0, 0, 0)),
     ],
 )
