@@ -11,15 +11,26 @@ class UserError(Exception):
     """
 
 
-# What gloo and NCCL say when the process at the other end has gone.
+# What gloo, NCCL and torch's store say when the process at the other end has gone.
 _PEER_GONE = re.compile(
-    r"[Cc]onnection (reset|closed)|Broken pipe|remote process exited|Timed out waiting"
+    r"[Cc]onnection (reset|closed|refused|aborted|timed out)|Broken pipe|No route to host|"
+    r"Network is (unreachable|down)|Host is down|remote process exited|communicator was aborted|"
+    r"[Tt]imed out (waiting|connecting)|Socket Timeout|caused pair closure|wait timeout after"
+)
+_NETWORK_ERRORS = ("DistBackendError", "DistNetworkError")
+"""Classes of torch.distributed, by name: importing it takes longer than most errors do."""
+# What NCCL reports of this process and its host alone.
+_OWN_FAULT = re.compile(
+    r"Duplicate GPU|invalid (usage|argument)|unhandled cuda error|out of memory|"
+    r"Cannot allocate memory|No space left|shared memory segment|internal error - please report"
 )
 
 
 def is_peer_gone(error: BaseException) -> bool:
     """Whether an error is what collectives raise when another process is no longer there."""
-    return bool(_PEER_GONE.search(str(error)))
+    text = str(error)
+    network = any(kind.__name__ in _NETWORK_ERRORS for kind in type(error).__mro__)
+    return bool(network or _PEER_GONE.search(text)) and not _OWN_FAULT.search(text)
 
 
 LOST_PEER = 69
