@@ -1,9 +1,10 @@
-"""How commands end: a user's error is one message and status 2, on every rank alike."""
+"""How commands end: a user's error is a message without a traceback, and status 2."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -32,9 +33,10 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
     try:
         return action() or 0
     except UserError as error:
-        # Every rank meets most errors; one of them says it.
-        if isinstance(error, RankError) or _rank() == 0:
+        if isinstance(error, RankError):  # which says whose it is
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        elif _speaks():
+            print(f"{name}: error: {_who()}{error}", file=sys.stderr, flush=True)
         return 2
     except StoppedEarly as stop:
         if _rank() == 0:
@@ -78,12 +80,29 @@ def leave(status: int) -> NoReturn:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says once, not once for every process, what is wrong with a command line."""
+    """Says what is wrong with a command line: at length on rank 0, in one line on the others."""
 
     def error(self, message: str) -> NoReturn:
         if _rank() == 0:
             super().error(message)
+        # No other may have this error: a file, a variable or a typing mistake of one host alone.
+        print(f"{self.prog}: error: {_who()}{message}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _speaks() -> bool:
+    """Whether an error is for this rank to say.
+
+    Ranks that have met share their errors, and rank 0 says them for all. Before that nobody knows
+    whether another has the same one.
+    """
+    distributed = sys.modules.get("moco_scale.distributed")  # not loaded: nobody has met
+    return _rank() == 0 or distributed is None or not distributed.have_met()
+
+
+def _who() -> str:
+    rank = _rank()
+    return f"rank {rank} on {socket.gethostname()}: " if rank else ""
 
 
 def _rank() -> int:

@@ -16,11 +16,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from moco_scale.allocator import keep_freed_memory
 from moco_scale.errors import RankError, UserError
 from moco_scale.interfaces import name_interface
-from moco_scale.launchers import SCHEDULERS, complete_environment, why_not_met
+from moco_scale.launchers import complete_environment, gpu_of, why_not_met
 from moco_scale.restarts import name_of_start
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ MEETING = timedelta(minutes=10)
 # Renamed in torch 2.14, where the older name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# Public since torch 2.14, which warns about the older name.
+_set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
 
 
 def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
@@ -49,18 +52,16 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
     """
     if dist.is_initialized():
         return
-    complete_environment(os.environ)
+    place = complete_environment(os.environ)
     name_interface(os.environ)
-    local = local_rank()
-    if torch.cuda.device_count() == 1 and any(name in os.environ for name in SCHEDULERS):
-        local = 0  # the scheduler has hidden the other tasks' GPUs from this one
+    local = gpu_of(place, torch.cuda.device_count())
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda:
         if not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-        if local >= torch.cuda.device_count():
+        if local is None:
             problem = UserError(
-                f"local rank {local} has no GPU of its own: this host shows "
+                f"local rank {place.local_rank} has no GPU of its own: this process sees "
                 f"{torch.cuda.device_count()}; start at most one process per GPU"
             )
             raise RankError(problem, int(os.environ["RANK"]))
@@ -70,7 +71,7 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
     global _device, _store, _timeout
-    _device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    _device = torch.device("cuda", local or 0) if use_cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if hang_timeout:
         _timeout = max(TIMEOUT, timedelta(seconds=1.1 * patience(hang_timeout)))
@@ -91,6 +92,11 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
         if why is None:
             raise
         raise RankError(UserError(why), number) from error
+
+
+def have_met() -> bool:
+    """Whether this process is in a process group, with others that share its errors."""
+    return dist.is_initialized()
 
 
 def shutdown() -> None:
@@ -405,6 +411,16 @@ def gather_objects(value: T) -> list[T]:
     return found
 
 
+def adopt_groups() -> None:
+    """Give the groups that libraries have made, such as engines, this program's time-out too.
+
+    Theirs is torch's default, which may be shorter than what a rank may take before a
+    :class:`~moco_scale.watchdog.Watch` gives it up. To be called after they were made.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        _set_timeout(_timeout, group)
+
+
 @dataclass(frozen=True)
 class Subgroup:
     """Ranks that do something among themselves."""
@@ -416,7 +432,8 @@ class Subgroup:
 def neighbours(size: int) -> Subgroup:
     """The block of ``size`` consecutive ranks this rank belongs to.
 
-    Every rank must call it, in the same order relative to other calls.
+    Every rank must call it, in the same order relative to other calls. Each makes its own block
+    alone, and waits for its neighbours alone.
 
     Raises:
         ValueError: ``size`` does not divide the number of ranks.
@@ -426,25 +443,20 @@ def neighbours(size: int) -> Subgroup:
         raise ValueError(f"blocks of {size} ranks do not tile {world} ranks")
     if size == world:
         return Subgroup(None, size)
-    mine = None
-    for start in range(0, world, size):
-        group = dist.new_group(list(range(start, start + size)), timeout=_timeout)
-        if start <= rank() < start + size:
-            mine = group
-    return Subgroup(mine, size)
+    start = rank() // size * size
+    return Subgroup(_group_of(range(start, start + size)), size)
 
 
 def host_group() -> Subgroup:
     """The ranks on this rank's host, in their order; every rank must call it."""
     hosts = gather_objects(socket.gethostname())
-    mine = Subgroup(None, len(hosts))
-    if len(set(hosts)) > 1:
-        for host in dict.fromkeys(hosts):
-            ranks = [number for number, each in enumerate(hosts) if each == host]
-            group = dist.new_group(ranks, timeout=_timeout)
-            if rank() in ranks:
-                mine = Subgroup(group, len(ranks))
-    return mine
+    ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
+    return Subgroup(_group_of(ranks) if len(ranks) < len(hosts) else None, len(ranks))
+
+
+def _group_of(ranks: Sequence[int]) -> Any:
+    """A group of this rank and others, who call it too; ranks outside it need not."""
+    return dist.new_group(list(ranks), timeout=_timeout, use_local_synchronization=True)
 
 
 def gather_stack(tensor: Tensor, group: Subgroup) -> Tensor:

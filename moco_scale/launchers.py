@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from moco_scale.errors import UserError
 
-SCHEDULERS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PMI_LOCAL_RANK")
-"""Variables of launchers that may show each process its own GPU only."""
+SCHEDULERS = ("srun", "mpirun", "PMI")
+"""Launchers, by :attr:`Place.launcher`, that may show each process its own GPU only."""
 DEFAULT_PORT = 29500
 # Below the ports that Linux hands out by itself (from 32768), above those of services.
 _PORTS = range(12000, 32000)
@@ -53,10 +53,24 @@ def rank_of(environ: Mapping[str, str]) -> int:
     return place.rank if place else 0
 
 
-def complete_environment(environ: MutableMapping[str, str]) -> None:
+def gpu_of(place: Place, visible: int) -> int | None:
+    """Which of the GPUs that a process sees is its own; None: it has none.
+
+    A process that torchrun or deepspeed has started counts among those of its host, also where
+    these were started by a scheduler, whose variables it inherits.
+    """
+    if visible == 1 and place.launcher in SCHEDULERS:
+        return 0  # the scheduler has hidden the other tasks' GPUs
+    return place.local_rank if place.local_rank < visible else None
+
+
+def complete_environment(environ: MutableMapping[str, str]) -> Place:
     """Set RANK, WORLD_SIZE, LOCAL_RANK and, for several processes, MASTER_ADDR and MASTER_PORT.
 
     What is set already stays. LOCAL_WORLD_SIZE is set where it is known.
+
+    Returns:
+        The place of this process, by what was set before.
 
     Raises:
         UserError: the environment contradicts itself, or does not say what is needed.
@@ -81,12 +95,14 @@ def complete_environment(environ: MutableMapping[str, str]) -> None:
             )
         environ["MASTER_ADDR"] = address
         environ["MASTER_PORT"] = environ.get("MASTER_PORT") or str(place.port or DEFAULT_PORT)
-        _number(environ, "MASTER_PORT")
+        if not 0 < _number(environ, "MASTER_PORT") < 1 << 16:
+            raise UserError(f"MASTER_PORT={environ['MASTER_PORT']}: ports are 1 to 65535")
     local = place.local_world_size
     if local is None and environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
         local = place.world_size
     if local is not None:
         environ.setdefault("LOCAL_WORLD_SIZE", str(local))
+    return place
 
 
 _EXPORT = 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'

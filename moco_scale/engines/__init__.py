@@ -22,6 +22,12 @@ def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
     Raises:
         UserError: a DeepSpeed configuration that cannot be used.
     """
+    engine = _make_engine(config, moco, device)
+    distributed.adopt_groups()
+    return engine
+
+
+def _make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
     optim, run = config.optim, config.run
     settings = EngineSettings(
         momentum=optim.momentum,

@@ -4,6 +4,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import distributed
+from moco_scale import command_line, distributed
+from moco_scale.encoders import build_encoder
+from moco_scale.engines import make_engine
 from moco_scale.errors import RankError, UserError
+from moco_scale.moco import MoCo
 
 ROWS = [[3, 1, 2, 4], [0, 2, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0]]
 
@@ -307,6 +311,43 @@ def test_one_process_needs_no_group() -> None:
     distributed.barrier()
     distributed.shutdown()
     assert means.tolist() == [1, 1]
+
+
+def blocks_in_turn() -> list[float]:
+    """The second block is made when the first one is done with its own."""
+    turn, rank = distributed.side_store("turn"), distributed.rank()
+    if rank >= 2:
+        turn.get("0")  # waits for it
+    group = distributed.neighbours(2)
+    found = distributed.sum_(torch.full((1,), float(rank)), group.handle).tolist()
+    if rank == 0:
+        turn.set("0", "done")
+    return found
+
+
+def test_a_block_waits_for_its_own_ranks_alone() -> None:
+    assert run_ranks(blocks_in_turn, 4, timeout=60) == [[1.0], [1.0], [5.0], [5.0]]
+
+
+def engine_groups(engine: str) -> list[bool]:
+    """Whether each group that there is has the time-out of this program."""
+    from torch.distributed import distributed_c10d
+
+    distributed._timeout = timedelta(seconds=1234)
+    flags = {"fsdp": ["--engine", "fsdp", "--fsdp-shard-size", "2"]}
+    zero = ["--deepspeed", "ds_configs/zero1.json"]
+    small = ["--dataset", "cifar10", "--batch-size", "8", "--bn-group-size", "2"]
+    config = command_line.parse([*small, *flags.get(engine, zero)])
+    moco = MoCo(build_encoder("resnet18", stem="cifar", dim=8, image_size=8))
+    make_engine(config, moco, torch.device("cpu"))
+    backends = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+    return [backend.options._timeout == timedelta(seconds=1234) for backend in backends]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero1"])
+def test_an_engine_s_own_groups_wait_as_long_as_ours(engine: str) -> None:
+    for found in run_ranks(engine_groups, 4 if engine == "fsdp" else 2, engine):
+        assert len(found) > 1 and all(found)
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:

@@ -3,7 +3,13 @@
 import pytest
 
 from moco_scale.errors import UserError
-from moco_scale.launchers import complete_environment, first_host, rank_of, tasks_per_node
+from moco_scale.launchers import (
+    complete_environment,
+    first_host,
+    gpu_of,
+    rank_of,
+    tasks_per_node,
+)
 
 SRUN = {
     "SLURM_JOB_ID": "4711",
@@ -118,6 +124,19 @@ def test_pmi() -> None:
     assert "mpiexec -genv MASTER_ADDR" in refused(**cray)
     assert "MPI_LOCALRANKID, PMI_LOCAL_RANK" in refused(PMI_RANK="0", PMI_SIZE="2")
     assert understood(PMI_RANK="0", PMI_SIZE="1")[:4] == ["0", "1", "0", "1"]
+
+
+def test_which_gpu_is_whose() -> None:
+    task = complete_environment(dict(SRUN) | {"SLURM_LOCALID": "3"})
+    assert gpu_of(task, 8) == 3
+    assert gpu_of(task, 1) == 0  # Slurm has hidden the others
+    assert gpu_of(task, 2) is None
+    # torchrun inherits the variables of srun, and its processes those of torchrun.
+    said = dict(zip(WORDS, ("3", "8", "3", "8", "node-a", "1234"), strict=True))
+    process = complete_environment(said | SRUN)
+    assert gpu_of(process, 8) == 3
+    assert gpu_of(process, 1) is None
+    assert gpu_of(complete_environment({}), 1) == 0
 
 
 def test_what_is_wrong_is_named() -> None:

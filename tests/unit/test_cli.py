@@ -1,0 +1,101 @@
+"""Who says what is wrong: everybody who may be the only one to know."""
+
+import os
+import socket
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from moco_scale import command_line, distributed
+from moco_scale.cli import run_command
+from moco_scale.errors import RankError, UserError
+
+PAIR = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+ALONE = f"rank 1 on {socket.gethostname()}: "
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command says that ends by a user's error, with a launcher's variables set."""
+
+    def told(action: Callable[[], object], **environ: str) -> str:
+        kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        monkeypatch.setattr(os, "environ", kept | environ)
+        try:
+            status = run_command("train.py", lambda: (action(), 0)[1])
+        except SystemExit as end:  # a command line that argparse cannot read
+            status = end.code  # type: ignore[assignment]
+        assert status == 2
+        return capsys.readouterr().err
+
+    return told
+
+
+def start() -> None:
+    distributed.initialize("cpu")
+
+
+def train(*flags: str) -> Callable[[], object]:
+    return lambda: command_line.parse(flags)
+
+
+@pytest.mark.parametrize(
+    ("action", "environ", "expected"),
+    [
+        (start, {"RANK": "4", "WORLD_SIZE": "4"}, "torchrun: rank 4 of 4 processes"),
+        (start, {"RANK": "1", "WORLD_SIZE": "1"}, "torchrun: rank 1 of 1 processes"),
+        (
+            start,
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_NTASKS": "2"},
+            "srun: rank 3 of 2 processes",
+        ),
+        (start, {"RANK": "1", **PAIR, "MASTER_PORT": "abc"}, "MASTER_PORT='abc'"),
+        (start, {"RANK": "1", **PAIR, "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+        (start, {"RANK": "one", **PAIR}, "RANK='one'"),
+        (train("--nce-k", "0"), {"RANK": "1", **PAIR}, "--nce-k 0: must be greater than 0"),
+        (train("--recpie", "v2"), {"RANK": "1", **PAIR}, "unrecognized arguments: --recpie v2"),
+    ],
+)
+def test_an_error_of_any_rank_is_said_before_ranks_have_met(
+    told: Callable[..., str],
+    action: Callable[[], object],
+    environ: dict[str, str],
+    expected: str,
+) -> None:
+    said = told(action, **environ)
+    assert expected in said
+    assert said.startswith("train.py: error: ")
+    assert said.count("\n") == 1, said
+    rank = environ.get("RANK") or environ["SLURM_PROCID"]
+    assert (f"rank {rank} on {socket.gethostname()}: " in said) == rank.isdigit()
+
+
+def test_a_rank_without_a_gpu_says_so(
+    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = told(lambda: distributed.initialize("cuda"), RANK="1", **PAIR)
+    assert said.startswith(f"train.py: error: {ALONE}--device cuda: torch sees no CUDA device")
+
+
+def test_rank_0_says_how_a_command_line_is_written(told: Callable[..., str]) -> None:
+    said = told(train("--recpie"), RANK="0", **PAIR)
+    assert "usage: train.py" in said and "train.py: error: unrecognized" in said
+
+
+def test_ranks_that_have_met_say_it_once(
+    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "have_met", lambda: True)
+
+    def fail() -> None:
+        raise UserError("shared")
+
+    assert told(fail, RANK="0", **PAIR) == "train.py: error: shared\n"
+    assert told(fail, RANK="1", **PAIR) == ""
+
+    def fail_alone() -> None:
+        raise RankError(UserError("own"), 1)
+
+    assert told(fail_alone, RANK="1", **PAIR) == f"train.py: error: {ALONE}own\n"
