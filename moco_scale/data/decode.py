@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -46,6 +47,17 @@ UPRIGHT = {
 }
 _KEPT_BYTES = 1 << 26
 
+# What libjpeg warns of, and the strict decoder refuses, though it changes no pixel; see `_tidied`.
+_HARMLESS = (
+    "extraneous bytes before marker",
+    "unknown JFIF revision number",
+    "bad ICC marker",
+    "Invalid SOS parameters for sequential JPEG",
+)
+# The one of them that nothing is done about: all rows are there by then.
+_BEFORE_THE_END = "extraneous bytes before marker 0xd9"
+_MARKER = re.compile(rb"\xff+[^\0\xff]")
+
 
 class DecodeError(Exception):
     """Bytes that are not a whole, readable picture; str() is a short reason."""
@@ -78,7 +90,8 @@ def decode_rgb(data: bytes | memoryview) -> Pixels:
     """The picture in `data` as uint8 [H, W, 3] RGB, C-contiguous, upright.
 
     JPEG goes through simplejpeg, strictly: what libjpeg would only warn about is an error, since
-    a warning is all it gives for a file whose second half is zeros. PNG, WebP, GIF, BMP, TIFF and
+    a warning is all it gives for a file whose second half is zeros. Oddities of a header that
+    change no pixel are put right first (see `_tidied`). PNG, WebP, GIF, BMP, TIFF and
     CMYK JPEG go through PIL. Of an animation the first frame; transparency is dropped, as
     `Image.convert("RGB")` does; 16-bit pictures are scaled to 8 bit. The orientation in EXIF is
     applied, as `PIL.ImageOps.exif_transpose` does. Raises DecodeError, before anything
@@ -139,7 +152,7 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
 def picture_size(data: bytes | memoryview) -> tuple[int, int]:
     """(height, width) of the upright picture, from its header alone. Raises DecodeError."""
-    size = jpeg_size(data)
+    data, size = _header(data)
     if size is not None:
         turned = orientation(data)
     else:
@@ -160,19 +173,74 @@ def upright(pixels: Pixels, orientation: int) -> Pixels:
 def _decode(data: bytes | memoryview, decoder: Decoder | None) -> Pixels:
     if len(data) == 0:
         raise DecodeError("empty file")
-    size = jpeg_size(data)
+    data, size = _header(data)
     if size is None:
         return _decode_pil(data)
     memory = decoder.memory(3 * size[0] * size[1]) if decoder else None
     try:
-        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=memory)
+        try:
+            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=memory)
+        except ValueError as error:
+            if not _harmless(error):
+                raise
+            data = _tidied(data)
+            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=memory)
     except ValueError as error:
-        reason = str(error)
-        # Stray bytes between two markers do no harm, and PIL still rejects a file cut short.
-        if "extraneous bytes" in reason:
+        if _BEFORE_THE_END in str(error):  # and PIL still rejects a file that has no end
             return _decode_pil(data)
-        raise DecodeError(f"broken JPEG: {reason}") from None
+        raise DecodeError(f"broken JPEG: {error}") from None
     return upright(pixels, orientation(data))
+
+
+def _header(data: bytes | memoryview) -> tuple[bytes | memoryview, tuple[int, int] | None]:
+    """The same picture with a header that the strict decoder takes, and its `jpeg_size`."""
+    try:
+        return data, jpeg_size(data)
+    except DecodeError as error:
+        if not _harmless(error):
+            raise
+    data = _tidied(data)
+    return data, jpeg_size(data)
+
+
+def _harmless(error: Exception) -> bool:
+    return any(words in str(error) for words in _HARMLESS)
+
+
+def _tidied(jpeg: bytes | memoryview) -> bytes:
+    """The same JPEG without what `_HARMLESS` lists, for a strict decoder to find what is left.
+
+    Stray bytes between the segments before the picture go, and so do segments that say nothing
+    about pixels; a JFIF version that nobody knows becomes 1, and a sequential scan is said to hold
+    all coefficients, which it does by definition.
+    """
+    data = bytes(jpeg)
+    parts, at, sequential = [data[:2]], 2, False
+    while (found := _MARKER.search(data, at)) is not None:
+        marker, body = data[found.end() - 1], found.end()
+        at = body + int.from_bytes(data[body : body + 2], "big")
+        segment = data[body:at]
+        if 0xD0 <= marker <= 0xDA or len(segment) < 2:
+            rest = data[found.end() - 2 :]
+            return b"".join(parts) + (_all_coefficients(rest) if sequential else rest)
+        sequential |= marker in (0xC0, 0xC1)
+        if marker == 0xE0 and segment[2:7] == b"JFIF\0":
+            segment = segment[:7] + b"\1" + segment[8:]
+        if marker in (0xE0, 0xE1, 0xEE) or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            parts += [b"\xff", bytes([marker]), segment]
+    return data
+
+
+def _all_coefficients(scans: bytes) -> bytes:
+    """Scans, from the first one's marker on, whose headers say what sequential ones have to say."""
+    changed, at = bytearray(scans), 0
+    while (at := scans.find(b"\xff\xda", at)) >= 0:  # within a scan 255 is followed by 0
+        components = scans[at + 4] if at + 4 < len(scans) else 0
+        end = at + 5 + 2 * components
+        if end + 3 <= len(scans):
+            changed[end : end + 3] = b"\0\x3f\0"
+        at += 2
+    return bytes(changed)
 
 
 def _exif_orientation(tiff: bytes) -> int:

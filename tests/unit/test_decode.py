@@ -6,13 +6,22 @@ import tarfile
 import tracemalloc
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageCms, ImageOps
 
-from moco_scale.data.decode import ORIENTATION, DecodeError, Decoder, decode_rgb, orientation
+from moco_scale.data.decode import (
+    ORIENTATION,
+    DecodeError,
+    Decoder,
+    decode_rgb,
+    orientation,
+    picture_size,
+)
 
 
 def photo(height: int = 37, width: int = 50) -> np.ndarray:
@@ -223,12 +232,75 @@ def test_what_is_not_a_whole_picture_is_an_error(kind: str) -> None:
     assert 3 < len(str(caught.value)) < 300
 
 
-def test_stray_bytes_before_a_marker_do_no_harm() -> None:
-    """libjpeg warns of them, and many cameras write them."""
+def before(jpeg: bytes, marker: int, stray: bytes = b"\x00\x01\x02") -> bytes:
+    at = jpeg.index(bytes([0xFF, marker]))
+    return jpeg[:at] + stray + jpeg[at:]
+
+
+def jfif(jpeg: bytes, version: bytes) -> bytes:
+    at = jpeg.index(b"JFIF\0") + 5
+    return jpeg[:at] + version + jpeg[at + 2 :]
+
+
+def no_coefficients(jpeg: bytes) -> bytes:
+    """Its scan says, as some scanners' do, that it holds the coefficients 0 to 0."""
+    scan = bytearray(jpeg)
+    end = jpeg.index(b"\xff\xda") + 5 + 2 * 3
+    assert scan[end : end + 3] == b"\0\x3f\0"
+    scan[end + 1] = 0
+    return bytes(scan)
+
+
+ICC = b"\xff\xe2" + struct.pack(">H", 26) + b"ICC_PROFILE\0" + b"\3\2" + b"x" * 10  # part 3 of 2
+ODD: dict[str, Callable[[bytes], bytes]] = {
+    "stray bytes before the tables": lambda data: before(data, 0xDB),
+    "stray bytes and a zero marker before the picture": lambda d: before(d, 0xDA, b"ab\xff\0c\xff"),
+    "JFIF 2.01": lambda data: jfif(data, b"\2\1"),
+    "JFIF 0.00": lambda data: jfif(data, b"\0\0"),
+    "an ICC profile in impossible parts": lambda data: before(data, 0xDB, ICC),
+    "no coefficients": no_coefficients,
+    "all of it": lambda d: no_coefficients(jfif(before(before(d, 0xDB, ICC), 0xDB), b"\2\1")),
+    "stray bytes before the end": lambda data: data[:-2] + b"\0\1\2" * 20 + data[-2:],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_libjpeg_only_warns_of_and_does_no_harm(kind: str) -> None:
+    """Cameras, scanners and web sites write such files, and every viewer shows them."""
     whole = jpeg()
-    assert whole.endswith(b"\xff\xd9")
-    data = whole[:-2] + b"\x00\x01\x02" + whole[-2:]
-    assert np.array_equal(decode_rgb(data), decode_rgb(whole))
+    odd = ODD[kind](whole)
+    with pytest.raises(ValueError):
+        simplejpeg.decode_jpeg(odd, strict=True)
+    assert np.array_equal(decode_rgb(odd), decode_rgb(whole))
+    assert picture_size(odd) == picture_size(whole)
+    # Damage behind it is still found.
+    half = len(odd) // 2
+    for damaged in (odd[:half], odd[:half] + bytes(len(odd) - half), odd[: half // 2]):
+        with pytest.raises(DecodeError):
+            decode_rgb(damaged)
+
+
+def test_an_odd_header_is_turned_upright_all_the_same() -> None:
+    image = Image.fromarray(photo(200, 300))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    whole = encoded(image, "JPEG", exif=exif)
+    comment = b"\xff\xfe\0\4ab"
+    odd = whole[:2] + comment + b"\0\1\2" + whole[2:]
+    assert picture_size(odd) == picture_size(whole) == (300, 200)
+    assert np.array_equal(decode_rgb(odd), decode_rgb(whole))
+
+
+def test_a_hole_between_the_scans_of_a_progressive_picture_is_an_error() -> None:
+    """All that libjpeg says of it is that there are stray bytes before the next scan."""
+    whole = encoded(Image.fromarray(photo(200, 300)), "JPEG", progressive=True)
+    second = whole.index(b"\xff\xda", whole.index(b"\xff\xda") + 2)
+    first_scan = whole.index(b"\xff\xda") + 20
+    hole = whole[:first_scan] + bytes(second - 100 - first_scan) + whole[second - 100 :]
+    with pytest.raises(ValueError, match="extraneous bytes before marker"):
+        simplejpeg.decode_jpeg(hole, strict=True)
+    with pytest.raises(DecodeError):
+        decode_rgb(hole)
 
 
 def test_real_photos_are_those_of_pil(shared_data: Path) -> None:
