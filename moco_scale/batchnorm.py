@@ -96,6 +96,52 @@ def statistics_kept() -> Iterator[None]:
         _kept = before
 
 
+class StatisticsBefore:
+    """Running statistics as they were before a step, which may be left out in the end.
+
+    One copy of a model's statistics, written in a few kernels a step: 0.2 MB for an encoder with
+    ResNet-50's 26,560 channels.
+
+    Args:
+        model: whose :class:`GroupedBatchNorm2d` modules count; with their buffers where they
+            will stay from the first :meth:`note` on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._now: list[list[Tensor]] = []
+        self._before: list[list[Tensor]] = []
+        self._noted = False
+
+    def note(self) -> None:
+        """Take the copy, unless this step has taken it."""
+        if self._noted:
+            return
+        self._noted = True
+        if not self._now:
+            norms = [m for m in self._model.modules() if isinstance(m, GroupedBatchNorm2d)]
+            buffers = [b for m in norms for b in m.buffers(recurse=False)]
+            # Each kind together: tensors of one dtype are copied by one kernel.
+            kinds = [
+                [b for b in buffers if b.is_floating_point() is kind] for kind in (True, False)
+            ]
+            self._now = [kind for kind in kinds if kind]
+            self._before = [[torch.empty_like(b) for b in kind] for kind in self._now]
+        self._copy(self._now, self._before)
+
+    def settle(self, applied: bool) -> None:
+        """The step is over: forget the copy, or put it back if the step was left out."""
+        if self._noted and not applied:
+            self._copy(self._before, self._now)
+        self._noted = False
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: list[list[Tensor]], target: list[list[Tensor]]) -> None:
+        for there, here in zip(target, source, strict=True):
+            torch._foreach_copy_(there, here)
+
+
 def set_part(model: nn.Module, part: int, parts: int, view: int = 0, views: int = 1) -> None:
     """Say which forward pass of a step comes next, so that running statistics end up the same.
 

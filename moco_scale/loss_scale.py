@@ -66,7 +66,7 @@ class LossScale:
             self._finite_steps = 0
             return
         self._finite_steps += 1
-        if self._finite_steps == self.settings.window:
+        if self._finite_steps >= self.settings.window:  # more: a resume may shorten it
             self.value *= 2
             self._finite_steps = 0
 

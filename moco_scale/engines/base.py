@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_scale import distributed
+from moco_scale.batchnorm import StatisticsBefore
 from moco_scale.encoders import Encoder
 from moco_scale.engines.blocks import transform_blocks
 from moco_scale.loss_scale import LossScale, LossScaling
@@ -78,6 +79,7 @@ class Engine(ABC):
         moco.compute_dtype = PRECISIONS[settings.precision]
         half = settings.precision == "fp16"
         self.loss_scale = LossScale(settings.scaling) if half else None
+        self._statistics = StatisticsBefore(moco)
         transform_blocks(moco, compiled=settings.compile, recompute=settings.recompute)
 
     def query(self, *views: Tensor, part: int = 0) -> list[Tensor]:
@@ -87,12 +89,23 @@ class Engine(ABC):
         and the last one's gradients are those of the step.
         """
         parts = self.settings.parts
+        self._note_statistics()
         self._start_part(last=part == parts - 1)
         return self._forward(*views, part=part, parts=parts)
 
     def key(self, view: Tensor) -> Tensor:
         """Keys of a view, without gradient: fp32 unit rows [B, dim]; in as many parts."""
+        self._note_statistics()
         return self.moco.keys(view, self.settings.parts)
+
+    def _note_statistics(self) -> None:
+        """Of the encoders before a step's first forward pass, where the step may be left out."""
+        if self._may_leave_out():
+            self._statistics.note()
+
+    def _may_leave_out(self) -> bool:
+        """Whether :meth:`step` can answer False."""
+        return self.loss_scale is not None
 
     def _start_part(self, last: bool) -> None:  # noqa: B027
         """A forward and backward pass begins; gradients are averaged over ranks in the last."""
@@ -108,9 +121,19 @@ class Engine(ABC):
         With several parts, the mean over a part's samples divided by the number of parts.
         """
 
-    @abstractmethod
     def step(self, learning_rate: float) -> bool:
-        """One optimizer step, and gradients cleared. False: it was skipped, nothing moved."""
+        """One optimizer step, and gradients cleared. False: it was skipped, nothing moved.
+
+        Running statistics are then what they were before the step's forward passes, whose
+        activations may be what overflowed.
+        """
+        applied = self._step(learning_rate)
+        self._statistics.settle(applied)
+        return applied
+
+    @abstractmethod
+    def _step(self, learning_rate: float) -> bool:
+        """:meth:`step` for everything but running statistics; the same answer on all ranks."""
 
     def when_differentiated(self, action: Callable[[], None]) -> None:
         """Have something done when a backward pass of this rank is through its own part.

@@ -60,7 +60,7 @@ class DDPEngine(Replicated, Engine):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._trained.values() if p.grad is not None]
 
-    def step(self, learning_rate: float) -> bool:
+    def _step(self, learning_rate: float) -> bool:
         return plain_step(
             self, self._optimizer, self._gradients(), learning_rate, distributed.world_size()
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,13 +46,17 @@ class DeepSpeedEngine(Replicated, Engine):
         super().__init__(moco, settings, device)
         deepspeed = _import_deepspeed()
         self._trained = moco.trained_parameters()
-        self._stage = configuration["zero_optimization"]["stage"]
+        zero = configuration["zero_optimization"]
+        self._stage = zero["stage"]
+        # DeepSpeed leaves a step out whenever it has looked at the gradients' norm.
+        self._looks_at_norm = self._stage == 3 or zero.get("compute_grad_norm", False)
         sgd = make_sgd(list(self._trained.values()), settings)
         if self._stage == 0:
             zero_momentum(sgd)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=moco, optimizer=sgd, config=configuration, dist_init_required=False
-        )
+        with _local_rank_of(device):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=moco, optimizer=sgd, config=configuration, dist_init_required=False
+            )
         if self._stage == 3:
             for module in moco.modules():
                 if isinstance(module, nn.MultiheadAttention):
@@ -65,6 +71,9 @@ class DeepSpeedEngine(Replicated, Engine):
         # nothing that a parameter's fragment could be looked up in.
         zero_momentum(self._optimizer.optimizer)
         self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _may_leave_out(self) -> bool:
+        return self._looks_at_norm or super()._may_leave_out()
 
     def _start_part(self, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -83,7 +92,7 @@ class DeepSpeedEngine(Replicated, Engine):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._trained.values() if p.grad is not None]
 
-    def step(self, learning_rate: float) -> bool:
+    def _step(self, learning_rate: float) -> bool:
         if self._stage == 0:  # DeepSpeed has summed the gradients; there is nothing else to it
             world = distributed.world_size()
             return plain_step(self, self._optimizer, self._gradients(), learning_rate, world)
@@ -187,6 +196,24 @@ def _gathered(parameter: Tensor) -> Tensor:
 
     with zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+@contextlib.contextmanager
+def _local_rank_of(device: torch.device) -> Iterator[None]:
+    """DeepSpeed takes this process's number on its host for the number of its GPU.
+
+    They differ where a scheduler shows each process its own GPU only, which then is number 0.
+    """
+    names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"]  # if both are there, they have to agree
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    if device.type == "cuda":
+        os.environ.update(dict.fromkeys({*before, "LOCAL_RANK"}, str(device.index or 0)))
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _import_deepspeed() -> Any:

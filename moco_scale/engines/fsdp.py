@@ -70,7 +70,7 @@ class FSDPEngine(Engine):
     def _gradients(self) -> list[Tensor]:
         return [_local(p.grad) for p in self._trained.values() if p.grad is not None]
 
-    def step(self, learning_rate: float) -> bool:
+    def _step(self, learning_rate: float) -> bool:
         gradients = self._gradients()
         return plain_step(self, self._optimizer, gradients, learning_rate, self._copies)
 

@@ -1,6 +1,8 @@
 """Every engine does the same steps as plain PyTorch in one process, in every precision."""
 
 import json
+import math
+import os
 import tempfile
 from functools import partial
 from typing import Any
@@ -26,6 +28,7 @@ ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 SHARDED = ("fsdp", "zero3")
 BATCH, SIZE, DIM, GROUP = 8, 12, 16, 4
 RATE, MOMENTUM, ALPHA = 0.05, 0.9, 0.9
+CPU = torch.device("cpu")
 
 
 def slow_unless(quick: bool) -> list[pytest.MarkDecorator]:
@@ -43,9 +46,12 @@ def small_encoder() -> Encoder:
 
 
 def engine_around(
-    kind: str, moco: MoCo, settings: EngineSettings, zero: dict[str, Any] | None = None
+    kind: str,
+    moco: MoCo,
+    settings: EngineSettings,
+    zero: dict[str, Any] | None = None,
+    device: torch.device = CPU,
 ) -> Engine:
-    device = torch.device("cpu")
     if kind.startswith("zero"):
         from moco_scale.deepspeed_config import read_configuration
         from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
@@ -94,9 +100,13 @@ def train(
     views: int = 1,
     group: int = GROUP,
     zero: dict[str, Any] | None = None,
+    overexposed: int = -1,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Some steps on random pictures: losses, which steps were made, final state."""
+    """Some steps on random pictures: losses, which steps were made, final state.
+
+    overexposed: a step in which rank 0's pictures are too bright for fp16's largest number.
+    """
     chosen = EngineSettings(MOMENTUM, 1e-4, **settings)
     moco, parts = MoCo(ENCODERS[encoder]()), chosen.parts
     before = cloned(moco.state_dict())
@@ -107,9 +117,12 @@ def train(
     per_rank = BATCH // distributed.world_size()
     mine = slice(distributed.rank() * per_rank, (distributed.rank() + 1) * per_rank)
     result: dict[str, Any] = {"losses": [], "applied": [], "scales": [], "frozen": []}
+    last = cloned(engine.model_state()) | cloned(engine.optimizer_state())
     engine.moco.train()
-    for _ in range(steps):
+    for step in range(steps):
         pictures = torch.randn(views + 1, BATCH, 3, SIZE, SIZE, generator=generator)[:, mine]
+        if step == overexposed and distributed.rank() == 0:
+            pictures = pictures * 1e6
         keys = engine.key(pictures[-1])
         if engine.loss_scale is not None:
             result["scales"].append(engine.loss_scale.value)
@@ -125,16 +138,11 @@ def train(
         applied = engine.step(RATE)
         if applied:
             engine.ema(ALPHA)
-        else:
-            state = engine.model_state()
-            result["frozen"].append(
-                all(
-                    torch.equal(state[n], t)
-                    for n, t in before.items()
-                    if "running" not in n and "num_batches" not in n
-                )
-                and not any(t.any() for t in engine.optimizer_state().values())
-            )
+        if engine.loss_scale is not None:
+            now = cloned(engine.model_state()) | cloned(engine.optimizer_state())
+            if not applied:
+                result["frozen"].append(all(torch.equal(now[n], t) for n, t in last.items()))
+            last = now
         result["losses"].append(mean)
         result["applied"].append(applied)
     distributed.average_(list(moco.buffers()))
@@ -302,11 +310,16 @@ def test_clipping_is_torchs() -> None:
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_fp16_leaves_out_what_overflows_and_goes_on(reference: dict[str, Any], kind: str) -> None:
-    """A scale far too large: it falls step by step, nothing moves until gradients are finite."""
+    """A scale far too large: it falls step by step, nothing moves until gradients are finite.
+
+    In the first step even the activations overflow, and statistics with them.
+    """
     scaling = LossScaling(initial=2.0**24, window=3)
-    results = run_ranks(partial(train, precision="fp16", scaling=scaling), 2, kind, 9)
+    ways = partial(train, precision="fp16", scaling=scaling, overexposed=0, group=2, parts=2)
+    results = run_ranks(ways, 2, kind, 9)
     for got in results:
         skipped = got["applied"].index(True)
+        assert not math.isfinite(results[0]["losses"][0])
         assert 0 < skipped < 9, got["scales"]
         assert got["frozen"] == [True] * got["applied"].count(False)
         halvings = [2.0 ** (24 - i) for i in range(skipped + 1)]
@@ -385,6 +398,10 @@ def test_the_loss_scale_grows_back_and_survives_a_checkpoint() -> None:
     other.load(scale.state())
     other.update(True)
     assert other.value == 8.0
+    shorter = LossScale(LossScaling(window=1000))
+    shorter.load(torch.tensor([8.0, 1500.0], dtype=torch.float64))  # of a run whose window was 2000
+    shorter.update(True)
+    assert shorter.value == 16.0
 
 
 def test_gradients_are_unscaled_and_checked_in_every_element() -> None:
@@ -394,3 +411,27 @@ def test_gradients_are_unscaled_and_checked_in_every_element() -> None:
     assert fine[0].tolist() == [1.0, -2.0]
     for bad in (float("inf"), float("-inf"), float("nan")):
         assert not scale.unscale([torch.ones(3), torch.tensor([0.0, bad])])
+
+
+def on_the_only_gpu_in_sight() -> tuple[list[str], dict[str, str | None]]:
+    """GPUs that DeepSpeed addresses in the fourth process of a host that sees one GPU alone."""
+    from deepspeed.accelerator import get_accelerator
+
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    os.environ.update(dict.fromkeys(names, "3"))
+    accelerator, addressed = get_accelerator(), []
+
+    def device_name(number: int | str | None = None) -> str:
+        addressed.extend([str(number)] if str(number).isdigit() else [])
+        return "cpu"
+
+    accelerator.set_device, accelerator.device_name = device_name, device_name
+    moco = MoCo(small_encoder())
+    engine_around("zero3", moco, EngineSettings(MOMENTUM, 1e-4), device=torch.device("cuda", 0))
+    return addressed, {name: os.environ.get(name) for name in names}
+
+
+def test_deepspeed_uses_the_only_gpu_that_a_scheduler_shows() -> None:
+    ((addressed, after),) = run_ranks(on_the_only_gpu_in_sight, 1)
+    assert addressed and set(addressed) == {"0"}
+    assert set(after.values()) == {"3"}  # others ask who is the first on a host
