@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moco_scale import distributed
-from moco_scale.data.bad_samples import BadSample
+from moco_scale.data.bad_samples import BadSample, how_to_check
 from moco_scale.data.reader import ViewBatch
 from moco_scale.errors import UserError
 from moco_scale.files import write_atomically
@@ -32,7 +32,7 @@ class BadPictures:
 
     Args:
         folder: of the run.
-        data: what the user calls the pictures.
+        data: what the user calls the pictures; without a password, since it is printed.
         batch: global.
         num_samples: in the data set.
         max_share: of the pictures read so far that may be bad.
@@ -117,9 +117,8 @@ class BadPictures:
         raise UserError(
             f"{bad} of the {read} pictures read so far cannot be decoded, more than "
             f"--max-bad-share {self._max:g} allows ({self._shards()}); {self.path} lists them. "
-            f"See what is wrong with `python -m moco_scale shard --check {self._data}` and copy "
-            "damaged shards again; if so many bad pictures are to be expected, start again with a "
-            "higher --max-bad-share"
+            f"See what is wrong with {how_to_check(self._data)} and copy damaged shards again; if "
+            "so many bad pictures are to be expected, start again with a higher --max-bad-share"
         )
 
     def _lines(self, new: Sequence[dict[str, Any]]) -> list[str]:

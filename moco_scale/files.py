@@ -13,6 +13,10 @@ import torch
 
 from moco_scale.errors import UserError
 
+NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What `flock` answers on file systems, of networks as a rule, that have no locks or have lost who
+keeps them."""
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file by new content; a reader sees the old file or the new one, never a part."""

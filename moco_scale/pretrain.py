@@ -85,7 +85,7 @@ class Pretraining:
         self.config = config = self.folder.config
         self.bad = BadPictures(
             self.folder.path,
-            config.data.data_dir,
+            str(config.source),
             config.optim.batch_size,
             len(self.shards),
             config.run.max_bad_share,

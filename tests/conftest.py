@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before torch is imported, and for the processes that tests start: several ranks share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +24,23 @@ if TYPE_CHECKING:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def locks_of_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flock as a network's file system has it: only what can be written is locked for one process
+    alone, only what can be read together with others."""
+    flock = fcntl.flock
+
+    def as_there(file: Any, operation: int) -> None:
+        number = file if isinstance(file, int) else file.fileno()
+        mode = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
+        wrong = os.O_RDONLY if operation & fcntl.LOCK_EX else os.O_WRONLY
+        if mode == wrong and not operation & fcntl.LOCK_UN:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_there)
 
 
 @pytest.fixture(scope="session")

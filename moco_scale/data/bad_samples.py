@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moco_scale.data.random import uniforms
+from moco_scale.data.remote import names_remote
 from moco_scale.data.shard_set import Pictures
 
 POLICIES = ("error", "skip")
@@ -44,6 +45,12 @@ def substitutes(seed: int, passes: int, sample: int, num_samples: int) -> Iterat
         distance = 1 + int(number * near)
         # On both sides alike; the set is a ring.
         yield (sample + (distance + 1) // 2 * (1 if distance % 2 else -1)) % num_samples
+
+
+def how_to_check(name: str) -> str:
+    """The command that lists what is wrong with a set of pictures."""
+    command = "`python -m moco_scale shard --check"
+    return f"{command} DIR` on a copy of it" if names_remote(name) else f"{command} {name}`"
 
 
 def bad_sample(shards: Pictures, sample: int, reason: str, replacement: int = -1) -> BadSample:

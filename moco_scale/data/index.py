@@ -132,20 +132,30 @@ class IndexedShards:
         shard, offset, _ = self._locate(i)
         name = self._shards[shard][0]
         try:
-            with (self.data_dir / name).open("rb") as file:
-                file.seek(offset - tarfile.BLOCKSIZE)
-                member = tarfile.TarInfo.frombuf(
-                    file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape"
-                ).name
+            header = self._header_before(shard, offset)
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except (OSError, tarfile.TarError):
             return Place(name, offset, "")
         return Place(name, offset, picture_key(member))
 
+    def _header_before(self, shard: int, offset: int) -> bytes:
+        """The tar's header of the picture at `offset`."""
+        start, mapped = offset - tarfile.BLOCKSIZE, self._maps.get(shard)
+        if mapped is not None:  # its name may have gone
+            return mapped[start:offset]
+        with self._path(shard).open("rb") as file:
+            file.seek(start)
+            return file.read(tarfile.BLOCKSIZE)
+
+    def _path(self, shard: int) -> Path:
+        """Of the file that is opened."""
+        return self.data_dir / self._shards[shard][0]
+
     def fault(self, i: int) -> str | None:
         """What has happened to the shard of picture i since the index was made; None: nothing."""
-        name, size = self._shards[self._locate(i)[0]]
+        shard = self._locate(i)[0]
         try:
-            _check_shard(self.data_dir / name, size, len(self._shards))
+            _check_shard(self._path(shard), self._shards[shard][1], len(self._shards))
         except UserError as error:
             return str(error)
         return None
@@ -188,8 +198,7 @@ class IndexedShards:
         return shard, offset, size
 
     def _map(self, shard: int) -> mmap.mmap:
-        name, size = self._shards[shard]
-        path = self.data_dir / name
+        path, size = self._path(shard), self._shards[shard][1]
         try:
             with path.open("rb") as file:
                 actual = os.fstat(file.fileno()).st_size

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.mixture import Mixture
 from moco_scale.data.order import FullPermutation, Indices, Order
+from moco_scale.data.remote import shown
 from moco_scale.data.shard_set import Place, Shards
 from moco_scale.errors import UserError
 
@@ -42,16 +43,18 @@ def split_mixture(spec: str) -> list[Named]:
     parts = [os.path.expanduser(part.strip()) for part in re.split(r",(?![^{}]*\})", spec)]
     named = [_weighted(part) for part in parts]
     if any(not part.spec for part in named):
-        raise UserError(f"--data-dir {spec}: a set without a name")
-    without = [part.spec for part in named if part.weight is None]
+        raise UserError(f"--data-dir {shown(spec)}: a set without a name")
+    without = [shown(part.spec) for part in named if part.weight is None]
     if without and len(without) < len(named):
         raise UserError(
-            f"--data-dir {spec}: {without[0]} has no weight, others have one; give all or none "
-            "(none: by the numbers of their pictures)"
+            f"--data-dir {shown(spec)}: {without[0]} has no weight, others have one; give all "
+            "or none (none: by the numbers of their pictures)"
         )
     for part in named:
         if part.weight == 0:
-            raise UserError(f"--data-dir {spec}: {part.spec} has weight 0; leave it out")
+            raise UserError(
+                f"--data-dir {shown(spec)}: {shown(part.spec)} has weight 0; leave it out"
+            )
     return named
 
 

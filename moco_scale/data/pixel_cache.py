@@ -30,7 +30,7 @@ from moco_scale.data.decode import DecodeError, Pixels, picture_size
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
 from moco_scale.errors import UserError
-from moco_scale.files import write_atomically
+from moco_scale.files import NO_LOCKS, write_atomically
 
 RAM = "ram"
 SHARED_MEMORY = Path("/dev/shm")
@@ -82,8 +82,8 @@ class PixelCache:
                         _remove_unused(left)
             with _changing(parent / name):
                 _make_unless_whole(parent / name, shards, place)
-                used = (parent / name / "used").open("ab")
-                fcntl.flock(used, fcntl.LOCK_SH)
+                used = (parent / name / "used").open("a+b")
+                fcntl.flock(used, fcntl.LOCK_SH)  # NFS: only of a file that can be read
                 cache = cls(parent / name)
         except OSError as error:
             raise UserError(f"--cache {place}: {_reason(error, parent)}") from error
@@ -142,7 +142,7 @@ def _changing(folder: Path) -> Iterator[None]:
         if folder.stat().st_uid != os.getuid():
             raise PermissionError(errno.EACCES, "it belongs to another user", str(folder))
         try:
-            lock = (folder / "changing").open("ab")
+            lock = (folder / "changing").open("a+b")
         except FileNotFoundError:  # removed in between
             continue
         with lock:
@@ -160,7 +160,7 @@ def _remove_unused(folder: Path) -> None:
     """Remove the folder unless somebody uses it."""
     with (
         _changing(folder),
-        (folder / "used").open("ab") as lock,
+        (folder / "used").open("a+b") as lock,
         contextlib.suppress(BlockingIOError),
     ):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,4 +271,6 @@ def _boot() -> str:
 def _reason(error: OSError, parent: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no room left in {parent}"
+    if error.errno in NO_LOCKS:
+        return f"{parent} has no locks ({error.strerror}); name a folder on a local disk"
     return f"cannot use {error.filename or parent}: {error.strerror or error}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from moco_scale.data.augment import Augmentation
-from moco_scale.data.bad_samples import TRIES, BadSample, bad_sample, substitutes
+from moco_scale.data.bad_samples import TRIES, BadSample, bad_sample, how_to_check, substitutes
 from moco_scale.data.decode import (
     DecodeError,
     Decoder,
@@ -320,7 +320,7 @@ class _RandomCrops(_Crops):
         raise UserError(
             f"cannot decode the picture in {self.shards.name}, {self.shards.where(sample)}: "
             f"{error}; nor any of {TRIES} others tried in its place. Is this a set of pictures? "
-            f"`python -m moco_scale shard --check {self.shards.name}` lists what is wrong"
+            f"{how_to_check(self.shards.name)} lists what is wrong"
         )
 
 

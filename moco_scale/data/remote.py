@@ -28,9 +28,13 @@ PIPE = "pipe:"
 EXTRA = "pip install 'moco_scale[remote]'"
 _SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
 _CHUNK = 1 << 20
+_AUTHORIZATION = "Authorization"
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
-_USER = re.compile(r"//[^/@,\s]*@")
-_SIGNATURE = re.compile(r"(://(?:\{[^{}]*\}|[^?#,\s])*?)/*[?#][^,\s]*")
+_USER = re.compile(r"//[^/\s]*@")  # up to the last @: a password may have one
+_SIGNATURE = re.compile(r"(://(?:\{[^{}]*\}|[^?#,])*?)/*[?#][^,]*")
+_SIGNATURE_IN_TEXT = re.compile(r"(://[^?#,\s'\"]*?)/*[?#][^,\s'\"]*")
+# What may stand in a path or after its ?, a % of the user's own included.
+_SAFE = "/%:@!$&'()*+,;=~"
 # Statuses that tell of the moment rather than of the file.
 _PASSING = {408, 423, 425, 429, 500, 502, 503, 504}
 
@@ -105,10 +109,15 @@ def place(spec: str, allow_pipe: bool) -> Place:
 
 
 def shown(spec: str) -> str:
-    """An address for messages and logs: without a password, and without what signs it."""
+    """A data set's name for messages and logs: without passwords, and without what signs it."""
     if spec.startswith(PIPE):
-        return spec
+        return scrubbed(spec)
     return _SIGNATURE.sub(r"\1", _USER.sub("//", spec))
+
+
+def scrubbed(text: str) -> str:
+    """The same of text that may have addresses in it."""
+    return _SIGNATURE_IN_TEXT.sub(r"\1", _USER.sub("//", text))
 
 
 class HttpPlace(Place):
@@ -121,27 +130,36 @@ class HttpPlace(Place):
         parts = urllib.parse.urlsplit(spec)
         if not parts.hostname:
             raise UserError(f"--data-dir {shown(spec)}: there is no host in this address")
+        try:
+            _ = parts.port
+        except ValueError:
+            raise UserError(f"--data-dir {shown(spec)}: the host has a port that is none") from None
         self._parts, self._shown = parts, shown(spec).rstrip("/")
         self._headers = {"User-Agent": "moco_scale", "Accept-Encoding": "identity"}
+        self._opener = urllib.request.build_opener(_Redirects)
+        self._authorization: str | None = None
         if parts.username is not None:
             pair = f"{urllib.parse.unquote(parts.username)}:"
             pair += urllib.parse.unquote(parts.password or "")
-            self._headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+            self._authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
 
     def address(self, name: str) -> str:
         return f"{self._shown}/{name}"
 
     def _url(self, name: str) -> str:
-        path = f"{self._parts.path.rstrip('/')}/{urllib.parse.quote(name)}"
-        host = self._parts.netloc.rpartition("@")[2]
-        return urllib.parse.urlunsplit((self._parts.scheme, host, path, self._parts.query, ""))
+        folder = urllib.parse.quote(self._parts.path.rstrip("/"), safe=_SAFE)
+        query = urllib.parse.quote(self._parts.query, safe=f"{_SAFE}?")
+        path, host = f"{folder}/{urllib.parse.quote(name)}", self._parts.netloc.rpartition("@")[2]
+        return urllib.parse.urlunsplit((self._parts.scheme, host, path, query, ""))
 
     @contextlib.contextmanager
     def open(self, name: str, start: int) -> Iterator[Body]:
         headers = self._headers | ({"Range": f"bytes={start}-"} if start else {})
         request = urllib.request.Request(self._url(name), headers=headers)
+        if self._authorization is not None:
+            request.add_unredirected_header(_AUTHORIZATION, self._authorization)
         try:
-            answer = urllib.request.urlopen(request, timeout=_SILENCE)
+            answer = self._opener.open(request, timeout=_SILENCE)
         except urllib.error.HTTPError as error:
             with error:
                 raise _http_error(error) from None
@@ -149,6 +167,27 @@ class HttpPlace(Place):
             raise FetchError(_network_reason(error)) from None
         with answer:
             yield _HttpBody(answer, start)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Takes a password along to the same server alone: others are none of the user's."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, *answer: Any
+    ) -> urllib.request.Request | None:
+        request = super().redirect_request(req, *answer)
+        password = req.unredirected_hdrs.get(_AUTHORIZATION)
+        if request is not None and password is not None:
+            before, after = _server(req.full_url), _server(request.full_url)
+            secured = (before[0], before[2], after[0], after[2]) == ("http", 80, "https", 443)
+            if before == after or (secured and before[1] == after[1]):
+                request.add_unredirected_header(_AUTHORIZATION, password)
+        return request
+
+
+def _server(url: str) -> tuple[str, str | None, int | None]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 class _HttpBody(Body):
@@ -178,7 +217,9 @@ def _http_error(error: urllib.error.HTTPError) -> FetchError:
     asked = error.headers.get("Retry-After", "") if error.headers else ""
     wait = float(asked) if asked.isdigit() else 0.0
     passing = error.code in _PASSING
-    return FetchError(f"HTTP {error.code} {error.reason}", passing=passing, wait=wait)
+    return FetchError(
+        f"HTTP {error.code} {scrubbed(str(error.reason))}", passing=passing, wait=wait
+    )
 
 
 def _network_reason(error: BaseException) -> str:
@@ -188,7 +229,8 @@ def _network_reason(error: BaseException) -> str:
         return f"no answer for {_SILENCE:.0f} s"
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
-    return f"{type(error).__name__}: {cause}" if str(cause) else type(error).__name__
+    text = scrubbed(str(cause))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class FsspecPlace(Place):
@@ -252,7 +294,7 @@ def _store_error(error: Exception) -> FetchError:
     lasting = isinstance(error, FileNotFoundError | PermissionError | NotImplementedError)
     lasting |= type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError")
     text = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+    reason = f"{type(error).__name__}: {scrubbed(text[0])[:200]}" if text else type(error).__name__
     return FetchError(reason, passing=not lasting)
 
 
@@ -289,17 +331,17 @@ class CommandPlace(Place):
         self._command = spec.removeprefix(PIPE).strip()
         if not allowed:
             raise UserError(
-                f"--data-dir {spec}: this runs a command in a shell for every shard, which is done "
-                "only with --allow-pipe; give it if you trust the command"
+                f"--data-dir {shown(spec)}: this runs a command in a shell for every shard, which "
+                "is done only with --allow-pipe; give it if you trust the command"
             )
         if "{}" not in self._command:
             raise UserError(
-                f"--data-dir {spec}: write {{}} where a file's name belongs, as in "
+                f"--data-dir {shown(spec)}: write {{}} where a file's name belongs, as in "
                 "'pipe:aws s3 cp s3://bucket/folder/{} -'"
             )
 
     def address(self, name: str) -> str:
-        return f"{PIPE}{self._command.replace('{}', name)}"
+        return scrubbed(f"{PIPE}{self._command.replace('{}', name)}")
 
     @contextlib.contextmanager
     def open(self, name: str, start: int) -> Iterator[Body]:
@@ -337,5 +379,5 @@ class _CommandBody(Body):
         if status:
             self._complaints.seek(0)
             lines = self._complaints.read().decode(errors="replace").strip().splitlines()
-            said = f": {lines[-1][:200]}" if lines else ""
+            said = f": {scrubbed(lines[-1])[:200]}" if lines else ""
             raise FetchError(f"the command ended with status {status}{said}")

@@ -19,7 +19,7 @@ from moco_scale.data.download import Patience, RemoteFile, download
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.order import Indices
 from moco_scale.data.remote import Place
-from moco_scale.data.shard_cache import SHARDS, ShardCache, write_once
+from moco_scale.data.shard_cache import SHARDS, ShardCache, shard_path, write_once
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.workers import closing
 from moco_scale.errors import UserError
@@ -78,6 +78,9 @@ class RemoteShards(index.IndexedShards):
         index_dir, split, header, selection, *place = state
         rows = index_file.map_rows(index_dir, split)
         self.__init__(index_dir, split, header, rows, selection, *place)  # type: ignore[misc]
+
+    def _path(self, shard: int) -> Path:
+        return shard_path(self._folder, self._files[shard])
 
     def _map(self, shard: int) -> mmap.mmap:
         file, size = self._files[shard], self._shards[shard][1]

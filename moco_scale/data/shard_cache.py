@@ -29,6 +29,7 @@ from pathlib import Path
 from moco_scale.data.download import Patience, RemoteFile, Stopped, download, never
 from moco_scale.data.remote import Place
 from moco_scale.errors import UserError
+from moco_scale.files import NO_LOCKS
 
 SHARDS = "shards"
 _PARTIAL = ".partial"
@@ -250,10 +251,10 @@ class ShardCache:
                         "no shard there can be removed. Free some, choose a folder on another "
                         "disk, or a smaller --shard-cache-size"
                     ) from None
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.errno in NO_LOCKS:
                 raise UserError(
-                    f"--shard-cache {self.root}: this file system has no locks; choose a folder on "
-                    "a disk of this machine"
+                    f"--shard-cache {self.root}: this file system has no locks ({error.strerror}), "
+                    "as many of networks have none; name a folder on a local disk of each node"
                 ) from None
             raise UserError(
                 f"--shard-cache {self.root} cannot be used: {error.strerror or error}; choose "
@@ -307,9 +308,20 @@ def _locked(file: io.FileIO) -> bool:
     return True
 
 
+def _open_to_lock(path: Path) -> io.FileIO:
+    """To be locked for this process alone, for which a network's file system (NFS) wants to write.
+
+    Another user's file cannot be opened so; a local disk locks it all the same.
+    """
+    try:
+        return io.FileIO(path, "r+")
+    except PermissionError:
+        return io.FileIO(path, "r")
+
+
 def _remove_unless_used(path: Path) -> bool:
     try:
-        with io.FileIO(path, "r") as file:
+        with _open_to_lock(path) as file:
             if not _locked(file):
                 return False
             path.unlink()
@@ -323,7 +335,7 @@ def _announced(path: Path) -> int | None:
     by a process that has ended."""
     if not path.name.endswith(_PARTIAL):
         return None
-    with io.FileIO(path, "r") as file:
+    with _open_to_lock(path) as file:
         if _locked(file):
             return None
     return int(path.name.removesuffix(_PARTIAL).rpartition(".")[2])

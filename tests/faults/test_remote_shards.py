@@ -17,54 +17,27 @@ import psutil
 import pytest
 import torch
 from commands import TINY, forked
-from http_folder import FaultyFolder, served
+from http_folder import served
+from remote_sets import AUG, WINDOW, batches, same, source_of
 
 from moco_scale.command_line import parse
 from moco_scale.config import differences
-from moco_scale.config_rules import build
 from moco_scale.data import remote, shard_source
-from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.download import Patience, RemoteFile
 from moco_scale.data.fetch_ahead import NOWHERE, FetchAhead, Job, Lookahead, RemotePart, check_room
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.order import BatchPlan
-from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.reader import evaluation_loader, pretraining_loader
 from moco_scale.data.shard_cache import GB, SHARDS, ShardCache
-from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.windows import WindowedPermutation
 from moco_scale.errors import UserError
-
-AUG = AUGMENTATIONS["cifar"]
-WINDOW = 2
 
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     patience = partial(Patience, first_wait=0.002, longest_wait=0.02)
     monkeypatch.setattr(shard_source, "Patience", patience)
-
-
-def source_of(server: FaultyFolder | str, cache: Path, size: float = 1.0) -> ShardSource:
-    url = server if isinstance(server, str) else server.url
-    return ShardSource(url, cache_dir=str(cache), cache_size=size, give_up=20.0)
-
-
-def batches(shards: Shards, workers: int, steps: int = 8, start: int = 0) -> list[ViewBatch]:
-    plan = BatchPlan(shards.order(3, WINDOW), 8)
-    loader = pretraining_loader(
-        shards, plan, AUG, 16, num_workers=workers, start_step=start, end_step=steps
-    )
-    with loader:
-        return list(loader)
-
-
-def same(first: list[ViewBatch], second: list[ViewBatch]) -> None:
-    assert len(first) == len(second) > 0
-    for a, b in zip(first, second, strict=True):
-        assert (a.step, a.epoch) == (b.step, b.epoch)
-        assert torch.equal(a.index, b.index) and torch.equal(a.passes, b.passes)
-        assert torch.equal(a.labels, b.labels) and torch.equal(a.views, b.views)
 
 
 def test_pictures_labels_and_identity_are_those_of_the_folder(
@@ -221,52 +194,6 @@ def test_a_set_that_was_made_again_is_another_one_in_the_cache(
         assert again.where(0).startswith(entry[1]["name"])
 
 
-def test_addresses_that_are_none_say_what_they_should_be(tmp_path: Path) -> None:
-    for spec, words in [
-        ("blah://host/x", "https://, http://, s3:// or gs://"),
-        ("s3://bucket/x", r"pip install 'moco_scale\[remote\]'"),
-        ("http:///x", "there is no host"),
-        ("pipe:cat {}", "only with --allow-pipe"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            open_shards(ShardSource(spec, cache_dir=str(tmp_path)), "train")
-    with pytest.raises(UserError, match=r"write \{\} where"):
-        open_shards(ShardSource("pipe:cat", str(tmp_path), allow_pipe=True), "train")
-    with served(tmp_path) as server, pytest.raises(UserError, match=r"HTTP 404.*Check the address"):
-        open_shards(source_of(server, tmp_path), "train")
-
-
-def test_a_command_that_the_user_allows(tiny_shards: Path, tmp_path: Path) -> None:
-    def source(command: str) -> ShardSource:
-        return ShardSource(f"pipe:{command}", str(tmp_path), give_up=0.1, allow_pipe=True)
-
-    far = open_shards(source(f"cat {tiny_shards}/{{}}"), "train")
-    same(batches(far, 1), batches(open_shards(tiny_shards, "train"), 0))
-    with pytest.raises(UserError, match=r"status 3: no such bucket as index\.json"):
-        open_shards(source("echo no such bucket as {} >&2; exit 3"), "train")
-
-
-def test_a_name_that_a_shell_would_take_for_a_command_is_refused(
-    tiny_shards: Path, tmp_path: Path
-) -> None:
-    evil = tmp_path / "evil"
-    shutil.copytree(tiny_shards, evil)
-    header = json.loads((evil / "index.json").read_text())
-    for shard in header["splits"]["train"]["shards"]:
-        shard["name"] = f"$(touch {evil.name}.txt)"
-    (evil / "index.json").write_text(json.dumps(header))
-    spec = f'pipe:cat "{evil}/{{}}"'
-    far = open_shards(ShardSource(spec, str(tmp_path), give_up=0.1, allow_pipe=True), "train")
-    with pytest.raises(UserError, match="a shell would not take this name literally"):
-        far.read(0)
-    for name in ("../x.tar", "..", ".hidden.tar", "a/b.tar"):
-        for shard in header["splits"]["train"]["shards"]:
-            shard["name"] = name
-        (evil / "index.json").write_text(json.dumps(header))
-        with served(evil) as server, pytest.raises(UserError, match=r"index\.json"):
-            open_shards(source_of(server, tmp_path / "cache"), "train")
-
-
 def test_an_object_store(tiny_shards: Path, tmp_path: Path) -> None:
     """In the memory of this process, which workers inherit and the one that fetches ahead does not.
     Like those of real stores its connections must not be used after a fork."""
@@ -307,39 +234,6 @@ def test_an_object_store(tiny_shards: Path, tmp_path: Path) -> None:
         store.rm("/bucket", recursive=True)
 
 
-def test_tars_without_an_index_are_fetched_once_to_make_it(
-    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path / "home"))
-    near = open_shards(tiny_shards, "train")
-    bad = ("drop 3000", "500", "")
-
-    def fault(name: str, attempt: int) -> str:
-        return "404" if name == "index.json" else bad[min(attempt, 2)]
-
-    with served(tiny_shards, fault) as server:
-        spec = f"{server.url}/train-{{000000,000001,000002,000003}}.tar?signed=secret"
-        source = ShardSource(spec, str(tmp_path / "cache"))
-        far = open_shards(source, "train")
-        assert np.array_equal(far.labels, near.labels)
-        same(batches(far, 1), batches(near, 0))
-        same(batches(open_shards(source, "train"), 0), batches(near, 0))
-        assert all(server.count(path.name) == 3 for path in tiny_shards.glob("train-*.tar"))
-        assert not has_split(source, "val")
-        with pytest.raises(UserError, match="no split 'val'"):
-            open_shards(source, "val")
-        assert str(source) == spec.partition("?")[0]
-        assert all(request.query == "signed=secret" for request in server.requests)
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_shards, broken)
-    os.truncate(broken / "train-000001.tar", 5000)
-    with (
-        served(broken) as server,
-        pytest.raises(UserError, match=rf"{server.url}/train-000001.tar.*trunc"),
-    ):
-        open_shards(f"{server.url}/train-{{000000..000003}}.tar", "train")
-
-
 def test_near_and_far_sets_are_mixed(tiny_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_shards, tmp_path / "copy")
     near = open_shards(f"{tiny_shards}:0.25,{tmp_path / 'copy'}:0.75", "train")
@@ -354,21 +248,6 @@ def test_near_and_far_sets_are_mixed(tiny_shards: Path, tmp_path: Path) -> None:
             name = part.files[shard].name if shard != NOWHERE else None
             assert (name is not None) == (10 + 3 * i >= 32)
             assert name is None or f"{server.url}, {name}" in subset.where(i)
-
-
-def test_passwords_and_signatures_are_written_nowhere(tmp_path: Path) -> None:
-    config = build("v2", {"data_dir": "https://me:secret@host/set/?token=secret"})
-    assert "secret" not in json.dumps(config.flat()) + str(config.source)
-    assert config.flat()["data_dir"] == "https://host/set"
-    with served(tmp_path) as server:
-        spec = server.url.replace("//", "//me:secret@") + "?token=secret"
-        with pytest.raises(UserError, match="404") as caught:
-            open_shards(ShardSource(spec, str(tmp_path)), "train")
-        assert "secret" not in str(caught.value)
-    address = build("v2", {"data_dir": "s3://bucket/set"})
-    assert (address.data.shuffle_window, build("v2", {}).data.shuffle_window) == (64, 0)
-    chosen = build("v2", {"data_dir": "s3://bucket/set", "shuffle_window": 0})
-    assert chosen.data.shuffle_window == 0
 
 
 def test_it_looks_ahead_in_the_order_of_need_as_far_as_there_is_room(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -360,6 +361,32 @@ def test_a_full_disk_without_anything_to_remove_is_an_error(
         cache.hold(place, target, shard(1))
     assert [path.name for path in (target / "shards").iterdir()] == [shard(0).name]
     assert mapped[:] == content_of(0)
+
+
+def test_locks_are_taken_as_a_network_file_system_wants_them(
+    cache: ShardCache, target: Path, serve: Serve, locks_of_nfs: None
+) -> None:
+    place = at(serve(in_order()))
+    small = ShardCache(cache.root, 2 * SIZE, HURRIED)
+    mapped = held(small, place, target, 0)
+    for number in (1, 2, 3):
+        small.fetch(place, target, shard(number))
+    assert there(target) == {0, 3}
+    (target / "shards" / f".{shard(5).name}.{SIZE}.partial").touch()  # somebody was killed
+    small.fetch(place, target, shard(4))
+    assert there(target) == {0, 4} and mapped[:] == content_of(0)
+
+
+@pytest.mark.parametrize("reason", [errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_folder_without_locks_is_an_error(
+    cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"--shard-cache .* no locks .* local disk of each node"):
+        cache.hold(at(serve(in_order())), target, shard(0))
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path, serve: Serve) -> None:

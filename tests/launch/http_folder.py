@@ -21,6 +21,7 @@ Fault = str
 - ``"long"``: a byte too many
 - ``"no range"``: the whole file whatever part was asked for; also ``"no range, drop N"``
 - ``"silent"``: nothing at all until the server stops
+- ``"to URL"``: the file is at another address
 - ``""``: as it should be
 """
 
@@ -29,6 +30,7 @@ class Request(NamedTuple):
     name: str
     start: int
     query: str = ""
+    authorization: str = ""
 
 
 class FaultyFolder:
@@ -73,11 +75,18 @@ class FaultyFolder:
         with self._lock:
             attempt = self._attempts[name]
             self._attempts[name] += 1
-            self.requests.append(Request(name, start, query))
+            authorization = handler.headers.get("Authorization", "")
+            self.requests.append(Request(name, start, query, authorization))
         fault = self.fault(name, attempt)
         path = self.folder / name
         if fault == "silent":
             self.stopping.wait()
+            return
+        if fault.startswith("to "):
+            handler.send_response(302)
+            handler.send_header("Location", fault.removeprefix("to "))
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
             return
         if fault.isdigit() or not path.is_file():
             handler.send_response(int(fault) if fault.isdigit() else 404)

@@ -1,5 +1,8 @@
 """Decoded pictures kept for all processes of a node: the same pixels, in no more than there is."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import multiprocessing
 import pickle
@@ -198,3 +201,28 @@ def test_pictures_that_are_not_what_their_header_says_are_not_kept(
     cache.put(0, np.zeros((3, 3, 3), np.uint8))
     assert cache.get(0) is None
     cache.close()
+
+
+def test_locks_are_taken_as_a_network_file_system_wants_them(
+    shards: Shards, tmp_path: Path, locks_of_nfs: None
+) -> None:
+    with contextlib.closing(PixelCache.open(shards, str(tmp_path))) as cache:
+        cache.put(0, decode_rgb(shards.read(0)))
+        other = PixelCache.open(shards, str(tmp_path))
+        assert is_kept(other, shards, 0)
+        pixel_cache._remove_unused(cache.folder)
+        assert cache.folder.exists()
+        other.close()
+    pixel_cache._remove_unused(cache.folder)
+    assert not cache.folder.exists()
+
+
+def test_a_folder_without_locks_is_an_error(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"--cache .* has no locks .*; name a folder on a local"):
+        PixelCache.open(shards, str(tmp_path))
