@@ -30,9 +30,9 @@ RADIUS = 0.36
 """Of a motif, as part of the distance of two rows."""
 PATCHES = 3
 """Colours of the cloth in a row and in a column, one flowing into the next."""
-CLOTH = (0.3, 0.8, 0.15, 0.45)
+CLOTH = (0.2, 0.7, 0.15, 0.35)
 """Least and greatest saturation and value of its colours; every hue."""
-PRINT = (0.0, 0.55, 0.75, 1.0)
+PRINT = (0.0, 0.4, 0.8, 1.0)
 """The same of an ink: always lighter than the cloth."""
 GRAIN = 6.0
 """Standard deviation of the noise on each pixel, of 255."""
