@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 HOST_TESTS := tests/launch/test_two_hosts.py tests/faults/test_restarts.py
 
-# make cifar10 SOURCE=... EPOCHS=... TRAIN_PER_CLASS=...
+# make demo OUT=..., make cifar10 SOURCE=... EPOCHS=... TRAIN_PER_CLASS=... OUT=...
+OUT ?=
 SOURCE ?=
 EPOCHS ?=
 TRAIN_PER_CLASS ?=
@@ -31,11 +32,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## render pictures, pretrain, evaluate; at most 10 minutes on two cores (runs/demo)
-	$(BIN)/python -m moco_scale demo --output-dir runs/demo
+demo: $(STAMP) ## render pictures, pretrain, evaluate; at most 10 minutes on two cores (OUT=runs/demo)
+	$(BIN)/python -m moco_scale demo --output-dir '$(or $(OUT),runs/demo)'
 
-cifar10: $(STAMP) ## the same on CIFAR-10: SOURCE=folder or tar, EPOCHS=N, TRAIN_PER_CLASS=N (runs/cifar10)
-	$(BIN)/python -m moco_scale cifar10 --output-dir runs/cifar10 \
+cifar10: $(STAMP) ## the same on CIFAR-10: SOURCE=folder or tar, EPOCHS=N, TRAIN_PER_CLASS=N, OUT=runs/cifar10
+	$(BIN)/python -m moco_scale cifar10 --output-dir '$(or $(OUT),runs/cifar10)' \
 	    $(if $(SOURCE),--source '$(SOURCE)') $(if $(EPOCHS),--epochs $(EPOCHS)) \
 	    $(if $(TRAIN_PER_CLASS),--train-per-class $(TRAIN_PER_CLASS))
 

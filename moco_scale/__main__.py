@@ -20,6 +20,9 @@ COMMANDS = {
     "cifar10": ("moco_scale.demo.cifar10", "a complete run on CIFAR-10"),
 }
 
+HANDING_ON = ("demo", "cifar10")
+"""Commands that give flags which are not their own to train.py, and say which it does not know."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -34,10 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(
-        f"python -m moco_scale {name}", description=(module.__doc__ or "").split("\n\n")[0]
+        f"python -m moco_scale {name}",
+        description=(module.__doc__ or "").split("\n\n")[0],
+        allow_abbrev=False,
     )
     module.add_arguments(parser)
-    args = parser.parse_args(argv[1:])
+    args, unknown = parser.parse_known_args(argv[1:])
+    if name in HANDING_ON:
+        args.handed_on = unknown
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return run_command("moco_scale", lambda: module.run(args))
 
 

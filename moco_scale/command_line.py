@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from moco_scale.argument_types import whole_numbers
 from moco_scale.cli import Parser
 from moco_scale.config import SECTIONS, Config
 from moco_scale.config_rules import build
@@ -54,16 +55,12 @@ def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
         return
     choices = meta.get("choices")
     if isinstance(field.default, tuple):
-        keywords |= {"nargs": "+", "type": _integers, "metavar": "N"}
+        keywords |= {"nargs": "+", "type": whole_numbers, "metavar": "N"}
     else:
         keywords["type"] = meta.get("type", type(field.default))
         if not choices:
             keywords["metavar"] = meta.get("metavar", type(field.default).__name__.upper())
     group.add_argument(*names, choices=choices, help=text, **keywords)
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:

@@ -162,6 +162,12 @@ def _check(config: Config) -> None:
             f"--warmup-epoch {optim.warmup_epoch} leaves nothing of --epochs {optim.epochs}; "
             "shorten the warm-up too"
         )
+    if optim.lr_scheduler != "step" and optim.lr_min > config.learning_rate:
+        raise UserError(
+            f"--lr-min {optim.lr_min:g} is above the learning rate {config.learning_rate:g} "
+            f"(--base-lr {optim.base_lr:g} for a batch of {optim.batch_size}), which a cosine "
+            "falls from"
+        )
     if run.cache and run.decode == "gpu":
         raise UserError(f"--cache {run.cache} keeps what --decode cpu makes, not --decode gpu")
     if run.fsdp_shard_size and run.engine != "fsdp":

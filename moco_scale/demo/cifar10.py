@@ -17,11 +17,11 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
+from moco_scale.argument_types import positive_int
 from moco_scale.demo import pipeline
 from moco_scale.errors import UserError
-from moco_scale.recipes import RECIPES
 
-RECIPE = "cifar10"
+SETTINGS = {"recipe": "cifar10", "dataset": "cifar10"}
 HELP = (
     "the official cifar-10-python.tar.gz, the folder that holds it or what it unpacks to, or a "
     "folder or tar of pictures train/CLASS/* and val/CLASS/*"
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--train-per-class",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="only the first N training pictures of each class, by name",
     )
@@ -55,23 +55,26 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     if args.source is not None and not args.source.exists():
         raise UserError(f"There is no source {args.source}. --source takes {HELP}")
-    flags = {"recipe": RECIPE} | pipeline.given_flags(args)
+    training = pipeline.training("python -m moco_scale cifar10", SETTINGS, args.handed_on)
+    processes = pipeline.process_count(args.num_processes, training.config.optim.batch_size)
     shard_flags: tuple[str, ...] = ()
     if args.train_per_class is not None:
         shard_flags = ("--per-class", str(args.train_per_class))
-    settings = {"source": args.source, "shard": shard_flags, "train": flags}
-    if pipeline.claim_or_continue(args.output_dir, settings):
+    pictures = {
+        "source": None if args.source is None else str(args.source.resolve()),
+        "train_per_class": args.train_per_class,
+    }
+    if pipeline.claim_or_continue(args.output_dir, pictures, training.config.defining()):
         print(f"== Going on with the run in {args.output_dir}", flush=True)
     experiment = pipeline.Experiment(
         title="CIFAR-10",
         source=lambda: prepare(args.source, args.output_dir, args.download_dir),
         out=args.output_dir,
-        train_flags=flags,
-        batch_size=int(flags.get("batch-size", RECIPES[RECIPE].settings["batch_size"])),
-        image_size=int(flags.get("image-size", 32)),
+        training=training,
+        processes=processes,
         shard_flags=shard_flags,
     )
-    pipeline.run(experiment, processes=args.num_processes, started=started)
+    pipeline.run(experiment, started=started)
 
 
 def prepare(source: Path | None, out: Path, download_dir: Path) -> Path:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,43 @@ from typing import Any
 import torch
 
 import moco_scale
+from moco_scale.argument_types import positive_int
+from moco_scale.command_line import config_of, make_parser
+from moco_scale.config import Config, differences
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
 from moco_scale.errors import UserError
 from moco_scale.evaluation.knn import weighted_knn
+from moco_scale.files import write_atomically
 
 MARKER = ".moco_scale-demo"
 """The file that says: this folder was made by a demo."""
 REPLACEABLE = "Made by a moco_scale demo; the next one may delete it.\n"
 SUMMARY = "summary.json"
 
-TRAIN_FLAGS = (
-    *("epochs", "batch-size", "base-lr", "weight-decay", "alpha", "nce-k", "nce-t", "model"),
-    *("aug", "crop", "image-size", "bn-group-size", "precision", "num-workers", "knn-freq"),
-    *("print-freq", "rng-seed", "max-steps"),
-)
-"""Flags of train.py that a demo hands on as they are; train.py checks the values."""
+MADE_BEFORE_TRAINING = ("pictures", "official", "shards")
+"""Folders of an output folder that come from the source alone."""
+HANDS_ON = "Every flag of train.py can be given as well (python train.py --help) and goes before"
+_OWN_FLAGS = {
+    "data_dir": "the shards are made here, from the pictures",
+    "preflight": "it trains nothing that could be evaluated",
+}
+"""Flags of train.py that a demo cannot hand on, by field, and why."""
+_EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Training:
+    """What train.py is started with.
+
+    Attributes:
+        words: of its command line, without data and output folder.
+        config: what it will make of them.
+    """
+
+    words: tuple[str, ...]
+    config: Config
 
 
 @dataclass(frozen=True)
@@ -49,20 +69,16 @@ class Experiment:
         source: gets the pictures ready, as ``python -m moco_scale shard --source`` takes them;
             not called when there are shards already.
         out: folder for everything that is written; made by :func:`claim`.
+        training: see there.
+        processes: that train and evaluate.
         shard_flags: further flags of the shard command.
-        train_flags: flags of train.py by name.
-        batch_size: global batch that those flags mean; the processes must divide it.
-        image_size: side of the pictures that the kNN on pixels compares.
-        resize_ratio: evaluation resizes the short side to this times image_size.
     """
 
     title: str
     source: Callable[[], Path]
     out: Path
-    train_flags: dict[str, str]
-    batch_size: int
-    image_size: int
-    resize_ratio: float = 1.0
+    training: Training
+    processes: int
     shard_flags: tuple[str, ...] = ()
 
 
@@ -80,20 +96,38 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: str, before: str)
     )
     parser.add_argument(
         "--num-processes",
-        type=int,
-        default=0,
+        type=positive_int,
         metavar="N",
         help="training processes (default: the GPUs there are, or 2 on a CPU)",
     )
-    group = parser.add_argument_group("handed on to train.py (see python train.py --help)")
-    for name in TRAIN_FLAGS:
-        group.add_argument(f"--{name}", metavar="VALUE")
+    parser.epilog = f"{HANDS_ON} the settings of this run."
 
 
-def given_flags(args: argparse.Namespace) -> dict[str, str]:
-    """The flags of train.py that were given, by name without dashes in front."""
-    values = {name: getattr(args, name.replace("-", "_")) for name in TRAIN_FLAGS}
-    return {name: value for name, value in values.items() if value is not None}
+def training(prog: str, settings: Mapping[str, str], handed_on: Sequence[str]) -> Training:
+    """The command line of train.py, read as train.py will read it.
+
+    Args:
+        prog: the command that is running, for what argparse says.
+        settings: this demo's flags of train.py by name, and their values.
+        handed_on: words that the user has added.
+
+    Raises:
+        UserError: values that contradict each other, or flags that a demo decides itself.
+        SystemExit: words that train.py does not know; they have been named.
+    """
+    parser = make_parser()
+    parser.prog, parser.usage = prog, f"{prog} [flags of its own, see --help] [flags of train.py]"
+    given = vars(parser.parse_args(handed_on))
+    for name, why in _OWN_FLAGS.items():
+        if given[name] is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for train.py itself and not handed on: {why}"
+            )
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    if given["deepspeed"] is None and given["engine"] is None:
+        words = ["--deepspeed", _of_checkout("ds_configs/zero1.json"), *words]
+    words += handed_on
+    return Training(tuple(words), config_of(vars(parser.parse_args(words))))
 
 
 def claim(out: Path) -> None:
@@ -117,34 +151,70 @@ def claim(out: Path) -> None:
         raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
 
 
-def claim_or_continue(out: Path, settings: dict[str, Any]) -> bool:
+def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]) -> bool:
     """Make `out` this run's folder, or keep what an interrupted run of the same settings left.
+
+    What was trained is never touched; what comes before it is made again where it was made from
+    another source.
+
+    Args:
+        out: the folder.
+        pictures: what decides the shards, plain values by flag.
+        train: what defines the training, likewise.
 
     Returns:
         Whether there is something to go on with.
 
     Raises:
-        UserError: it holds another run, a finished one, or anything else, or cannot be written.
+        UserError: it holds another run (which settings differ is named), a finished one, or
+            anything else, or cannot be written.
     """
-    text = json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n"
     marker = out / MARKER
+    away = "name another folder (--output-dir; with make, OUT=FOLDER), or move that one away"
     try:
         if not out.is_dir() or not any(out.iterdir()):
             out.mkdir(parents=True, exist_ok=True)
-            marker.write_text(text, encoding="utf-8")
+            _mark(marker, pictures, train)
             return False
-        same = marker.is_file() and marker.read_text(encoding="utf-8") == text
+        saved = _settings_in(marker)
+        if saved is None:
+            raise UserError(f"--output-dir {out} holds something else; {away}")
+        lines = differences(saved["pictures"] | saved["train"], pictures | train)
+        trained = (out / "current.pth").exists() or any(out.glob("checkpoints/step-*"))
+        if lines and trained:
+            what = "\n".join(lines)
+            raise UserError(f"--output-dir {out} holds a run with other settings:\n{what}\n{away}")
+        if (out / SUMMARY).exists():
+            raise UserError(f"--output-dir {out} holds a finished run; {away}")
+        if saved["pictures"] != pictures:
+            for name in MADE_BEFORE_TRAINING:
+                shutil.rmtree(out / name, ignore_errors=True)
+        _mark(marker, pictures, train)
     except OSError as error:
         raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
-    if not same or (out / SUMMARY).exists():
-        holds = "a finished run" if same else "something else, or a run with other flags"
-        raise UserError(
-            f"--output-dir {out} holds {holds}; name another folder, or move that one away"
-        )
     return True
 
 
-def run(experiment: Experiment, *, processes: int = 0, started: float | None = None) -> None:
+def _mark(marker: Path, pictures: dict[str, Any], train: dict[str, Any]) -> None:
+    text = json.dumps({"pictures": pictures, "train": train}, indent=1, sort_keys=True)
+    write_atomically(marker, text + "\n")
+
+
+def _settings_in(marker: Path) -> dict[str, dict[str, Any]] | None:
+    """What :func:`_mark` wrote; None where there is nothing of that kind."""
+    if not marker.is_file():
+        return None
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    if not isinstance(content, dict):
+        return None
+    whole = all(isinstance(content.get(name), dict) for name in ("pictures", "train"))
+    return content if whole else None
+
+
+def run(experiment: Experiment, *, started: float | None = None) -> None:
     """Shard, pretrain, evaluate; print the table and write ``summary.json``.
 
     started: time.monotonic() when the demo began, for ``seconds``; default: now.
@@ -155,16 +225,15 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
     started = time.monotonic() if started is None else started
     out = experiment.out.resolve()
     shards = out / "shards"
-    root = _checkout()
-    processes = processes or process_count(experiment.batch_size)
-    launch = _launcher(processes)
-    environment = _environment(processes)
+    training, config = experiment.training, experiment.training.config
+    launch = _launcher(experiment.processes)
+    environment = _environment(experiment.processes)
 
     def step(name: str, program: Sequence[str], **flags: object) -> None:
         command = [*program]
         for flag, value in flags.items():
             command += [f"--{flag.replace('_', '-')}", *([] if value is True else [str(value)])]
-        run_step(name, command, root, environment)
+        run_step(name, command, environment)
 
     if not has_split(shards, "train"):  # else an interrupted run has made them
         shutil.rmtree(shards, ignore_errors=True)
@@ -172,10 +241,18 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
         step("Sharding", shard, source=experiment.source().resolve(), out=shards)
     if not has_split(shards, "val"):
         raise UserError("the source has no val/ pictures to evaluate on")
-    train = [*launch, "train.py", "--deepspeed", "ds_configs/zero1.json"]
-    step("Pretraining", train, data_dir=shards, output_dir=out, **experiment.train_flags)
-    evaluate = [*launch, "eval.py"]
-    shared: dict[str, object] = {"data_dir": shards, "pretrained_model": out / "current.pth"}
+    train = [*launch, _of_checkout("train.py"), *training.words]
+    step("Pretraining", train, data_dir=shards, output_dir=out)
+    evaluate = [*launch, _of_checkout("eval.py")]
+    shared: dict[str, object] = {
+        "data_dir": shards,
+        "pretrained_model": out / "current.pth",
+        "batch_size": evaluation_batch(len(open_shards(shards, "train")), experiment.processes),
+    }
+    if config.run.device != "auto":
+        shared["device"] = config.run.device
+    if config.run.bad_samples == "skip":
+        shared["bad_samples"] = "skip"
     # The monitor's kNN before training looks at the projected output: so does the one after it.
     # On cached features of so few pictures the learning rate of ImageNet, 30, is far too high.
     for protocol, more in (
@@ -186,16 +263,27 @@ def run(experiment: Experiment, *, processes: int = 0, started: float | None = N
         flags = {**shared, "output_dir": folder, "protocol": protocol, **more}
         if not (folder / "results.json").exists():
             step(f"Evaluating, {protocol}", evaluate, **flags)
-    summary: dict[str, Any] = {
-        "knn_pixels": knn_on_pixels(shards, experiment.image_size, experiment.resize_ratio),
+    size, ratio = config.data.image_size, config.preset.resize_ratio
+    measured: dict[str, float | None] = {
+        "knn_pixels": knn_on_pixels(shards, size, ratio),
         "knn_initial": initial_knn(out / "metrics.jsonl"),
         "knn_pretrained": _result(out / "eval-knn"),
         "linear": _result(out / "eval-linear"),
     }
-    summary = {name: round(value, 2) for name, value in summary.items()}
+    summary = {
+        name: value if value is None else round(value, 2) for name, value in measured.items()
+    }
     summary["seconds"] = round(time.monotonic() - started, 1)
     (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     _print_table(experiment, summary)
+
+
+def evaluation_batch(pictures: int, processes: int) -> int:
+    """The usual global batch, or the largest below it that pictures fill and processes share."""
+    batch = min(_EVALUATION_BATCH, pictures) // processes * processes
+    if not batch:
+        raise UserError(f"{pictures} training pictures are too few for {processes} processes")
+    return batch
 
 
 def knn_on_pixels(shards: Path, image_size: int, resize_ratio: float) -> float:
@@ -220,20 +308,30 @@ def _pixels(
     return pixels, torch.cat([labels for _, labels in batches])
 
 
-def _checkout() -> Path:
-    """The folder of train.py, eval.py and ds_configs."""
+def _of_checkout(name: str) -> str:
+    """A script or file of the checkout that this package is in; short where that is the cwd."""
     root = Path(moco_scale.__file__).resolve().parent.parent
-    missing = [n for n in ("train.py", "eval.py", "ds_configs") if not (root / n).exists()]
-    if missing:
+    if not (root / name).exists():
         raise UserError(
-            f"{', '.join(missing)}: not in {root}. The demos start the scripts of a checkout: "
+            f"{name}: not in {root}. The demos start the scripts of a checkout: "
             "clone the repository and run `make setup` in it"
         )
-    return root
+    return name if Path.cwd() == root else str(root / name)
 
 
-def process_count(batch_size: int) -> int:
-    """The GPUs there are, or 2 on a CPU; as many of them as divide the batch."""
+def process_count(wanted: int | None, batch_size: int) -> int:
+    """Those asked for; else the GPUs there are, or 2 on a CPU, as many as divide the batch.
+
+    Raises:
+        UserError: those asked for do not divide it.
+    """
+    if wanted is not None:
+        if batch_size % wanted:
+            raise UserError(
+                f"--num-processes {wanted} does not divide --batch-size {batch_size}: every "
+                "process takes an equal part of it"
+            )
+        return wanted
     available = torch.cuda.device_count() or 2
     return next(n for n in range(available, 0, -1) if batch_size % n == 0)
 
@@ -262,11 +360,11 @@ def _environment(processes: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "PATH": path}
 
 
-def run_step(name: str, command: list[str], root: Path, environment: dict[str, str]) -> None:
+def run_step(name: str, command: list[str], environment: dict[str, str]) -> None:
     line = shlex.join(command)
     print(f"\n== {name}\n$ {line}", flush=True)
     started = time.monotonic()
-    status = subprocess.run(command, cwd=root, env=environment, check=False).returncode
+    status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise UserError(
             f"{name.lower()} failed with exit status {status}; what went wrong is above. "
@@ -275,13 +373,13 @@ def run_step(name: str, command: list[str], root: Path, environment: dict[str, s
     print(f"   {name.lower()} took {time.monotonic() - started:.0f} s", flush=True)
 
 
-def initial_knn(metrics: Path) -> float:
-    """The kNN top-1 that training logged for the encoder it started from."""
+def initial_knn(metrics: Path) -> float | None:
+    """The kNN top-1 that training logged for the encoder it started from; None: it did not look."""
     for line in metrics.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if "knn_top1_initial" in record:
             return float(record["knn_top1_initial"])
-    raise UserError(f"{metrics} has no kNN from before training; leave --knn-freq above 0")
+    return None
 
 
 def _result(folder: Path) -> float:
@@ -299,7 +397,8 @@ def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:
     print(f"\n{experiment.title}: top-1 on held-out pictures")
     print("-" * (width + 9))
     for label, key in rows:
-        print(f"{label:<{width}}  {summary[key]:5.1f} %")
+        value = summary[key]
+        print(f"{label:<{width}}  " + (f"{value:5.1f} %" if value is not None else "not measured"))
     print("-" * (width + 9))
     print(f"{summary['seconds']:.0f} s in all. To look at:")
     for name, what in (

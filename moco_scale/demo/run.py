@@ -7,8 +7,10 @@ does; they are no recipe for anything else.
 import argparse
 import time
 
+from moco_scale.argument_types import not_negative_int, positive_int
 from moco_scale.demo import pipeline
-from moco_scale.demo.pictures import write_folder
+from moco_scale.demo.pictures import CLASSES, write_folder
+from moco_scale.errors import UserError
 
 TRAIN_PER_CLASS = 200
 VAL_PER_CLASS = 60
@@ -43,17 +45,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(
             flag,
-            type=int,
+            type=positive_int,
             default=default,
             metavar="N",
             help=f"{what} for each class (default: %(default)s)",
         )
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures (default: 0)")
+    parser.add_argument(
+        "--seed", type=not_negative_int, default=0, help="of the pictures (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Render, pretrain, evaluate, and print a table. Raises UserError."""
     started = time.monotonic()
+    # Everything that can be wrong with the flags, before an earlier demo is deleted.
+    training = pipeline.training("python -m moco_scale demo", SETTINGS, args.handed_on)
+    batch, rendered = training.config.optim.batch_size, args.train_per_class * len(CLASSES)
+    if rendered < batch:
+        raise UserError(
+            f"--train-per-class {args.train_per_class}: the {rendered} pictures of "
+            f"{len(CLASSES)} classes do not fill one batch of {batch} (--batch-size)"
+        )
+    processes = pipeline.process_count(args.num_processes, batch)
     pipeline.claim(args.output_dir)
     pictures = args.output_dir / "pictures"
     print(f"== Rendering pictures into {pictures}", flush=True)
@@ -64,14 +77,11 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         processes=pipeline.core_count(),
     )
-    flags = SETTINGS | pipeline.given_flags(args)
     experiment = pipeline.Experiment(
         title="Demo",
         source=lambda: pictures,
         out=args.output_dir,
-        train_flags=flags,
-        batch_size=int(flags["batch-size"]),
-        image_size=int(flags["image-size"]),
-        resize_ratio=256 / 224,
+        training=training,
+        processes=processes,
     )
-    pipeline.run(experiment, processes=args.num_processes, started=started)
+    pipeline.run(experiment, started=started)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from moco_scale import distributed, identity, numerics
+from moco_scale.argument_types import not_negative, not_negative_int, positive, positive_int
 from moco_scale.cli import Parser
 from moco_scale.config import DATASETS
 from moco_scale.data.augment import AUGMENTATIONS
@@ -42,10 +42,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data-dir", required=True, help="shards with the splits train and val: folder or address")
     add("--shard-cache", default="", help="folder that fetched shards are kept in")
-    add("--shard-cache-size", type=_positive, default=CACHE_GB, help="of that folder, in GB")
+    add("--shard-cache-size", type=positive, default=CACHE_GB, help="of that folder, in GB")
     add(
         "--shard-timeout",
-        type=_positive,
+        type=positive,
         default=GIVE_UP_SECONDS,
         help="seconds without anything new after which a shard is given up",
     )
@@ -60,9 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--features", choices=WHICH, default="features", help="backbone's or head's output")
     add("--encoder", choices=("query", "key"), default="query", help="key: the moving average")
     add("--dataset", choices=tuple(DATASETS), help="statistics and sizes; default: the run's")
-    add("--image-size", type=_positive_int, help="side of a crop in pixels; default: the run's")
-    add("--batch-size", type=_positive_int, default=256, help="GLOBAL batch")
-    add("--num-workers", type=_not_negative_int, default=4, help="decoders a process")
+    add("--image-size", type=positive_int, help="side of a crop in pixels; default: the run's")
+    add("--batch-size", type=positive_int, default=256, help="GLOBAL batch")
+    add("--num-workers", type=not_negative_int, default=4, help="decoders a process")
     add(
         "--bad-samples",
         choices=POLICIES,
@@ -71,14 +71,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--precision", choices=tuple(_DTYPES), default="fp32", help="of the encoder")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
-    add("--rng-seed", type=_not_negative_int, default=0, help="order, crops, initial weights")
+    add("--rng-seed", type=not_negative_int, default=0, help="order, crops, initial weights")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
     knn = parser.add_argument_group("--protocol knn")
-    knn.add_argument("--knn-k", type=_positive_int, default=200, help="neighbours that vote")
-    knn.add_argument("--knn-t", type=_positive, default=0.1, help="temperature of the votes")
+    knn.add_argument("--knn-k", type=positive_int, default=200, help="neighbours that vote")
+    knn.add_argument("--knn-t", type=positive, default=0.1, help="temperature of the votes")
     knn.add_argument(
-        "--knn-bank", type=_not_negative_int, default=0, help="training pictures used; 0: all"
+        "--knn-bank", type=not_negative_int, default=0, help="training pictures used; 0: all"
     )
 
     group = parser.add_argument_group("--protocol linear")
@@ -88,12 +88,12 @@ def make_parser() -> argparse.ArgumentParser:
         default="official",
         help="official: x0.1 after 60%% and 80%% of the epochs; bl0: warm-up, cosine",
     )
-    group.add_argument("--epochs", type=_positive_int, default=100, help="passes over train")
+    group.add_argument("--epochs", type=positive_int, default=100, help="passes over train")
     group.add_argument(
-        "--lr", "--learning-rate", type=_positive, default=30.0, help="for this batch, unscaled"
+        "--lr", "--learning-rate", type=positive, default=30.0, help="for this batch, unscaled"
     )
-    group.add_argument("--weight-decay", type=_not_negative, default=0.0, help="of the classifier")
-    group.add_argument("--momentum", type=_not_negative, default=0.9, help="of SGD")
+    group.add_argument("--weight-decay", type=not_negative, default=0.0, help="of the classifier")
+    group.add_argument("--momentum", type=not_negative, default=0.9, help="of SGD")
     group.add_argument(
         "--aug", choices=tuple(AUGMENTATIONS), default="linear", help="of training pictures"
     )
@@ -104,32 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="encode centre crops once and train on these: quick, not the published protocol",
     )
     group.add_argument("--resume", choices=("auto", "none"), default="auto", help="after a stop")
-    group.add_argument("--print-freq", type=_positive_int, default=100, help="steps between lines")
+    group.add_argument("--print-freq", type=positive_int, default=100, help="steps between lines")
     return parser
-
-
-def _positive_int(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def _not_negative_int(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _positive(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is negative or no number")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> None:

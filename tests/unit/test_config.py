@@ -337,6 +337,22 @@ def test_an_unreadable_value_or_unknown_flag_ends_with_status_2(
     assert line.split()[0] in capsys.readouterr().err
 
 
+def test_epochs_of_a_decay_are_whole_numbers_from_one_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert parse(["--lr-decay-epochs", "30,40", "50"]).optim.lr_decay_epochs == (30, 40, 50)
+    for value, said in (("1,x", "invalid whole number"), ("-5", "-5 is not positive")):
+        with pytest.raises(SystemExit):
+            parse([f"--lr-decay-epochs={value}"])
+        assert said in capsys.readouterr().err
+
+
+def test_a_cosine_ends_below_where_it_begins() -> None:
+    with pytest.raises(UserError, match=r"--lr-min 0\.5 is above the learning rate 0\.03"):
+        parse(["--recipe", "v2", "--lr-min", "0.5"])
+    assert parse(["--recipe", "v1", "--lr-min", "0.5"]).optim.lr_min == 0.5  # steps have no end
+
+
 def test_contradictions_name_both_sides(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text("{}")

@@ -1,22 +1,18 @@
 """What the demos decide before and between their steps."""
 
-import argparse
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from moco_scale.demo import cifar10, pipeline, run
+from moco_scale.__main__ import main
+from moco_scale.demo import pipeline, run
 from moco_scale.errors import UserError
-
-
-def _parse(module: object, *argv: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)  # type: ignore[attr-defined]
-    return parser.parse_args(argv)
 
 
 def test_a_second_demo_replaces_the_first(tmp_path: Path) -> None:
@@ -35,22 +31,53 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "words"
 
 
+PICTURES: dict[str, Any] = {"source": None, "train_per_class": None}
+SOURCE = PICTURES | {"source": "/data/cifar"}
+
+
 def test_an_interrupted_run_goes_on_and_no_other_is_touched(tmp_path: Path) -> None:
-    out, settings = tmp_path / "runs" / "cifar10", {"train": {"epochs": "200"}}
-    assert not pipeline.claim_or_continue(out, settings)
+    out, train = tmp_path / "runs" / "cifar10", {"epochs": 200}
+    assert not pipeline.claim_or_continue(out, PICTURES, train)
     (out / "current.pth").write_text("a hundred epochs")
-    assert pipeline.claim_or_continue(out, settings)
-    with pytest.raises(UserError, match="a run with other flags; name another folder"):
-        pipeline.claim_or_continue(out, {"train": {"epochs": "100"}})
+    assert pipeline.claim_or_continue(out, PICTURES, train)
+    with pytest.raises(UserError, match="other settings") as refused:
+        pipeline.claim_or_continue(out, SOURCE, {"epochs": 100})
+    for words in ("--epochs: 200 in the run, 100 now", "'/data/cifar' now", "OUT=FOLDER"):
+        assert words in str(refused.value)
     (out / pipeline.SUMMARY).write_text("{}")
     with pytest.raises(UserError, match="holds a finished run"):
-        pipeline.claim_or_continue(out, settings)
+        pipeline.claim_or_continue(out, PICTURES, train)
     with pytest.raises(UserError, match="no demo made"):
         pipeline.claim(out)
     assert (out / "current.pth").read_text() == "a hundred epochs"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output-dir .*file cannot be written"):
-        pipeline.claim_or_continue(tmp_path / "file", settings)
+        pipeline.claim_or_continue(tmp_path / "file", PICTURES, train)
+
+
+@pytest.mark.parametrize("content", ["words", "[1]", '{"train": {}}', pipeline.REPLACEABLE])
+def test_a_folder_with_another_marker_is_somebody_elses(tmp_path: Path, content: str) -> None:
+    (tmp_path / pipeline.MARKER).write_text(content)
+    with pytest.raises(UserError, match="something else"):
+        pipeline.claim_or_continue(tmp_path, PICTURES, {})
+
+
+def test_before_anything_is_trained_other_settings_may_follow(tmp_path: Path) -> None:
+    def marked(name: str) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "content").write_text("")
+        return tmp_path / name / "content"
+
+    assert not pipeline.claim_or_continue(tmp_path, PICTURES, {"epochs": 200})
+    shards, checkpoints = marked("shards"), tmp_path / "checkpoints"
+    checkpoints.mkdir()  # of a run that ended before its first checkpoint
+    assert pipeline.claim_or_continue(tmp_path, PICTURES, {"epochs": 8})
+    assert shards.exists(), "made from the same source"
+    assert pipeline.claim_or_continue(tmp_path, SOURCE, {"epochs": 8})
+    assert not shards.exists(), "made from another source"
+    (checkpoints / "step-00000010").mkdir()
+    with pytest.raises(UserError, match="--epochs: 8 in the run, 9 now"):
+        pipeline.claim_or_continue(tmp_path, SOURCE, {"epochs": 9})
 
 
 def test_an_output_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
@@ -59,20 +86,109 @@ def test_an_output_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
         pipeline.claim(tmp_path / "file")
 
 
-def test_only_flags_that_were_given_reach_train_py() -> None:
-    args = _parse(cifar10, "--epochs", "8", "--batch-size", "128", "--base-lr", "0.03")
-    given = pipeline.given_flags(args)
-    assert given == {"epochs": "8", "batch-size": "128", "base-lr": "0.03"}
+def _handed_on(*words: str) -> pipeline.Training:
+    return pipeline.training("demo", run.SETTINGS, words)
 
 
-def test_the_flags_handed_on_and_the_demo_settings_exist_in_train_py() -> None:
-    from moco_scale.command_line import make_parser, parse
+def test_every_flag_of_train_py_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    made = _handed_on("--symmetric", "--engine", "fsdp", "--compile", "--lr-decay-epochs", "3", "5")
+    config = made.config
+    assert config.contrast.symmetric and config.run.compile and config.run.engine == "fsdp"
+    assert config.optim.lr_decay_epochs == (3, 5)
+    assert "--deepspeed" not in made.words, "contradicts --engine"
+    assert "ds_configs/zero1.json" in _handed_on().words[1]
+    assert _handed_on("--epochs", "9").config.optim.epochs == 9, "goes before the demo's own"
+    for flag in ("--preflight", "--data-dir=x"):
+        with pytest.raises(UserError, match="not handed on"):
+            _handed_on(flag)
+    for words in (("--batch-size", "abc"), ("--image-size", "x"), ("--symetric",)):
+        with pytest.raises(SystemExit):
+            _handed_on(*words)
+        assert words[0] in capsys.readouterr().err
 
-    known = make_parser().format_help()
-    for name in (*pipeline.TRAIN_FLAGS, *run.SETTINGS):
-        assert f"--{name} " in known, name
-    words = [word for name, value in run.SETTINGS.items() for word in (f"--{name}", value)]
-    parse(words)
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines of a demo's steps; of these only sharding is carried out."""
+    lines: list[list[str]] = []
+
+    def record(name: str, command: list[str], environment: dict[str, str]) -> None:
+        lines.append(command)
+        if name == "Sharding":
+            assert main(command[command.index("shard") :]) == 0
+        elif name == "Pretraining":
+            out = Path(command[command.index("--output-dir") + 1])
+            (out / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+        else:
+            out = Path(command[command.index("--output-dir") + 1])
+            out.mkdir()
+            (out / "results.json").write_text('{"top1": 50.0}')
+
+    monkeypatch.setattr(pipeline, "run_step", record)
+    monkeypatch.setattr(pipeline, "_launcher", lambda processes: ["deepspeed"])
+    return lines
+
+
+def test_a_run_without_its_own_kNN_on_few_pictures_has_a_table(
+    picture_folder: Path,
+    tmp_path: Path,
+    steps: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """24 pictures for 3 processes, and no kNN before training."""
+    out = tmp_path / "out"
+    argv = ["cifar10", "--source", str(picture_folder), "--output-dir", str(out), "--symmetric"]
+    argv += ["--num-processes", "3", "--batch-size", "12", "--knn-freq", "0", "--device", "cpu"]
+    assert main(argv) == 0
+    summary = json.loads((out / pipeline.SUMMARY).read_text())
+    assert summary["knn_initial"] is None and summary["linear"] == 50.0
+    assert "as initialised" in (printed := capsys.readouterr().out) and "not measured" in printed
+    _, train, *evaluations = steps
+    assert "--symmetric" in train and train[-2:] == ["--output-dir", str(out)]
+    for line in evaluations:
+        assert line[line.index("--batch-size") + 1] == "24"
+        assert line[line.index("--device") + 1] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--num-processes", "3"), "does not divide --batch-size 64"),
+        (("--train-per-class", "3"), "30 pictures of 10 classes do not fill one batch of 64"),
+        (("--epochs", "0"), "--epochs 0"),
+        (("--nce-t", "abc"), "--nce-t"),
+        (("--train-per-class", "0"), "0 is not positive"),
+        (("--val-per-class", "-3"), "-3 is not positive"),
+        (("--num-processes", "-1"), "-1 is not positive"),
+        (("--seed", "-1"), "-1 is negative"),
+    ],
+)
+def test_nothing_is_deleted_before_all_flags_are_known_to_be_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    pipeline.claim(tmp_path)
+    (tmp_path / "earlier.pth").write_text("")
+    with contextlib.suppress(SystemExit):
+        assert main(["demo", "--output-dir", str(tmp_path), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "earlier.pth").exists()
+
+
+def test_a_wrong_source_or_flag_leaves_no_folder_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for words in (["--source", str(tmp_path / "none")], ["--bn-group-size", "7"]):
+        assert main(["cifar10", "--output-dir", str(out), *words]) == 2
+        assert words[0] in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("pictures", "processes", "batch"), [(50_000, 8, 256), (100, 2, 100), (500, 3, 255), (7, 2, 6)]
+)
+def test_the_evaluation_has_a_batch_that_fits(pictures: int, processes: int, batch: int) -> None:
+    assert pipeline.evaluation_batch(pictures, processes) == batch
 
 
 @pytest.mark.parametrize(
@@ -82,13 +198,13 @@ def test_processes_are_the_gpus_that_divide_the_batch(
     monkeypatch: pytest.MonkeyPatch, gpus: int, batch: int, processes: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert pipeline.process_count(batch) == processes
+    assert pipeline.process_count(None, batch) == processes
 
 
-def test_a_failing_step_names_its_command(tmp_path: Path) -> None:
+def test_a_failing_step_names_its_command() -> None:
     command = [sys.executable, "-c", "import sys; sys.exit(3)"]
     with pytest.raises(UserError, match=r"sharding failed with exit status 3.*sys\.exit\(3\)"):
-        pipeline.run_step("Sharding", command, tmp_path, dict(os.environ))
+        pipeline.run_step("Sharding", command, dict(os.environ))
 
 
 def test_the_kNN_before_training_is_read_from_the_log(tmp_path: Path) -> None:
@@ -96,5 +212,4 @@ def test_the_kNN_before_training_is_read_from_the_log(tmp_path: Path) -> None:
     log.write_text(json.dumps({"step": 10, "knn_top1_initial": 17.5}) + '\n{"step": 20}\n')
     assert pipeline.initial_knn(log) == 17.5
     log.write_text('{"step": 20}\n')
-    with pytest.raises(UserError, match="--knn-freq"):
-        pipeline.initial_knn(log)
+    assert pipeline.initial_knn(log) is None

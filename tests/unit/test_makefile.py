@@ -48,6 +48,12 @@ def test_cifar10_hands_its_variables_on(repository: Path, tmp_path: Path) -> Non
         assert words in done.stdout
 
 
+@pytest.mark.parametrize("target", ["demo", "cifar10"])
+def test_the_output_folder_can_be_chosen(repository: Path, target: str) -> None:
+    assert f"--output-dir 'runs/{target}'" in _make(repository, "-n", target).stdout
+    assert "--output-dir 'a b'" in _make(repository, "-n", target, "OUT=a b").stdout
+
+
 def test_a_wrong_python_is_named(repository: Path, tmp_path: Path) -> None:
     done = _make(repository, "setup", f"VENV={tmp_path}/env", "PYTHON=no-such-python")
     assert done.returncode == 2
