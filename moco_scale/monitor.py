@@ -55,7 +55,11 @@ class Monitor:
     def _make_evaluation(self) -> KnnMonitor | None:
         config = self.run.config
         if not is_labelled(config.source):
-            self.telemetry.say("the pictures have no labels, so there is no kNN evaluation")
+            why = self.run.shards.why_unlabelled
+            self.telemetry.say(
+                "the pictures have no labels, so there is no kNN evaluation"
+                + (f" (labels are not used: {why})" if why else "")
+            )
             return None
         bank, queries = bank_and_queries(config.source, MAX_BANK, MAX_QUERIES)
         preset = config.preset

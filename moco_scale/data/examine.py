@@ -49,6 +49,10 @@ class Expected(NamedTuple):
     rows: np.ndarray | None = None  # of INDEX_DTYPE
     dropped: frozenset[str] = frozenset()  # keys that were left out of the index before
 
+    def is_labelled(self) -> bool:
+        """Whether the index has labels for it."""
+        return self.rows is not None and bool((self.rows["label"] >= 0).any())
+
 
 class Examined(NamedTuple):
     """What one shard is."""
@@ -176,6 +180,9 @@ def examine(expected: Expected) -> Examined:
                 scan = scan_tar(path)
             except UserError as error:
                 wrong(str(error).removeprefix(f"Shard {path} "))
+            if scan is not None and scan.odd and expected.is_labelled():
+                wrong(f"holds {scan.odd}")
+                scan = None  # the index knows the labels: the tar can be made again
             if expected.bytes is not None and size != expected.bytes:
                 wrong(f"it has {size} bytes, the index says {expected.bytes}")
             elif expected.checksum not in (None, checksum):

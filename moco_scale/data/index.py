@@ -50,6 +50,8 @@ class IndexedShards:
         self.name = name or str(data_dir)
         self.split = split
         self.classes: list[str] = list(header["classes"])
+        made = header.get("made")
+        self.why_unlabelled = str(made.get("unlabelled", "")) if isinstance(made, dict) else ""
         self.fingerprint: str = entry["checksum"]
         self._header = header
         self._shards = [(s["name"], int(s["bytes"])) for s in entry["shards"]]

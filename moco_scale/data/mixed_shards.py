@@ -86,6 +86,9 @@ class MixedShards:
         self._selection = selection
         alike = all(part.classes == parts[0].classes for part in parts)
         self.classes: list[str] = parts[0].classes if alike else []
+        self.why_unlabelled = next((p.why_unlabelled for p in parts if p.why_unlabelled), "")
+        if not alike and not self.why_unlabelled:
+            self.why_unlabelled = "the sets of the mixture have different classes"
         #: int32 [N]; -1 = unlabelled
         self.labels: npt.NDArray[np.int32]
         if not self.classes:

@@ -20,7 +20,7 @@ from moco_scale.data.examine import Examined, Expected, Folder, examine, examine
 from moco_scale.data.layout import LeftOut
 from moco_scale.data.output_folder import LEFT_OUT, sync
 from moco_scale.data.salvage import salvage
-from moco_scale.data.scanned_index import class_names, index_rows, save_rows
+from moco_scale.data.scanned_index import find_classes, index_rows, save_rows
 from moco_scale.data.shard_file import write_errors
 from moco_scale.data.tar_scan import ShardScan
 from moco_scale.errors import UserError
@@ -121,11 +121,12 @@ def _index(
     folder: Folder, splits: dict[str, list[_Shard]]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """index.json and the rows of each split."""
-    everything = [(split, shard.name) for split, shards in splits.items() for shard in shards]
-    scans = [shard.scan for shards in splits.values() for shard in shards]
-    classes = class_names(str(folder.path), everything, scans)
+    everything = [(shard.name, shard.scan) for shards in splits.values() for shard in shards]
+    classes, why_none = find_classes(everything)
     place = {name: i for i, name in enumerate(classes)}
-    names = classes if folder.classes is None else folder.classes
+    if why_none:
+        print(f"the labels are not used: {why_none}")
+    names = folder.classes if folder.classes is not None and not why_none else classes
     if len(names) < len(classes):
         raise UserError(
             f"{folder.path / index_file.INDEX_JSON} names {len(names)} classes, and the tars have "
@@ -136,7 +137,7 @@ def _index(
         "version": index_file.VERSION,
         "classes": names,
         "splits": {},
-        "made": {**folder.made, "repaired": True},
+        "made": {**folder.made, "repaired": True, "unlabelled": why_none},
     }
     rows = {}
     for split, shards in splits.items():

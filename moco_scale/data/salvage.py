@@ -13,7 +13,7 @@ import numpy as np
 
 from moco_scale.data.decode import DecodeError, decode_rgb
 from moco_scale.data.examine import key_before
-from moco_scale.data.tar_scan import PICTURES
+from moco_scale.data.tar_scan import by_last_dot, picture_suffix
 
 _BLOCK = tarfile.BLOCKSIZE
 _SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"))
@@ -46,7 +46,7 @@ def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
     kept = 0
     with old.open("rb") as file, tarfile.open(new, "w", format=tarfile.USTAR_FORMAT) as tar:
         end = os.fstat(file.fileno()).st_size
-        samples = list(_samples(file, end))
+        samples = [own for sample in _samples(file, end) for own in _own(sample)]
         found = {place for sample in samples for place in sample.members.values()}
         if rows is not None:
             for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
@@ -56,7 +56,7 @@ def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
         samples.sort(key=lambda sample: min(sample.members.values()))
         used: set[str] = set()
         for sample in samples:
-            picture = next((s for s in PICTURES if s in sample.members), None)
+            picture = picture_suffix(sample.members)
             if picture is None:
                 if rows is None:  # otherwise the index knows better what there should be
                     lost.append((sample.key, "its picture is not to be found"))
@@ -98,6 +98,16 @@ def _samples(file: BinaryIO, end: int) -> Iterator[_Sample]:
         sample.members[suffix.lower()] = offset, size
     if sample is not None:
         yield sample
+
+
+def _own(sample: _Sample) -> list[_Sample]:
+    """The sample, or those of its pictures by the last dots of their names; see `scan_tar`."""
+    if picture_suffix(sample.members) is not None:
+        return [sample]
+    parts = by_last_dot(sample.members)
+    if not any(picture_suffix(members) for members in parts.values()):
+        return [sample]
+    return [_Sample(f"{sample.key}.{k}" if k else sample.key, m) for k, m in parts.items()]
 
 
 def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:

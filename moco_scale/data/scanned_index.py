@@ -27,11 +27,12 @@ from moco_scale.data.pool import BrokenProcessPool, in_order
 from moco_scale.data.progress import Progress
 from moco_scale.data.shard_cache import cache_home
 from moco_scale.data.shard_list import ShardList
-from moco_scale.data.tar_scan import ShardScan, scan_tar
+from moco_scale.data.tar_scan import ShardScan, dots_problem, scan_tar
 from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
 
 FOLDER = ".moco_scale-index"
+_RULES = b"2"  # by which pictures and labels are found: an index made by others is made again
 _MOST_WORKERS = 32
 _MOST_CLASSES = 1 << 20
 
@@ -51,7 +52,7 @@ def open_scanned(spec: str, shards: ShardList, split: str) -> index.IndexedShard
     wait for it, and later runs find what it has written.
 
     Raises UserError: no such split; a tar is missing, damaged or holds no picture (see `scan_tar`);
-    labels that are numbers in some tars and names in others; no place for the index.
+    names with several dots that mean two things; no place for the index.
     """
     if split not in shards.splits:
         raise UserError(
@@ -95,7 +96,7 @@ def _open(spec: str, shards: ShardList, split: str, folder: Path) -> index.Index
 
 def _key(shards: ShardList) -> tuple[_Key, dict[str, int]]:
     """The key, and the size of each tar."""
-    names, state = (hashlib.blake2b(digest_size=8) for _ in range(2))
+    names, state = hashlib.blake2b(digest_size=8), hashlib.blake2b(_RULES, digest_size=8)
     sizes: dict[str, int] = {}
     for split, members in sorted(shards.splits.items()):
         for name in members:
@@ -164,17 +165,26 @@ def write_index(
     splits: the tars' names. scans: of all of them in this order. sizes, checksums: by name, the
     latter hex BLAKE2b-128. started: when the work began, by `time.monotonic`.
 
-    Raises UserError: labels are numbers in some tars and names in others; it cannot be written.
+    Raises UserError: names with several dots of which it cannot be told what they mean; it cannot
+    be written.
     """
     everything = [(split, name) for split, names in splits.items() for name in names]
-    classes = class_names(spec, everything, scans)
+    named = [(name, scan) for (_, name), scan in zip(everything, scans, strict=True)]
+    problem = dots_problem(named)
+    if problem:
+        raise UserError(f"{spec} {problem}")
+    classes, why_none = find_classes(named)
     place = {name: i for i, name in enumerate(classes)}
     header: dict[str, Any] = {
         "format": index_file.FORMAT,
         "version": index_file.VERSION,
         "classes": classes,
         "splits": {},
-        "made": {"scanned": spec, "without_picture": sum(s.without_picture for s in scans)},
+        "made": {
+            "scanned": spec,
+            "without_picture": sum(s.without_picture for s in scans),
+            "unlabelled": why_none,
+        },
     }
     # Readers look for a folder with an index.json: that comes last.
     try:
@@ -204,7 +214,22 @@ def write_index(
     without = header["made"]["without_picture"]
     if without:
         line += f"; {without} samples hold no picture and are left out"
-    print(line, file=sys.stderr, flush=True)
+    lines = [line]
+    dotted = next((scan.dotted for scan in scans if scan.dotted), "")
+    if dotted:
+        lines.append(
+            f"names of pictures have several dots ({dotted}): they are split at the last one, or "
+            "samples would have no picture"
+        )
+    part = next((scan.part for scan in scans if scan.part), "")
+    if part:
+        lines.append(f"what is like {part} belongs to another picture and is not seen")
+    if why_none:
+        lines.append(
+            f"the labels are not used: {why_none}. Pretraining needs none, kNN and linear "
+            "evaluation do"
+        )
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _scan_all(spec: str, folder: Path, names: list[str]) -> list[ShardScan]:
@@ -222,33 +247,33 @@ def _scan_all(spec: str, folder: Path, names: list[str]) -> list[ShardScan]:
     return scans
 
 
-def class_names(
-    spec: str, everything: list[tuple[str, str]], scans: Sequence[ShardScan]
-) -> list[str]:
-    """Names of all classes: those in the tars, sorted, or the numbers themselves."""
-    names = sorted({name for scan in scans for name in scan.names})
-    highest = max((int(scan.label.max()) for scan in scans if not scan.names), default=-1)
+def find_classes(scans: Sequence[tuple[str, ShardScan]]) -> tuple[list[str], str]:
+    """Names of all classes: those in the tars, sorted, or the numbers themselves.
+
+    scans: of all tars, with their names. The second is why there are no classes although there are
+    labels, "" otherwise.
+    """
+    for shard, scan in scans:
+        if scan.odd:
+            return [], f"{shard} holds {scan.odd}"
+    names = sorted({name for _, scan in scans for name in scan.names})
+    numbered = [(int(scan.label.max()), shard) for shard, scan in scans if not scan.names]
+    highest, shard = max(numbered, default=(-1, ""))
     if names and highest >= 0:
-        numbered, named = None, None
-        for (_, name), scan in zip(everything, scans, strict=True):
-            if scan.names:
-                named = name
-            elif scan.label.max() >= 0:
-                numbered = name
-        raise UserError(f"{spec}: labels are numbers in {numbered} and names in {named}.")
-    if max(len(names), highest + 1) > _MOST_CLASSES:
-        raise UserError(
-            f"{spec}: {max(len(names), highest + 1)} classes. What the .cls or .json files hold "
-            "are no class labels; leave them out of the tars."
-        )
-    return names or [str(number) for number in range(highest + 1)]
+        other = next(shard for shard, scan in scans if scan.names)
+        return [], f"they are numbers in {shard} and names in {other}"
+    count = max(len(names), highest + 1)
+    if count > _MOST_CLASSES:
+        return [], f"they would make {count} classes"
+    return names or [str(number) for number in range(highest + 1)], ""
 
 
-def index_rows(number: int, scan: ShardScan, place: dict[str, int]) -> np.ndarray:
+def index_rows(number: int, scan: ShardScan, place: Mapping[str, int]) -> np.ndarray:
+    """The records of the tar with this number. place: of each class; {} where there are none."""
     rows = np.zeros(len(scan.offset), index_file.INDEX_DTYPE)
     rows["shard"], rows["offset"], rows["size"] = number, scan.offset, scan.size
-    rows["label"] = scan.label
-    if scan.names:
+    rows["label"] = scan.label if place else -1
+    if scan.names and place:
         numbers = np.array([*(place[name] for name in scan.names), -1])
         rows["label"] = numbers[scan.label]  # -1, unlabelled, is the last one
     return rows

@@ -77,6 +77,11 @@ class Shards(Pictures, Protocol):
         ...
 
     @property
+    def why_unlabelled(self) -> str:
+        """Why labels that there are cannot be used; "": they can, or there are none."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Differs where pictures, labels or their places differ: a resumed run checks it."""
         ...

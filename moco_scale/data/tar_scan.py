@@ -7,23 +7,24 @@ header for the end of the archive.
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from moco_scale.data.sources import PICTURE_SUFFIXES
+from moco_scale.data.tar_labels import TarLabels
 from moco_scale.errors import UserError
+
+_T = TypeVar("_T")
 
 BLOCK = tarfile.BLOCKSIZE
 # In the order of preference, should one sample have several.
 PICTURES = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
-LABEL_FIELDS = ("label", "cls", "class")  # of a .json, likewise
 _WINDOW = 4096  # bytes read at once: a header, small members and the header after them
 _LARGEST_TEXT = 1 << 24
 _COMPRESSED = {
@@ -45,6 +46,12 @@ class ShardScan(NamedTuple):
     """[] where labels are numbers."""
     without_picture: int
     """Samples that hold no picture."""
+    odd: str = ""
+    """What it holds that makes its labels useless; "": nothing."""
+    dotted: str = ""
+    """A picture whose key has a dot: its name was split at the last one; "": there is none."""
+    part: str = ""
+    """A picture that is part of another picture's sample, such as 1.mask.png; "": none."""
 
 
 class _Member(NamedTuple):
@@ -55,13 +62,14 @@ class _Member(NamedTuple):
 
 def scan_tar(path: Path) -> ShardScan:
     """List the pictures of a tar: consecutive members whose names differ in what follows the first
-    dot are one sample, as WebDataset has it.
+    dot are one sample, as WebDataset has it. Where that leaves no picture to a sample that has
+    some by the last dots of their names, the last dots count.
 
     The label is the text of a `.cls`, or the field `label`, `cls` or `class` of a `.json`: a
-    number, or the name of a class.
+    number, or the name of a class. With one that is neither, none is used (see `ShardScan.odd`).
 
     Raises UserError: the file cannot be read, is compressed, truncated or no tar; a header is
-    damaged; it holds no picture, a key twice, or a label that is none.
+    damaged; it holds no picture, or a key twice; neither dot gives every sample a picture.
     """
     try:
         with _Tar(path) as tar:
@@ -89,34 +97,105 @@ def compressed(path: Path, start: bytes) -> str | None:
 
 def _scan(tar: _Tar) -> ShardScan:
     places: list[tuple[int, int]] = []
-    labels: list[int | str] = []
+    labels = TarLabels()
     seen: set[str] = set()
     without, suffixes = 0, set()
+    own, part = "", ""
     for key, sample in _samples(tar):
-        if key in seen:
-            raise tar.problem(f"holds the key {key!r} twice. {_AGAIN}")
-        seen.add(key)
-        suffix = next((s for s in PICTURES if s in sample), None)
-        if suffix is None:
-            without += 1
-            suffixes |= set(sample)
-            continue
-        picture = sample[suffix]
-        if picture.size == 0 or picture.size >= 2**32:
-            raise tar.problem(f"holds {picture.name}, a picture of {picture.size} bytes. {_AGAIN}")
-        places.append((picture.offset, picture.size))
-        labels.append(_label(tar, sample))
+        suffix = picture_suffix(sample)
+        samples = {key: sample}
+        dotted = next((member.name for s, member in sample.items() if _is_dotted(s)), "")
+        if dotted and suffix is not None:
+            part = part or dotted
+        elif dotted:
+            samples = _of_their_own(tar, key, sample)
+            own = own or dotted
+        for key, sample in samples.items():
+            if key in seen:
+                raise tar.problem(f"holds the key {key!r} twice. {_AGAIN}")
+            seen.add(key)
+            suffix = picture_suffix(sample)
+            if suffix is None:
+                without += 1
+                suffixes |= set(sample)
+                continue
+            picture = sample[suffix]
+            if picture.size == 0 or picture.size >= 2**32:
+                raise tar.problem(
+                    f"holds {picture.name}, a picture of {picture.size} bytes. {_AGAIN}"
+                )
+            places.append((picture.offset, picture.size))
+            label = sample.get("cls") or sample.get("json")
+            labels.add(label.name if label else "", tar.content(label) if label else None)
     if not seen:
         raise tar.problem(f"is an empty tar. {_AGAIN}")
     if not places:
         raise tar.problem(
             f"holds no picture: its {len(seen)} samples have "
-            f"{', '.join(sorted(suffixes)[:8])}; pictures end in {', '.join(PICTURES)}, after the "
-            "first dot of their names"
+            f"{', '.join(sorted(suffixes)[:8])}; pictures end in {', '.join(PICTURES)}"
         )
     offset, size = np.array(places, dtype=np.uint64).T
-    label, names = _numbered(tar, labels)
-    return ShardScan(offset, size.astype(np.uint32), label, names, without)
+    label_numbers, names = labels.numbered()
+    scan = ShardScan(
+        offset, size.astype(np.uint32), label_numbers, names, without, labels.odd, own, part
+    )
+    problem = dots_problem([(tar.path.name, scan)])
+    if problem:
+        raise tar.problem(problem)
+    return scan
+
+
+def dots_problem(scans: Iterable[tuple[str, ShardScan]]) -> str:
+    """What to say of tars (by name) whose names with several dots mean two things; "": nothing."""
+    own, part = "", ""
+    for name, scan in scans:
+        own = own or (scan.dotted and f"{scan.dotted} in {name}")
+        part = part or (scan.part and f"{scan.part} in {name}")
+    if not (own and part):
+        return ""
+    return (
+        f"holds {own}, a picture of its own if the last dot of its name counts, and {part}, a part "
+        "of another picture's sample if the first one does: what is meant cannot be told. Pack "
+        "pictures again with one dot in each name"
+    )
+
+
+def picture_suffix(sample: Collection[str]) -> str | None:
+    """Which of a sample's suffixes is that of its picture."""
+    return next((suffix for suffix in PICTURES if suffix in sample), None)
+
+
+def _is_dotted(suffix: str) -> bool:
+    """Whether what follows the first dot of a name has another dot, and is a picture's after it."""
+    return "." in suffix and suffix.rpartition(".")[2] in PICTURES
+
+
+def by_last_dot(sample: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
+    """{key: {suffix: member}} by the last dot, of {suffix: member} by the first one.
+
+    The keys are what stands between the two dots.
+    """
+    found: dict[str, dict[str, _T]] = {}
+    for suffix, member in sample.items():
+        stem, _, last = suffix.rpartition(".")
+        found.setdefault(stem, {})[last] = member
+    return found
+
+
+def _of_their_own(tar: _Tar, key: str, sample: dict[str, _Member]) -> dict[str, dict[str, _Member]]:
+    """The samples of pictures whose names have several dots, such as photo_1.5.jpg."""
+    parts = by_last_dot(sample)
+    picture = next(member.name for suffix, member in sample.items() if _is_dotted(suffix))
+    for members in parts.values():
+        if picture_suffix(members) is None:
+            other = next(iter(members.values())).name
+            raise tar.problem(
+                f"holds {picture} and no {key}.{PICTURES[0]} or the like: if keys end at the first "
+                f"dot, the sample {key} has no picture, and if they end at the last one, {other} "
+                "belongs to none. Pack it again with one dot in the names of pictures and of what "
+                "belongs to them"
+            )
+    return {picture_key(next(iter(m.values())).name): m for m in parts.values()}
 
 
 def _samples(tar: _Tar) -> Iterator[tuple[str, dict[str, _Member]]]:
@@ -138,45 +217,6 @@ def _samples(tar: _Tar) -> Iterator[tuple[str, dict[str, _Member]]]:
         sample[suffix] = member
     if sample:
         yield key, sample
-
-
-def _label(tar: _Tar, sample: dict[str, _Member]) -> int | str:
-    member = sample.get("cls")
-    if member is not None:
-        return _class(tar, member, tar.text(member).strip())
-    member = sample.get("json")
-    if member is None:
-        return -1
-    try:
-        fields = json.loads(tar.text(member))
-    except ValueError as error:
-        raise tar.problem(f"holds {member.name}, which is not JSON: {error}") from None
-    if isinstance(fields, dict):
-        for field in LABEL_FIELDS:
-            if fields.get(field) is not None:
-                return _class(tar, member, fields[field])
-    return -1
-
-
-def _class(tar: _Tar, member: _Member, value: Any) -> int | str:
-    """A class number, or a name; numbers below 0 are -1, which means none."""
-    if isinstance(value, str) and value:
-        try:
-            value = int(value)
-        except ValueError:
-            return value
-    if isinstance(value, bool) or not isinstance(value, int) or value >= 2**31:
-        raise tar.problem(f"holds {member.name}, whose label {value!r:.60} is no class")
-    return max(value, -1)
-
-
-def _numbered(tar: _Tar, labels: list[int | str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-    names = sorted({label for label in labels if isinstance(label, str)})
-    if names and any(isinstance(label, int) and label >= 0 for label in labels):
-        raise tar.problem(f"has labels that are numbers and others that are names ({names[0]!r})")
-    place = {name: i for i, name in enumerate(names)}
-    numbers = [place[label] if isinstance(label, str) else label for label in labels]
-    return np.array(numbers, dtype=np.int64), names
 
 
 _AGAIN = "Fetch it again, or make it again."
@@ -202,13 +242,11 @@ class _Tar:
     def problem(self, text: str) -> UserError:
         return UserError(f"Shard {self.path} {text}")
 
-    def text(self, member: _Member) -> str:
+    def content(self, member: _Member) -> bytes | None:
+        """What is in a small file; None: it is none."""
         if member.size > _LARGEST_TEXT:
-            raise self.problem(f"holds {member.name} of {member.size} bytes, too much for a label")
-        try:
-            return self._at(member.offset, member.size).decode()
-        except UnicodeDecodeError as error:
-            raise self.problem(f"holds {member.name}, which is not text: {error}") from None
+            return None
+        return self._at(member.offset, member.size)
 
     def members(self) -> Iterator[_Member]:
         """The regular files, in order."""
@@ -242,14 +280,12 @@ class _Tar:
             name = size = None
             if kind in b"0\x007":
                 yield member
-            elif kind != b"5":
-                suffix = member.name.rpartition("/")[2].partition(".")[2].lower()
-                if suffix in PICTURES:
-                    raise self.problem(
-                        f"holds {member.name} as a link or a special file (type {kind!r}), not as "
-                        "a picture. Pack it again; tar --dereference --hard-dereference packs what "
-                        "links point to."
-                    )
+            elif kind != b"5" and member.name.rpartition(".")[2].lower() in PICTURES:
+                raise self.problem(
+                    f"holds {member.name} as a link or a special file (type {kind!r}), not as a "
+                    "picture. Pack it again; tar --dereference --hard-dereference packs what links "
+                    "point to."
+                )
 
     def _at(self, offset: int, size: int) -> bytes:
         skipped = offset - self._start

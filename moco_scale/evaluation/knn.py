@@ -250,6 +250,9 @@ class KnnMonitor:
 
     def __post_init__(self) -> None:
         # Before hours of training, not after them.
+        why = self.bank.why_unlabelled or self.queries.why_unlabelled
+        if why:
+            raise UserError(f"kNN needs labels, and those of {self.bank.name} are not used: {why}")
         bank, queries = (torch.tensor(s.labels) for s in (self.bank, self.queries))
         _check(bank, queries, self.num_classes, self.k, self.temperature)
 

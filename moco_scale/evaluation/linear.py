@@ -417,6 +417,7 @@ def _count_classes(train: Shards, val: Shards) -> int:
             raise UserError(
                 f"linear evaluation needs labels: {missing} of the {len(shards)} {shards.split} "
                 f"pictures in {shards.name} have none"
+                + (f" that is used: {shards.why_unlabelled}" if shards.why_unlabelled else "")
             )
         highest = max(highest, int(shards.labels.max()))
     known = set(train.labels.tolist())

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import tarfile
@@ -17,12 +18,14 @@ import pytest
 import webdataset
 from PIL import Image
 
+from moco_scale.__main__ import main
 from moco_scale.data import scanned_index, tar_scan
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.shard_list import expand_braces, list_shards
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.tar_scan import scan_tar
 from moco_scale.errors import UserError
+from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries
 
 FORMATS = {"jpg": "JPEG", "JPEG": "JPEG", "png": "PNG", "WebP": "WEBP"}
 
@@ -191,17 +194,27 @@ def test_labels_that_are_names_are_one_list_for_all_splits(tmp_path: Path) -> No
     assert train.labels.tolist() == [2, 0, 2, -1]
     assert val.labels.tolist() == [1, 2]
     write_tar(tmp_path / "train-2.tar", named("7"))
-    with pytest.raises(UserError, match=r"numbers in train-2\.tar and names in val-0\.tar"):
-        open_shards(tmp_path, "train")
+    mixed = open_shards(tmp_path, "train")
+    assert mixed.why_unlabelled == "they are numbers in train-2.tar and names in train-0.tar"
+    assert mixed.classes == [] and mixed.labels.tolist() == [-1] * 5
 
 
 @pytest.mark.parametrize(
     ("content", "label"),
-    [({"class": 4}, 4), ({"label": None, "cls": "2"}, 2), ({"other": 1}, -1), ([1], -1)],
+    [
+        ({"class": 4}, 4),
+        ({"label": None, "cls": "2"}, 2),
+        ({"other": 1}, -1),
+        ([1], -1),
+        ({"label": 3.0}, 3),
+        ({"label": "3.0"}, 3),
+        ({"label": -1}, -1),
+    ],
 )
 def test_fields_of_json(tmp_path: Path, content: Any, label: int) -> None:
     members = [("a.jpg", picture(0)), ("a.json", json.dumps(content).encode())]
-    assert scan_tar(write_tar(tmp_path / "0.tar", members)).label.tolist() == [label]
+    scan = scan_tar(write_tar(tmp_path / "0.tar", members))
+    assert (scan.label.tolist(), scan.names, scan.odd) == ([label], [], "")
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -229,6 +242,97 @@ def test_samples_without_a_picture_are_counted(
     write_tar(tmp_path / "0.tar", [*samples(0, 2), ("7.txt", b"x")])
     assert len(open_shards(tmp_path, "train")) == 2
     assert "1 samples hold no picture" in capfd.readouterr().err
+
+
+ODD_LABELS = {
+    "list": ("json", b'{"label": [1, 2]}', r"9\.json, whose label \[1, 2\] is no class"),
+    "fraction": ("json", b'{"label": 3.5}', r"whose label 3\.5 is no class"),
+    "truth": ("json", b'{"label": true}', "whose label True is no class"),
+    "huge": ("cls", b"4294967296", "whose label 4294967296 is no class"),
+    "no JSON": ("json", b'{"label": ', r"9\.json, which is not JSON"),
+    "empty": ("cls", b" \n", r"9\.cls, whose label is empty"),
+    "binary": ("cls", b"\x80\x03K\x01.", r"9\.cls, which is not text"),
+    "name": ("cls", b"oak", r"labels that are numbers, 1 in 000010\.cls, and others .*'oak' in 9"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_LABELS)
+def test_an_odd_label_makes_a_set_unlabelled_and_is_named(
+    foreign: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    suffix, label, words = ODD_LABELS[kind]
+    odd = [("9.jpg", picture(9)), (f"9.{suffix}", label)]
+    write_tar(foreign / "set-train-0002.tar", [*samples(10, 5, "png"), *odd])
+    shards = open_shards(foreign, "train")
+    assert re.match(rf"set-train-0002\.tar holds .*{words}", shards.why_unlabelled)
+    assert f"labels are not used: {shards.why_unlabelled}" in capfd.readouterr().err
+    assert [data for data, _ in contents(shards)] == [
+        data for data, _ in (*ALL[:15], (picture(9), 0), *ALL[15:])
+    ]
+    assert shards.classes == [] and set(shards.labels.tolist()) == {-1}
+    val = open_shards(foreign, "val")  # one list of classes for all splits
+    assert val.why_unlabelled == shards.why_unlabelled and set(val.labels.tolist()) == {-1}
+    assert shards.subset(np.array([1])).why_unlabelled == shards.why_unlabelled
+    bank, queries = bank_and_queries(foreign, 0, 0)
+    with pytest.raises(UserError, match=r"kNN needs labels.*not used: set-train-0002"):
+        KnnMonitor(bank, queries, 8, 1.0, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (0, 1, 4, 5, 2, 3)])
+def test_pictures_with_several_dots_in_their_names_are_all_seen(
+    tmp_path: Path, order: tuple[int, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    members = [
+        *(("a.b/x_1.5.jpg", picture(1)), ("a.b/x_1.5.cls", b"1")),
+        *(("a.b/x_1.7.JPG", picture(2)), ("a.b/x_1.7.cls", b"2")),
+        *(("a.b/y.jpg", picture(3)), ("a.b/y.cls", b"0")),
+    ]
+    write_tar(tmp_path / "0.tar", [members[i] for i in order])
+    shards = open_shards(tmp_path, "train")
+    labelled = [(picture(1), 1), (picture(2), 2), (picture(3), 0)]
+    assert contents(shards) == [labelled[i // 2] for i in order[::2]]
+    assert shards.place(0).key == "a.b/x_1.5"
+    said = capfd.readouterr().err
+    assert "names of pictures have several dots (a.b/x_1.5.jpg)" in said
+    assert "hold no picture" not in said
+
+
+def test_pictures_with_several_dots_in_their_names_are_kept_by_a_repair(tmp_path: Path) -> None:
+    names = ("x_1.5.jpg", "x_1.5.cls", "x_1.7.jpg", "x_1.7.cls", "y.jpg")
+    members = [(n, b"1" if n.endswith("cls") else picture(i)) for i, n in enumerate(names)]
+    path = write_tar(tmp_path / "0.tar", members)
+    os.truncate(path, int(scan_tar(path).offset[2]) + 10)
+    assert main(["shard", "--repair", str(tmp_path), "--workers", "1"]) == 0
+    assert contents(open_shards(tmp_path, "train")) == [(picture(0), 1), (picture(2), 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        # Which of the two is the picture of the sample that the label belongs to?
+        (
+            ["0.left.jpg", "0.right.jpg", "0.cls"],
+            r"0\.left\.jpg and no 0\.jpg or .*0\.cls belongs to",
+        ),
+        (
+            ["0.jpg", "0.mask.png", "1.mask.png"],
+            r"1\.mask\.png in 0\.tar, a picture .* 0\.mask\.png",
+        ),
+    ],
+)
+def test_names_that_may_mean_two_things_are_refused(
+    tmp_path: Path, names: list[str], words: str
+) -> None:
+    write_tar(tmp_path / "0.tar", [(name, picture(i)) for i, name in enumerate(names)])
+    with pytest.raises(UserError, match=words):
+        open_shards(tmp_path, "train")
+
+
+def test_names_that_mean_different_things_in_two_tars_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("0.jpg", picture(0)), ("0.mask.png", b"a mask")])
+    write_tar(tmp_path / "1.tar", [("1.mask.png", picture(1))])
+    with pytest.raises(UserError, match=r"1\.mask\.png in 1\.tar, .*0\.mask\.png in 0\.tar"):
+        open_shards(tmp_path, "train")
 
 
 def cut(path: Path) -> None:
@@ -277,18 +381,6 @@ def two_in_one(path: Path) -> None:
     path.write_bytes(path.read_bytes() * 2)
 
 
-def bad_label(path: Path) -> None:
-    write_tar(path, [("1.jpg", picture(1)), ("1.json", b'{"label": [1, 2]}')])
-
-
-def bad_json(path: Path) -> None:
-    write_tar(path, [("1.jpg", picture(1)), ("1.json", b'{"label": ')])
-
-
-def mixed_labels(path: Path) -> None:
-    write_tar(path, [*samples(0, 2), ("9.jpg", picture(1)), ("9.cls", b"oak")])
-
-
 def empty_picture(path: Path) -> None:
     write_tar(path, [("1.jpg", b"")])
 
@@ -319,9 +411,6 @@ def gone(path: Path) -> None:
         (no_tar, "is not a tar"),
         (zipped, "gunzip"),
         (two_in_one, "goes on after its end"),
-        (bad_label, "is no class"),
-        (bad_json, "is not JSON"),
-        (mixed_labels, "numbers and others that are names"),
         (empty_picture, "a picture of 0 bytes"),
         (link, "as a link"),
         (gone, "Cannot read shard"),
