@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torchvision
@@ -26,6 +26,7 @@ from moco_scale.planner.utilisation import Utilisation, device_name
 from moco_scale.recipes import RECIPES
 from moco_scale.run_state import numbers_alike
 from moco_scale.step_times import StepTimes
+from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Telemetry
 from moco_scale.timing import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
 
@@ -38,11 +39,27 @@ if TYPE_CHECKING:
 MAX_BANK, MAX_QUERIES = 128_000, 10_000
 
 
-class Monitor:
-    """Times, logs, kNN evaluations and pictures of one run."""
+class Unlogged(TypedDict):
+    """What a step is going to be logged with; its checkpoint keeps it, see :meth:`Monitor.log`."""
 
-    def __init__(self, run: Pretraining, telemetry: Telemetry) -> None:
-        self.run, self.telemetry = run, telemetry
+    record: dict[str, Any]
+    line: str
+
+
+class Monitor:
+    """Times, logs, kNN evaluations and pictures of one run.
+
+    Args:
+        run: what it reports on.
+        telemetry: where that goes.
+        stop: interrupts evaluations.
+
+    Attributes:
+        unlogged: the last step's log, where its evaluation is still to come.
+    """
+
+    def __init__(self, run: Pretraining, telemetry: Telemetry, stop: StopRequest) -> None:
+        self.run, self.telemetry, self._stop = run, telemetry, stop
         self._since, self._steps_then = time.perf_counter(), run.step
         self._rate = 0.0
         self._utilisation = Utilisation(run.config, run.world, device_name(run.device))
@@ -50,6 +67,7 @@ class Monitor:
         self._left_out = LeftOut() if run.config.run.bad_samples == "skip" else None
         self._step_times = StepTimes()
         self._read = run.step
+        self.unlogged: Unlogged | None = None
         self._evaluation = self._make_evaluation() if run.config.run.knn_freq else None
 
     def _make_evaluation(self) -> KnnMonitor | None:
@@ -144,7 +162,7 @@ class Monitor:
             require_agreement(numbers, self.run.step)
 
     def report(self, epoch_done: bool, last: bool) -> None:
-        """Log the steps since the last report; evaluate by kNN where that is due."""
+        """Log the steps since the last report; leave it to :meth:`log` where kNN is due."""
         run, config = self.run, self.run.config
         means, epoch_loss = run.meters.read()
         terms = 2 if config.contrast.symmetric else 1
@@ -192,10 +210,39 @@ class Monitor:
             self.restart_clock()
             return
         if self._knn_due(epoch_done, last):
+            self.unlogged = {"record": record, "line": line}
+        else:
+            self.telemetry.record(record, line)
+        self.restart_clock()
+
+    def log(self) -> None:
+        """Evaluate and log a step whose checkpoint has been written.
+
+        In this order nothing is lost when an evaluation is stopped, or brings the run down.
+
+        Raises:
+            StoppedEarly: on a signal or ``--max-time``; a resumed run evaluates anew.
+        """
+        if self.unlogged is None:
+            return
+        record, line = self.unlogged["record"], self.unlogged["line"]
+        if self._evaluation is not None:  # a resumed run may do without
             record["knn_top1"] = self._knn()
             line += f"; kNN top-1 {record['knn_top1']:.2f} %"
         self.telemetry.record(record, line)
+        self.unlogged = None
         self.restart_clock()
+
+    def log_resumed(self, unlogged: Unlogged | None) -> None:
+        """:meth:`log` the step that a run resumes after, if the run before did not come to it."""
+        start, folder = self.run.resumed_from, self.run.folder
+        # The steps of another run are in the log of that one.
+        if unlogged is None or start is None or not folder.is_own(start):
+            return
+        if not folder.is_logged(self.run.step):
+            self.telemetry.say(f"the evaluation after step {self.run.step} is still to be done")
+            self.unlogged = unlogged
+            self.log()
 
     def _knn_due(self, epoch_done: bool, last: bool) -> bool:
         every = self.run.config.run.knn_freq
@@ -208,14 +255,15 @@ class Monitor:
         self.run.phases.enter(SAVE)
         self.run.folder.settle()  # the evaluation forks processes, which threads do not survive
         self.run.phases.enter(EVALUATION)
-        # See Pretraining.save.
-        distributed.average_(list(self.run.engine.moco.query.buffers()))
-        query = self._query()
-        progress = query.register_forward_pre_hook(lambda *_: self.run.phases.alive())
-        top1 = self._evaluation.measure(query)["top1"]
-        progress.remove()
+        top1 = self._evaluation.measure(self._query(), between=self._go_on)["top1"]
         self.run.phases.enter(LOG)
         return top1
+
+    def _go_on(self) -> None:
+        self.run.phases.alive()
+        reason = self._stop.look()
+        if reason:
+            raise self.run.stopped(reason)
 
     def _query(self) -> Encoder:
         return self.run.engine.query_encoder(self.run.initial_encoder)
@@ -240,7 +288,11 @@ class Monitor:
         )
 
     def finish(self) -> None:
-        """Pictures of the finished run: its curves, and what its encoder finds similar."""
+        """Pictures of the finished run: its curves, and what its encoder finds similar.
+
+        Raises:
+            StoppedEarly: as :meth:`log`; the same command draws them.
+        """
         run, config, out = self.run, self.run.config, self.run.folder.path
         run.phases.enter(FINISH)
         title = f"{config.model.model} on {config.data.dataset}, recipe {config.recipe}"
@@ -262,6 +314,7 @@ class Monitor:
             autocast=PRECISIONS[config.run.precision],
             title=title,
             left_out=self._left_out,
+            between=self._go_on,
         )
         self.telemetry.say(f"done: {out}/current.pth, report.png, neighbours.png")
 

@@ -105,10 +105,11 @@ class Pretraining:
         self.negatives = self.queue.used
         self.meters = Meters(self.device)
         self.watch = FiniteWatch(config.run.max_nonfinite, self.rank)
-        self.step = 0
+        self.step, self._unlogged = 0, None
         saved: dict[str, Tensor] = {}
         if self.resumed_from is not None:
-            self.step, saved = read_state(self.resumed_from, self.queue)
+            meta, saved = read_state(self.resumed_from, self.queue)
+            self.step, self._unlogged = meta["step"], meta.get("unlogged")
             load_model(self, moco, saved)
         self.parts = config.run.accumulation_steps
         set_groups(moco, config.model.bn_group_size, config.optim.batch_size, self.parts)
@@ -249,20 +250,23 @@ class Pretraining:
         """
         dropped = self.folder.begin(self.step)
         telemetry = Telemetry(self.folder.path, self.total_steps, self.step)
-        monitor = Monitor(self, telemetry)
+        request = StopRequest(3600 * self.config.run.max_time, self._started)
+        monitor = Monitor(self, telemetry, request)
         try:
             monitor.announce(dropped)
             self.bad.begin(self.step)
-            if self.step < self.last_step:
-                with StopRequest(3600 * self.config.run.max_time, self._started) as stop:
+            with request as stop:
+                monitor.log_resumed(self._unlogged)
+                if self.step < self.last_step:
                     self._loop(telemetry, monitor, stop)
                     self.phases.enter(timing.SAVE)
                     self.folder.settle()
-                monitor.finish()
-            else:
-                telemetry.say(f"nothing left to do: step {self.step} of {self.last_step} is done")
-                if not monitor.is_finished():
-                    monitor.finish()  # the pictures, which a kill has prevented
+                    monitor.finish()
+                else:
+                    done = f"step {self.step} of {self.last_step} is done"
+                    telemetry.say(f"nothing left to do: {done}")
+                    if not monitor.is_finished():
+                        monitor.finish()  # the pictures, which a kill has prevented
         except Exception:
             # What is being written can be completed, unless others are gone.
             with contextlib.suppress(Exception):
@@ -287,7 +291,7 @@ class Pretraining:
                 self.step += 1
                 epoch_done = self.step % self.plan.steps_per_epoch == 0
                 last = self.step == self.last_step
-                reason, worst = stop.agree(self.watch.code())
+                reason, (worst,) = stop.agree(self.watch.code())
                 problem = self.watch.judge(worst)
                 if problem:
                     raise self.folder.not_finite(self.step, problem)
@@ -306,13 +310,20 @@ class Pretraining:
                 monitor.require_agreement(bool(save))
                 if save:
                     self.phases.enter(timing.SAVE)
-                    save_state(self, epoch_done)
+                    save_state(self, epoch_done, monitor.unlogged)
                     monitor.restart_clock()
-                if reason and not last:
+                if reason:
                     self.folder.settle()
-                    raise StoppedEarly(
-                        f"{reason}: stopped after step {self.step} of {self.last_step}, saved in "
-                        f"{self.folder.path}; the same command goes on from there"
-                    )
+                    raise self.stopped(reason)
+                monitor.log()
         finally:
             loader.close()
+
+    def stopped(self, reason: str) -> StoppedEarly:
+        """What ends a run that has been asked to stop, once its state is saved."""
+        if self.step == 0:
+            return StoppedEarly(f"{reason}: stopped before the first step; start again")
+        return StoppedEarly(
+            f"{reason}: stopped after step {self.step} of {self.last_step}, saved in "
+            f"{self.folder.path}; the same command goes on from there"
+        )

@@ -311,12 +311,31 @@ class RunFolder:
         for trash in (self.path / "checkpoints").glob(".step-*.old"):
             shutil.rmtree(trash, ignore_errors=True)
 
+    def is_own(self, folder: Path) -> bool:
+        """Whether a checkpoint is one of this folder's."""
+        return folder.resolve().parent == (self.path / "checkpoints").resolve()
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the metrics have a line of this step; all ranks call it."""
+
+        def look() -> bool:
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            return any(_step_in(line) == step for line in lines)
+
+        return distributed.on_main(lambda: self.metrics.exists() and look())
+
     def forget_metrics_after(self, step: int) -> int:
         """Drop metric lines of steps that will be run again; returns how many were dropped."""
         if not self.metrics.exists():
             return 0
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line.rstrip("\n") + "\n" for line in lines if _is_up_to(line, step)]
+        # The last line of a killed run may be cut short.
+        kept = [
+            line.rstrip("\n") + "\n"
+            for line in lines
+            for of in [_step_in(line)]
+            if of is not None and of <= step
+        ]
         if kept != lines:
             write_atomically(self.metrics, "".join(kept))
         return len(lines) - len(kept)
@@ -345,11 +364,11 @@ def _is_kept(folder: Path) -> bool:
         return True  # damaged: no reason to stop a run, and for people to look at
 
 
-def _is_up_to(line: str, step: int) -> bool:
+def _step_in(line: str) -> int | None:
     try:
-        return json.loads(line)["step"] <= step
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return False  # the last line of a killed run may be cut short
+        return None
 
 
 def _complete_checkpoints(run: Path) -> list[Path]:

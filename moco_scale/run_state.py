@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from moco_scale.moco import MoCo
 from moco_scale.queue import KeyQueue, share
 
 if TYPE_CHECKING:
+    from moco_scale.monitor import Unlogged
     from moco_scale.pretrain import Pretraining
 
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 _BY_SLOT = ("keys", "samples")
 
 
-def read_state(folder: Path, queue: KeyQueue) -> tuple[int, dict[str, Tensor]]:
-    """The step and the tensors of a checkpoint; each rank reads by itself.
+def read_state(folder: Path, queue: KeyQueue) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The plain values and the tensors of a checkpoint; each rank reads by itself.
 
     Of the queue it reads the slots that ``queue`` holds, whoever wrote them.
 
@@ -32,10 +33,7 @@ def read_state(folder: Path, queue: KeyQueue) -> tuple[int, dict[str, Tensor]]:
     """
     mine = checkpoint.Rows(queue.first, len(queue.keys), len(queue))
     rows = {f"queue.{name}": mine for name in _BY_SLOT}
-    meta, saved = distributed.agree(
-        lambda: (checkpoint.read_meta(folder), checkpoint.load(folder, rows))
-    )
-    return meta["step"], saved
+    return distributed.agree(lambda: (checkpoint.read_meta(folder), checkpoint.load(folder, rows)))
 
 
 def load_model(run: Pretraining, moco: MoCo, saved: dict[str, Tensor]) -> None:
@@ -66,8 +64,13 @@ def numbers_alike(run: Pretraining) -> dict[str, int | Tensor]:
     return numbers
 
 
-def save_state(run: Pretraining, epoch_done: bool) -> None:
+def save_state(run: Pretraining, epoch_done: bool, unlogged: Unlogged | None = None) -> None:
     """Write a checkpoint and ``current.pth``; all ranks call it.
+
+    Args:
+        run: what is saved.
+        epoch_done: whether the step was an epoch's last.
+        unlogged: what the step will be logged with, once it has been evaluated.
 
     Raises:
         UserError: something in it is not finite, or an earlier checkpoint could not be written.
@@ -111,6 +114,7 @@ def save_state(run: Pretraining, epoch_done: bool) -> None:
         "samples": run.step * run.config.optim.batch_size,
         "processes": run.world,
         "engine": run.config.run.engine,
+        "unlogged": unlogged,
     }
     sections = {"query": "model", "key": "model_ema"}
     model = {

@@ -7,8 +7,10 @@ checkpoint, and leave with a status that says: start the same command again.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -21,13 +23,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ONE_SIGNAL = 2.0
 """Seconds within which signals count as one: launchers pass on what the whole group got too."""
 _TIME_IS_UP = 1 << 20  # above every signal's number
+_NO_MORE = 0  # in the place of a signal's number
 
 
 class StopRequest:
     """Collects reasons to stop on this rank, and agrees with the others once a step.
 
-    Within the ``with`` block the signals are caught; a second one ends the process at once, as it
-    would have without.
+    Within the ``with`` block, which the main thread enters, the signals are caught; a second one
+    ends the process at once, as it would have without, even while it waits for other ranks or a
+    GPU: a handler in Python would only run when that is over, so a thread counts them.
 
     Args:
         max_seconds: stop this long after `started`; 0: no limit.
@@ -36,58 +40,106 @@ class StopRequest:
 
     def __init__(self, max_seconds: float, started: float) -> None:
         self._deadline = started + max_seconds if max_seconds else float("inf")
-        self._signal, self._signal_time = 0, 0.0
+        self._signal = 0
         self._before: dict[int, Any] = {}
-        self._pending: tuple[torch.Tensor, Any] | None = None
+        self._wakeup = self._wakeup_before = -1
+        self._steps, self._looks = _LaterMax(), _LaterMax()
 
     def __enter__(self) -> StopRequest:
+        arrivals, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        threading.Thread(target=self._count, args=(arrivals,), name="signals", daemon=True).start()
+        # Written to by the C library's own handler, whatever the main thread is doing.
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._pending is not None and exception[0] is None:
-            self._agreed()
+        if exception[0] is None:
+            self._steps.settle()
+            self._looks.settle()
         if isinstance(exception[1], RuntimeError):
             return  # the launcher's signal may come before what is wrong has been said
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._wakeup, bytes([_NO_MORE]))
+        os.close(self._wakeup)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._signal and now - self._signal_time > ONE_SIGNAL:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif not self._signal:
-            self._signal, self._signal_time = number, now
+        self._signal = self._signal or number
 
-    def agree(self, code: int = 0) -> tuple[str | None, int]:
+    def _count(self, arrivals: int) -> None:
+        first: float | None = None
+        while True:
+            for number in os.read(arrivals, 64):
+                if number == _NO_MORE:
+                    os.close(arrivals)
+                    return
+                if number not in SIGNALS:
+                    continue
+                now = time.monotonic()
+                if first is None:
+                    first, self._signal = now, self._signal or number
+                elif now - first > ONE_SIGNAL:
+                    _end_by(number)
+
+    def agree(self, *codes: int) -> tuple[str | None, list[int]]:
         """Each rank calls it after each step.
 
         The ranks compare what each knew a step ago, so that nobody waits for the answer.
 
         Args:
-            code: a number of this rank's, not negative.
+            codes: numbers of this rank's, not negative.
 
         Returns:
-            Why all ranks stop after this step, or None; and the largest code of all ranks.
+            Why all ranks stop after this step, or None; and the largest codes of all ranks.
         """
-        known = self._agreed() if self._pending is not None else (0, 0)
-        mine = _TIME_IS_UP if time.monotonic() > self._deadline else self._signal
-        flags = torch.tensor([mine, code], dtype=torch.int64)  # on the CPU: no GPU is waited for
-        self._pending = (flags, distributed.start_max(flags))
-        if distributed.world_size() == 1:
-            known = self._agreed()
-        return _name(known[0]), known[1]
+        known, *largest = self._steps.exchange(self._reason(), *codes)
+        return _name(known), largest
 
-    def _agreed(self) -> tuple[int, int]:
-        assert self._pending is not None
-        flags, work = self._pending
+    def look(self) -> str | None:
+        """The same between the batches of an evaluation, without codes."""
+        return _name(self._looks.exchange(self._reason())[0])
+
+    def _reason(self) -> int:
+        return _TIME_IS_UP if time.monotonic() > self._deadline else self._signal
+
+
+class _LaterMax:
+    """The largest numbers of all ranks, told at the next exchange; at once in a single process."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def exchange(self, *mine: int) -> list[int]:
+        """What the ranks gave the last time, zeros the first time; all ranks call it."""
+        known = self.settle() or [0] * len(mine)
+        numbers = torch.tensor(mine, dtype=torch.int64)  # on the CPU: no GPU is waited for
+        self._pending = (numbers, distributed.start_max(numbers))
+        if distributed.world_size() == 1:
+            known = self.settle()
+        return known
+
+    def settle(self) -> list[int]:
+        """What is under way, once it is there; nothing of it is left behind."""
+        if self._pending is None:
+            return []
+        numbers, work = self._pending
         self._pending = None
         if work is not None:
             work.wait()
-        reason, code = flags.tolist()
-        return reason, code
+        return [int(number) for number in numbers]
+
+
+def _end_by(number: int) -> None:
+    """End this process as a signal does that nobody catches; from any thread."""
+    # Python lets the main thread alone change a handler, and that one may never come back.
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    libc.signal(number, None)  # SIG_DFL
+    os.kill(os.getpid(), number)
 
 
 def _name(known: int) -> str | None:

@@ -256,6 +256,7 @@ def extract(
     gather: bool = True,
     label: str = "",
     left_out: LeftOut | None = None,
+    between: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode the centre crops of pictures, each rank a contiguous share of them.
 
@@ -275,6 +276,8 @@ def extract(
         label: what to call this in progress reports; empty reports nothing.
         left_out: takes the pictures that cannot be decoded, which then have no features; None:
             such a picture is an error.
+        between: called after each batch, by every rank equally often, so that they may agree in it
+            on going no further; what it raises on all of them ends the extraction.
 
     Returns:
         Features float32 [N, D] on this process's device and labels int64 [N] on the CPU (-1:
@@ -284,7 +287,9 @@ def extract(
         UserError: a picture cannot be read, on whichever rank; every rank raises it.
     """
     pixels = Pixels(image_size, resize_ratio, mean, std)
-    device = distributed.device()
+    device, rank, world = distributed.device(), distributed.rank(), distributed.world_size()
+    # A rank with a batch less, or one that has failed, still answers the others.
+    rounds = -(-len(range(0, len(shards), world)) // batch_size) if between else 0
     parts: list[Tensor] = []
     labels: list[Tensor] = []
     bad: list[BadSample] = []
@@ -297,22 +302,27 @@ def extract(
                 image_size,
                 resize_ratio,
                 batch_size=batch_size,
-                rank=distributed.rank(),
-                world=distributed.world_size(),
+                rank=rank,
+                world=world,
                 num_workers=num_workers,
                 bad_samples="error" if left_out is None else "skip",
             ) as loader,
         ):
             for batch in progress(loader, len(loader), label):
                 bad += batch.bad
-                if not len(batch.index):
-                    continue
-                crops = batch.views[0].to(device, non_blocking=True)
-                with autocasting(autocast):
-                    parts.append(encode(pixels.normalise(crops)).float())
-                labels.append(batch.labels)
+                if len(batch.index):
+                    crops = batch.views[0].to(device, non_blocking=True)
+                    with autocasting(autocast):
+                        parts.append(encode(pixels.normalise(crops)).float())
+                    labels.append(batch.labels)
+                if between:
+                    rounds -= 1
+                    between()
     except UserError as error:
         failure = error
+    for _ in range(rounds):
+        assert between is not None
+        between()
     failure = distributed.first_error(failure)
     if failure is not None:
         raise failure

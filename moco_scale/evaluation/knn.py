@@ -7,7 +7,7 @@ class with weight exp(cosine similarity / temperature).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,22 +262,30 @@ class KnnMonitor:
         highest = max(int(self.bank.labels.max()), int(self.queries.labels.max()))
         return max(len(self.bank.classes), highest + 1)
 
-    def measure(self, encoder: Encoder, which: str = "projection") -> dict[str, float]:
+    def measure(
+        self,
+        encoder: Encoder,
+        which: str = "projection",
+        between: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
         """``top1`` and ``top5`` in percent of an encoder, the same on every rank.
 
         Args:
             encoder: on this process's device; keeps its modes.
             which: ``"features"`` (the backbone's) or ``"projection"`` (the head's).
+            between: as of :func:`~moco_scale.evaluation.features.extract`.
 
         Raises:
             UserError: a picture cannot be read.
         """
-        return self.measure_function(chosen_output(encoder, which))
+        return self.measure_function(chosen_output(encoder, which), between)
 
-    def measure_function(self, encode: Encode) -> dict[str, float]:
+    def measure_function(
+        self, encode: Encode, between: Callable[[], None] | None = None
+    ) -> dict[str, float]:
         """The same of any function float32 [B, 3, S, S] -> [B, D], such as flattened pixels."""
-        bank, bank_labels = self._features(encode, self.bank, gather=False)
-        queries, query_labels = self._features(encode, self.queries, gather=True)
+        bank, bank_labels = self._features(encode, self.bank, False, between)
+        queries, query_labels = self._features(encode, self.queries, True, between)
         hits = _hits(
             bank,
             bank_labels,
@@ -290,7 +298,9 @@ class KnnMonitor:
         )
         return _percent(hits, len(queries))
 
-    def _features(self, encode: Encode, shards: Shards, gather: bool) -> tuple[Tensor, Tensor]:
+    def _features(
+        self, encode: Encode, shards: Shards, gather: bool, between: Callable[[], None] | None
+    ) -> tuple[Tensor, Tensor]:
         return extract(
             encode,
             shards,
@@ -304,4 +314,5 @@ class KnnMonitor:
             gather=gather,
             label=self.label and f"{self.label}, {shards.split}",
             left_out=self.left_out,
+            between=between,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +160,7 @@ def neighbours_sheet(
     seed: int = 0,
     title: str = "",
     left_out: LeftOut | None = None,
+    between: Callable[[], None] | None = None,
 ) -> None:
     """Nearest training pictures of a few others, by an encoder before and after its training.
 
@@ -183,7 +184,8 @@ def neighbours_sheet(
         autocast: half-precision type; None is fp32.
         seed: of the choices.
         title: above everything.
-        left_out: as of :func:`~moco_scale.evaluation.features.extract`.
+        left_out: as of :func:`~moco_scale.evaluation.features.extract`, as the next one.
+        between: see there.
 
     Raises:
         UserError: a picture cannot be read or ``out`` cannot be written; every rank raises it.
@@ -205,6 +207,7 @@ def neighbours_sheet(
                 num_workers=num_workers,
                 autocast=autocast,
                 left_out=left_out,
+                between=between,
             )
             if left_out is not None and left_out.places:
                 kept = np.setdiff1d(np.arange(len(shards)), list(left_out.places))

@@ -261,6 +261,75 @@ def signal_at(step: int, rank: int, *numbers: int) -> None:
     Pretraining.train_step = train_step  # type: ignore[method-assign]
 
 
+def end_in_evaluation(count: int, how: str, rank: int = 0) -> None:
+    """Let something happen to this process in its count-th kNN evaluation, if it is that rank."""
+    from moco_scale.evaluation.knn import KnnMonitor
+
+    measure, calls = KnnMonitor.measure, [0]
+
+    def measured(self: KnnMonitor, *args: Any, **kwargs: Any) -> dict[str, float]:
+        calls[0] += 1
+        if calls[0] == count and int(os.environ.get("RANK", "0")) == rank:
+            if how == "kill":
+                os.killpg(0, signal.SIGKILL)
+            if how == "raise":
+                raise ZeroDivisionError("in the evaluation")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, *args, **kwargs)
+
+    KnnMonitor.measure = measured  # type: ignore[method-assign]
+
+
+def test_an_evaluation_that_fails_loses_nothing(tiny_shards: Path, tmp_path: Path) -> None:
+    """Each epoch's kNN is in the log once, whatever ended the process that was to measure it."""
+    flags = (*TINY, "--knn-freq", 1, "--data-dir", tiny_shards)
+    status, output = forked(*flags, "--output-dir", tmp_path / "reference")
+    assert status == 0, output
+    out = tmp_path / "out"
+    flags = (*flags, "--output-dir", out)
+    status, output = forked(*flags, prepare=end_in_evaluation, prepare_args=(2, "raise"))
+    assert "ZeroDivisionError: in the evaluation" in output
+    assert steps_of_checkpoints(out) == [4]
+    assert [r["step"] for r in curve(out)] == [1, 2, 3]
+    status, output = forked(*flags, prepare=end_in_evaluation, prepare_args=(1, "signal"))
+    assert status == STOPPED_EARLY, output
+    assert "the evaluation after step 4 is still to be done" in output
+    assert "SIGTERM: stopped after step 4 of 8" in output
+    assert [r["step"] for r in curve(out)] == [1, 2, 3]
+    status, output = forked(*flags, prepare=end_in_evaluation, prepare_args=(2, "kill"))
+    assert status == -signal.SIGKILL, output
+    assert steps_of_checkpoints(out)[-1] == 8
+    assert [r["step"] for r in curve(out)] == [1, 2, 3, 4, 5, 6, 7]
+    status, output = forked(*flags)
+    assert status == 0, output
+    assert "nothing left to do" in output
+    assert_same_run(out, tmp_path / "reference")
+    assert (out / "neighbours.png").exists()
+    # Elsewhere the step belongs to this run's log.
+    start = ("--resume", out / "checkpoints" / "step-00000004", "--output-dir", tmp_path / "other")
+    status, output = forked(*flags, *start, "--max-steps", 5)
+    assert status == 0, output
+    assert [r["step"] for r in curve(tmp_path / "other")] == [5]
+
+
+def test_a_stop_that_is_agreed_at_an_epoch_s_end_waits_for_no_evaluation(
+    zero1_run: tuple[Path, str], tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = (*TINY, *ZERO1, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    status, output = forked(*flags, ranks=2, prepare=signal_at, prepare_args=(3, 1, signal.SIGTERM))
+    assert status == STOPPED_EARLY, output
+    assert "SIGTERM: stopped after step 4 of 8" in output
+    assert [r["step"] for r in curve(tmp_path)] == [1, 2, 3]
+    # In the evaluation that is then made up for, one rank's signal stops both.
+    prepare_args = (1, "signal", 1)
+    status, output = forked(*flags, ranks=2, prepare=end_in_evaluation, prepare_args=prepare_args)
+    assert status == STOPPED_EARLY, output
+    assert [r["step"] for r in curve(tmp_path)] == [1, 2, 3]
+    status, output = forked(*flags, ranks=2)
+    assert status == 0, output
+    assert_same_run(tmp_path, zero1_run[0])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves(
     plain_run: Path, tiny_shards: Path, tmp_path: Path, number: int
