@@ -5,15 +5,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from commands import TINY, ZERO1, Outcome, forked, killed_when, launched, make_shards
-from conftest import REPOSITORY
 from torch import Tensor
 
 from moco_scale import checkpoint
@@ -370,24 +367,6 @@ def test_a_time_limit_stops_a_run_that_goes_on_later(
     status, output = forked(*flags, "--max-time", 10)
     assert status == 0, output
     assert_same_run(tmp_path, plain_run)
-
-
-def test_a_second_signal_ends_the_process_at_once() -> None:
-    code = (
-        "import os, signal, time\n"
-        "from moco_scale import stopping\n"
-        "stopping.ONE_SIGNAL = 0.0\n"
-        "with stopping.StopRequest(0, 0.0) as stop:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(stop.agree()[0], flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print('still here', flush=True)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -signal.SIGTERM
-    assert done.stdout == "SIGTERM\n"
 
 
 OTHERS = (
