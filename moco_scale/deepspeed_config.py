@@ -8,26 +8,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moco_scale.deepspeed_keys import check_keys
+from moco_scale.deepspeed_precision import (
+    HALF_NAMES,
+    check_sections,
+    is_enabled,
+    take_precision,
+)
 from moco_scale.errors import UserError
 from moco_scale.files import read_json
 from moco_scale.loss_scale import LossScaling
 
 STAGES = (0, 1, 2, 3)
-SECTIONS = {"bf16": ("bf16",), "fp16": ("fp16",), "torch_autocast": ("bf16", "fp16")}
-"""Sections that switch on a half precision, and which."""
-HALF_NAMES = {
-    "bf16": ("auto", "bf16", "bfloat16", "torch.bfloat16"),
-    "fp16": ("auto", "fp16", "float16", "torch.float16", "half"),
-}
 
 
 def _read(path: str) -> dict[str, Any]:
     given = read_json(path, "DeepSpeed configuration")
     if not isinstance(given, dict):
         raise UserError(f"DeepSpeed configuration {path}: must be a JSON object")
-    for name in ("zero_optimization", "torch_autocast", "bf16", "fp16"):
-        if not isinstance(given.get(name, {}), dict):
-            raise UserError(f"DeepSpeed configuration {path}: {name} must be a JSON object")
+    if not isinstance(given.get("zero_optimization", {}), dict):
+        raise UserError(f"DeepSpeed configuration {path}: zero_optimization must be a JSON object")
+    check_sections(path, given)
     return given
 
 
@@ -38,12 +39,12 @@ def requested_precision(path: str) -> str:
         UserError: missing or malformed file.
     """
     given = _read(path)
-    if _enabled(given.get("fp16"), False):
+    if is_enabled(given.get("fp16"), False):
         return "fp16"
-    if _enabled(given.get("torch_autocast"), False):
+    if is_enabled(given.get("torch_autocast"), False):
         dtype = given["torch_autocast"].get("dtype", "auto")
         return "fp16" if dtype != "auto" and dtype in HALF_NAMES["fp16"] else "bf16"
-    return "bf16" if _enabled(given.get("bf16"), False) else "fp32"
+    return "bf16" if is_enabled(given.get("bf16"), False) else "fp32"
 
 
 def requested_number(path: str, key: str, kind: type[float] | type[int]) -> float | None:
@@ -121,7 +122,8 @@ def read_configuration(
         UserError: missing or malformed file, a value that contradicts a flag (both are named), or
             something this engine does not do.
     """
-    result, notes = _read(path), []
+    result = _read(path)
+    notes = check_keys(path, result)
     _agree(
         path,
         result,
@@ -145,17 +147,6 @@ def read_configuration(
         )
     _agree(path, result, "gradient_clipping", clip_norm, f"--clip-grad {clip_norm}")
     _agree(path, result, "zero_allow_untested_optimizer", True, "--deepspeed, which runs SGD")
-    for key in (
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "amp",
-    ):
-        if result.get(key):
-            raise UserError(
-                f"DeepSpeed configuration {path}: {key} changes how gradients are computed or "
-                "summed, which must not depend on the engine; remove it"
-            )
     for section, instead in (
         ("optimizer", "--momentum, --weight-decay and --base-lr"),
         ("scheduler", "--lr-scheduler"),
@@ -165,7 +156,7 @@ def read_configuration(
                 f"DeepSpeed configuration {path}: its {section!r} section contradicts "
                 f"{instead}, which decide here; remove the section"
             )
-    scaling = _precision(path, result, precision)
+    scaling = take_precision(path, result, precision, notes)
     norm = precision == "fp16" or clip_norm > 0
     _zero(path, result, parameters, overlap, norm, notes)
     if compiled and result["zero_optimization"]["stage"] == 3:
@@ -174,6 +165,7 @@ def read_configuration(
             "in hooks that cannot be compiled; use --engine fsdp, or a lower stage"
         )
     result.setdefault("steps_per_print", 1_000_000_000)
+    _timers(path, result)
     return ReadConfiguration(result, scaling, notes)
 
 
@@ -186,70 +178,6 @@ def _agree(path: str, section: dict[str, Any], key: str, value: Any, source: str
     section[key] = value
 
 
-def _precision(path: str, config: dict[str, Any], precision: str) -> LossScaling:
-    """Check what the sections say against ``--precision`` and take them out."""
-    scaling = LossScaling()
-    for name, meant in SECTIONS.items():
-        section = config.pop(name, None)
-        wanted = precision in meant
-        if section and _enabled(section, wanted) != wanted:
-            state, instead = ("disabled", "fp32") if wanted else ("enabled", meant[0])
-            raise UserError(
-                f"DeepSpeed configuration {path}: {name} is {state} but --precision is "
-                f'{precision}; set "enabled": "auto" there or pass --precision {instead}'
-            )
-        if section and wanted and name == "fp16":
-            scaling = _loss_scaling(path, section)
-        if section and wanted and name == "torch_autocast":
-            dtype = section.get("dtype", "auto")
-            if dtype not in HALF_NAMES[precision]:
-                raise UserError(
-                    f"DeepSpeed configuration {path}: torch_autocast.dtype {dtype!r} contradicts "
-                    f"--precision {precision}"
-                )
-        if section and section.get("lower_precision_safe_modules"):
-            raise UserError(
-                f"DeepSpeed configuration {path}: torch_autocast.lower_precision_safe_modules "
-                "would sum these modules' gradients in half precision; remove it"
-            )
-    return scaling
-
-
-def _loss_scaling(path: str, section: dict[str, Any]) -> LossScaling:
-    """The dynamic loss scaling of an ``fp16`` section; ``"auto"`` means our default."""
-    if section.get("loss_scale", 0) not in (0, "auto"):
-        raise UserError(
-            f"DeepSpeed configuration {path}: fp16.loss_scale {section['loss_scale']!r} is a fixed "
-            "scale; set it to 0, which adapts it"
-        )
-    default = LossScaling()
-    values = {}
-    for key, usual in (
-        ("initial_scale_power", 16),
-        ("loss_scale_window", default.window),
-        ("min_loss_scale", default.minimum),
-    ):
-        value = section.get(key, "auto")
-        if value == "auto":
-            value = usual
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise UserError(
-                f"DeepSpeed configuration {path}: fp16.{key} {value!r}: must be a number, not "
-                "negative"
-            )
-        values[key] = value
-    return LossScaling(
-        initial=2.0 ** values["initial_scale_power"],
-        window=max(1, int(values["loss_scale_window"])),
-        minimum=float(values["min_loss_scale"]),
-    )
-
-
-def _enabled(section: dict[str, Any] | None, automatic: bool) -> bool:
-    value = (section or {}).get("enabled", "auto" if section else False)
-    return automatic if value == "auto" else bool(value)
-
-
 def _zero(
     path: str,
     config: dict[str, Any],
@@ -260,14 +188,15 @@ def _zero(
 ) -> None:
     zero = config.setdefault("zero_optimization", {"stage": 0})
     stage = zero.setdefault("stage", 0)
-    if stage not in STAGES:
+    if type(stage) is not int or stage not in STAGES:  # true would be 1
         raise UserError(
             f"DeepSpeed configuration {path}: zero_optimization.stage {stage!r} is not supported; "
             f"use one of {', '.join(map(str, STAGES))}"
         )
     _offload(path, config, zero, stage)
     if stage == 0:
-        config["zero_optimization"] = {"stage": 0}
+        # The rest has no effect, but DeepSpeed still tells a misspelt key.
+        config["zero_optimization"] = {k: v for k, v in zero.items() if v != "auto"}
         return
     # Large enough to fill a link, small enough that the first is sent while backward goes on.
     size = min(parameters, max(parameters // 8, 2_000_000), 50_000_000)
@@ -282,6 +211,17 @@ def _zero(
     # The norm costs a device synchronisation, and turns a step whose gradients are not finite into
     # one that is left out: what scaled gradients need, and what must not happen silently else.
     zero["compute_grad_norm"] = norm or "offload_optimizer" in zero  # which DeepSpeed insists on
+
+
+def _timers(path: str, config: dict[str, Any]) -> None:
+    """DeepSpeed's own images per second would make the host wait for the GPU twice a step."""
+    timers = config.setdefault("timers", {})
+    if not isinstance(timers, dict) or not isinstance(timers.get("throughput", {}), dict):
+        raise UserError(
+            f"DeepSpeed configuration {path}: timers must be a JSON object such as "
+            '{"throughput": {"enabled": true}}'
+        )
+    timers.setdefault("throughput", {"enabled": False})
 
 
 def _offload(path: str, config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:

@@ -41,7 +41,11 @@ def _make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
     )
     if run.engine == "deepspeed":
         # Imported late: it takes seconds, and the other engines work without it.
-        from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
+        from moco_scale.engines.deepspeed import (
+            DeepSpeedEngine,
+            ShardedDeepSpeedEngine,
+            check_configuration,
+        )
 
         read = read_configuration(
             run.deepspeed,
@@ -55,6 +59,7 @@ def _make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
             overlap=device.type == "cuda" and not spans_ranks(moco),
             compiled=run.compile,
         )
+        check_configuration(run.deepspeed, read.configuration)
         settings = dataclasses.replace(settings, scaling=read.scaling)
         kind = ShardedDeepSpeedEngine if read.stage == 3 else DeepSpeedEngine
         engine: Engine = kind(moco, settings, device, read.configuration)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import warnings
@@ -26,7 +27,49 @@ from moco_scale.engines.base import (
     set_learning_rate,
     zero_momentum,
 )
+from moco_scale.errors import UserError
 from moco_scale.moco import MoCo
+
+GATHERS = "_DeepSpeedZeRoOffload__allgather_stream"
+"""Where DeepSpeed keeps the stream that stage 3 gathers on."""
+
+
+def check_configuration(path: str, configuration: dict[str, Any]) -> None:
+    """Let DeepSpeed itself look at a configuration that is complete; nothing is started yet.
+
+    Args:
+        path: the user's file, for messages.
+        configuration: what was made of it.
+
+    Raises:
+        UserError: DeepSpeed refuses it, in its words.
+    """
+    _import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    def problem(content: dict[str, Any]) -> Exception | None:
+        try:
+            DeepSpeedConfig(copy.deepcopy(content))
+        except Exception as error:
+            return error
+        return None
+
+    error = problem(configuration)
+    if error is None:
+        return
+    # It seldom names the place: that is the key without which all is well.
+    place = next((k for k in configuration if problem(_without(configuration, k)) is None), "")
+    given, why = configuration.get(place), str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place, given, why = ".".join([place, *map(str, first["loc"])]), first["input"], first["msg"]
+    named = f"{place} {given!r}: " if place else ""
+    raise UserError(f"DeepSpeed configuration {path}: {named}{why or type(error).__name__}")
+
+
+def _without(configuration: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in configuration.items() if name != key}
 
 
 class DeepSpeedEngine(Replicated, Engine):
@@ -49,7 +92,8 @@ class DeepSpeedEngine(Replicated, Engine):
         zero = configuration["zero_optimization"]
         self._stage = zero["stage"]
         # DeepSpeed leaves a step out whenever it has looked at the gradients' norm.
-        self._looks_at_norm = self._stage == 3 or zero.get("compute_grad_norm", False)
+        looks = self._stage == 3 or (self._stage > 0 and zero.get("compute_grad_norm", True))
+        self._looks_at_norm: bool = looks
         sgd = make_sgd(list(self._trained.values()), settings)
         if self._stage == 0:
             zero_momentum(sgd)
@@ -161,6 +205,29 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
     def _create_momentum(self) -> None:
         for flat in self._optimizer.fp32_partitioned_groups_flat:
             self._optimizer.optimizer.state[flat][MOMENTUM] = torch.zeros_like(flat)
+
+    def _step(self, learning_rate: float) -> bool:
+        applied = super()._step(learning_rate)
+        self._show_to_gathers()
+        return applied
+
+    def ema(self, momentum: float) -> None:
+        super().ema(momentum)
+        self._show_to_gathers()
+
+    def _show_to_gathers(self) -> None:
+        """Have what was written to the shards be there before they are gathered again.
+
+        With ``overlap_comm`` DeepSpeed gathers on a stream of its own, which knows nothing of ours.
+        """
+        if self.device.type != "cuda":
+            return
+        here = torch.cuda.current_stream(self.device)
+        stream = getattr(self._optimizer.parameter_offload, GATHERS, None)
+        if stream is None:
+            here.synchronize()
+        else:
+            stream.wait_stream(here)
 
     def _local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         query, key = self.moco.parameter_pairs()

@@ -175,6 +175,48 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         ("zero_allow_untested_optimizer False", "--deepspeed"),
     ),
     ({"communication_data_type": "bf16"}, "fp32", ("communication_data_type", "remove it")),
+    ({"gradient_predivide_factor": 2.0}, "fp32", ("gradient_predivide_factor", "remove it")),
+    ({"gradient_allreduce_op": "sum"}, "fp32", ("gradient_allreduce_op", "remove it")),
+    ({"managed_gradient_accumulation": False}, "fp32", ("managed_gradient_accumul", "remove it")),
+    ({"sequence_parallel_size": 2}, "fp32", ("sequence_parallel_size", "remove it")),
+    ({"tensor_parallel": {"autotp_size": 2}}, "fp32", ("tensor_parallel", "remove it")),
+    ({"data_types": {"grad_accum_dtype": "bf16"}}, "bf16", ("data_types.grad_accum", "remove it")),
+    ({"data_types": "bf16"}, "bf16", ("data_types must be a JSON object",)),
+    *(
+        (
+            {"zero_optimization": {"stage": 3, key: value}},
+            "fp32",
+            (f"zero_optimization.{key}", "re"),
+        )
+        for key, value in (
+            ("zero_quantized_weights", True),
+            ("zero_quantized_nontrainable_weights", True),
+            ("zero_quantized_gradients", True),
+            ("zero_hpz_partition_size", 8),
+            ("mics_shard_size", 8),
+            ("zenflow", {}),
+        )
+    ),
+    ({"zero_optimisation": {"stage": 3}}, "fp32", ("zero_optimisation", "zero_optimization?")),
+    ({"bfloat16": {"enabled": True}}, "fp32", ("bfloat16 is unknown", "bf16?")),
+    ({"fp16": {"inital_scale_power": 8}}, "fp16", ("fp16.inital_scale_power", "initial_scale_po")),
+    ({"zero_optimization": {"stage": True}}, "fp32", ("zero_optimization.stage True",)),
+    ({"zero_optimization": {"stage": 1.0}}, "fp32", ("zero_optimization.stage 1.0",)),
+    ({"fp16": {"enabled": "false"}}, "fp32", ("fp16.enabled 'false'", "true, false")),
+    ({"bf16": {"enabled": 1}}, "bf16", ("bf16.enabled 1", "true, false")),
+    ({"torch_autocast": {"enabled": "yes"}}, "bf16", ("torch_autocast.enabled 'yes'",)),
+    ({"timers": {"throughput": True}}, "fp32", ("timers must be",)),
+    ({"fp16": {"initial_scale_power": 4000}}, "fp16", ("initial_scale_power 4000", "127")),
+    ({"fp16": {"loss_scale_window": float("inf")}}, "fp16", ("loss_scale_window inf",)),
+    ({"fp16": {"min_loss_scale": float("nan")}}, "fp16", ("min_loss_scale nan",)),
+    ({"fp16": {"min_loss_scale": 0}}, "fp16", ("min_loss_scale 0",)),
+    (
+        {"fp16": {"initial_scale_power": 3, "min_loss_scale": 16}},
+        "fp16",
+        ("min_loss_scale 16", "begins with, 8"),
+    ),
+    ({"fp16": {"loss_scale": False}}, "fp16", ("loss_scale False", "set it to 0")),
+    ({"fp16": {"loss_scale": "0"}}, "fp16", ("loss_scale '0'", "set it to 0")),
     (
         {"zero_optimization": {"stage": 1, "cpu_offload": True}},
         "fp32",
@@ -285,6 +327,40 @@ def test_what_is_changed_is_said(tmp_path: Path) -> None:
     assert "persistence_threshold is 0 here, not 100000" in threshold
     content = {"gradient_clipping": "auto", "zero_optimization": {"stage": 3}}
     assert complete(write(tmp_path, content)).notes == []
+
+
+def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
+    def notes(content: dict[str, Any], precision: str = "fp16") -> list[str]:
+        path = write(tmp_path, {"gradient_clipping": 0, **content})
+        return complete(path, precision=precision).notes
+
+    odd = {"enabled": True, "hysteresis": 2, "auto_cast": False, "is_new": 1}
+    hysteresis, auto_cast, new = notes({"fp16": odd})
+    assert "fp16.hysteresis has no effect: the scale falls after each overflow" in hysteresis
+    assert "fp16.auto_cast has no effect" in auto_cast
+    assert "fp16.is_new has no effect: it is unknown" in new
+    # What is done here anyway, or never would be.
+    assert notes({"fp16": {"hysteresis": 1, "auto_cast": True, "loss_scale": 0.0}}) == []
+    assert notes({"fp16": {"enabled": "auto", "hysteresis": 2}}, "bf16") == []
+    assert notes({"bf16": {"enabled": "auto", "bf16_optimizer_states": True}}, "bf16") != []
+    (unknown,) = notes({"of_our_own": 1, "//": "a comment"})
+    assert "does not know //, of_our_own" in unknown
+
+
+def test_what_changes_nothing_is_let_through(tmp_path: Path) -> None:
+    harmless = {
+        **{"communication_data_type": "fp32", "gradient_predivide_factor": 1.0},
+        **{"prescale_gradients": False, "sequence_parallel_size": 1, "gradient_allreduce_op": None},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 3, "zero_quantized_weights": False},
+    }
+    assert read(write(tmp_path, harmless))["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_deepspeeds_timer_does_not_wait_for_the_gpu_unless_asked_to(tmp_path: Path) -> None:
+    assert read(write(tmp_path, {}))["timers"] == {"throughput": {"enabled": False}}
+    asked = {"throughput": {"enabled": True, "synchronized": False}}
+    assert read(write(tmp_path, {"timers": asked}))["timers"] == asked
 
 
 def test_optimizer_state_may_live_on_the_cpu(tmp_path: Path) -> None:
