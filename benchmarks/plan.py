@@ -93,7 +93,7 @@ def flags_of(engine: str, model: str) -> list[str]:
 def planned(engine: str, model: str, world: int) -> tuple[dict[str, int], int]:
     """The same from the plan."""
     config = command_line.parse(flags_of(engine, model))
-    plan = make_plan(config, 1, world, PRESETS["a100"], images=1000)
+    plan = make_plan(config, 1, world, PRESETS["a100"], images=1000, on_gpu=False)
     payload: Counter[str] = Counter()
     for collective in plan.collectives:
         payload[collective.kind] += collective.payload

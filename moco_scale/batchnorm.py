@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -227,31 +227,55 @@ def set_groups(model: nn.Module, group_size: int, batch_size: int, parts: int = 
     Raises:
         UserError: the groups tile neither the ranks nor the batch, or do not fit into a part.
     """
-    per_rank = batch_size // distributed.world_size()
-    if parts > 1 and (per_rank % parts or per_rank // parts % group_size):
-        _require_whole_parts(model, group_size, per_rank, parts)
-    if not any(isinstance(m, GroupedBatchNorm2d) for m in model.modules()):
-        return
-    groups, span = 1, None
-    if group_size <= per_rank and per_rank % group_size == 0:
-        groups = max(per_rank // group_size // parts, 1)
-    elif group_size % per_rank == 0 and batch_size % group_size == 0:
-        span = distributed.neighbours(group_size // per_rank)
-    else:
-        fitting = [g for g in range(2, batch_size + 1) if _fits(g, per_rank, batch_size)]
-        raise UserError(
-            f"--bn-group-size {group_size} does not fit {per_rank} images on each of "
-            f"{distributed.world_size()} processes (--batch-size {batch_size}): a group must be "
-            f"a part of one process's images or span whole processes; "
-            f"these fit: {', '.join(map(str, fitting))}"
-        )
+    layout = lay_groups(model, group_size, batch_size, distributed.world_size(), parts)
+    span = distributed.neighbours(layout.ranks) if layout.ranks > 1 else None
     for module in model.modules():
         if isinstance(module, GroupedBatchNorm2d):
-            module.local_groups, module.span = groups, span
+            module.local_groups, module.span = layout.local, span
 
 
-def _require_whole_parts(model: nn.Module, group_size: int, per_rank: int, parts: int) -> None:
-    place = f"{per_rank} images of each of {distributed.world_size()} processes"
+class Layout(NamedTuple):
+    """How BatchNorm groups lie.
+
+    Attributes:
+        local: whole groups of one process in one pass; 1 where a group spans processes.
+        ranks: processes that share a group.
+    """
+
+    local: int
+    ranks: int
+
+
+def lay_groups(
+    model: nn.Module, group_size: int, batch_size: int, world: int, parts: int = 1
+) -> Layout:
+    """Where the groups of a job of ``world`` processes lie; the other arguments as above.
+
+    Raises:
+        UserError: the groups tile neither the ranks nor the batch, or do not fit into a part.
+    """
+    per_rank = batch_size // world
+    if parts > 1 and (per_rank % parts or per_rank // parts % group_size):
+        _require_whole_parts(model, group_size, per_rank, parts, world)
+    if not any(isinstance(m, GroupedBatchNorm2d) for m in model.modules()):
+        return Layout(1, 1)
+    if group_size <= per_rank and per_rank % group_size == 0:
+        return Layout(max(per_rank // group_size // parts, 1), 1)
+    if group_size % per_rank == 0 and batch_size % group_size == 0:
+        return Layout(1, group_size // per_rank)
+    fitting = [g for g in range(2, batch_size + 1) if _fits(g, per_rank, batch_size)]
+    raise UserError(
+        f"--bn-group-size {group_size} does not fit {per_rank} images on each of "
+        f"{world} processes (--batch-size {batch_size}): a group must be "
+        f"a part of one process's images or span whole processes; "
+        f"these fit: {', '.join(map(str, fitting))}"
+    )
+
+
+def _require_whole_parts(
+    model: nn.Module, group_size: int, per_rank: int, parts: int, world: int
+) -> None:
+    place = f"{per_rank} images of each of {world} processes"
     if per_rank % parts:
         fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
         raise UserError(

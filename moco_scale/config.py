@@ -219,6 +219,11 @@ class RunConfig:
     keep_checkpoints: int = _option(2, "newest checkpoints kept besides those kept for good")
     async_save: bool = _option(True, "training goes on while a checkpoint is written")
     max_nonfinite: int = _option(3, "stop after so many steps in a row that are not finite")
+    peak_tflops: float = _option(
+        0.0,
+        "peak of a device at this precision, of which the log gives the share in use (MFU); 0: "
+        "that of the GPU where it is known",
+    )
     max_time: float = _option(
         0.0, "hours after which the run saves and leaves with status 75; 0: no limit"
     )

@@ -120,6 +120,7 @@ def _check(config: Config) -> None:
         "--checkpoint-freq": run.checkpoint_freq,
         "--max-steps": run.max_steps,
         "--max-time": run.max_time,
+        "--peak-tflops": run.peak_tflops,
         "--hang-timeout": run.hang_timeout,
         "--sync-check-freq": run.sync_check_freq,
         "--rng-seed": optim.rng_seed,
@@ -179,6 +180,14 @@ def _check(config: Config) -> None:
     if run.engine != "deepspeed" and run.deepspeed:
         raise UserError(
             f"--engine {run.engine} contradicts --deepspeed {run.deepspeed}; drop one of them"
+        )
+
+
+def check_shard_size(shard_size: int, world: int) -> None:
+    """Whether ``--fsdp-shard-size`` fits a number of processes. Raises UserError."""
+    if shard_size and world % shard_size:
+        raise UserError(
+            f"--fsdp-shard-size {shard_size} does not divide the {world} processes of this job"
         )
 
 

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moco_scale import distributed
+from moco_scale.config_rules import check_shard_size
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
@@ -31,7 +32,6 @@ from moco_scale.engines.base import (
     zero_momentum,
 )
 from moco_scale.engines.blocks import blocks_of
-from moco_scale.errors import UserError
 from moco_scale.moco import MoCo
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
@@ -113,10 +113,7 @@ def _mesh(device: torch.device, shard_size: int) -> DeviceMesh:
     world = distributed.world_size()
     if not shard_size or shard_size == world:
         return init_device_mesh(device.type, (world,))
-    if world % shard_size:
-        raise UserError(
-            f"--fsdp-shard-size {shard_size} does not divide the {world} processes of this job"
-        )
+    check_shard_size(shard_size, world)
     shape, names = (world // shard_size, shard_size), ("replicate", "shard")
     return init_device_mesh(device.type, shape, mesh_dim_names=names)
 

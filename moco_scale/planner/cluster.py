@@ -51,10 +51,21 @@ class Hardware:
     half: tuple[str, ...] = ("bf16", "fp16")
 
 
-# Peaks and rates from NVIDIA's data sheets; shares are assumptions that a JSON can replace.
+# Peaks and rates from NVIDIA's data sheets of each GPU and system, without sparsity (half of what
+# they give with it); shares are assumptions that a JSON can replace. Of cards in ordinary servers,
+# adapters are an assumption too: one of 200 Gb/s for two GPUs.
 PRESETS: dict[str, Hardware] = {
+    # HGX and DGX B200: 1.8 TB/s NVLink both ways together, one 400 Gb/s adapter a GPU.
+    "b200": Hardware("B200 SXM 180 GB", 180, 75, 2250, 8000, 900, 50, compute_share=0.5),
+    # HGX H200: the arithmetic of an H100 SXM, with more and faster memory.
+    "h200": Hardware("H200 SXM 141 GB", 140, 67, 989, 4800, 450, 50, compute_share=0.5),
     # DGX H100: 900 GB/s NVLink both ways together, one 400 Gb/s adapter a GPU.
     "h100": Hardware("H100 SXM 80 GB", 80, 67, 989, 3350, 450, 50, compute_share=0.5),
+    # Cards that a bridge joins in pairs; the others of a node are reached over PCIe 5, 64 GB/s.
+    "h100-nvl": Hardware("H100 NVL 94 GB", 94, 60, 835, 3900, 64, 12.5, compute_share=0.5),
+    "h100-pcie": Hardware("H100 PCIe 80 GB", 80, 51, 756, 2000, 64, 12.5, compute_share=0.5),
+    # PCIe 4, 32 GB/s; 48 GB, of which error correction takes some.
+    "l40s": Hardware("L40S 48 GB", 45, 91.6, 362, 864, 32, 12.5),
     # DGX A100: 600 GB/s NVLink both ways together, one 200 Gb/s adapter a GPU.
     "a100": Hardware("A100 SXM 80 GB", 80, 19.5, 312, 2039, 300, 25),
     # DGX-1: 300 GB/s NVLink both ways together, four 100 Gb/s adapters for eight GPUs.

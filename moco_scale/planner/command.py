@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from moco_scale import command_line
@@ -17,6 +18,8 @@ from moco_scale.errors import UserError
 from moco_scale.planner.advice import advice
 from moco_scale.planner.cluster import PRESETS, read_hardware
 from moco_scale.planner.plan import GIB, Plan, make_plan
+
+_PICTURES = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--nodes", args.nodes), ("--gpus", args.gpus), ("--images", args.images)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
-    if args.plot is not None and args.plot.exists():
-        raise UserError(f"--plot {args.plot} exists already; name another file")
+    if args.plot is not None:
+        _check_plot(args.plot)
     hardware = read_hardware(args.hardware)
     config = command_line.config_of(vars(args))
     if args.scale:
@@ -74,6 +77,18 @@ def run(args: argparse.Namespace) -> int:
 
         draw(plans, args.plot)
     return 0 if all(p.fits for p in plans) else 1
+
+
+def _check_plot(path: Path) -> None:
+    """Whether a picture can be written there. Raises UserError."""
+    if path.exists():
+        raise UserError(f"--plot {path} exists already; name another file")
+    if path.suffix.lower() not in _PICTURES:
+        raise UserError(f"--plot {path}: name a file that ends in {', '.join(_PICTURES)}")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--plot {path}: the folder {path.parent} cannot be written")
 
 
 def _scaled(args: argparse.Namespace, config: Config, nodes: int) -> Plan:
@@ -126,7 +141,7 @@ def report(plan: Plan) -> str:
         f"GPU; {plan.flops / 1e12:.1f} TFLOP a step, {plan.mfu:.1%} of the peak",
         f"{config.optim.epochs} epochs of {plan.images:,} pictures: {plan.steps:,} steps, "
         f"{plan.days:.2f} days, {plan.days * 24 * plan.world:,.0f} GPU-hours",
-        f"Reading: {plan.cores_per_node:.0f} cores of each node, "
+        f"Reading: {_short(plan.cores_per_node)} cores of each node, "
         f"{plan.storage_gbs:.2f} GB/s from storage in all",
     ]
     said = advice(plan)
@@ -138,6 +153,11 @@ def report(plan: Plan) -> str:
 def _engine(plan: Plan) -> str:
     run = plan.config.run
     return f"{run.engine} ({run.deepspeed})" if run.deepspeed else run.engine
+
+
+def _short(number: float) -> str:
+    """Two digits or more, so that little is not nothing."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
 
 
 def scaling_table(plans: list[Plan]) -> str:
@@ -154,7 +174,7 @@ def scaling_table(plans: list[Plan]) -> str:
         lines.append(
             f"{p.world:>6}{p.config.optim.batch_size:>8}{p.memory_gib:>8.1f}{sent / 1e6:>10.1f}"
             f"{across / 1e6:>10.1f}{1e3 * p.time.total:>10.1f}{p.time.exposed / p.time.total:>9.0%}"
-            f"{p.images_per_second:>12,.0f}{speed:>12.0%}{p.days:>9.2f}{p.cores_per_node:>12.0f}"
+            f"{p.images_per_second:>12,.0f}{speed:>12.0%}{p.days:>9.2f}{_short(p.cores_per_node):>12}"
             f"{p.storage_gbs:>8.2f}" + ("" if p.fits else "  DOES NOT FIT")
         )
     return "\n".join(lines)

@@ -52,7 +52,8 @@ def kernels_time(kernels: Iterable[Kernel], hardware: Hardware) -> float:
     )
     launch = hardware.kernel_us * 1e-6
     return sum(
-        max(k.flops / (half if k.half else full), k.moved / bandwidth, launch) for k in kernels
+        k.times * max(k.flops / (half if k.half else full), k.moved / bandwidth, launch)
+        for k in kernels
     )
 
 

@@ -13,6 +13,7 @@ from moco_scale.deepspeed_config import read_configuration
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import blocks_of
+from moco_scale.inputs import VIEWS
 from moco_scale.moco import MoCo
 from moco_scale.planner.trace import Trace
 from moco_scale.queue import DTYPES
@@ -87,12 +88,17 @@ def flat_partition(numbers: int, how: Sharding) -> int:
     return math.ceil(numbers / align) * align // how.shard
 
 
-def memory(config: Config, moco: MoCo, how: Sharding, trace: Trace) -> dict[str, int]:
+def memory(
+    config: Config, moco: MoCo, how: Sharding, trace: Trace, *, ahead: bool
+) -> dict[str, int]:
     """Bytes of one rank at the moment of a step when they are most.
 
     Kinds: ``weights``, ``key encoder``, ``optimizer``, ``gradients``, ``gathered`` (weights put
-    together for use, and buffers of collectives), ``queue``, ``activations`` (with crops), ``loss``
-    (a block of logits), ``workspaces``.
+    together for use, and buffers of collectives), ``queue``, ``inputs`` (crops), ``activations``
+    (with the key's own crops, which are given up when they are encoded), ``loss`` (a block of
+    logits), ``workspaces``.
+
+    ahead: whether the inputs of the next step are made beside each step.
     """
     query = list(moco.query.parameters())
     trained = list(moco.trained_parameters().values())
@@ -129,10 +135,25 @@ def memory(config: Config, moco: MoCo, how: Sharding, trace: Trace) -> dict[str,
         "gradients": FP32 * gradients,
         "gathered": FP32 * gathered,
         "queue": slots * (config.model.dim * DTYPES[contrast.queue_dtype].itemsize + image),
+        "inputs": inputs(config, how.world, ahead),
         "activations": activations,
         "loss": FP32 * min(queries * slots, _LOGITS),
         "workspaces": FP32 * _WORKSPACES * max(p.numel() for p in trained),
     }
+
+
+def inputs(config: Config, world: int, ahead: bool) -> int:
+    """Bytes of a rank's crops while the query's backward pass runs, as `Inputs` keeps them.
+
+    uint8 of both views, of the whole share of the global batch however many parts it is encoded
+    in; in fp32 the query's part under way. Made ahead, the query's whole share, and all of the next
+    step: uint8, the query's and the key's in fp32.
+    """
+    share, terms = config.optim.batch_size // world, 2 if config.contrast.symmetric else 1
+    view = share * 3 * config.data.image_size**2
+    if not ahead:
+        return VIEWS * view + terms * FP32 * view // config.run.accumulation_steps
+    return 2 * VIEWS * view + 3 * terms * FP32 * view
 
 
 def _gathered(config: Config, encoder: Encoder, how: Sharding, total: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from moco_scale.batchnorm import lay_groups
 from moco_scale.config import DATASETS, Config
+from moco_scale.config_rules import check_shard_size, check_shuffle_group
 from moco_scale.errors import UserError
 from moco_scale.planner.cluster import GB, Hardware
 from moco_scale.planner.estimate import MEAN_PICTURE_BYTES, StepTime, step_time
@@ -129,7 +131,13 @@ class Plan:
 
 
 def make_plan(
-    config: Config, nodes: int, gpus: int, hardware: Hardware, images: int | None = None
+    config: Config,
+    nodes: int,
+    gpus: int,
+    hardware: Hardware,
+    images: int | None = None,
+    *,
+    on_gpu: bool = True,
 ) -> Plan:
     """Work a run out.
 
@@ -139,6 +147,7 @@ def make_plan(
         gpus: of each.
         hardware: that they are.
         images: training pictures; by default those of the data set's published version.
+        on_gpu: False: as the same run is carried out on a CPU, to compare with.
 
     Raises:
         UserError: the batch cannot be shared, groups do not fit, a precision that the hardware does
@@ -150,16 +159,16 @@ def make_plan(
             f"--batch-size {batch} cannot be shared equally among {nodes} x {gpus} = {world} GPUs; "
             f"choose a multiple of {world}"
         )
-    if batch // world % config.run.accumulation_steps:
-        raise UserError(
-            f"--accumulation-steps {config.run.accumulation_steps} does not divide the "
-            f"{batch // world} images of each GPU"
-        )
-    group, per_rank = config.model.bn_group_size, batch // world
-    if per_rank % group and group % per_rank:
-        raise UserError(
-            f"--bn-group-size {group} does not fit {per_rank} images on each of {world} GPUs"
-        )
+    # The rules of a run itself, in its words.
+    moco = build_model(config)
+    layout = lay_groups(
+        moco, config.model.bn_group_size, batch, world, config.run.accumulation_steps
+    )
+    check_shard_size(config.run.fsdp_shard_size, world)
+    if config.contrast.shuffle_bn == "node" and not config.contrast.shuffle_group:
+        contrast = replace(config.contrast, shuffle_group=batch // world * gpus)
+        config = replace(config, contrast=contrast)
+        check_shuffle_group(config)
     if config.run.precision not in ("fp32", *hardware.half):
         raise UserError(f"{hardware.name} does not compute in {config.run.precision}")
     images = images or DATASETS[config.data.dataset].images
@@ -167,10 +176,10 @@ def make_plan(
         raise UserError(f"--dataset {config.data.dataset} may have any size: say --images N")
     if images < batch:
         raise UserError(f"--images {images} do not fill one batch of {batch}")
-    moco = build_model(config)
     how = sharding(config, moco, world)
     trace = trace_step(config, world)
-    held = memory(config, moco, how, trace)
+    # On a GPU inputs are made a step ahead, except beside groups that send messages of their own.
+    held = memory(config, moco, how, trace, ahead=on_gpu and layout.ranks == 1)
     collectives = traffic(config, moco, how, gpus)
     time = step_time(config, how, trace, collectives, held["weights"], hardware)
     return Plan(

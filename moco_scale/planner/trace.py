@@ -34,11 +34,13 @@ class Kernel:
         flops: multiplications and additions, where it is a matrix product; else 0.
         moved: bytes of its inputs and outputs.
         half: whether its result is in half precision.
+        times: that it runs.
     """
 
     flops: int
     moved: int
     half: bool
+    times: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Trace:
         key: kernels of the key's.
         backward: kernels of the backward passes.
         held: bytes that wait for the backward pass after the query's forward pass.
-        peak: the most bytes besides parameters at any time, gradients of weights excluded.
+        peak: the most bytes besides parameters and the query's crops at any time, gradients of
+            weights excluded.
         peak_with_gradients: the same, each gradient included from when it is made.
     """
 
@@ -68,10 +71,16 @@ class Trace:
 
 
 class _Recorder(TorchDispatchMode):
-    """Kernels, and the bytes of all storages that are alive."""
+    """Kernels, and the bytes of all storages that are alive.
 
-    def __init__(self, ignored: set[int]) -> None:
+    Args:
+        ignored: storages that do not count.
+        repeated: as how many each BatchNorm kernel counts, of so much smaller groups.
+    """
+
+    def __init__(self, ignored: set[int], repeated: float) -> None:
         super().__init__()
+        self._repeated = repeated
         self.kernels: list[Kernel] = []
         self.live = self.peak = 0
         self._ignored = ignored
@@ -86,11 +95,17 @@ class _Recorder(TorchDispatchMode):
         new = [t for t in results if self._is_new(t)]
         count = flop_registry.get(func._overloadpacket)
         inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        if new or func._schema.is_mutable:  # a view moves nothing
+        computes = new and not func._schema.name.startswith("aten::empty")
+        if computes or func._schema.is_mutable:  # a view moves nothing
             moved = sum(t.numel() * t.element_size() for t in (*inputs, *results))
             flops = int(count(*args, **kwargs, out_val=out)) if count else 0
             half = bool(results) and results[0].element_size() == 2
-            self.kernels.append(Kernel(flops, moved, half))
+            times = self._repeated if "batch_norm" in func._schema.name else 1.0
+            self.kernels.append(Kernel(flops, round(moved / times), half, times))
+            if times > 1 and "backward" in func._schema.name:
+                # The groups that are left out would add their weights' and biases' gradients.
+                added = 3 * results[1].numel() * results[1].element_size()
+                self.kernels.append(Kernel(0, added, False, 2 * (times - 1)))
         return out
 
     def _is_new(self, tensor: Tensor) -> bool:
@@ -132,25 +147,29 @@ def trace_step(config: Config, world: int) -> Trace:
 
     A rank's BatchNorm groups are laid as in a run; a group that spans ranks counts as one of this
     rank's own images. With several parts to a step, all parts are counted and the memory is that
-    of one of them, as they follow one another.
+    of one of them, as they follow one another. Of many groups a few larger ones are traced: their
+    memory is the same, and each kernel counts as several.
     """
     parts = config.run.accumulation_steps
     per_rank = config.optim.batch_size // world
     rows, size = per_rank // parts, config.data.image_size
     moco = build_model(config)
     moco.compute_dtype = PRECISIONS[config.run.precision]
+    groups = max(rows // config.model.bn_group_size, 1)
+    traced = _stand_in(groups)
     for module in moco.modules():
         if isinstance(module, GroupedBatchNorm2d):
-            module.local_groups = max(rows // config.model.bn_group_size, 1)
+            module.local_groups = traced
     transform_blocks(moco, compiled=False, recompute=config.run.activation_checkpointing)
     views = 2 if config.contrast.symmetric else 1
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialise(moco)
         weights = {t.untyped_storage()._cdata for t in (*moco.parameters(), *moco.buffers())}
-        with _Recorder(weights) as recorder:
+        # Augmented crops, in fp32. The query's are there before the step and after it.
+        crops = [torch.empty(rows, 3, size, size) for _ in range(views)]
+        ignored = weights | {t.untyped_storage()._cdata for t in crops}
+        with _Recorder(ignored, groups / traced) as recorder:
             marks = [0]
-            # Augmented crops of both encoders, in fp32.
-            crops = [torch.empty(rows, 3, size, size) for _ in range(views)]
             queries = moco(*crops)
             held = recorder.live
             marks.append(len(recorder.kernels))
@@ -171,6 +190,11 @@ def trace_step(config: Config, world: int) -> Trace:
         peak=max(forward_peak, without),
         peak_with_gradients=max(forward_peak, everything),
     )
+
+
+def _stand_in(groups: int) -> int:
+    """A few groups that take the place of so many: as many in each as makes them equal."""
+    return next((n for n in range(2, groups) if groups % n == 0), groups)
 
 
 def _backward(moco: MoCo, queries: list[Tensor], recorder: _Recorder) -> tuple[int, int]:

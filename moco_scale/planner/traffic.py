@@ -95,7 +95,7 @@ def _data(config: Config, world: int, gpus: int) -> list[Collective]:
     views, nodes = (2 if contrast.symmetric else 1), nodes_of(world, gpus)
     crop = 3 * config.data.image_size**2
     per_rank = batch // world
-    among = {"world": batch, "node": contrast.shuffle_group or gpus * per_rank, "off": per_rank}
+    among = {"world": batch, "node": contrast.shuffle_group, "off": per_rank}
     exchanging = max(among[contrast.shuffle_bn] // per_rank, 1)
     crops = per_rank * crop * views
     keys = FP32 * batch * config.model.dim * views

@@ -10,8 +10,22 @@ from moco_scale.config import Config
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.trace import trace_step
 
-# What torch calls a device contains one of these; an H200 computes as an H100 does.
-_KNOWN = {"H100": "h100", "H200": "h100", "A100": "a100", "V100": "v100"}
+# What torch calls a device contains one of these, the first of which counts; None: its peak is
+# another that is not known here.
+_KNOWN = {
+    "GB200": None,
+    "B200": "b200",
+    "H200 NVL": "h100-nvl",
+    "H100 NVL": "h100-nvl",
+    "H100 PCIe": "h100-pcie",
+    "H200": "h200",
+    "H100": "h100",
+    "L40S": "l40s",
+    "A100": "a100",
+    "V100-PCIE": None,
+    "V100S": None,
+    "V100": "v100",
+}
 
 
 def device_name(device: torch.device) -> str:
@@ -19,11 +33,20 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+def _known_peak(name: str, precision: str) -> float | None:
+    """TFLOPS of a device, as torch calls it."""
+    known = next((preset for part, preset in _KNOWN.items() if part in name), None)
+    if known is None:
+        return None
+    return PRESETS[known].tflops_fp32 if precision == "fp32" else PRESETS[known].tflops_half
+
+
 class Utilisation:
     """Of one run on one kind of device.
 
     FLOPs are those of the query's forward and backward pass and the key's forward pass; what
-    ``--activation-checkpointing`` computes again does not count.
+    ``--activation-checkpointing`` computes again does not count. The peak is that of
+    ``--peak-tflops``, else the one known for the device.
 
     Args:
         config: of the run.
@@ -32,12 +55,11 @@ class Utilisation:
     """
 
     def __init__(self, config: Config, world: int, name: str) -> None:
-        preset = next((PRESETS[p] for part, p in _KNOWN.items() if part in name), None)
+        tflops = config.run.peak_tflops or _known_peak(name, config.run.precision)
         self._share_of_an_image = None
-        if preset is None:
+        if tflops is None:
             return
-        half = config.run.precision != "fp32"
-        peak = (preset.tflops_half if half else preset.tflops_fp32) * 1e12 * world
+        peak = tflops * 1e12 * world
         run = dataclasses.replace(config.run, activation_checkpointing=False)
         trace = trace_step(dataclasses.replace(config, run=run), world)
         self._share_of_an_image = trace.flops * world / config.optim.batch_size / peak

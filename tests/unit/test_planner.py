@@ -1,24 +1,29 @@
 """Plans: shapes and lifetimes without numbers, hardware files, advice, the command."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from moco_scale import command_line
+from moco_scale import command_line, distributed
 from moco_scale.__main__ import main
 from moco_scale.batchnorm import set_groups
+from moco_scale.config_rules import check_shuffle_group
 from moco_scale.encoders import build_encoder
+from moco_scale.engines import fsdp
 from moco_scale.errors import UserError
 from moco_scale.flops import count_flops
 from moco_scale.moco import MoCo
+from moco_scale.planner import trace
 from moco_scale.planner.cluster import PRESETS, read_hardware
 from moco_scale.planner.memory import flat_partition, sharding
 from moco_scale.planner.plan import Plan, make_plan
 from moco_scale.planner.trace import build_model, trace_step
 from moco_scale.planner.traffic import Collective
-from moco_scale.planner.utilisation import Utilisation
+from moco_scale.planner.utilisation import Utilisation, _known_peak
 
 SMALL = (
     *("--recipe", "v2", "--dataset", "cifar10", "--model", "resnet18", "--image-size", "16"),
@@ -49,10 +54,12 @@ def test_flops_are_those_of_fvcore() -> None:
 
 def test_memory_is_what_a_real_pass_holds() -> None:
     """Bytes that autograd saves in a real forward pass, each storage once."""
-    config = command_line.parse(list(SMALL))
+    config = command_line.parse([*SMALL, "--bn-group-size", "8"])
     moco = MoCo(build_encoder("resnet18", stem="cifar", head="mlp", image_size=16))
-    set_groups(moco, 4, 16)
-    known = {t.untyped_storage().data_ptr() for t in (*moco.parameters(), *moco.buffers())}
+    set_groups(moco, 8, 16)
+    crops = torch.randn(16, 3, 16, 16)
+    unknown = (*moco.parameters(), *moco.buffers(), crops)
+    known = {t.untyped_storage().data_ptr() for t in unknown}
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +69,7 @@ def test_memory_is_what_a_real_pass_holds() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = moco(torch.randn(16, 3, 16, 16))
+        out = moco(crops)
     held = trace_step(config, 1).held
     assert out
     assert sum(saved.values()) <= held <= 1.02 * sum(saved.values())
@@ -80,6 +87,42 @@ def test_parts_hold_a_part_and_compute_the_same() -> None:
     parts = trace_step(command_line.parse([*SMALL, "--accumulation-steps", "2"]), 1)
     assert parts.flops == whole.flops
     assert parts.held == pytest.approx(whole.held / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("flags", [(), ("--accumulation-steps", "2")])
+def test_a_few_groups_stand_for_many(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = command_line.parse([*SMALL, "--batch-size", "32", *flags])
+    few = trace_step(config, 1)
+    monkeypatch.setattr(trace, "_stand_in", lambda groups: groups)
+    all_of_them = trace_step(config, 1)
+    names = ("query", "key", "backward")
+    assert len(few.query) < len(all_of_them.query)
+    for kernels, whole in ((getattr(few, n), getattr(all_of_them, n)) for n in names):
+        assert sum(k.times for k in kernels) == sum(k.times for k in whole)
+        moved = sum(k.times * k.moved for k in kernels)
+        # Each group reads weights and running statistics, which are small.
+        assert moved == pytest.approx(sum(k.times * k.moved for k in whole), rel=0.03)
+    assert few.flops == all_of_them.flops
+    # Statistics of each group, which small pictures make a large part.
+    assert few.held == pytest.approx(all_of_them.held, rel=0.02)
+    assert few.peak == pytest.approx(all_of_them.peak, rel=0.02)
+
+
+def test_a_gpu_holds_the_crops_of_two_steps() -> None:
+    """What `Inputs` keeps: of a share of 8, 16 px; uint8 of both views, fp32 of the query's."""
+    view = 8 * 3 * 16 * 16
+    parts = ("--accumulation-steps", "2")
+    assert plan_of().memory["inputs"] == 2 * 2 * view + 3 * 4 * view
+    assert plan_of(*parts).memory["inputs"] == plan_of().memory["inputs"]
+    assert plan_of("--symmetric").memory["inputs"] == 2 * 2 * view + 6 * 4 * view
+    config = command_line.parse([*SMALL, *parts])
+    on_cpu = make_plan(config, 1, 2, PRESETS["a100"], on_gpu=False)
+    # As for groups that span ranks, beside which nothing is made ahead.
+    spanning = plan_of("--bn-group-size", "16")
+    assert on_cpu.memory["inputs"] == 2 * view + 4 * view // 2
+    assert spanning.memory["inputs"] == 2 * view + 4 * view
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -165,6 +208,40 @@ def test_utilisation_where_the_peak_is_known() -> None:
     assert Utilisation(again, 2, "NVIDIA A100-SXM4-80GB").of(100.0) == pytest.approx(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "fp32", "half"),
+    [
+        ("NVIDIA H100 80GB HBM3", 67, 989),
+        ("NVIDIA H100 PCIe", 51, 756),
+        ("NVIDIA H100 NVL", 60, 835),
+        ("NVIDIA H200", 67, 989),
+        ("NVIDIA H200 NVL", 60, 835),
+        ("NVIDIA GH200 480GB", 67, 989),
+        ("NVIDIA B200", 75, 2250),
+        ("NVIDIA GB200", None, None),
+        ("NVIDIA L40S", 91.6, 362),
+        ("NVIDIA L40", None, None),
+        ("NVIDIA A100-PCIE-40GB", 19.5, 312),
+        ("Tesla V100-SXM2-16GB", 15.7, 125),
+        ("Tesla V100-PCIE-16GB", None, None),
+        ("Tesla V100S-PCIE-32GB", None, None),
+        ("", None, None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_device(
+    name: str, fp32: float | None, half: float | None
+) -> None:
+    assert _known_peak(name, "fp32") == fp32
+    assert _known_peak(name, "bf16") == half
+
+
+def test_a_peak_that_the_user_states_goes_first() -> None:
+    flops = trace_step(command_line.parse(list(SMALL)), 2).flops / 8
+    for name in ("GPU of tomorrow", "NVIDIA A100-SXM4-80GB"):
+        config = command_line.parse([*SMALL, "--peak-tflops", "50"])
+        assert Utilisation(config, 2, name).of(100.0) == pytest.approx(100 * flops / (2 * 50e12))
+
+
 def test_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["plan", *SMALL, "--gpus", "2", "--json", "--plot", str(tmp_path / "plan.png")]
     assert main(flags) == 0
@@ -174,6 +251,69 @@ def test_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     assert main(flags) == 2  # nothing is overwritten
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("none/plan.png", "there is no folder"), ("plan.xyz", "ends in .png"), ("plan", "ends in")],
+)
+def test_a_plot_that_cannot_be_written_is_refused_first(
+    file: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *SMALL, "--gpus", "2", "--plot", str(tmp_path / file)]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and not said.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_little_reading_is_not_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, "--model", "resnet50", "--gpus", "1", "--image-size", "224"]) == 0
+    cores = re.search(r"Reading: (\d+\.\d) cores", capsys.readouterr().out)
+    assert cores and 0 < float(cores[1]) < 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "world"),
+    [
+        (("--engine", "fsdp", "--fsdp-shard-size", "3"), 2),
+        (("--engine", "fsdp", "--fsdp-shard-size", "16"), 2),
+        (("--batch-size", "256", "--bn-group-size", "32", "--accumulation-steps", "2"), 8),
+        (("--accumulation-steps", "3"), 2),
+        (("--batch-size", "24", "--bn-group-size", "8"), 2),
+        (("--batch-size", "8", "--bn-group-size", "8", "--shuffle-bn", "node"), 2),
+        (("--model", "vit_small", "--batch-size", "12", "--bn-group-size", "4"), 2),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(
+    flags: tuple[str, ...], world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same words: those of the rules that a run goes by, here without its processes."""
+    config = command_line.parse([*SMALL, *flags])
+
+    def planned() -> None:
+        make_plan(config, 1, world, PRESETS["a100"])
+
+    def run() -> None:
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        monkeypatch.setattr(distributed, "neighbours", lambda size: distributed.Subgroup(None, 1))
+        parts = config.run.accumulation_steps
+        set_groups(build_model(config), config.model.bn_group_size, config.optim.batch_size, parts)
+        if config.run.engine == "fsdp":
+            fsdp._mesh(torch.device("cpu"), config.run.fsdp_shard_size)
+        if config.contrast.shuffle_bn == "node":
+            contrast = dataclasses.replace(config.contrast, shuffle_group=config.optim.batch_size)
+            check_shuffle_group(dataclasses.replace(config, contrast=contrast))
+
+    said = []
+    for attempt in (planned, run):
+        try:
+            attempt()
+        except UserError as error:
+            said.append(str(error))
+        else:
+            said.append("")
+    assert said[0] == said[1]
+    assert bool(said[0]) == ("vit_small" not in flags)
 
 
 def test_a_line_for_each_number_of_nodes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +327,7 @@ def test_a_line_for_each_number_of_nodes(capsys: pytest.CaptureFixture[str]) -> 
     [
         (["--gpus", "3"], "cannot be shared equally"),
         (["--nodes", "0"], "--nodes 0"),
-        (["--hardware", "b9000"], "known are h100, a100, v100"),
+        (["--hardware", "b9000"], "known are b200, h200, h100, h100-nvl"),
         (["--hardware", "v100", "--precision", "bf16"], "does not compute in bf16"),
         (["--dataset", "images"], "say --images N"),
         (["--images", "3"], "do not fill one batch"),
