@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moco_scale import distributed
-from moco_scale.data.bad_samples import BadSample, how_to_check
+from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import ViewBatch
 from moco_scale.errors import UserError
 from moco_scale.files import write_atomically
@@ -32,17 +32,17 @@ class BadPictures:
 
     Args:
         folder: of the run.
-        data: what the user calls the pictures; without a password, since it is printed.
+        advice: how to find out more, should too many be bad.
         batch: global.
         num_samples: in the data set.
         max_share: of the pictures read so far that may be bad.
     """
 
     def __init__(
-        self, folder: Path, data: str, batch: int, num_samples: int, max_share: float
+        self, folder: Path, advice: str, batch: int, num_samples: int, max_share: float
     ) -> None:
         self.path = folder / FILE
-        self._data, self._batch, self._total, self._max = data, batch, num_samples, max_share
+        self._advice, self._batch, self._total, self._max = advice, batch, num_samples, max_share
         self._known: set[int] = set()
         self._found: list[tuple[int, int, BadSample]] = []
         self._by_shard: Counter[str] = Counter()
@@ -117,8 +117,8 @@ class BadPictures:
         raise UserError(
             f"{bad} of the {read} pictures read so far cannot be decoded, more than "
             f"--max-bad-share {self._max:g} allows ({self._shards()}); {self.path} lists them. "
-            f"See what is wrong with {how_to_check(self._data)} and copy damaged shards again; if "
-            "so many bad pictures are to be expected, start again with a higher --max-bad-share"
+            f"{self._advice}; if so many bad pictures are to be expected, start again with a "
+            "higher --max-bad-share"
         )
 
     def _lines(self, new: Sequence[dict[str, Any]]) -> list[str]:

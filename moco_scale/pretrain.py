@@ -13,6 +13,7 @@ from moco_scale import distributed, identity, numerics, timing
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.batchnorm import set_groups, spans_ranks
 from moco_scale.config import Config
+from moco_scale.data.bad_samples import how_to_check
 from moco_scale.data.device_decode import DeviceDecoder
 from moco_scale.data.mixture import in_whole_batches
 from moco_scale.data.open_shards import open_shards
@@ -85,7 +86,7 @@ class Pretraining:
         self.config = config = self.folder.config
         self.bad = BadPictures(
             self.folder.path,
-            str(config.source),
+            how_to_check(self.shards),
             config.optim.batch_size,
             len(self.shards),
             config.run.max_bad_share,

@@ -6,13 +6,13 @@ every rank keeps its count, and any number of ranks and workers sees the same ba
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from moco_scale.data.random import uniforms
-from moco_scale.data.remote import names_remote
 from moco_scale.data.shard_set import Pictures
 
 POLICIES = ("error", "skip")
@@ -47,10 +47,18 @@ def substitutes(seed: int, passes: int, sample: int, num_samples: int) -> Iterat
         yield (sample + (distance + 1) // 2 * (1 if distance % 2 else -1)) % num_samples
 
 
-def how_to_check(name: str) -> str:
-    """The command that lists what is wrong with a set of pictures."""
-    command = "`python -m moco_scale shard --check"
-    return f"{command} DIR` on a copy of it" if names_remote(name) else f"{command} {name}`"
+def how_to_check(shards: Pictures) -> str:
+    """What to do about a set of which many pictures are bad."""
+    commands = [
+        f"`python -m moco_scale shard --check {shlex.quote(folder)}`"
+        for folder in shards.checkable()
+    ]
+    if not commands:
+        return (
+            "`python -m moco_scale shard --check DIR` says what is wrong with a folder, or with a "
+            "copy of one; put damaged shards right where they come from"
+        )
+    return f"See what is wrong with {' and '.join(commands)} and copy damaged shards again"
 
 
 def bad_sample(shards: Pictures, sample: int, reason: str, replacement: int = -1) -> BadSample:

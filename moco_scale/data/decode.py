@@ -46,6 +46,7 @@ UPRIGHT = {
     8: (True, True, False),
 }
 _KEPT_BYTES = 1 << 26
+_JPEG = b"\xff\xd8\xff"  # how one begins
 
 # What libjpeg warns of, and the strict decoder refuses, though it changes no pixel; see `_tidied`.
 _HARMLESS = (
@@ -56,6 +57,8 @@ _HARMLESS = (
 )
 # The one of them that nothing is done about: all rows are there by then.
 _BEFORE_THE_END = "extraneous bytes before marker 0xd9"
+# What simplejpeg says of sampling factors and colour spaces that only PIL knows.
+_UNKNOWN = ("Could not determine subsampling", "Could not determine colorspace")
 _MARKER = re.compile(rb"\xff+[^\0\xff]")
 
 
@@ -140,11 +143,13 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
     Raises DecodeError when it begins as a JPEG does and has no header.
     """
-    if bytes(data[:3]) != b"\xff\xd8\xff":
+    if bytes(data[:3]) != _JPEG:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
+        if any(words in str(error) for words in _UNKNOWN):
+            return None
         raise DecodeError(f"broken JPEG: {error}") from None
     _check_size(width, height)
     return None if colorspace in ("CMYK", "YCCK") else (height, width)
@@ -284,17 +289,20 @@ def _opened(data: bytes | memoryview) -> Iterator[Image.Image]:
             _check_size(*image.size)
             yield image
     except Image.UnidentifiedImageError:
+        if bytes(data[:3]) == _JPEG:
+            raise DecodeError("broken JPEG: its header is no whole one") from None
         raise DecodeError("not a picture in any known format") from None
     except Image.DecompressionBombError:
         raise DecodeError(_TOO_LARGE) from None
     except DecodeError:
         raise
     except Exception as error:  # PIL's plugins raise nearly anything on broken input
-        raise DecodeError(f"{type(error).__name__}: {error}") from None
+        kind = "broken JPEG" if bytes(data[:3]) == _JPEG else type(error).__name__
+        raise DecodeError(f"{kind}: {error}") from None
 
 
 def _orientation_of(image: Image.Image, data: bytes | memoryview) -> int:
-    if bytes(data[:3]) == b"\xff\xd8\xff":
+    if bytes(data[:3]) == _JPEG:
         return orientation(data)
     turned = image.getexif().get(ORIENTATION, 1)
     return turned if turned in UPRIGHT else 1

@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import os
 import resource
+import shlex
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from moco_scale.data import index_file
 from moco_scale.data.fetch_ahead import RemotePart
+from moco_scale.data.index_file import shard_command
 from moco_scale.data.order import Order
 from moco_scale.data.shard_set import Place
 from moco_scale.data.tar_scan import picture_key
@@ -51,7 +53,8 @@ class IndexedShards:
         self.split = split
         self.classes: list[str] = list(header["classes"])
         made = header.get("made")
-        self.why_unlabelled = str(made.get("unlabelled", "")) if isinstance(made, dict) else ""
+        self._made: dict[str, Any] = made if isinstance(made, dict) else {}
+        self.why_unlabelled = str(self._made.get("unlabelled", ""))
         self.fingerprint: str = entry["checksum"]
         self._header = header
         self._shards = [(s["name"], int(s["bytes"])) for s in entry["shards"]]
@@ -161,6 +164,24 @@ class IndexedShards:
         except UserError as error:
             return str(error)
         return None
+
+    def remedy(self, i: int) -> str:
+        """What the user can do about picture i, should it be bad; for messages."""
+        if self.index_dir != self.data_dir:
+            shard = self._path(self._locate(i)[0])
+            return f"pack {shard} again without it, or with a good copy of it"
+        if self._made.get("by"):
+            return (
+                f"make the shards again with `{shard_command('PICTURES', self.data_dir)} --verify "
+                "--overwrite`, which leaves such pictures out and lists them"
+            )
+        folder = shlex.quote(str(self.data_dir))
+        return f"take it out of the index with `python -m moco_scale shard --repair {folder}`"
+
+    def checkable(self) -> list[str]:
+        """The folder, unless its tars were chosen by a pattern."""
+        whole = self.index_dir == self.data_dir or os.path.abspath(self.name) == str(self.data_dir)
+        return [str(self.data_dir)] if whole else []
 
     def subset(self, indices: np.ndarray) -> IndexedShards:
         """The same for some of the pictures only: int64 [M] positions, kept in the given order."""

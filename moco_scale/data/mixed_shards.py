@@ -130,6 +130,13 @@ class MixedShards:
         part, place = self._locate(i)
         return part.fault(place)
 
+    def remedy(self, i: int) -> str:
+        part, place = self._locate(i)
+        return part.remedy(place)
+
+    def checkable(self) -> list[str]:
+        return [folder for part in self.parts for folder in part.checkable()]
+
     def rest(self) -> None:
         for part in self.parts:
             part.rest()

@@ -28,7 +28,6 @@ from moco_scale.data.decode import (
 )
 from moco_scale.data.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
 from moco_scale.data.fetch_ahead import FetchAhead, Job, check_room
-from moco_scale.data.index_file import shard_command
 from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.random import uniforms
@@ -244,12 +243,10 @@ class _Crops(Dataset[Any]):
         record = bad_sample(self.shards, sample, str(error), replacement)
         if self.skip:
             return record
-        folder = self.shards.name
         raise UserError(
-            f"cannot decode the picture in {folder}, {self.shards.where(sample)}: {record.reason}. "
-            "Go on without it with --bad-samples skip, or make the shards again with "
-            f"`{shard_command('PICTURES', folder)} --verify --overwrite`, which leaves such "
-            "pictures out and lists them"
+            f"cannot decode the picture in {self.shards.name}, {self.shards.where(sample)}: "
+            f"{record.reason}. Go on without it with --bad-samples skip, or "
+            f"{self.shards.remedy(sample)}"
         )
 
 
@@ -320,7 +317,7 @@ class _RandomCrops(_Crops):
         raise UserError(
             f"cannot decode the picture in {self.shards.name}, {self.shards.where(sample)}: "
             f"{error}; nor any of {TRIES} others tried in its place. Is this a set of pictures? "
-            f"{how_to_check(self.shards.name)} lists what is wrong"
+            f"{how_to_check(self.shards)}"
         )
 
 
@@ -363,11 +360,11 @@ def _decoded(decoder: DeviceDecoder, shards: Pictures, batch: ViewBatch) -> View
     try:
         return batch._replace(views=decoder(encoded))
     except BadPicture as error:
-        where = shards.where(int(batch.index[error.row]))
+        sample = int(batch.index[error.row])
         raise UserError(
-            f"cannot decode the picture in {shards.name}, {where}: {error}. It was found on the "
-            "device, when its batch was made: go on without it with --decode cpu and --bad-samples "
-            "skip, or make the shards again with --verify"
+            f"cannot decode the picture in {shards.name}, {shards.where(sample)}: {error}. It was "
+            "found on the device, when its batch was made: go on without it with --decode cpu and "
+            f"--bad-samples skip, or {shards.remedy(sample)}"
         ) from None
 
 

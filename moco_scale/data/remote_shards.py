@@ -60,6 +60,13 @@ class RemoteShards(index.IndexedShards):
         """A shard that was mapped stays what it was, whatever becomes of its name."""
         return None
 
+    def remedy(self, i: int) -> str:
+        address = self._place.address(self._shards[self._locate(i)[0]][0])
+        return f"replace {address}, and the index if there is one beside it, by ones without it"
+
+    def checkable(self) -> list[str]:
+        return []
+
     def remote_parts(self) -> list[RemotePart]:
         shard_of = self._rows["shard"].astype(np.uint32)
         return [RemotePart(0, shard_of, self._files, self._place, self._folder, self._cache)]

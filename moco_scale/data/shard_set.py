@@ -56,6 +56,14 @@ class Pictures(Protocol):
         """What has happened to the file of picture i since it was indexed; None: nothing."""
         ...
 
+    def remedy(self, i: int) -> str:
+        """What the user can do about picture i, should it be bad; for messages."""
+        ...
+
+    def checkable(self) -> list[str]:
+        """The folders of them that `python -m moco_scale shard --check` reads."""
+        ...
+
     def rest(self) -> None:
         """A batch is done, and what was read for it dropped: shards may be removed."""
         ...

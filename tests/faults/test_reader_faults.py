@@ -1,9 +1,11 @@
 """Damaged data, dead workers, a main process that is stopped: clear errors and no hang."""
 
 import argparse
+import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +16,12 @@ import pytest
 
 from moco_scale.data import shard_command, workers
 from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.bad_samples import how_to_check
 from moco_scale.data.index import IndexedShards
+from moco_scale.data.open_shards import open_shards
 from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.shard_set import Pictures
 from moco_scale.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
@@ -39,7 +44,7 @@ def damaged(picture_folder: Path, tmp_path: Path) -> IndexedShards:
     return make_shards(picture_folder, tmp_path / "shards")
 
 
-def loaders(shards: IndexedShards, count: int) -> Iterator[workers.BatchLoader[ViewBatch]]:
+def loaders(shards: Pictures, count: int) -> Iterator[workers.BatchLoader[ViewBatch]]:
     plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     yield pretraining_loader(shards, plan, AUG, 16, num_workers=count, end_step=3)
     yield evaluation_loader(shards, 16, 1.0, batch_size=8, num_workers=count)
@@ -61,6 +66,37 @@ def test_a_damaged_picture_is_named_with_a_remedy(damaged: IndexedShards, count:
         assert "Traceback" not in message  # DataLoader pastes a worker's into its own errors
         assert list(loader) == []
     assert multiprocessing.active_children() == []
+
+
+def test_the_remedy_is_one_for_this_kind_of_data(
+    damaged: IndexedShards, picture_folder: Path, tmp_path: Path
+) -> None:
+    """Shards of others cannot be made again from pictures, and --check reads no pattern."""
+    made = damaged.data_dir
+    repaired, foreign = (Path(shutil.copytree(made, tmp_path / n)) for n in ("repaired", "foreign"))
+    header = json.loads((repaired / "index.json").read_text())
+    (repaired / "index.json").write_text(json.dumps({**header, "made": {"repaired": True}}))
+    for file in (*foreign.glob("*.npy"), foreign / "index.json"):
+        file.unlink()
+    pattern = f"{foreign}/train-{{000000..000002}}.tar"
+    tar = rf"pack {foreign}/train-00000\d\.tar again without it"
+    for spec, remedy, checkable in (
+        (str(made), r"make the shards again with `.* --verify --overwrite`", [made]),
+        (str(repaired), f"take it out .* shard --repair {repaired}`", [repaired]),
+        (str(foreign), tar, [foreign]),
+        (pattern, tar, []),
+        (f"{foreign},{pattern}", tar, [foreign]),
+    ):
+        shards = open_shards(spec, "train")
+        for loader in loaders(shards, 0):
+            with pytest.raises(UserError, match=rf"--bad-samples skip, or {remedy}") as caught:
+                list(loader)
+            assert ("--source" in str(caught.value)) == (spec == str(made))
+        advice = how_to_check(shards)
+        assert [f"shard --check {folder}`" in advice for folder in checkable] == [True] * len(
+            checkable
+        )
+        assert advice.count("--check") == max(len(checkable), 1)
 
 
 def test_the_remedy_works(damaged: IndexedShards, picture_folder: Path, tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ def test_pictures_labels_and_identity_are_those_of_the_folder(
             assert [bytes(there.read(i)) for i in range(len(here))] == expected
             assert [bytes(copied.read(i)) for i in range(len(copied))] == expected[::-2]
             assert there.where(3) == here.where(3)
+            shard = f"{server.url}/{there.place(3).shard}"
+            assert f"replace {shard}, and the index" in there.remedy(3)
+            assert there.checkable() == [] and here.checkable() == [str(tiny_shards)]
         assert str(there.name) == server.url
         # Opened again, only what may have changed is asked for.
         before = len(server.requests)

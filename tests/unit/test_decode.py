@@ -280,6 +280,25 @@ def test_what_libjpeg_only_warns_of_and_does_no_harm(kind: str) -> None:
             decode_rgb(damaged)
 
 
+def test_sampling_factors_that_the_strict_decoder_does_not_know() -> None:
+    """Three columns of luma to one of chroma; all blocks are flat."""
+    whole = bytearray(encoded(Image.new("RGB", (48, 16), (128, 128, 128)), "JPEG", subsampling=0))
+    factors = whole.index(b"\xff\xc0") + 11
+    assert whole[factors] == 0x11
+    whole[factors] = 0x31
+    unit = "001010" * 3 + "0000" * 2  # of the standard tables: no difference, no coefficients
+    bits = unit * 4
+    bits += "1" * (-len(bits) % 8)
+    scan = whole.index(b"\xff\xda") + 14
+    data = bytes(whole[:scan]) + int(bits, 2).to_bytes(len(bits) // 8, "big") + b"\xff\xd9"
+    with pytest.raises(ValueError, match="subsampling"):
+        simplejpeg.decode_jpeg_header(data)
+    assert np.array_equal(decode_rgb(data), np.full((16, 48, 3), 128, np.uint8))
+    assert picture_size(data) == (16, 48)
+    with pytest.raises(DecodeError):
+        decode_rgb(data[:-6])
+
+
 def test_an_odd_header_is_turned_upright_all_the_same() -> None:
     image = Image.fromarray(photo(200, 300))
     exif = Image.Exif()

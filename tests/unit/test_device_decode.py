@@ -70,6 +70,12 @@ class InMemory:
     def fault(self, i: int) -> str | None:
         return None
 
+    def remedy(self, i: int) -> str:
+        return f"draw picture {i} again"
+
+    def checkable(self) -> list[str]:
+        return []
+
 
 MIXED = InMemory(
     [

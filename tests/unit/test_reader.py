@@ -71,6 +71,12 @@ class PicturesInMemory:
     def fault(self, i: int) -> str | None:
         return None
 
+    def remedy(self, i: int) -> str:
+        return f"draw picture {i} again"
+
+    def checkable(self) -> list[str]:
+        return []
+
 
 @pytest.fixture(scope="module")
 def pictures() -> PicturesInMemory:
