@@ -135,26 +135,17 @@ def _draw(
 
 
 def _draw_loss(axis: Axes, records: list[dict[str, Any]], chance: float | None) -> None:
-    axis.set_title("contrastive loss", **_TITLE)
     x, y = _curve(records, "loss")
     _draw_noisy(axis, x, y)
     if chance is None:
         chance = next(iter(_curve(records, "chance_loss")[1]), None)
+    title = "contrastive loss"
     if chance is not None and math.isfinite(chance) and x:
-        axis.axhline(chance, color=_FAINT, linestyle="--", linewidth=1.2)
-        axis.annotate(
-            f"chance level {chance:.2f}",
-            (1, chance),
-            xycoords=axis.get_yaxis_transform(),
-            xytext=(-2, 3),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=9,
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
+        # Said in the title: inside the axes it would hide a curve that is near it.
+        title += f"  (dashed: chance level {chance:.2f})"
+        axis.axhline(chance, color=_FAINT, linestyle="--", linewidth=1.2, zorder=1.5)
         axis.margins(y=0.15)
+    axis.set_title(title, **_TITLE)
 
 
 def _draw_noisy(axis: Axes, x: list[float], y: list[float]) -> None:

@@ -25,11 +25,6 @@ from moco_scale.encoders import Encoder
 from moco_scale.errors import UserError
 from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract
 
-MONITOR_BANK = 50_000
-"""Pictures that the monitor compares with, at most: all of CIFAR-10, 50 a class of ImageNet."""
-MONITOR_QUERIES = 10_000
-"""Pictures that the monitor classifies, at most."""
-
 _SIMILARITIES_AT_ONCE = 1 << 24  # 64 MiB in fp32
 
 

@@ -77,6 +77,8 @@ def test_curves_are_over_epochs_with_the_initial_knn_at_0(
     assert axes["kNN"].get_xlabel() == "epoch"
     assert points(axes["contrastive"], 0)[3] == (1.0, pytest.approx(7.96))
     assert points(axes["contrastive"])[0][1] == pytest.approx(math.log(4097)), "no chance level"
+    assert "chance level 8.32" in axes["contrastive"].get_title(loc="left")
+    assert not axes["contrastive"].texts, "text that may hide the curve"
     assert len(points(axes["learning"])) == 8
 
 
