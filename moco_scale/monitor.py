@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 import torchvision
 
-from moco_scale import __version__, distributed
+from moco_scale import distributed
 from moco_scale.agreement import require_agreement
-from moco_scale.config import Config
-from moco_scale.data.mixed_shards import epoch_notes
+from moco_scale.announcement import announcement
+from moco_scale.announcement import title as picture_title
 from moco_scale.data.order import Samples
 from moco_scale.data.reader import ViewBatch
 from moco_scale.encoders import Encoder
@@ -21,9 +21,8 @@ from moco_scale.engines.base import PRECISIONS
 from moco_scale.errors import RankError, UserError
 from moco_scale.evaluation import pictures
 from moco_scale.evaluation.features import LeftOut, chosen_output
-from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, is_labelled
+from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, unlabelled_split
 from moco_scale.planner.utilisation import Utilisation, device_name
-from moco_scale.recipes import RECIPES
 from moco_scale.run_state import numbers_alike
 from moco_scale.step_times import StepTimes
 from moco_scale.stopping import StopRequest
@@ -68,18 +67,25 @@ class Monitor:
         self._step_times = StepTimes()
         self._read = run.step
         self.unlogged: Unlogged | None = None
+        self._output = f"on the {run.config.model.dim}-d output"
         self._evaluation = self._make_evaluation() if run.config.run.knn_freq else None
 
     def _make_evaluation(self) -> KnnMonitor | None:
         config = self.run.config
-        if not is_labelled(config.source):
-            why = self.run.shards.why_unlabelled
+        unlabelled = unlabelled_split(config.source)
+        if unlabelled is not None:
+            why = unlabelled.why_unlabelled
             self.telemetry.say(
-                "the pictures have no labels, so there is no kNN evaluation"
+                f"the {unlabelled.split} pictures have no labels (or not all of them), so there is "
+                "no kNN evaluation"
                 + (f" (labels are not used: {why})" if why else "")
+                + "; shards made from folders CLASS/* have labels"
             )
             return None
-        bank, queries = bank_and_queries(config.source, MAX_BANK, MAX_QUERIES)
+        try:
+            bank, queries = bank_and_queries(config.source, MAX_BANK, MAX_QUERIES)
+        except UserError as error:
+            raise UserError(f"{error}; or train without kNN evaluations: --knn-freq 0") from None
         preset = config.preset
         return KnnMonitor(
             bank,
@@ -95,26 +101,9 @@ class Monitor:
 
     def announce(self, dropped: int) -> None:
         """Say what is about to run."""
-        run, config = self.run, self.run.config
-        say = self.telemetry.say
-        say(
-            f"moco_scale {__version__}, recipe {config.recipe}: {config.model.model}, "
-            f"{config.data.dataset} in {config.source} ({len(run.shards)} pictures)"
-        )
-        recipe = RECIPES[config.recipe]
-        say(f"source: {recipe.source}; published: {recipe.published}")
-        say(
-            f"{distributed.world_size()} process(es) on {run.device.type}, engine "
-            f"{config.run.engine}, {config.run.precision}; batch {config.optim.batch_size}, "
-            f"BatchNorm groups of {config.model.bn_group_size}; {config.optim.epochs} epochs of "
-            f"{run.plan.steps_per_epoch} steps"
-        )
-        for text in (*epoch_notes(run.shards, run.plan.order), *run.engine.notes, *_extras(config)):
-            say(text)
-        if run.resumed_from is not None:
-            again = f" ({dropped} later log lines dropped)" if dropped else ""
-            say(f"resumed from {run.resumed_from} at step {run.step}{again}")
-        self.telemetry.hyper_parameters(config.flat())
+        for text in announcement(self.run, dropped):
+            self.telemetry.say(text)
+        self.telemetry.hyper_parameters(self.run.config.flat())
 
     def before_training(self, batch: ViewBatch) -> None:
         """Once, at step 0: the sheet of augmented pairs and the kNN of the initial encoder."""
@@ -132,7 +121,9 @@ class Monitor:
         self.telemetry.image("augmented pairs", sheet, 0)
         if self._evaluation is not None:
             self._initial_knn = self._knn()
-            self.telemetry.say(f"kNN top-1 before training {self._initial_knn:.2f} %")
+            self.telemetry.say(
+                f"kNN top-1 {self._output} before training {self._initial_knn:.2f} %"
+            )
         self.restart_clock()
 
     def timed(self, batches: Iterator[ViewBatch]) -> Iterator[ViewBatch]:
@@ -228,7 +219,7 @@ class Monitor:
         record, line = self.unlogged["record"], self.unlogged["line"]
         if self._evaluation is not None:  # a resumed run may do without
             record["knn_top1"] = self._knn()
-            line += f"; kNN top-1 {record['knn_top1']:.2f} %"
+            line += f"; kNN top-1 {self._output} {record['knn_top1']:.2f} %"
         self.telemetry.record(record, line)
         self.unlogged = None
         self.restart_clock()
@@ -295,7 +286,7 @@ class Monitor:
         """
         run, config, out = self.run, self.run.config, self.run.folder.path
         run.phases.enter(FINISH)
-        title = f"{config.model.model} on {config.data.dataset}, recipe {config.recipe}"
+        title = picture_title(config, len(run.shards))
         preset = config.preset
         distributed.on_main(
             lambda: pictures.report(run.folder.metrics, out / "report.png", title=title)
@@ -316,18 +307,10 @@ class Monitor:
             left_out=self._left_out,
             between=self._go_on,
         )
-        self.telemetry.say(f"done: {out}/current.pth, report.png, neighbours.png")
-
-
-def _extras(config: Config) -> list[str]:
-    """What is done besides the usual."""
-    extras = []
-    if config.run.accumulation_steps > 1:
-        extras.append(f"{config.run.accumulation_steps} backward passes per step")
-    if config.optim.clip_grad:
-        extras.append(f"gradients are clipped at norm {config.optim.clip_grad}")
-    if config.run.activation_checkpointing:
-        extras.append("blocks are computed again in the backward pass")
-    if config.run.compile:
-        extras.append("blocks are compiled; the first steps take minutes")
-    return ["; ".join(extras)] if extras else []
+        ended = "done"
+        if run.step < run.total_steps:
+            ended = (
+                f"stopped after step {run.step} of {run.total_steps} (--max-steps); the same "
+                "command without it goes on"
+            )
+        self.telemetry.say(f"{ended}: {out}/current.pth, report.png, neighbours.png")

@@ -264,7 +264,8 @@ class Pretraining:
                     self.folder.settle()
                     monitor.finish()
                 else:
-                    done = f"step {self.step} of {self.last_step} is done"
+                    limit = " (--max-steps)" if self.last_step < self.total_steps else ""
+                    done = f"step {self.step} of {self.last_step}{limit} is done"
                     telemetry.say(f"nothing left to do: {done}")
                     if not monitor.is_finished():
                         monitor.finish()  # the pictures, which a kill has prevented

@@ -15,12 +15,14 @@ class Recipe:
         command: starts it.
         published: the accuracy its authors report.
         settings: values of the configuration's fields; a flag given by hand goes before them.
+        published_for: other values of fields that `published` also speaks of.
     """
 
     source: str
     command: str
     published: str
     settings: dict[str, Any] = field(default_factory=dict)
+    published_for: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 _START = "deepspeed --num_gpus 8 train.py --deepspeed ds_configs/zero1.json --recipe "
@@ -71,6 +73,7 @@ RECIPES: dict[str, Recipe] = {
             "lr_min": 1e-6,
             "warmup_epoch": 5,
         },
+        published_for={"nce_k": (16384,)},
     ),
     "v2": Recipe(
         source="Chen et al. 2020, Improved Baselines with Momentum Contrastive Learning, table 1",
@@ -83,6 +86,7 @@ RECIPES: dict[str, Recipe] = {
             "nce_t": 0.2,
             "lr_scheduler": "cosine-epoch",
         },
+        published_for={"epochs": (800,)},
     ),
     "cifar10": Recipe(
         source="the official CIFAR-10 demo of MoCo",
@@ -109,6 +113,7 @@ RECIPES: dict[str, Recipe] = {
             "warmup_epoch": 0,
             "epochs": 200,
         },
+        published_for={"epochs": (400, 800), "symmetric": (True,)},
     ),
 }
 

@@ -146,10 +146,15 @@ def _nearest(
     return similarity, all_labels.flatten(1).gather(1, place)
 
 
-def is_labelled(data_dir: str | Path | ShardSource) -> bool:
-    """Whether every training picture has a label, so that kNN means something."""
-    labels = open_shards(data_dir, "train").labels
-    return len(labels) > 0 and int(labels.min()) >= 0
+def unlabelled_split(data_dir: str | Path | ShardSource) -> Shards | None:
+    """The first split, of those that kNN needs, with a picture without a label; None: all have."""
+    for split in ("train", "val"):
+        if split == "val" and not has_split(data_dir, "val"):
+            continue
+        shards = open_shards(data_dir, split)
+        if not len(shards.labels) or int(shards.labels.min()) < 0:
+            return shards
+    return None
 
 
 def bank_and_queries(

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import subprocess
+import tarfile
 import termios
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,33 @@ def test_unlabelled_pictures_train(tmp_path: Path) -> None:
     flags = ("--knn-freq", 1, "--epochs", 1, "--data-dir", shards, "--output-dir", tmp_path / "out")
     status, output = forked(*TINY, *flags)
     assert status == 0, output
-    assert "the pictures have no labels" in output
+    assert "the train pictures have no labels" in output
     (record,) = metrics(tmp_path / "out")
     assert "knn_top1" not in record
     assert (tmp_path / "out" / "neighbours.png").is_file()
+
+
+def test_val_tars_without_labels_end_no_run(tmp_path: Path) -> None:
+    """Tars of another program: train with labels, val without; the run is cut short, too."""
+    for split, labels in (("train", True), ("val", False)):
+        with tarfile.open(tmp_path / f"{split}-000000.tar", "w") as tar:
+            for i in range(8):
+                picture = tmp_path / "one.jpg"
+                write_picture(picture, seed=i)
+                tar.add(picture, f"{i:03d}.jpg")
+                if labels:
+                    (tmp_path / "one.cls").write_text(str(i % 2))
+                    tar.add(tmp_path / "one.cls", f"{i:03d}.cls")
+    out = tmp_path / "out"
+    flags = ("--knn-freq", 1, "--max-steps", 1, "--data-dir", tmp_path, "--output-dir", out)
+    status, output = forked(*TINY, *flags)
+    assert status == 0, output
+    assert "the val pictures have no labels" in output
+    assert "stopped after step 1 of 2 (--max-steps); the same command without it goes on" in output
+    assert "done:" not in output
+    assert (out / "neighbours.png").is_file()
+    _, again = forked(*TINY, *flags)
+    assert "nothing left to do: step 1 of 1 (--max-steps) is done" in again
 
 
 def test_a_terminal_gets_a_progress_bar(tiny_shards: Path, tmp_path: Path) -> None:

@@ -246,9 +246,25 @@ class TestMonitor:
         self, make_shards: MakeShards, picture_folder: Path
     ) -> None:
         flat = make_shards(picture_folder / "train" / "ash")
-        assert not knn.is_labelled(flat)
+        unlabelled = knn.unlabelled_split(flat)
+        assert unlabelled is not None and unlabelled.split == "train"
         with pytest.raises(UserError, match="needs labels"):
             monitor_of(flat)
+
+    def test_a_split_without_labels_is_named(
+        self, shards_of_pictures: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert knn.unlabelled_split(shards_of_pictures) is None
+
+        def opened(data_dir: Path, split: str) -> IndexedShards:
+            shards = IndexedShards.open(data_dir, split)
+            if split == "val":
+                shards.labels = np.full_like(shards.labels, -1)
+            return shards
+
+        monkeypatch.setattr(knn, "open_shards", opened)
+        unlabelled = knn.unlabelled_split(shards_of_pictures)
+        assert unlabelled is not None and unlabelled.split == "val"
 
 
 def test_every_output_that_can_be_chosen_exists() -> None:

@@ -1,0 +1,142 @@
+"""What a run says before its first step: what it is, and in what it is not its recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moco_scale import __version__, distributed
+from moco_scale.batchnorm import GroupedBatchNorm2d
+from moco_scale.config import Config
+from moco_scale.config_rules import build
+from moco_scale.data.mixed_shards import epoch_notes
+from moco_scale.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from moco_scale.pretrain import Pretraining
+
+_CHANCE = ("rng_seed",)
+"""Fields in which repetitions of one published run differ."""
+_FEW = 0.01  # of the published pictures, which may be missing
+
+
+def announcement(run: Pretraining, dropped: int) -> list[str]:
+    """The lines that a run begins its log with; every rank makes the same.
+
+    Args:
+        run: complete, at the step it starts from.
+        dropped: log lines of later steps that a resume has removed.
+    """
+    config, local = run.config, run.config.optim.batch_size // distributed.world_size()
+    recipe = RECIPES[config.recipe]
+    published = f"; published: {recipe.published}" if _is_published(config, len(run.shards)) else ""
+    lines = [
+        f"moco_scale {__version__}, recipe {config.recipe}: {config.model.model}, "
+        f"{config.data.dataset} in {config.source} ({len(run.shards)} pictures)",
+        f"source: {recipe.source}{published}",
+        *_changes(config),
+        f"{distributed.world_size()} process(es) on {run.device.type}, engine "
+        f"{config.run.engine}, {config.run.precision}; global batch {config.optim.batch_size}, "
+        f"{local} a process, {_groups(config.model.bn_group_size, local)}; "
+        f"{config.optim.epochs} epochs of {run.plan.steps_per_epoch} steps",
+        *epoch_notes(run.shards, run.plan.order),
+        *run.engine.notes,
+        *_extras(config),
+    ]
+    normalised = any(isinstance(m, GroupedBatchNorm2d) for m in run.engine.moco.modules())
+    if normalised and _shuffles_in_vain(config):
+        lines.append(
+            f"warning: the {config.optim.batch_size} images of a step are one BatchNorm group, so "
+            f"that --shuffle-bn {config.contrast.shuffle_bn} changes no statistics: queries and "
+            "keys share them, and the loss can fall without anything being learned. Choose a "
+            "--bn-group-size that is a part of the batch"
+        )
+    if run.resumed_from is not None:
+        again = f" ({dropped} later log lines dropped)" if dropped else ""
+        lines.append(f"resumed from {run.resumed_from} at step {run.step}{again}")
+    return lines
+
+
+def title(config: Config, pictures: int) -> str:
+    """What stands above a run's pictures."""
+    changed = "" if _is_published(config, pictures) else ", with other settings"
+    return f"{config.model.model} on {config.data.dataset}, recipe {config.recipe}{changed}"
+
+
+def changed(config: Config) -> dict[str, tuple[Any, Any]]:
+    """What defines the run and is not what its recipe says: (the recipe's, this run's) by field."""
+    # Crop, stem and statistics come with a data set: only the set itself is a change then.
+    recipe = build(config.recipe, {"dataset": config.data.dataset}).defining()
+    recipe["dataset"] = RECIPES[config.recipe].settings["dataset"]
+    now = config.defining()
+    return {name: (recipe[name], now[name]) for name in now if recipe[name] != now[name]}
+
+
+def _is_published(config: Config, pictures: int) -> bool:
+    """Whether the recipe's published figure is one of such a run."""
+    usual = RECIPES[config.recipe].published_for
+    for name, (_, value) in changed(config).items():
+        if name not in _CHANCE and value not in usual.get(name, ()):
+            return False
+    images = config.preset.images
+    return images is None or abs(pictures - images) <= _FEW * images
+
+
+def _changes(config: Config) -> list[str]:
+    """What is not the recipe's: what was asked for, and what had to follow from that."""
+    different = changed(config)
+    lines = []
+    group, warmup = different.get("bn_group_size"), different.get("warmup_epoch")
+    batch, epochs = config.optim.batch_size, config.optim.epochs
+    if group and batch % group[0]:
+        del different["bn_group_size"]
+        lines.append(
+            f"BatchNorm group {group[0]} -> {group[1]}: the recipe's does not divide the batch of "
+            f"{batch}"
+        )
+    if warmup and warmup[0] >= epochs:
+        del different["warmup_epoch"]
+        lines.append(
+            f"warm-up {warmup[0]} -> {warmup[1]}: the recipe's leaves nothing of {epochs} epochs"
+        )
+    if different:
+        words = (
+            f"--{name.replace('_', '-')} {_word(now)} ({_word(before)})"
+            for name, (before, now) in different.items()
+        )
+        lines.insert(0, f"not as in the recipe (its value in brackets): {', '.join(words)}")
+    return lines
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _groups(group: int, local: int) -> str:
+    if group <= local:
+        return f"BatchNorm groups of {group}"
+    return f"BatchNorm groups of {group}, each over {group // local} processes"
+
+
+def _shuffles_in_vain(config: Config) -> bool:
+    return (
+        config.contrast.shuffle_bn != "off"
+        and config.model.bn_group_size == config.optim.batch_size
+    )
+
+
+def _extras(config: Config) -> list[str]:
+    """What is done besides the usual."""
+    extras = []
+    if config.run.accumulation_steps > 1:
+        extras.append(f"{config.run.accumulation_steps} backward passes per step")
+    if config.optim.clip_grad:
+        extras.append(f"gradients are clipped at norm {config.optim.clip_grad}")
+    if config.run.activation_checkpointing:
+        extras.append("blocks are computed again in the backward pass")
+    if config.run.compile:
+        extras.append("blocks are compiled; the first steps take minutes")
+    return ["; ".join(extras)] if extras else []
