@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from moco_scale.allocator import keep_freed_memory
-from moco_scale.errors import RankError, UserError
+from moco_scale.errors import PeerLost, RankError, UserError
 from moco_scale.interfaces import name_interface
 from moco_scale.launchers import complete_environment, gpu_of, why_not_met
 from moco_scale.restarts import name_of_start
@@ -384,17 +386,84 @@ def agree(action: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def in_turn(action: Callable[[], T]) -> T:
+def in_turn(
+    action: Callable[[Callable[[], None]], T], alive: Callable[[], None] = lambda: None
+) -> T:
     """Run something on every rank: rank 0 first, then the first of every host, then the others.
 
     For what leaves something behind that later processes find, on a shared disk or on their own.
+    It may take any time, as long as it gets on.
+
+    Args:
+        action: given a function to call, from any thread, whenever it has got on.
+        alive: called on every rank, now and then, while those whose turn it is get on.
 
     Raises:
         UserError: that of the lowest rank in whose turn ``action`` raised one.
+        PeerLost: nobody whose turn it is has got on for as long as a collective may take.
     """
     turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
-    results = [agree(lambda now=now: action() if turn == now else None) for now in range(3)]  # type: ignore[misc]
+    results = [agree(lambda now=now: _turn(action, turn == now, alive)) for now in range(3)]  # type: ignore[misc]
     return cast(T, results[turn])
+
+
+def _turn(
+    action: Callable[[Callable[[], None]], T], mine: bool, alive: Callable[[], None]
+) -> T | None:
+    if world_size() == 1:
+        return action(alive)
+    if not mine:
+        _until_all_are_done(lambda wait: (False, 0), alive)
+        return None
+    done, signs, met = threading.Event(), [0], list[Exception]()
+
+    def sign() -> None:
+        signs[0] += 1
+
+    def report() -> None:
+        try:
+            _until_all_are_done(lambda wait: (not done.wait(wait), signs[0]), alive)
+        except Exception as error:
+            met.append(error)
+
+    # This rank's only messages meanwhile: the action sends none.
+    reporting = threading.Thread(target=report, name="turn", daemon=True)
+    reporting.start()
+    try:
+        result = action(sign)
+    finally:
+        done.set()
+        reporting.join()
+    if met:
+        raise met[0]
+    return result
+
+
+def _until_all_are_done(
+    state: Callable[[float], tuple[bool, int]], alive: Callable[[], None]
+) -> None:
+    """Exchange small messages until no rank is at work any more.
+
+    state: given how long it may wait for the end, says whether this rank is at work and how often
+    it has got on. Raises PeerLost, on all ranks at once.
+    """
+    wait, before, since = 0.01, -1, time.monotonic()
+    while True:
+        working, signs = state(wait)
+        now = time.monotonic()
+        late = now - since > _timeout.total_seconds()
+        at_work, signs, given_up = sum_(torch.tensor([working, signs, late])).tolist()
+        if not at_work:
+            return
+        if signs != before:
+            before, since = signs, now
+            alive()
+        elif given_up:
+            raise PeerLost(
+                f"{at_work} rank(s) have been preparing data, and have not got on for "
+                f"{now - since:.0f} s"
+            )
+        wait = min(1.0, 2 * wait)
 
 
 def on_main(action: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,15 +59,17 @@ class Machine(NamedTuple):
     clock: float
 
 
-def run(config: Config) -> None:
+def run(config: Config, alive: Callable[[], None] = lambda: None) -> None:
     """Check everything, print it on rank 0; all ranks call it.
+
+    alive: called now and then while an index is made, which may take hours.
 
     Raises:
         UserError: something would keep the run from starting or from going on.
     """
     started = time.monotonic()
     identity.require_alike(identity.of_run(config))
-    shards, plan = open_data(config)
+    shards, plan = open_data(config, alive)
     resumed_from, free = _try_folder(RunFolder(config, shards.fingerprint))
     machines = distributed.gather_objects(look())
     share = config.optim.batch_size // distributed.world_size()

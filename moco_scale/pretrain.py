@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,14 +42,17 @@ from moco_scale.telemetry import Meters, Telemetry
 from moco_scale.timing import Phases
 
 
-def open_data(config: Config) -> tuple[Shards, BatchPlan]:
+def open_data(config: Config, alive: Callable[[], None] = lambda: None) -> tuple[Shards, BatchPlan]:
     """The pictures of a run and its batches, the same on all ranks, which all call it.
+
+    alive: called now and then while some rank makes an index, which may take hours.
 
     Raises:
         UserError: the data cannot be read, or differs between ranks, or does not fill a batch that
             the ranks can share.
     """
-    shards = distributed.in_turn(lambda: open_shards(config.source, "train"))
+    opened = partial(open_shards, config.source, "train")
+    shards = distributed.in_turn(opened, alive)
     identity.require_alike({"index of --data-dir": shards.fingerprint}, identity.SAME_DATA)
     order = shards.order(config.optim.rng_seed, config.data.shuffle_window)
     batch = config.optim.batch_size
@@ -75,7 +80,7 @@ class Pretraining:
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
         identity.require_alike(identity.of_run(config))
-        self.shards, self.plan = open_data(config)
+        self.shards, self.plan = open_data(config, self.phases.alive)
         self.decoder = distributed.agree(self._decoder)
         self.cache = distributed.agree(self._cache)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from moco_scale.data.remote import Body, FetchError, Place
+from moco_scale.data.progress import gets_on
+from moco_scale.data.remote import Body, FetchError, FileState, Place
 from moco_scale.errors import UserError
 
 _WRONG_AT_MOST = 3  # a file that arrives whole and wrong so often is wrong over there
@@ -25,6 +26,10 @@ class RemoteFile(NamedTuple):
     bytes: int | None = None
     checksum: str | None = None
     """Hex BLAKE2b-128 of its bytes."""
+    version: str = ""
+    """Differs where what lies under this name does; "" where one index goes with one version."""
+    scan: str = ""
+    """Where it is kept what the file holds, if that was found out here and no index says it."""
 
 
 class Sink(Protocol):
@@ -81,28 +86,56 @@ def download(
     transfer = _Transfer(place, file, sink, stopped)
     if held:
         transfer.resume(held)
-    failures: Counter[str] = Counter()
-    started = advanced = time.monotonic()
-    furthest, idle = held, 0
+    attempts = _Attempts(place, file, patience, held)
     while True:
-        wait = 0.0
         try:
             transfer.attempt()
             return
         except FetchError as error:
-            now = time.monotonic()
-            failures[str(error)] += 1
-            if transfer.furthest > furthest:
-                furthest, advanced, idle = transfer.furthest, now, 0
-            hopeless = not error.passing or transfer.wrong >= _WRONG_AT_MOST
-            wait = min(patience.longest_wait, patience.first_wait * 2**idle)
-            wait = max(error.wait, wait * _jitter.uniform(0.5, 1.0))
-            idle += 1
-            if hopeless or now + wait - advanced > patience.give_up:
-                raise UserError(
-                    _gave_up(place, file, failures, str(error), now - started)
-                ) from None
+            hopeless = transfer.wrong >= _WRONG_AT_MOST
+            wait = attempts.failed(error, transfer.furthest, hopeless)
         _sleep(wait, stopped)
+
+
+def state_of(place: Place, file: RemoteFile, patience: Patience) -> FileState:
+    """What a place says of a file without sending it. Raises UserError as `download` does."""
+    attempts = _Attempts(place, file, patience)
+    while True:
+        try:
+            return place.state(file.name)
+        except FetchError as error:
+            wait = attempts.failed(error)
+        _sleep(wait, never)
+
+
+class _Attempts:
+    """How long to go on trying, and what to say in the end."""
+
+    def __init__(self, place: Place, file: RemoteFile, patience: Patience, held: int = 0) -> None:
+        self._place, self._file, self._patience = place, file, patience
+        self._failures: Counter[str] = Counter()
+        self._started = self._advanced = time.monotonic()
+        self._furthest, self._idle = held, 0
+
+    def failed(self, error: FetchError, furthest: int = 0, hopeless: bool = False) -> float:
+        """Seconds to wait before the next attempt. furthest: bytes there are by now, at best.
+
+        Raises UserError: there is to be none.
+        """
+        now, patience = time.monotonic(), self._patience
+        self._failures[str(error)] += 1
+        if furthest > self._furthest:
+            self._furthest, self._advanced, self._idle = furthest, now, 0
+        wait = min(patience.longest_wait, patience.first_wait * 2**self._idle)
+        wait = max(error.wait, wait * _jitter.uniform(0.5, 1.0))
+        self._idle += 1
+        late = now + wait - self._advanced > patience.give_up
+        if hopeless or late or not error.passing:
+            seconds = now - self._started
+            raise UserError(
+                _gave_up(self._place, self._file, self._failures, str(error), seconds)
+            ) from None
+        return wait
 
 
 class _Transfer:
@@ -162,6 +195,7 @@ class _Transfer:
                 self.wrong += 1
                 raise FetchError(f"more than the {wanted} bytes its index says arrived")
             self.furthest = max(self.furthest, self._offset)
+            gets_on()
         whole = wanted if wanted is not None else body.total
         if whole is not None and self._offset < whole:
             raise FetchError("the connection ended early")
@@ -187,18 +221,26 @@ def _gave_up(
     count = sum(failures.values())
     where = f"{file.name} could not be fetched from {place.address(file.name)}"
     if count == 1:
-        return f"{where}: {last}. {_advice(last)}"
+        return f"{where}: {last}. {_advice(last, file)}"
     each = ", ".join(f"{number} x {reason}" for reason, number in failures.most_common(5))
-    return f"{where}: given up after {count} attempts in {seconds:.0f} s ({each}). {_advice(last)}"
+    tried = f"given up after {count} attempts in {seconds:.0f} s ({each})"
+    return f"{where}: {tried}. {_advice(last, file)}"
 
 
-def _advice(reason: str) -> str:
+def _advice(reason: str, file: RemoteFile) -> str:
     if "checksum" in reason or "index says" in reason:
+        if file.scan:
+            return (
+                "It was replaced since it was indexed: start again in a minute, and it is indexed "
+                f"again. Where the server does not tell the two apart, remove {file.scan} first"
+            )
         return (
             "What lies there is not what was made: copy the shards there again, all of one making "
             "and with their index"
         )
     if "404" in reason or "NotFound" in reason:
+        if file.scan:
+            return "There is no such tar: check the address, and the range of numbers in its braces"
         return "Check the address; it names the folder that holds the shards and their index.json"
     if "401" in reason or "403" in reason or "Permission" in reason or "Credentials" in reason:
         return "Check the credentials, and that they allow reading there"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from moco_scale.data import index, index_file
 from moco_scale.data.mixed_shards import MixedShards, split_mixture
-from moco_scale.data.remote import is_remote
+from moco_scale.data.progress import heard_by
+from moco_scale.data.remote import check_address, is_remote, names_remote
 from moco_scale.data.remote_shards import has_remote_split, open_remote
 from moco_scale.data.remote_tars import is_remote_pattern, open_remote_tars, remote_tars
 from moco_scale.data.scanned_index import open_scanned
@@ -17,18 +19,25 @@ from moco_scale.data.shard_source import ShardSource
 from moco_scale.errors import UserError
 
 
-def open_shards(source: str | Path | ShardSource, split: str) -> Shards:
+def open_shards(
+    source: str | Path | ShardSource, split: str, gets_on: Callable[[], None] | None = None
+) -> Shards:
     """The pictures of one split of a data set, checked to be all there.
 
     source, as `--data-dir` names it: a folder that `python -m moco_scale shard` has made, or its
     address; a folder of tars that were written elsewhere, or a pattern of such (see `list_shards`)
     or of their addresses (see `remote_tars`), which are indexed on first use; or several of these
     with weights, `A:0.7,B:0.3` (see `split_mixture`). Of several sets all must have a train split;
-    other splits are those of the sets that have them.
+    other splits are those of the sets that have them. gets_on: called whenever an index that takes
+    long to make has got on, from any thread.
 
     Raises UserError: there is no such data set or split, or something in it is missing or damaged.
     """
-    source = _source(source)
+    with heard_by(gets_on):
+        return _open(_source(source), split)
+
+
+def _open(source: ShardSource, split: str) -> Shards:
     named = split_mixture(source.spec)
     each = [replace(source, spec=part.spec) for part in named]
     if len(named) == 1:
@@ -58,6 +67,8 @@ def _source(source: str | Path | ShardSource) -> ShardSource:
 
 
 def _open_one(source: ShardSource, split: str) -> Shards:
+    if names_remote(source.spec):
+        check_address(source.spec)
     if is_remote(source.spec):
         pattern = is_remote_pattern(source.spec)
         return open_remote_tars(source, split) if pattern else open_remote(source, split)

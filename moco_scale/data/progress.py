@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 _LINE_SECONDS = 10.0
+_listeners: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def heard_by(listener: Callable[[], None] | None) -> Iterator[None]:
+    """Within, `listener` is called whenever long work of this process gets on, from any thread."""
+    if listener is None:
+        yield
+        return
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def gets_on() -> None:
+    """Long work has got on: let those know who wait for it."""
+    for listener in _listeners:
+        listener()
 
 
 class Progress:
@@ -30,6 +52,7 @@ class Progress:
 
     def add(self, count: int) -> None:
         self._count += count
+        gets_on()
         if self._bar is not None:
             self._bar.update(count)
         elif time.monotonic() >= self._quiet_until:

@@ -20,7 +20,7 @@ import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from moco_scale.errors import UserError
 
@@ -33,6 +33,7 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _USER = re.compile(r"//[^/\s]*@")  # up to the last @: a password may have one
 _SIGNATURE = re.compile(r"(://(?:\{[^{}]*\}|[^?#,])*?)/*[?#][^,]*")
 _SIGNATURE_IN_TEXT = re.compile(r"(://[^?#,\s'\"]*?)/*[?#][^,\s'\"]*")
+_HOST_IN_BRACKETS = re.compile(r"//([^/]*@)?\[[0-9a-fA-F:.%]*\]")
 # What may stand in a path or after its ?, a % of the user's own included.
 _SAFE = "/%:@!$&'()*+,;=~"
 # Statuses that tell of the moment rather than of the file.
@@ -50,6 +51,25 @@ class FetchError(Exception):
     def __init__(self, message: str, *, passing: bool = True, wait: float = 0.0) -> None:
         super().__init__(message)
         self.passing, self.wait = passing, wait
+
+
+class FileState(NamedTuple):
+    """What a place says of a file without sending it; None and "" where it does not say."""
+
+    bytes: int | None = None
+    tag: str = ""
+    """Of its content: an ETag, a generation."""
+    changed: str = ""
+    """When it was."""
+
+    def same(self, other: FileState) -> bool:
+        """Whether nothing speaks for a change. Servers that share the work may give tags, or
+        times, of their own: one of the two is enough."""
+        if self.bytes != other.bytes:
+            return False
+        pairs = [(self.tag, other.tag), (self.changed, other.changed)]
+        known = [one == two for one, two in pairs if one and two]
+        return any(known) or not known
 
 
 class Body(ABC):
@@ -82,6 +102,10 @@ class Place(ABC):
     def open(self, name: str, start: int) -> contextlib.AbstractContextManager[Body]:
         """A file's bytes from `start` on. Raises FetchError."""
 
+    def state(self, name: str) -> FileState:
+        """What is known of a file without fetching it. Raises FetchError."""
+        return FileState()
+
 
 def is_remote(spec: str) -> bool:
     """Whether a data set's name is an address."""
@@ -91,6 +115,27 @@ def is_remote(spec: str) -> bool:
 def names_remote(spec: str) -> bool:
     """Whether an address is part of it, as in a mixture of several data sets."""
     return PIPE in spec or _SCHEME.search(spec) is not None
+
+
+def check_address(spec: str) -> None:
+    """UserError where an address is written as if what lies there could be listed or joined."""
+    if spec.startswith(PIPE):
+        return
+    if "::" in _HOST_IN_BRACKETS.sub("//", spec):
+        raise UserError(
+            f"--data-dir {shown(spec)}: sets that lie elsewhere are not joined by ::; name them as "
+            "a mixture, with a comma between them, or all tars by one pattern with braces"
+        )
+    _, _, below = spec.partition("://")[2].partition("/")
+    path, _, query = below.partition("?")
+    signs = [sign for sign in "*[" if sign in path]
+    if query.lower().endswith(".tar"):
+        signs.append("?")
+    if signs:
+        raise UserError(
+            f"--data-dir {shown(spec)}: what lies at an address is not listed, so {signs[0]} "
+            "stands for nothing there; name tars by braces, as in train-{000000..000099}.tar"
+        )
 
 
 def place(spec: str, allow_pipe: bool) -> Place:
@@ -154,8 +199,22 @@ class HttpPlace(Place):
 
     @contextlib.contextmanager
     def open(self, name: str, start: int) -> Iterator[Body]:
-        headers = self._headers | ({"Range": f"bytes={start}-"} if start else {})
-        request = urllib.request.Request(self._url(name), headers=headers)
+        with self._answer(name, {"Range": f"bytes={start}-"} if start else {}) as answer:
+            yield _HttpBody(answer, start)
+
+    def state(self, name: str) -> FileState:
+        # Not HEAD, which an address that is signed for reading may refuse.
+        with self._answer(name, {"Range": "bytes=0-0"}) as answer:
+            headers = answer.headers
+            return FileState(
+                _HttpBody(answer, 0).total,
+                headers.get("ETag", ""),
+                headers.get("Last-Modified", ""),
+            )
+
+    @contextlib.contextmanager
+    def _answer(self, name: str, headers: dict[str, str]) -> Iterator[Any]:
+        request = urllib.request.Request(self._url(name), headers=self._headers | headers)
         if self._authorization is not None:
             request.add_unredirected_header(_AUTHORIZATION, self._authorization)
         try:
@@ -166,7 +225,7 @@ class HttpPlace(Place):
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise FetchError(_network_reason(error)) from None
         with answer:
-            yield _HttpBody(answer, start)
+            yield answer
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -214,7 +273,10 @@ class _HttpBody(Body):
 
 
 def _http_error(error: urllib.error.HTTPError) -> FetchError:
-    asked = error.headers.get("Retry-After", "") if error.headers else ""
+    headers: Any = error.headers or {}
+    if error.code == 416 and headers.get("Content-Range", "").replace(" ", "") == "bytes*/0":
+        return FetchError("it is empty: 0 bytes", passing=False)
+    asked = headers.get("Retry-After", "")
     wait = float(asked) if asked.isdigit() else 0.0
     passing = error.code in _PASSING
     return FetchError(
@@ -269,6 +331,22 @@ class FsspecPlace(Place):
             except Exception as error:
                 raise _store_error(error) from None
             yield body
+
+    def state(self, name: str) -> FileState:
+        try:
+            found = self._file_system().info(f"{self._spec}/{name}")
+        except Exception as error:
+            raise _store_error(error) from None
+
+        def first(*keys: str) -> str:
+            return next((str(found[key]) for key in keys if found.get(key)), "")
+
+        size = found.get("size")
+        return FileState(
+            size if isinstance(size, int) else None,
+            first("ETag", "etag", "generation", "md5Hash"),
+            first("LastModified", "last_modified", "updated", "mtime"),
+        )
 
 
 class _FileBody(Body):

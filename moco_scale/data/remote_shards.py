@@ -49,7 +49,13 @@ class RemoteShards(index.IndexedShards):
         super().__init__(folder / SHARDS, split, header, rows, selection, index_dir, name)
         self._folder, self._place, self._cache = folder, place, cache
         self._files = [
-            RemoteFile(shard["name"], int(shard["bytes"]), shard.get("checksum"))
+            RemoteFile(
+                shard["name"],
+                int(shard["bytes"]),
+                shard.get("checksum"),
+                shard.get("version", ""),
+                shard.get("scan", ""),
+            )
             for shard in header["splits"][split]["shards"]
         ]
 

@@ -1,32 +1,40 @@
 """Tars elsewhere that have no index: all of them are fetched once to make it.
 
 The index is kept in the user's cache (``$MOCO_SCALE_CACHE/index`` or ``~/.cache/moco_scale/index``)
-and not beside the shards, so that the nodes of a cluster that share a home make it once.
+and not beside the shards, so that the nodes of a cluster that share a home make it once. What each
+tar holds is kept there too, as soon as it is known: who is interrupted goes on from there, and
+where tars were replaced, only those are fetched and scanned again.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import os
+import shutil
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from moco_scale.data import index_file
-from moco_scale.data.download import RemoteFile
+from moco_scale.data.download import RemoteFile, state_of
 from moco_scale.data.progress import Progress
-from moco_scale.data.remote import Place, place
+from moco_scale.data.remote import FileState, Place, place, shown
 from moco_scale.data.remote_shards import RemoteShards
+from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_path, version_of
 from moco_scale.data.scanned_index import alone, write_index
-from moco_scale.data.shard_cache import ShardCache, cache_home, shard_path
-from moco_scale.data.shard_list import expand_braces, splits_of
+from moco_scale.data.shard_cache import cache_home, shard_path, write_once
+from moco_scale.data.shard_list import COMPRESSED_TAR, expand_braces, splits_of
 from moco_scale.data.shard_source import ShardSource
-from moco_scale.data.tar_scan import ShardScan, scan_tar
+from moco_scale.data.tar_scan import scan_tar
 from moco_scale.errors import UserError
 
 _FETCHERS = 4
+_ASKERS = 16
+_FRESH = 60.0  # seconds for which what was asked of all tars need not be asked again
 
 
 class RemoteTars(NamedTuple):
@@ -37,21 +45,37 @@ class RemoteTars(NamedTuple):
     splits: dict[str, list[str]]
     """Names below it, in the order of the pattern."""
 
+    @property
+    def names(self) -> list[str]:
+        return [name for members in self.splits.values() for name in members]
+
 
 def is_remote_pattern(spec: str) -> bool:
-    """Whether an address stands for several."""
-    return not spec.startswith("pipe:") and "{" in spec
+    """Whether an address stands for tars and not for a folder of shards with their index."""
+    path = spec.partition("?")[0]
+    below = path.partition("://")[2].partition("/")[2]
+    is_tar = below.lower().endswith(".tar") or COMPRESSED_TAR.search(below) is not None
+    return not spec.startswith("pipe:") and ("{" in path or is_tar)
 
 
 def remote_tars(source: ShardSource) -> RemoteTars:
     """The tars that a pattern such as `https://host/train-{000000..000099}.tar` names.
 
     Splits are told by their names, as those of tars in a folder. Raises UserError: as `place`,
-    `expand_braces` and `splits_of` do.
+    `expand_braces` and `splits_of` do; tars are compressed, or named twice.
     """
     path, mark, query = source.spec.partition("?")
-    folder = path[: path.index("{")].rpartition("/")[0]
+    folder = path.partition("{")[0].rpartition("/")[0]
     names = expand_braces(path[len(folder) + 1 :])
+    if len(set(names)) < len(names):
+        raise UserError(f"{source} names a tar twice")
+    for name in names:
+        if COMPRESSED_TAR.search(name):
+            raise UserError(
+                f"{shown(folder)}/{name} is compressed: pictures in it cannot be reached on their "
+                "own. Decompress it and its like where they lie; tars of pictures need no "
+                "compression"
+            )
     splits: dict[str, list[str]] = {}
     # Nothing is looked up: these paths are names with slashes.
     told = splits_of(str(source), [Path("/") / name for name in names], Path("/"))
@@ -71,20 +95,10 @@ def open_remote_tars(source: ShardSource, split: str) -> RemoteShards:
             f"{name} has no split {split!r}; by their names its tars are: "
             f"{', '.join(sorted(tars.splits))}."
         )
-    key = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-    folder, index_dir = cache.root / f"tars-{key}", cache_home() / "index" / f"remote-{key}"
+    indexing = _Indexing(source, tars)
+    index_dir = indexing.done()
     try:
-        index_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"The index of {name} cannot be written to {index_dir}: {error.strerror or error}. "
-            "Name a folder that can be written in the environment variable MOCO_SCALE_CACHE."
-        ) from error
-    path = index_dir / index_file.INDEX_JSON
-    with alone(index_dir / ".lock", f"{name}: another process makes the index; waiting"):
-        if not path.exists():
-            _build(name, tars, cache, folder, index_dir)
-    try:
+        path = index_dir / index_file.INDEX_JSON
         header = index_file.parse_header(path.read_bytes(), path, anywhere=True)
         rows = index_file.read_rows(index_dir, split, header)
     except (OSError, UserError) as error:
@@ -92,35 +106,138 @@ def open_remote_tars(source: ShardSource, split: str) -> RemoteShards:
             f"The index of {name} in {index_dir} cannot be used ({error}); remove that folder to "
             "make it again"
         ) from error
+    folder = indexing.folder
     return RemoteShards(index_dir, split, header, rows, None, name, folder, tars.place, cache)
 
 
-def _build(name: str, tars: RemoteTars, cache: ShardCache, folder: Path, index_dir: Path) -> None:
-    started = time.monotonic()
-    names = [tar for members in tars.splits.values() for tar in members]
-    scan = functools.partial(_scan, tars.place, cache, folder)
-    scans, sizes, checksums = [], {}, {}
-    pool = ThreadPoolExecutor(_FETCHERS)
-    try:
-        with Progress(f"fetching and indexing {name}", len(names), "shards") as progress:
-            for tar, (found, size, checksum) in zip(names, pool.map(scan, names), strict=True):
-                scans.append(found)
-                sizes[tar], checksums[tar] = size, checksum
-                progress.add(1)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    write_index(name, tars.splits, scans, sizes, index_dir, started, checksums)
+class _Indexing:
+    """Making, or finding, the index of a set of such tars.
 
+    Attributes:
+        folder: of the set in the cache.
+    """
 
-def _scan(place: Place, cache: ShardCache, folder: Path, name: str) -> tuple[ShardScan, int, str]:
-    """What a tar holds, its size and its checksum."""
-    file = RemoteFile(name)
-    with cache.hold(place, folder, file) as held:
-        path = shard_path(folder, file)
+    def __init__(self, source: ShardSource, tars: RemoteTars) -> None:
+        self._name, self._tars, self._cache = str(source), tars, source.cache
+        # A signature changes from day to day; what else an address says, the tars depend on.
+        http = source.spec.lower().startswith("http")
+        self._identity = self._name if http else source.spec
+        self._key = hashlib.blake2b(self._identity.encode(), digest_size=8).hexdigest()
+        self.folder = source.cache.root / f"tars-{self._key}"
+        self._home = cache_home() / "index"
+        self._scans = self._home / "scans"
+        self._stamp = self._home / f"remote-{self._key}.checked"
+        self._stopped = threading.Event()
+
+    def done(self) -> Path:
+        """The folder of the index, made if there is none yet. Raises UserError."""
+        waiting = f"{self._name}: another process makes the index; waiting"
+        with self._written():
+            self._scans.mkdir(parents=True, exist_ok=True)
+            with alone(self._home / f"remote-{self._key}.lock", waiting, self._scans):
+                found = self._just_checked()
+                if found is None:
+                    found = self._made()
+                    write_once(self._stamp, found.name.encode())
+                return found
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
         try:
-            scan = scan_tar(path)
-        except UserError as error:
-            path.unlink(missing_ok=True)
-            raise UserError(str(error).replace(str(path), place.address(name))) from None
-        digest = hashlib.file_digest(held, lambda: hashlib.blake2b(digest_size=16))  # type: ignore[arg-type, return-value]
-        return scan, os.fstat(held.fileno()).st_size, digest.hexdigest()
+            yield
+        except OSError as error:
+            raise UserError(
+                f"The index of {self._name} cannot be written to {self._home}: "
+                f"{error.strerror or error}. Name a folder that can be written in the environment "
+                "variable MOCO_SCALE_CACHE."
+            ) from error
+
+    def _just_checked(self) -> Path | None:
+        """The index that another process has just found to be right: not every rank asks."""
+        with contextlib.suppress(OSError):
+            if abs(time.time() - self._stamp.stat().st_mtime) < _FRESH:
+                found = self._home / self._stamp.read_text(encoding="ascii")
+                if (found / index_file.INDEX_JSON).exists():
+                    return found
+        return None
+
+    def _made(self) -> Path:
+        started = time.monotonic()
+        scans = self._all_scans()
+        versions = hashlib.blake2b(digest_size=6)
+        for name, saved in scans.items():
+            versions.update(f"{name}\0{saved.version}\n".encode())
+        found = self._home / f"remote-{self._key}-{versions.hexdigest()}"
+        if (found / index_file.INDEX_JSON).exists():
+            return found
+        sizes = {name: saved.bytes for name, saved in scans.items()}
+        remarks = {
+            name: {
+                "checksum": saved.checksum,
+                "version": saved.version,
+                "scan": str(scan_path(self._scans, self._address(name))),
+            }
+            for name, saved in scans.items()
+        }
+        every = [saved.scan for saved in scans.values()]
+        write_index(self._name, self._tars.splits, every, sizes, found, started, remarks)
+        for old in self._home.glob(f"remote-{self._key}-*"):  # of the tars as they were before
+            if old != found:
+                shutil.rmtree(old, ignore_errors=True)
+        return found
+
+    def _all_scans(self) -> dict[str, SavedScan]:
+        """Of every tar, in order; those that are not known or have changed are fetched."""
+        names, scans = self._tars.names, dict[str, SavedScan]()
+        with ThreadPoolExecutor(_ASKERS) as askers:
+            states = dict(zip(names, askers.map(self._state, names), strict=True))
+        for name in names:
+            saved = load_scan(self._scans, self._address(name))
+            if saved is not None and saved.state.same(states[name]):
+                scans[name] = saved
+        missing = [name for name in names if name not in scans]
+        if missing:
+            label = f"fetching and indexing {self._name}"
+            with self._fetchers() as fetchers, Progress(label, len(names), "shards") as progress:
+                progress.add(len(scans))
+                found = fetchers.map(lambda name: self._scan(name, states[name]), missing)
+                for name, saved in zip(missing, found, strict=True):
+                    scans[name] = saved
+                    progress.add(1)
+        return {name: scans[name] for name in names}
+
+    @contextlib.contextmanager
+    def _fetchers(self) -> Iterator[ThreadPoolExecutor]:
+        pool = ThreadPoolExecutor(_FETCHERS)
+        try:
+            yield pool
+        finally:  # an error or an interruption does not wait for what is on its way
+            self._stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _address(self, name: str) -> str:
+        return f"{self._identity.partition('{')[0].rpartition('/')[0]}/{name}"
+
+    def _file(self, name: str, state: FileState) -> RemoteFile:
+        scan = str(scan_path(self._scans, self._address(name)))
+        return RemoteFile(name, state.bytes, version=version_of(state), scan=scan)
+
+    def _state(self, name: str) -> FileState:
+        file = self._file(name, FileState())
+        return state_of(self._tars.place, file, self._cache.patience)
+
+    def _scan(self, name: str, state: FileState) -> SavedScan:
+        """Fetch a tar, see what it holds, and keep that."""
+        file, where = self._file(name, state), self._tars.place
+        with self._cache.hold(where, self.folder, file, stopped=self._stopped.is_set) as held:
+            path = shard_path(self.folder, file)
+            try:
+                scan = scan_tar(path)
+            except UserError as error:
+                path.unlink(missing_ok=True)
+                raise UserError(str(error).replace(str(path), where.address(name))) from None
+            digest = hashlib.file_digest(held, lambda: hashlib.blake2b(digest_size=16))  # type: ignore[arg-type, return-value]
+            size = os.fstat(held.fileno()).st_size
+        saved = SavedScan(scan, size, digest.hexdigest(), state)
+        save_scan(self._scans, self._address(name), saved)
+        return saved

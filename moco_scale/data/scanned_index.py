@@ -24,7 +24,7 @@ import numpy as np
 
 from moco_scale.data import index, index_file
 from moco_scale.data.pool import BrokenProcessPool, in_order
-from moco_scale.data.progress import Progress
+from moco_scale.data.progress import Progress, gets_on
 from moco_scale.data.shard_cache import cache_home
 from moco_scale.data.shard_list import ShardList
 from moco_scale.data.tar_scan import ShardScan, dots_problem, scan_tar
@@ -35,6 +35,7 @@ FOLDER = ".moco_scale-index"
 _RULES = b"2"  # by which pictures and labels are found: an index made by others is made again
 _MOST_WORKERS = 32
 _MOST_CLASSES = 1 << 20
+_POLL = 0.2  # seconds between looks at a lock
 
 
 class _Key(NamedTuple):
@@ -129,9 +130,12 @@ def _can_write(place: Path) -> bool:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, waiting: str) -> Iterator[None]:
+def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[None]:
     """One process at a time, on file systems that can lock; elsewhere work may be done twice, and
-    whole files replace each other."""
+    whole files replace each other.
+
+    works_in: a folder that shows, by files that come, that the process waited for gets on.
+    """
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
@@ -140,8 +144,22 @@ def alone(lock: Path, waiting: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(waiting, file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _lock_in_the_end(file, works_in)
         yield
+
+
+def _lock_in_the_end(file: int, works_in: Path | None) -> None:
+    before = -1
+    while True:
+        time.sleep(_POLL)
+        with contextlib.suppress(FileNotFoundError):
+            now = -1 if works_in is None else works_in.stat().st_mtime_ns
+            if now != before:
+                gets_on()
+            before = now
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
 
 
 def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) -> None:
@@ -158,12 +176,12 @@ def write_index(
     sizes: Mapping[str, int],
     folder: Path,
     started: float,
-    checksums: Mapping[str, str] | None = None,
+    remarks: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
     """Write the index of scanned tars to a folder, and say so.
 
-    splits: the tars' names. scans: of all of them in this order. sizes, checksums: by name, the
-    latter hex BLAKE2b-128. started: when the work began, by `time.monotonic`.
+    splits: the tars' names. scans: of all of them in this order. sizes, remarks: by name, the
+    latter what else index.json says of it. started: when the work began, by `time.monotonic`.
 
     Raises UserError: names with several dots of which it cannot be told what they mean; it cannot
     be written.
@@ -199,8 +217,10 @@ def write_index(
                 [index_rows(number, scan, place) for number, (_, scan) in enumerate(chosen)]
             )
             entry = [(name, sizes[name], len(scan.offset)) for name, scan in chosen]
-            sums = None if checksums is None else [checksums[name] for name, _ in chosen]
-            header["splits"][split] = index_file.split_entry(split, rows, entry, sums)
+            described = index_file.split_entry(split, rows, entry)
+            for shard in described["shards"]:
+                shard |= remarks[shard["name"]] if remarks is not None else {}
+            header["splits"][split] = described
             save_rows(folder / index_file.index_name(split), rows)
         write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1))
         sync_folder(folder)

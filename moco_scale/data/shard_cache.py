@@ -54,7 +54,8 @@ def size_text(size: int) -> str:
 
 def shard_path(folder: Path, file: RemoteFile) -> Path:
     """Where a shard of a set is kept; its name may have folders in it."""
-    return folder / SHARDS / urllib.parse.quote(file.name, safe="")
+    version = f".{file.version}" if file.version else ""
+    return folder / SHARDS / (urllib.parse.quote(file.name, safe="") + version)
 
 
 class NoRoom(Exception):

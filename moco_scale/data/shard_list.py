@@ -16,7 +16,7 @@ from moco_scale.errors import UserError
 JOIN = "::"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
+COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
 _UNPACK = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
@@ -60,7 +60,7 @@ def list_shards(spec: str) -> ShardList | None:
     if not paths:
         return None
     for path in paths:
-        if _COMPRESSED_TAR.search(path.name):
+        if COMPRESSED_TAR.search(path.name):
             raise _refuse_compressed(path)
     absolute = [Path(os.path.abspath(path)) for path in paths]
     if len(set(absolute)) < len(absolute):
@@ -143,7 +143,7 @@ def _tars(folder: Path) -> list[Path]:
     return [
         folder / name
         for name in names
-        if (name.lower().endswith(".tar") or _COMPRESSED_TAR.search(name))
+        if (name.lower().endswith(".tar") or COMPRESSED_TAR.search(name))
         and not name.startswith((".", "ILSVRC2012_"))
     ]
 

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.monotonic()
     folder = Path(args.output_dir)
-    distributed.in_turn(lambda: open_shards(_source(args), "train"))  # which may index them
+    distributed.in_turn(partial(open_shards, _source(args), "train"))  # which may index them
     failure: UserError | None = None
     try:
         earlier = _prepare(folder) if distributed.is_main() else {}

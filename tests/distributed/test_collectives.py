@@ -3,6 +3,7 @@
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from moco_scale import command_line, distributed
 from moco_scale.encoders import build_encoder
 from moco_scale.engines import make_engine
-from moco_scale.errors import RankError, UserError
+from moco_scale.errors import PeerLost, RankError, UserError
 from moco_scale.moco import MoCo
 
 ROWS = [[3, 1, 2, 4], [0, 2, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0]]
@@ -165,15 +166,21 @@ def turns() -> tuple[set[int], str]:
     rank = distributed.rank()
     folder = Path(distributed.broadcast_object(tempfile.mkdtemp() if rank == 0 else ""))
 
-    def action() -> set[int]:
+    signs: list[int] = []
+
+    def action(gets_on: Callable[[], None]) -> set[int]:
+        gets_on()
+        while not signs:  # the others are told, and so is this rank
+            time.sleep(0.01)
         before = {int(path.name) for path in folder.iterdir()}
         (folder / str(rank)).touch()
         return before
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", str(rank % 2))
-        before = distributed.in_turn(action)
-        failed = message(lambda: distributed.in_turn(fail_as_main))
+        before = distributed.in_turn(action, lambda: signs.append(1))
+        assert signs
+        failed = message(lambda: distributed.in_turn(lambda gets_on: fail_as_main()))
     return before, failed
 
 
@@ -191,6 +198,29 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 Ranks = list[dict[str, Any]]
+
+
+def test_who_waits_for_a_turn_waits_as_long_as_it_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten hours in steps of a tenth of what is waited at most, then nothing more."""
+    limit = distributed._timeout.total_seconds()
+    now, got_on, alive = [0.0], [0], []
+
+    def state(wait: float) -> tuple[bool, int]:
+        now[0] += limit / 10
+        got_on[0] += now[0] < 36_000
+        return now[0] < 40_000, got_on[0]
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(distributed, "sum_", lambda tensor: tensor)
+    with pytest.raises(PeerLost, match=r"1 rank\(s\) .* not got on"):
+        distributed._until_all_are_done(state, lambda: alive.append(now[0]))
+    assert (
+        alive[-1] + limit / 10 >= 36_000 and alive[-1] + limit < now[0] <= alive[-1] + 1.2 * limit
+    )
+    assert len(alive) == got_on[0] > 100
+    alive.clear()
+    distributed._until_all_are_done(lambda wait: (False, 0), lambda: alive.append(0.0))
+    assert not alive
 
 
 def test_rows_are_gathered_in_rank_order(ranks: Ranks) -> None:

@@ -1,6 +1,7 @@
 """Ranks that meet shards without an index: one of them scans, and an error is everybody's."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def scans(folder: Path) -> tuple[int, int, str, str]:
     scanned_index.scan_tar = counted
     scanned_index._MOST_WORKERS = 1
     try:
-        shards = distributed.in_turn(lambda: open_shards(folder, "train"))
+        shards = distributed.in_turn(partial(open_shards, folder, "train"))
     except UserError as error:
         return 0, len(scanned), "", str(error)
     return len(shards), len(scanned), shards.fingerprint, ""

@@ -35,6 +35,13 @@ def test_addresses_that_are_none_say_what_they_should_be(tmp_path: Path) -> None
         ("s3://bucket/x", r"pip install 'moco_scale\[remote\]'"),
         ("http:///x", "there is no host"),
         ("pipe:cat {}", "only with --allow-pipe"),
+        ("https://h/train-*.tar", r"\* stands for nothing there; name tars by braces"),
+        ("https://h/train-00000?.tar", r"\? stands for nothing there"),
+        ("https://h/train-[01].tar", r"\[ stands for nothing there"),
+        ("https://h/a.tar::https://h/b.tar", "not joined by ::; name them as a mixture"),
+        (f"{tmp_path}::https://h/b.tar", "not joined by ::"),
+        ("https://h/{0..9}.tar.gz", "compressed"),
+        ("https://h/{0,0}.tar", "names a tar twice"),
     ]:
         with pytest.raises(UserError, match=words):
             open_shards(ShardSource(spec, cache_dir=str(tmp_path)), "train")
@@ -174,7 +181,7 @@ def test_a_name_that_a_shell_would_take_for_a_command_is_refused(
     far = open_shards(ShardSource(spec, str(tmp_path), give_up=0.1, allow_pipe=True), "train")
     with pytest.raises(UserError, match="a shell would not take this name literally"):
         far.read(0)
-    for name in ("../x.tar", "..", ".hidden.tar", "a/b.tar"):
+    for name in ("../x.tar", "..", ".hidden.tar", "a/../b.tar", "/b.tar"):
         for shard in header["splits"]["train"]["shards"]:
             shard["name"] = name
         (evil / "index.json").write_text(json.dumps(header))

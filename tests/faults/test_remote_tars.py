@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from http_folder import served
+from http_folder import FaultyFolder, served
 from remote_sets import batches, same
 
-from moco_scale.data import shard_source
+from moco_scale.data import remote_tars, shard_source
 from moco_scale.data.download import Patience
 from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.remote import FileState
+from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan
+from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.tar_scan import ShardScan
 from moco_scale.errors import UserError
 
 
@@ -73,3 +77,114 @@ def test_samples_keep_their_keys_whatever_their_tars_are_called(
         for path in (tmp_path / "cache").rglob("*.tar"):
             path.unlink()
         assert far.place(0) == expected[0]  # what is mapped is still there
+
+
+def opened(server: FaultyFolder, cache: Path, names: str = "000000..000003") -> Shards:
+    return open_shards(ShardSource(f"{server.url}/train-{{{names}}}.tar", str(cache)), "train")
+
+
+def again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, nothing that was asked of the server lately is believed."""
+    monkeypatch.setattr(remote_tars, "_FRESH", -1.0)
+
+
+def test_who_was_interrupted_fetches_only_the_others(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_tars, "_FETCHERS", 1)
+    broken = ["train-000002.tar"]
+    with served(tiny_shards, lambda name, _: "403" if name in broken else "") as server:
+        with pytest.raises(UserError, match=r"train-000002\.tar: HTTP 403"):
+            opened(server, tmp_path / "cache")
+        shutil.rmtree(tmp_path / "cache")  # it may hold less than all
+        broken.clear()
+        far = opened(server, tmp_path / "other")
+        assert [server.count(f"train-00000{i}.tar") for i in range(3)] == [1, 1, 2]
+        near = open_shards(tiny_shards, "train")
+        assert far.fingerprint == near.fingerprint
+        same(batches(far, 0), batches(near, 0))
+
+
+def test_a_tar_that_is_not_there_is_noticed_before_any_is_fetched(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    with served(tiny_shards) as server:
+        with pytest.raises(UserError, match=r"train-000004\.tar: HTTP 404.*no such tar.*braces"):
+            opened(server, tmp_path, "000000..000004")
+        assert all(request.probe for request in server.requests)
+
+
+def test_an_empty_tar_is_named(tiny_shards: Path, tmp_path: Path) -> None:
+    moving = shutil.copytree(tiny_shards, tmp_path / "moving")
+    os.truncate(moving / "train-000001.tar", 0)
+    with served(moving) as server, pytest.raises(UserError, match=r"000001\.tar: it is empty: 0"):
+        opened(server, tmp_path / "cache")
+
+
+def test_tars_that_were_replaced_are_indexed_again(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving = shutil.copytree(tiny_shards, tmp_path / "moving")
+    with served(moving) as server:
+        first = opened(server, tmp_path / "cache")
+        again(monkeypatch)
+        assert opened(server, tmp_path / "cache").fingerprint == first.fingerprint
+        assert len(server.requests) == 3 * 4  # each tar once, and twice what it is now
+        shutil.copy(moving / "train-000000.tar", moving / "train-000001.tar")
+        second = opened(server, tmp_path / "cache")
+        assert [server.count(f"train-00000{i}.tar") for i in range(4)] == [1, 2, 1, 1]
+        assert second.fingerprint != first.fingerprint
+        assert bytes(second.read(8)) == bytes(second.read(0)) == bytes(first.read(0))
+        # Its own tar is still in the cache, whatever lies there now.
+        old = open_shards(tiny_shards, "train")
+        assert [bytes(first.read(i)) for i in range(32)] == [bytes(old.read(i)) for i in range(32)]
+        shutil.rmtree(tmp_path / "cache")
+        first.rest()
+        with pytest.raises(UserError, match=r"train-000001\.tar.*replaced.*start again") as caught:
+            first.read(8)
+        told = Path(str(caught.value).rpartition("remove ")[2].removesuffix(" first"))
+        assert told.is_file()
+
+
+def test_servers_may_disagree_about_tags_or_say_nothing(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again(monkeypatch)
+    with served(tiny_shards) as server:
+        server.tag = lambda path: None
+        opened(server, tmp_path / "cache")
+        opened(server, tmp_path / "cache")
+        assert [server.count(f"train-00000{i}.tar") for i in range(4)] == [1] * 4
+    size, tag, time = 5, '"a"', "Mon"
+    said = FileState(size, tag, time)
+    assert said.same(FileState(size, '"b"', time)) and said.same(FileState(size, tag, "Tue"))
+    assert said.same(FileState(size)) and not said.same(FileState(size, '"b"'))
+    assert not said.same(FileState(size, '"b"', "Tue")) and not said.same(FileState(6, tag, time))
+
+
+def test_one_tar_is_a_set_too(tiny_shards: Path, tmp_path: Path) -> None:
+    with served(tiny_shards) as server:
+        source = ShardSource(f"{server.url}/train-000002.tar?signed=x", str(tmp_path / "cache"))
+        far, near = open_shards(source, "train"), open_shards(tiny_shards, "train")
+        assert [bytes(far.read(i)) for i in range(len(far))] == [
+            bytes(near.read(i)) for i in range(16, 24)
+        ]
+
+
+def test_a_saved_scan_that_is_damaged_is_made_again(tmp_path: Path) -> None:
+    scan = ShardScan(
+        np.array([512, 4096], np.uint64), np.array([9, 8], np.uint32), np.array([0, -1]), ["ä"], 3
+    )
+    saved = SavedScan(scan, 10240, "ab", FileState(10240, '"x"'))
+    save_scan(tmp_path, "https://h/x.tar", saved)
+    found = load_scan(tmp_path, "https://h/x.tar")
+    assert found is not None and found[1:] == saved[1:] and found.scan[3:] == scan[3:]
+    for one, other in [(found.scan, scan)]:
+        assert np.array_equal(one.offset, other.offset) and one.offset.dtype == np.uint64
+        assert np.array_equal(one.size, other.size) and np.array_equal(one.label, other.label)
+    assert load_scan(tmp_path, "https://h/y.tar") is None
+    [path] = tmp_path.iterdir()
+    content = path.read_bytes()
+    for damaged in (b"", content[:200], content[:300] + b"x" + content[301:], b"{}"):
+        path.write_bytes(damaged)
+        assert load_scan(tmp_path, "https://h/x.tar") is None

@@ -23,6 +23,8 @@ Fault = str
 - ``"silent"``: nothing at all until the server stops
 - ``"to URL"``: the file is at another address
 - ``""``: as it should be
+
+Attempts are counted from 0 for each name; who asks for one byte alone asks for ``"probe of NAME"``.
 """
 
 
@@ -31,16 +33,19 @@ class Request(NamedTuple):
     start: int
     query: str = ""
     authorization: str = ""
+    probe: bool = False
+    """Whether its first byte alone was asked for."""
 
 
 class FaultyFolder:
     """``url`` serves ``folder``; ``fault(name, attempt)``, attempts from 0, says what goes wrong.
 
-    ``requests`` lists what was asked for.
+    ``requests`` lists what was asked for; ``tag(path)`` gives the ETag, None for none.
     """
 
     def __init__(self, folder: Path, fault: Callable[[str, int], Fault]) -> None:
         self.folder, self.fault = folder, fault
+        self.tag: Callable[[Path], str | None] = _by_time
         self.requests: list[Request] = []
         self._attempts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -63,21 +68,22 @@ class FaultyFolder:
         self.url = f"http://127.0.0.1:{self._server.server_port}/data"
 
     def count(self, name: str) -> int:
-        """How often a file was asked for."""
-        return sum(request.name == name for request in self.requests)
+        """How often a file was asked for; of one byte, for what the answer says of it, not."""
+        return sum(r.name == name and not r.probe for r in self.requests)
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True
         path_asked, _, query = handler.path.partition("?")
         name = path_asked.rpartition("/")[2]
-        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
+        probe = asked is not None and asked[2] == "0"
         with self._lock:
-            attempt = self._attempts[name]
-            self._attempts[name] += 1
+            attempt = self._attempts[f"{name} {probe}"]
+            self._attempts[f"{name} {probe}"] += 1
             authorization = handler.headers.get("Authorization", "")
-            self.requests.append(Request(name, start, query, authorization))
-        fault = self.fault(name, attempt)
+            self.requests.append(Request(name, start, query, authorization, probe))
+        fault = self.fault(f"probe of {name}" if probe else name, attempt)
         path = self.folder / name
         if fault == "silent":
             self.stopping.wait()
@@ -85,6 +91,12 @@ class FaultyFolder:
         if fault.startswith("to "):
             handler.send_response(302)
             handler.send_header("Location", fault.removeprefix("to "))
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+        if asked and path.is_file() and path.stat().st_size == 0:
+            handler.send_response(416)
+            handler.send_header("Content-Range", "bytes */0")
             handler.send_header("Content-Length", "0")
             handler.end_headers()
             return
@@ -100,10 +112,14 @@ class FaultyFolder:
             content += b"x"
         if asked and "no range" not in fault:
             handler.send_response(206)
-            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            content = content[start:]
+            end = min(int(asked[2] or len(content) - 1), len(content) - 1)
+            handler.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
+            content = content[start : end + 1]
         else:
             handler.send_response(200)
+        tag = self.tag(path)
+        if tag is not None:
+            handler.send_header("ETag", tag)
         limit = re.search(r"(drop|short) (\d+)", fault)
         sent = content[: int(limit[2])] if limit else content
         announced = sent if limit and limit[1] == "short" else content
@@ -120,6 +136,11 @@ class FaultyFolder:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _by_time(path: Path) -> str:
+    status = path.stat()
+    return f'"{status.st_size}-{status.st_mtime_ns}"'
 
 
 @contextlib.contextmanager
