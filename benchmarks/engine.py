@@ -56,7 +56,7 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
         MoCo(copy.deepcopy(start)), EngineSettings(MOMENTUM, DECAY), torch.device("cpu")
     )
     engine.moco.train()
-    watch = FiniteWatch(3, distributed.rank())
+    watch = FiniteWatch(3, distributed.rank(), lambda: "none")
 
     def under_engine(step: int) -> Tensor:
         (query,) = engine.query(views[0])

@@ -10,12 +10,13 @@ import json
 import os
 import pickle
 import shutil
+import traceback
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,6 +28,7 @@ from moco_scale.checkpoint_rows import Rows, RowsLoadPlanner, RowsSavePlanner
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, read_json, sync_folder
 
+T = TypeVar("T")
 FORMAT = 1
 NO_ROWS: Mapping[str, Rows] = MappingProxyType({})
 META = "meta.json"
@@ -58,21 +60,28 @@ def save(
         UserError: it cannot be written (disk full, no permission); nothing is left of it.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    _on_main(lambda: _make_empty(temporary), temporary, group)
-    problem: BaseException | None = None
-    try:
+    main, detached = distributed.is_main(), {name: t.detach() for name, t in tensors.items()}
+
+    def begin() -> tuple[Any, Any]:
+        if main:
+            _make_empty(temporary)
+        return dcp.FileSystemWriter(temporary, sync_files=True), RowsSavePlanner(rows)
+
+    def write() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             dcp.save(
-                {name: t.detach() for name, t in tensors.items()},
-                storage_writer=dcp.FileSystemWriter(temporary, sync_files=True),
-                planner=RowsSavePlanner(rows),
+                detached,
+                storage_writer=writer,
+                planner=planner,
                 process_group=group,
                 no_dist=distributed.world_size() == 1,
             )
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        problem = error
-    _on_main(lambda: _complete(temporary, folder, meta, problem), temporary, group)
+
+    # After each, ranks hear of each other: none begins what another does not.
+    writer, planner = _together(begin, temporary, group)
+    _together(write, temporary, group)
+    _together(lambda: _complete(temporary, folder, meta) if main else None, temporary, group)
 
 
 def _make_empty(folder: Path) -> None:
@@ -82,11 +91,7 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir()
 
 
-def _complete(
-    temporary: Path, folder: Path, meta: dict[str, Any], problem: BaseException | None
-) -> None:
-    if problem is not None:
-        raise problem
+def _complete(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     with open(temporary / META, "w", encoding="utf-8") as file:
         sums = {name: _checksum(temporary / name) for name in sizes}
@@ -100,21 +105,27 @@ def _complete(
     sync_folder(folder.parent)
 
 
-def _on_main(action: Any, temporary: Path, group: Any) -> None:
-    """Run on rank 0; a failure there becomes the same error everywhere, and leaves no part."""
-    failure = None
-    if distributed.is_main():
-        try:
-            action()
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            failure = UserError(
-                f"cannot write the checkpoint {temporary.parent}: {failure_reason(error)}; earlier "
-                "checkpoints are untouched: make room or fix the folder, then start again"
-            )
+def _together(action: Callable[[], T], temporary: Path, group: Any) -> T:
+    """Run on every rank; what goes wrong on one becomes the same error everywhere.
+
+    Whatever it is: the others wait to hear of it. No part of the checkpoint is left then.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
+        if not isinstance(error, OSError | RuntimeError | dcp.api.CheckpointException):
+            traceback.print_exception(error)  # a defect: where it is helps to mend it
+        failure = UserError(
+            f"cannot write the checkpoint {temporary.parent}: {failure_reason(error)}; earlier "
+            "checkpoints are untouched: make room or fix the folder, then start again"
+        )
     failure = distributed.first_error(failure, group)
     if failure is not None:
+        if distributed.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
         raise failure
+    return cast(T, result)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

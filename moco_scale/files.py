@@ -88,7 +88,11 @@ def failure_reason(error: BaseException) -> str:
         return os.strerror(errno.ENOSPC)
     if "unexpected pos" in text:  # what is left of it when another rank met it
         return f"a write was cut short, most likely: {os.strerror(errno.ENOSPC)}"
-    return text.splitlines()[-1][:300] if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    # What Python itself says of these is little without their name.
+    named = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError)
+    return (f"{type(error).__name__}: " if named else "") + text.splitlines()[-1][:300]
 
 
 def open_failure(error: OSError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,10 +31,11 @@ class FiniteWatch:
     Args:
         limit: bad steps in a row that end the run.
         rank: this process's.
+        last_good: names what to go back to, when a bad step is said.
     """
 
-    def __init__(self, limit: int, rank: int) -> None:
-        self._limit, self._rank = limit, rank
+    def __init__(self, limit: int, rank: int, last_good: Callable[[], str]) -> None:
+        self._limit, self._rank, self._last_good = limit, rank, last_good
         self._pending: deque[_Flags] = deque()
         self._bad_before = False
         self._in_a_row = 0
@@ -73,7 +75,7 @@ class FiniteWatch:
         if not self._bad_before:
             print(
                 f"rank {self._rank} on {socket.gethostname()}: step {step} is not finite: "
-                f"{KINDS[kind]}",
+                f"{KINDS[kind]}; last good checkpoint: {self._last_good()}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -110,7 +110,7 @@ class Pretraining:
         )
         self.negatives = self.queue.used
         self.meters = Meters(self.device)
-        self.watch = FiniteWatch(config.run.max_nonfinite, self.rank)
+        self.watch = FiniteWatch(config.run.max_nonfinite, self.rank, self.folder.last_good)
         self.step, self._unlogged = 0, None
         saved: dict[str, Tensor] = {}
         if self.resumed_from is not None:
@@ -298,7 +298,10 @@ class Pretraining:
                 self.step += 1
                 epoch_done = self.step % self.plan.steps_per_epoch == 0
                 last = self.step == self.last_step
-                reason, (worst,) = stop.agree(self.watch.code())
+                failed = self.folder.save_failed()
+                reason, (worst, unsaved) = stop.agree(self.watch.code(), failed)
+                if unsaved:
+                    distributed.agree(self.folder.settle)
                 problem = self.watch.judge(worst)
                 if problem:
                     raise self.folder.not_finite(self.step, problem)

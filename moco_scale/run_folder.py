@@ -45,7 +45,7 @@ class RunFolder:
         self._lock: TextIO | None = None
         # Told apart from what an earlier run has left there.
         self._mark = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}\n"
-        self._saver = BackgroundSaver(config.run.async_save)
+        self._saver, self._newest = BackgroundSaver(config.run.async_save), ""
 
     def prepare(self) -> Path | None:
         """Make the folder and decide what to start from; all ranks call it.
@@ -213,11 +213,16 @@ class RunFolder:
     def not_finite(self, step: int, what: str) -> UserError:
         """The error that ends a run whose numbers have gone wrong."""
         self.settle()
-        saved = self.checkpoints()
         return UserError(
             f"stopped at step {step}: {what}; lower --base-lr or lengthen --warmup-epoch; "
-            f"last good checkpoint: {saved[-1] if saved else 'none'}"
+            f"last good checkpoint: {self.last_good()}"
         )
+
+    def last_good(self) -> str:
+        """The newest complete checkpoint, for people; what is not finite is never saved."""
+        saved = self.checkpoints()
+        coming = f"; {self._newest} is being written" if self._saver.busy else ""
+        return (str(saved[-1]) if saved else "none") + coming
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints in this folder, oldest first."""
@@ -235,7 +240,8 @@ class RunFolder:
         """Write a checkpoint, point ``latest`` at it, replace ``current.pth``, drop old ones.
 
         All ranks call it. With ``--async-save`` it returns as soon as the tensors are copied;
-        an error is then raised by the next call, or by :meth:`settle`.
+        an error is then said at once, shows in :meth:`save_failed`, and is raised by the next call
+        or by :meth:`settle`.
 
         Args:
             step: of the run.
@@ -270,7 +276,7 @@ class RunFolder:
                     write_atomically(folder.parent / "latest", folder.name + "\n")
                     save_atomically(self.path / "current.pth", self._model(copies, model, meta))
                     self._drop_old()
-                except (OSError, RuntimeError) as error:
+                except Exception as error:  # whatever it is, the others wait to hear of it
                     failure = UserError(
                         f"cannot write to {self.path}: {failure_reason(error)}; checkpoint "
                         f"{folder.name} is complete: make room, then start again"
@@ -279,6 +285,7 @@ class RunFolder:
             if failure is not None:
                 raise failure
 
+        self._newest = folder.name
         self._saver.start(tensors, write)
 
     def _model(
@@ -294,6 +301,10 @@ class RunFolder:
             section, _, rest = place.partition(".")
             content.setdefault(section, {})[rest] = tensors[name].cpu()
         return content
+
+    def save_failed(self) -> bool:
+        """Whether a save in the background has failed on this rank, and :meth:`settle` raises."""
+        return self._saver.failed
 
     def settle(self, timeout: float | None = None) -> None:
         """Wait until nothing is being written, or so many seconds; all ranks call it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moco_scale import distributed
+from moco_scale.errors import UserError
 
 
 class BackgroundSaver:
@@ -72,6 +74,25 @@ class BackgroundSaver:
             write(copies, self.group)
         except BaseException as error:
             self._failure = error
+            # All ranks meet a UserError; one of them says it.
+            if distributed.is_main() or not isinstance(error, UserError):
+                what = str(error) if isinstance(error, UserError) else repr(error)
+                print(
+                    f"rank {distributed.rank()}: saving has failed, so the run is about to stop: "
+                    f"{what}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether :meth:`wait` would raise by now."""
+        return self._failure is not None
 
     def wait(self, timeout: float | None = None) -> None:
         """Until nothing is being written any more, or so many seconds have passed.

@@ -1,5 +1,6 @@
 """Bad input to ``train.py``: one clear message and status 2, no traceback, and never a hang."""
 
+import errno
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,55 @@ def test_a_full_disk_while_saving(mount: Callable[[str], Path], tiny_shards: Pat
     assert (out / "checkpoints" / "latest").read_text() == "step-00000002\n"
 
 
+def fail_to_save(where: str) -> None:
+    """Let rank 1 meet an error while the ranks write their first checkpoint."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    from moco_scale.pretrain import Pretraining
+
+    def disk_error(*arguments: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def defect(*arguments: Any) -> Any:
+        raise ZeroDivisionError("so it goes")
+
+    if os.environ["RANK"] == "1":
+        if where == "writing":
+            FileSystemWriter.write_data = disk_error  # type: ignore[method-assign,assignment]
+        else:
+            checkpoint.RowsSavePlanner = defect  # type: ignore[misc,assignment]
+    train_step = Pretraining.train_step
+
+    def step(self: Pretraining, batch: ViewBatch) -> None:
+        deadline = time.monotonic() + 60
+        while batch.step == 2 and not self.folder.save_failed():  # begun after the second step
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        train_step(self, batch)
+
+    Pretraining.train_step = step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("where", ["writing", "beginning"])
+def test_a_save_that_fails_beside_the_loop_stops_all_ranks_soon(
+    tiny_shards: Path, tmp_path: Path, where: str
+) -> None:
+    """Whatever one rank meets, no other waits for it, nor does the run for its next save."""
+    flags = (*flags_for(tiny_shards, tmp_path), "--checkpoint-freq", 2)
+    flags = (*flags, "--epochs", 1, "--batch-size", 4, "--bn-group-size", 2)
+    run = forked(*flags, ranks=2, prepare=fail_to_save, prepare_args=(where,))
+    assert run.status == 2, run.output
+    reason = "Input/output error" if where == "writing" else "ZeroDivisionError: so it goes"
+    place = "" if where == "writing" else r"rank 1 on \S+: "
+    text = rf"{place}cannot write the checkpoint {tmp_path}/checkpoints: {reason}"
+    assert re.search(rf"^train.py: error: {text}", run.output, re.MULTILINE), run.output
+    assert re.search(rf"saving has failed, so the run is about to stop: {text}", run.output)
+    assert ("Traceback" in run.output) == (where == "beginning")  # a defect is shown as one
+    assert not list((tmp_path / "checkpoints").glob("*step-*"))
+    # Known after step 3, heard by all after step 4, where the next save would have been due.
+    assert re.findall(r"step (\d+)/8", run.output) == ["1", "2", "3"], run.output
+
+
 def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -384,12 +435,13 @@ def spoil(where: str, first: int, last: int, rank: int) -> None:
 def test_numbers_that_go_wrong_are_named_and_end_the_run(
     tiny_shards: Path, tmp_path: Path, where: str, said: str
 ) -> None:
-    flags = (*flags_for(tiny_shards, tmp_path), "--max-nonfinite", 2)
+    flags = (*flags_for(tiny_shards, tmp_path), "--max-nonfinite", 2, "--no-async-save")
     run = forked(*flags, ranks=2, prepare=spoil, prepare_args=(where, 5, 99, 1))
     good = tmp_path / "checkpoints" / "step-00000004"
     words = ("stopped at step 8: not finite in 2 steps in a row (on rank 1: its loss)", "--base-lr")
     assert_refused(run, *words, f"last good checkpoint: {good}")
-    assert re.search(rf"rank 1 on \S+: step 5 is not finite: {said}\n", run.output), run.output
+    first = rf"rank 1 on \S+: step 5 is not finite: {said}; last good checkpoint: {good}\n"
+    assert re.search(first, run.output), run.output
     assert run.output.count(" is not finite: ") == 2
     assert [c.name for c in (tmp_path / "checkpoints").glob("step-*")] == [good.name]
 

@@ -8,6 +8,10 @@ from moco_scale.health import FiniteWatch
 FINE, BAD = (1.0, True, False), (float("nan"), True, False)
 
 
+def watching(limit: int, rank: int) -> FiniteWatch:
+    return FiniteWatch(limit, rank, lambda: "runs/a/checkpoints/step-00000001")
+
+
 def codes(watch: FiniteWatch, *steps: tuple[float, bool, bool]) -> list[int]:
     """What it says after each step; of a step it speaks after the next."""
     said = []
@@ -24,22 +28,25 @@ def test_each_kind_is_named_on_its_rank(capsys: pytest.CaptureFixture[str]) -> N
         "its gradients": (1.0, True, True),
     }
     for words, step in kinds.items():
-        watch = FiniteWatch(1, rank=5)
+        watch = watching(1, rank=5)
         _, _, code = codes(watch, FINE, step, FINE)
         assert code > 0
         assert watch.judge(code) == f"not finite in a step (on rank 5: {words})"
-        assert f"step 2 is not finite: {words}\n" in capsys.readouterr().err
+        said = (
+            f"step 2 is not finite: {words}; last good checkpoint: runs/a/checkpoints/step-00000001"
+        )
+        assert f"{said}\n" in capsys.readouterr().err
 
 
 def test_a_loss_counts_before_what_follows_from_it() -> None:
-    at_rank_2, at_rank_9 = FiniteWatch(1, rank=2), FiniteWatch(1, rank=9)
+    at_rank_2, at_rank_9 = watching(1, rank=2), watching(1, rank=9)
     *_, loss = codes(at_rank_2, BAD, FINE)
     *_, weights = codes(at_rank_9, (1.0, False, False), FINE)
     assert at_rank_2.judge(max(loss, weights)) == "not finite in a step (on rank 2: its loss)"
 
 
 def test_only_steps_in_a_row_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = FiniteWatch(2, rank=0)
+    watch = watching(2, rank=0)
     verdicts = [watch.judge(code) for code in codes(watch, BAD, FINE, BAD, BAD, BAD, FINE)]
     assert [v is not None for v in verdicts] == [False, False, False, False, True, True]
     assert verdicts[4] == "not finite in 2 steps in a row (on rank 0: its loss)"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,23 @@ def test_a_full_disk_after_the_checkpoint_keeps_the_checkpoint(
         "config.json",
         "current.pth",
     ]
+
+
+def test_what_is_being_written_is_not_yet_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, free = folder(tmp_path), threading.Event()
+    run.prepare()
+    assert run.last_good() == "none"
+    save(run, 1)
+    first, write = str(run.checkpoints()[0]), checkpoint.save
+    assert run.last_good() == first
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: free.wait(60) and write(*a, **k))
+    run.save(2, {"x": torch.tensor(2.0)}, {"x": "model.y.z"}, {"step": 2, "epoch": 0}, False)
+    assert run.last_good() == f"{first}; step-00000002 is being written"
+    free.set()
+    run.settle()
+    assert run.last_good() == str(run.checkpoints()[1])
 
 
 def test_log_lines_of_steps_that_run_again_are_dropped(tmp_path: Path) -> None:

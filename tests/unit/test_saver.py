@@ -62,6 +62,24 @@ def test_a_failure_is_raised_at_the_next_occasion_and_once(later: str) -> None:
     assert disk.written == [3.0]
 
 
+def test_a_failure_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    saver, disk = BackgroundSaver(True), Disk()
+    disk.free.clear()
+    disk.failure = UserError("the disk is full")
+    saver.start({"x": torch.tensor(1.0)}, disk.write)
+    assert not saver.failed
+    disk.free.set()
+    assert saver._thread is not None
+    saver._thread.join()  # nobody asks for the outcome
+    assert saver.failed
+    assert "saving has failed, so the run is about to stop: the disk is full" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="the disk is full"):
+        saver.wait()
+    assert not saver.failed
+
+
 def test_what_nobody_expected_is_raised_too() -> None:
     saver, disk = BackgroundSaver(True), Disk()
     disk.failure = ZeroDivisionError("what")
