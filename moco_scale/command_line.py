@@ -9,21 +9,24 @@ from dataclasses import fields
 from typing import Any
 
 from moco_scale.argument_types import whole_numbers
-from moco_scale.cli import Parser
 from moco_scale.config import SECTIONS, Config
 from moco_scale.config_rules import build
 from moco_scale.errors import UserError
+from moco_scale.older_flags import PRETRAINING, HintingParser
 from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
+
+AMP_LEVELS = ("O0", "O1", "O2", "O3")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of ``train.py``: one flag per field."""
-    parser = Parser(
+    parser = HintingParser(
         "train.py",
         description="Momentum-contrast pretraining.",
         epilog="Flags that are not given take the recipe's value.",
         allow_abbrev=False,
     )
+    parser.older = PRETRAINING
     add_flags(parser)
     return parser
 
@@ -36,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "--amp-opt-level",
-        choices=("O0", "O1", "O2", "O3"),
+        choices=AMP_LEVELS,
         help="older name of --precision: O0 is fp32, the others fp16",
     )
     for section, cls in SECTIONS.items():
@@ -83,13 +86,14 @@ def config_of(args: Mapping[str, Any]) -> Config:
     if args["lr_decay_epochs"] is not None:
         args["lr_decay_epochs"] = tuple(n for part in args["lr_decay_epochs"] for n in part)
     if amp is not None:
-        args["precision"] = _precision_of_amp(amp, args["precision"])
+        args["precision"] = precision_of_amp(amp, args["precision"])
     known = {f.name for cls in SECTIONS.values() for f in fields(cls)}
     given = {k: v for k, v in args.items() if v is not None and k in known}
     return build(args["recipe"], given)
 
 
-def _precision_of_amp(level: str, precision: str | None) -> str:
+def precision_of_amp(level: str, precision: str | None) -> str:
+    """The precision that one of :data:`AMP_LEVELS` means; UserError where another is asked for."""
     means = "fp32" if level == "O0" else "fp16"
     if precision not in (None, means):
         raise UserError(

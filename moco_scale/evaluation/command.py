@@ -14,32 +14,43 @@ from typing import Any
 import torch
 
 from moco_scale import distributed, identity, numerics
-from moco_scale.argument_types import not_negative, not_negative_int, positive, positive_int
-from moco_scale.cli import Parser
+from moco_scale.argument_types import (
+    not_negative,
+    not_negative_int,
+    positive,
+    positive_int,
+    whole_numbers,
+)
+from moco_scale.command_line import AMP_LEVELS, precision_of_amp
 from moco_scale.config import DATASETS
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.bad_samples import POLICIES
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import CACHE_GB, GIVE_UP_SECONDS, ShardSource
+from moco_scale.encoders import MODELS
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear
 from moco_scale.evaluation.features import WHICH, LeftOut, Pixels, Pretrained, load_pretrained
 from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries
+from moco_scale.evaluation.linear_config import SCHEDULES, LinearConfig
 from moco_scale.files import read_json, write_atomically
+from moco_scale.older_flags import EVALUATION, HintingParser
 
 RESULTS = "results.json"
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+KNN_K, KNN_T = 200, 0.1
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of ``eval.py``."""
-    parser = Parser(
+    parser = HintingParser(
         "eval.py",
         description="Evaluate a pretrained encoder: linear classification or kNN.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    parser.older = EVALUATION
     add = parser.add_argument
     add("--data-dir", required=True, help="shards with the splits train and val: folder or address")
     add("--shard-cache", default="", help="folder that fetched shards are kept in")
@@ -62,7 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--encoder", choices=("query", "key"), default="query", help="key: the moving average")
     add("--dataset", choices=tuple(DATASETS), help="statistics and sizes; default: the run's")
     add("--image-size", type=positive_int, help="side of a crop in pixels; default: the run's")
-    add("--batch-size", type=positive_int, default=256, help="GLOBAL batch")
+    add("--batch-size", "--total-batch-size", type=positive_int, default=256, help="GLOBAL batch")
+    add("--model", choices=MODELS, help="what --pretrained-model says anyway: must agree with it")
+    add("--model-width", type=positive_int, help="likewise")
     add("--num-workers", type=not_negative_int, default=4, help="decoders a process")
     add(
         "--bad-samples",
@@ -70,14 +83,15 @@ def make_parser() -> argparse.ArgumentParser:
         default="error",
         help="skip: pictures that cannot be decoded are left out, counted, and said to be",
     )
-    add("--precision", choices=tuple(_DTYPES), default="fp32", help="of the encoder")
+    add("--precision", choices=tuple(_DTYPES), help="of the encoder; default: fp32")
+    add("--amp-opt-level", choices=AMP_LEVELS, help="older name: O0 is fp32, the others fp16")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
     add("--rng-seed", type=not_negative_int, default=0, help="order, crops, initial weights")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
     knn = parser.add_argument_group("--protocol knn")
-    knn.add_argument("--knn-k", type=positive_int, default=200, help="neighbours that vote")
-    knn.add_argument("--knn-t", type=positive, default=0.1, help="temperature of the votes")
+    knn.add_argument("--knn-k", type=positive_int, default=KNN_K, help="neighbours that vote")
+    knn.add_argument("--knn-t", type=positive, default=KNN_T, help="temperature of the votes")
     knn.add_argument(
         "--knn-bank", type=not_negative_int, default=0, help="training pictures used; 0: all"
     )
@@ -85,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("--protocol linear")
     group.add_argument(
         "--schedule",
-        choices=linear.SCHEDULES,
+        choices=SCHEDULES,
         default="official",
         help="official: x0.1 after 60%% and 80%% of the epochs; bl0: warm-up, cosine",
     )
@@ -96,8 +110,23 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--weight-decay", type=not_negative, default=0.0, help="of the classifier")
     group.add_argument("--momentum", type=not_negative, default=0.9, help="of SGD")
     group.add_argument(
-        "--aug", choices=tuple(AUGMENTATIONS), default="linear", help="of training pictures"
+        "--aug",
+        type=str.lower,
+        choices=tuple(AUGMENTATIONS),
+        default="linear",
+        help="of training pictures",
     )
+    group.add_argument(
+        "--crop", type=_share, help="smallest share of the area a crop takes; default: --aug's"
+    )
+    group.add_argument(
+        "--lr-scheduler", choices=("step", "cosine"), help="default: --schedule's, as the next two"
+    )
+    group.add_argument("--warmup-epoch", type=not_negative_int, help="epochs of linear warm-up")
+    group.add_argument(
+        "--lr-decay-epochs", nargs="+", type=whole_numbers, metavar="N", help="of 'step'"
+    )
+    group.add_argument("--lr-decay-rate", type=positive, default=0.1, help="of each of these")
     group.add_argument(
         "--cache-features",
         action=argparse.BooleanOptionalAction,
@@ -109,6 +138,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share above 0 and at most 1")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says.
 
@@ -116,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: something does not fit; every rank raises it.
     """
     args = make_parser().parse_args(argv)
+    if args.amp_opt_level is not None:
+        args.precision = precision_of_amp(args.amp_opt_level, args.precision)
+    args.precision = args.precision or "fp32"
     distributed.initialize(args.device)
     numerics.set_switches()
     installation = identity.installation(distributed.device())
@@ -141,6 +179,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     try:
         earlier = _prepare(folder) if distributed.is_main() else {}
         pretrained = load_pretrained(args.pretrained_model, args.encoder)
+        _require_agreement(args, pretrained)
         task = _knn(args, pretrained) if args.protocol == "knn" else None
         pair = None if task else _splits(_source(args))
     except UserError as error:
@@ -175,6 +214,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     }
     _finish(folder, earlier, result)
     return result
+
+
+def _require_agreement(args: argparse.Namespace, pretrained: Pretrained) -> None:
+    """What older command lines repeat has to be what the file says."""
+    for name in ("model", "model_width"):
+        given, held = getattr(args, name), pretrained.opt[name]
+        if given is not None and given != held:
+            raise UserError(
+                f"--{name.replace('_', '-')} {given}, but {pretrained.path} holds a {held}; "
+                "drop the flag: the file says what it needs"
+            )
 
 
 def _prepare(folder: Path) -> dict[str, Any]:
@@ -274,7 +324,7 @@ def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained)
     return {
         **task.measure(encoder, args.features),
         **_left_out(task.left_out),
-        "variant": f"knn-{args.features}",
+        "variant": _knn_variant(args),
         "description": (
             f"weighted kNN of Wu et al. 2018 on the {_OUTPUTS[args.features]}, "
             f"k = {args.knn_k}, T = {args.knn_t:g}"
@@ -298,6 +348,15 @@ def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained)
     }
 
 
+def _knn_variant(args: argparse.Namespace) -> str:
+    """Evaluations that differ in it can share a folder; the usual k and T are not named."""
+    parts = ["knn", args.features]
+    parts += ["key"] if args.encoder == "key" else []
+    parts += [f"k{args.knn_k}"] if args.knn_k != KNN_K else []
+    parts += [f"t{args.knn_t:g}"] if args.knn_t != KNN_T else []
+    return "-".join(parts)
+
+
 _OUTPUTS = {"features": "backbone's features", "projection": "head's output"}
 
 
@@ -313,7 +372,7 @@ def _run_linear(
     val: Shards,
     folder: Path,
 ) -> dict[str, Any]:
-    config = linear.LinearConfig(
+    config = LinearConfig(
         schedule=args.schedule,
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -324,6 +383,11 @@ def _run_linear(
         cache_features=args.cache_features,
         features=args.features,
         seed=args.rng_seed,
+        scheduler=args.lr_scheduler or "",
+        warmup_epochs=args.warmup_epoch,
+        decay_epochs=tuple(n for part in args.lr_decay_epochs or () for n in part),
+        decay_rate=args.lr_decay_rate,
+        crop_min=args.crop or 0.0,
     )
     pixels = _pixels(args, pretrained)
     evaluation = linear.LinearEvaluation(
@@ -345,7 +409,7 @@ def _run_linear(
     return {
         **evaluation.run(),
         **_left_out(evaluation.left_out),
-        "variant": config.variant,
+        "variant": evaluation.variant,
         "description": (
             f"linear classifier on the {_OUTPUTS[config.features]}, frozen, {how}, "
             f"schedule {config.schedule}, {config.epochs} epochs; top1 and top5 of the best epoch"

@@ -46,6 +46,7 @@ class Pretrained:
         epoch: of the run.
         step: of the run.
         fingerprint: hex; changes with any of the encoder's weights.
+        which: ``"query"`` or ``"key"``.
     """
 
     encoder: Encoder
@@ -54,6 +55,12 @@ class Pretrained:
     epoch: int
     step: int
     fingerprint: str
+    which: str = "query"
+
+    @property
+    def described(self) -> str:
+        """For people: which encoder this is."""
+        return f"{self.which} encoder of step {self.step} in {self.path}"
 
 
 def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
@@ -108,6 +115,7 @@ def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
         epoch=int(content.get("epoch", 0)),
         step=int(content.get("step", 0)),
         fingerprint=_fingerprint(encoder),
+        which=which,
     )
 
 

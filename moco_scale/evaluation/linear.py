@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,65 +41,7 @@ from moco_scale.evaluation.features import (
     extract,
     progress,
 )
-from moco_scale.schedules import learning_rate
-
-SCHEDULES = ("official", "bl0")
-_EPOCHS = 100  # the published length; decays and warm-up keep their place in other lengths
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """What defines a linear evaluation, besides encoder and pictures.
-
-    Attributes:
-        schedule: ``"official"`` decays tenfold after 60 % and 80 % of the epochs; ``"bl0"`` warms
-            up for 5 % of them and then follows a cosine, step by step.
-        epochs: passes over the training pictures.
-        batch_size: global.
-        learning_rate: at the peak, for this batch size.
-        momentum: of SGD.
-        weight_decay: on weights and bias.
-        aug: a key of :data:`~moco_scale.data.augment.AUGMENTATIONS`, for training.
-        cache_features: encode each picture's centre crop once and train on that; quick, and not
-            the published protocol.
-        features: ``"features"`` or ``"projection"``.
-        seed: of initial weights, order and crops.
-    """
-
-    schedule: str = "official"
-    epochs: int = 100
-    batch_size: int = 256
-    learning_rate: float = 30.0
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    aug: str = "linear"
-    cache_features: bool = False
-    features: str = "features"
-    seed: int = 0
-
-    @property
-    def variant(self) -> str:
-        """Name of the protocol: evaluations that differ in it can share a folder."""
-        parts = ["linear", self.schedule]
-        parts += ["cached"] if self.cache_features else []
-        parts += ["projection"] if self.features == "projection" else []
-        return "-".join(parts)
-
-    def rate(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of a step."""
-        if self.schedule == "official":
-            decays = [round(self.epochs * at / _EPOCHS) for at in (60, 80)]
-            kind: dict[str, Any] = {"scheduler": "step", "decay_epochs": decays}
-        else:
-            warmup = 5 * self.epochs / _EPOCHS
-            kind = {"scheduler": "cosine", "warmup_epochs": warmup, "minimum": 1e-6}
-        return learning_rate(
-            step,
-            base=self.learning_rate,
-            steps_per_epoch=steps_per_epoch,
-            epochs=self.epochs,
-            **kind,
-        )
+from moco_scale.evaluation.linear_config import LinearConfig
 
 
 class LinearEvaluation:
@@ -140,7 +82,9 @@ class LinearEvaluation:
         bad_samples: str = "error",
     ) -> None:
         self.config, self.pixels = config, pixels
-        self.state_path = folder / f"{config.variant}.pth"
+        suffix = "" if pretrained.which == "query" else f"-{pretrained.which}"
+        self.variant = config.variant + suffix
+        self.state_path = folder / f"{self.variant}.pth"
         self.train, self.val = train, val
         self.num_workers, self.autocast, self.print_freq = num_workers, autocast, print_freq
         self.bad_samples = bad_samples
@@ -165,7 +109,7 @@ class LinearEvaluation:
             weight_decay=config.weight_decay,
         )
         self.identity = {
-            **asdict(config),
+            **config.defining(),
             "encoder": pretrained.fingerprint,
             "train pictures": train.fingerprint,
             "val pictures": val.fingerprint,
@@ -176,7 +120,11 @@ class LinearEvaluation:
         }
         self.history: list[dict[str, float]] = []
         self._failure: UserError | None = None
-        state = linear_state.load(self.state_path, self.identity, resume)
+        self.described = {
+            "encoder": pretrained.described,
+            **{f"{s.split} pictures": f"{len(s)} in {s.name}" for s in (train, val)},
+        }
+        state = linear_state.load(self.state_path, self.identity, self.described, resume)
         if state is not None:
             self.classifier.load_state_dict(state["classifier"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -270,6 +218,8 @@ class LinearEvaluation:
                 yield cache[0][mine], cache[1][mine]
             return
         aug = AUGMENTATIONS[self.config.aug].of(0)
+        if self.config.crop_min:
+            aug = replace(aug, crop_min=self.config.crop_min)
         augment = DeviceAugment(aug, self.pixels.mean, self.pixels.std)
         with pretraining_loader(
             self.train,
@@ -402,6 +352,7 @@ class LinearEvaluation:
     def _save(self) -> None:
         state = {
             "identity": self.identity,
+            "described": self.described,
             "classifier": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,

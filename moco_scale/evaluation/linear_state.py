@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,28 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise failure
 
 
-def load(path: Path, identity: dict[str, Any], resume: str) -> dict[str, Any] | None:
-    """The state in a file, which the main process reads for all; None without the file.
+def load(
+    path: Path, identity: dict[str, Any], described: dict[str, str], resume: str
+) -> dict[str, Any] | None:
+    """The state in a file, which the main process reads for all; None where there is none.
+
+    A finished evaluation of something else is none: the new one may take its place, and this is
+    said.
 
     Args:
         path: see :func:`save`.
         identity: what must agree with the state's ``identity``.
+        described: for people, what values of `identity` that say nothing mean.
         resume: ``"auto"``, or ``"none"`` to refuse one that is there.
 
     Raises:
-        UserError: the state belongs to something else (each difference is named), is damaged, or
-            is not wanted.
+        UserError: the state belongs to something else that is not finished (each difference is
+            named), is damaged, or is not wanted.
     """
     state, failure = None, None
     if distributed.is_main():
         try:
-            state = _read(path, identity, resume)
+            state = _read(path, identity, described, resume)
         except UserError as error:
             failure = error
     failure = distributed.first_error(failure)
@@ -54,7 +61,9 @@ def load(path: Path, identity: dict[str, Any], resume: str) -> dict[str, Any] | 
     return distributed.broadcast_object(state)
 
 
-def _read(path: Path, identity: dict[str, Any], resume: str) -> dict[str, Any] | None:
+def _read(
+    path: Path, identity: dict[str, Any], described: dict[str, str], resume: str
+) -> dict[str, Any] | None:
     if not path.exists():
         return None
     away = "choose another --output-dir, or move that file away"
@@ -63,14 +72,27 @@ def _read(path: Path, identity: dict[str, Any], resume: str) -> dict[str, Any] |
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(state["identity"])
+        finished = len(state["history"]) >= saved["epochs"]
     except Exception:  # whatever a damaged or foreign file makes of the reader
         raise UserError(f"{path} is damaged or something else; {away}") from None
+    meanings = state.get("described", {})
     different = [
-        f"  {name}: {saved.get(name)!r} there, {identity.get(name)!r} now"
+        f"  {name}: {meanings.get(name, repr(saved.get(name)))} there, "
+        f"{described.get(name, repr(identity.get(name)))} now"
         for name in sorted(saved.keys() | identity.keys())
         if saved.get(name) != identity.get(name)
     ]
-    if different:
-        lines = "\n".join(different)
-        raise UserError(f"{path} belongs to another linear evaluation:\n{lines}\n{away}")
-    return state
+    if not different:
+        return state
+    lines = "\n".join(different)
+    if not finished:
+        raise UserError(
+            f"{path} belongs to another linear evaluation, which is not finished:\n{lines}\n{away}"
+        )
+    print(
+        f"{path} is of another linear evaluation, which is finished; this one takes its place:\n"
+        f"{lines}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return None

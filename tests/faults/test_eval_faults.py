@@ -249,8 +249,49 @@ class TestOutput:
         second = json.loads(path.read_text())
         assert second["protocol"] == "linear" and second["best_epoch"] == 1
         earlier = {k: v for k, v in first.items() if k != "all"}
-        assert second["all"]["knn-features"] == earlier
+        assert second["all"]["knn-features-k3"] == earlier
         assert second["all"]["linear-official"]["top1"] == second["top1"]
+
+    def test_every_encoder_and_vote_has_its_own_place(
+        self, evaluate: Evaluate, flags: dict[str, object], tmp_path: Path
+    ) -> None:
+        votes: tuple[dict[str, object], ...] = (
+            {},
+            {"encoder": "key"},
+            {"knn_k": 20, "knn_t": 0.07},
+        )
+        for more in votes:
+            assert evaluate(*words(flags, protocol="knn", **more))[0] == 0
+        held = json.loads((tmp_path / "out" / "results.json").read_text())["all"]
+        assert set(held) == {"knn-features", "knn-features-key", "knn-features-k20-t0.07"}
+
+
+class TestOlderCommandLines:
+    def test_flags_of_2020_mean_what_they_meant(
+        self, evaluate: Evaluate, flags: dict[str, object], tmp_path: Path
+    ) -> None:
+        rest = {k: v for k, v in flags.items() if k != "--batch-size"}
+        older: dict[str, object] = {
+            "total_batch_size": 8,
+            "aug": "NULL",
+            "crop": 0.2,
+            "amp_opt_level": "O0",
+        }
+        older |= {"lr_scheduler": "step", "lr_decay_epochs": "1", "lr_decay_rate": 0.2}
+        older |= {"model": "resnet18", "model_width": 1, "warmup_epoch": 0, "lr": 0.1}
+        status, said = evaluate(*words(rest, **older))
+        assert status == 0, said
+        settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+        assert settings["batch_size"] == 8 and settings["aug"] == "null"
+        assert settings["decay_epochs"] == [1] and settings["crop_min"] == 0.2
+        assert settings["precision"] == "fp32" and settings["scheduler"] == "step"
+
+    def test_what_contradicts_the_file_is_refused(
+        self, evaluate: Evaluate, flags: dict[str, object]
+    ) -> None:
+        refused(evaluate, words(flags, model="resnet50"), "holds a resnet18")
+        refused(evaluate, words(flags, model_width=4), "holds a 1")
+        refused(evaluate, words(flags, amp_opt_level="O1", precision="bf16"), "--amp-opt-level O1")
 
 
 @pytest.mark.parametrize(
@@ -264,6 +305,8 @@ class TestOutput:
         ("batch_size", "x"),
         ("protocol", "fine-tune"),
         ("weight_decay", "-1"),
+        ("crop", "1.5"),
+        ("lr_decay_epochs", "x"),
     ],
 )
 def test_wrong_flags(

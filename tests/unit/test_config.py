@@ -1,8 +1,10 @@
 """Recipes, flags, and what they become together."""
 
+import argparse
 import dataclasses
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from moco_scale.config import Config, differences
 from moco_scale.config_rules import build
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.errors import UserError
+from moco_scale.evaluation.command import make_parser as of_eval
+from moco_scale.older_flags import EVALUATION, PRETRAINING
 from moco_scale.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 
 V1: dict[str, Any] = {
@@ -335,6 +339,27 @@ def test_an_unreadable_value_or_unknown_flag_ends_with_status_2(
         parse(line.split())
     assert end.value.code == 2
     assert line.split()[0] in capsys.readouterr().err
+
+
+def test_a_flag_of_the_official_code_is_answered_with_its_name_here(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--moco-k", "16384", "--cos", "--no-such-flag"])
+    said = capsys.readouterr().err
+    assert "--moco-k is here: --nce-k" in said and "--lr-scheduler cosine-epoch" in said
+
+
+@pytest.mark.parametrize(("table", "made"), [(PRETRAINING, make_parser), (EVALUATION, of_eval)])
+def test_what_older_flags_are_answered_with_exists(
+    table: dict[str, str], made: Callable[[], argparse.ArgumentParser]
+) -> None:
+    parser = made()
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert not table.keys() & flags, "known here, so never answered"
+    for answer in table.values():
+        for word in answer.replace(",", "").replace(":", "").split():
+            assert not word.startswith("--") or word in flags, word
 
 
 def test_epochs_of_a_decay_are_whole_numbers_from_one_on(

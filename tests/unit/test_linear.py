@@ -123,6 +123,9 @@ def test_every_epoch_has_other_crops(shards: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, learning_rate=1e-12, epochs=2)
     losses = [e["train_loss"] for e in evaluation(shards, tmp_path / "o", config).run()["history"]]
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+    whole = dataclasses.replace(config, crop_min=0.9)
+    larger = [e["train_loss"] for e in evaluation(shards, tmp_path / "w", whole).run()["history"]]
+    assert larger[0] != pytest.approx(losses[0], rel=1e-6), "--crop changes nothing"
 
 
 class Interrupted(Exception):
@@ -162,15 +165,51 @@ class TestFolderWithState:
         evaluation(shards, tmp_path / "out", dataclasses.replace(SMALL, epochs=1)).run()
         return tmp_path / "out"
 
-    def test_differences_are_listed(self, folder: Path, shards: Path) -> None:
-        other = dataclasses.replace(SMALL, epochs=1, learning_rate=7.0, batch_size=4)
-        with pytest.raises(UserError) as error:
+    def test_differences_from_one_that_is_under_way_are_listed(
+        self, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder, save = tmp_path / "out", linear_state.save
+
+        def stop(path: Path, state: dict[str, Any]) -> None:
+            save(path, state)
+            raise Interrupted
+
+        monkeypatch.setattr(linear_state, "save", stop)
+        with pytest.raises(Interrupted):
+            evaluation(shards, folder).run()
+        other = dataclasses.replace(SMALL, learning_rate=7.0, batch_size=4)
+        with pytest.raises(UserError, match="which is not finished") as error:
             evaluation(shards, folder, other, seed=1)
         text = str(error.value)
         assert "learning_rate: 0.05 there, 7.0 now" in text
         assert "batch_size: 8 there, 4 now" in text
-        assert "encoder: 'seed 0' there, 'seed 1' now" in text
+        assert "encoder: query encoder of step 30 in current.pth there" in text
         assert "momentum" not in text and "--output-dir" in text
+
+    def test_a_finished_one_makes_room_and_says_so(
+        self, folder: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = dataclasses.replace(SMALL, epochs=1)
+        after = evaluation(shards, folder, config, seed=1)
+        assert after.epoch == 0 and "this one takes its place" in capsys.readouterr().err
+        after.run()
+        assert evaluation(shards, folder, config, seed=1).epoch == 1
+        assert "its place" not in capsys.readouterr().err
+
+    def test_of_an_earlier_version_goes_on(self, folder: Path, shards: Path) -> None:
+        path = folder / "linear-official.pth"
+        state = torch.load(path, weights_only=True)
+        del state["described"]
+        known = set(state["identity"])
+        assert not known & {"scheduler", "decay_epochs", "decay_rate", "warmup_epochs", "crop_min"}
+        torch.save(state, path)
+        assert evaluation(shards, folder, dataclasses.replace(SMALL, epochs=1)).epoch == 1
+
+    def test_of_the_key_encoder_is_another(self, folder: Path, shards: Path) -> None:
+        key = dataclasses.replace(pretrained(), which="key")
+        train, val = (IndexedShards.open(shards, split) for split in ("train", "val"))
+        run = LinearEvaluation(key, train, val, PIXELS, SMALL, folder, num_workers=0)
+        assert run.epoch == 0 and run.state_path.name == "linear-official-key.pth"
 
     def test_workers_and_precision_may_change(self, folder: Path, shards: Path) -> None:
         config = dataclasses.replace(SMALL, epochs=1)
@@ -212,6 +251,10 @@ def test_schedules() -> None:
     assert bl0.rate(50, 10) == pytest.approx(30)
     assert bl0.rate(525, 10) == pytest.approx(15, rel=1e-6)
     assert bl0.rate(1000, 10) == pytest.approx(1e-6)
+    own = LinearConfig(decay_epochs=(30, 60), decay_rate=0.2, warmup_epochs=10)
+    assert [own.rate(s, 1) for s in (0, 10, 30, 60)] == pytest.approx([0.3, 30, 6, 1.2])
+    assert LinearConfig(scheduler="cosine").rate(50, 1) == pytest.approx(15, rel=1e-6)
+    assert LinearConfig(schedule="bl0", scheduler="step").rate(99, 1) == pytest.approx(0.3)
     short = LinearConfig(epochs=10)
     assert [short.rate(s, 1) for s in (5, 6, 8)] == pytest.approx([30, 3, 0.3])
 
