@@ -170,10 +170,15 @@ def run(args: argparse.Namespace) -> None:
         )
     # Counting needs shapes, not numbers: nobody waits for a billion of them to be drawn.
     encoder = encoder.to_empty(device="cpu")
-    image = torch.zeros(1, 3, args.image_size, args.image_size)
     try:
-        count = count_flops(encoder, image)
+        count = count_flops(encoder, torch.zeros(1, 3, args.image_size, args.image_size))
     except RuntimeError as error:
+        if "allocate memory" in str(error):
+            raise UserError(
+                f"--image-size {args.image_size}: counting takes one picture through "
+                f"{args.model}, and this machine has not enough memory for one of that size "
+                f"({12 * args.image_size**2 / 1e9:.3g} GB before the first layer)"
+            ) from None
         raise UserError(
             f"{args.model} cannot take pictures of {args.image_size} pixels (--image-size): {error}"
         ) from error

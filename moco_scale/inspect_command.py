@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from moco_scale.data.index_file import INDEX_JSON
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.shard_summary import print_summary, summarise
 from moco_scale.errors import UserError
+from moco_scale.evaluation.features import read_model_file
 
 PARTS = ("model.query", "model.key", "optimizer", "queue")
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         type=Path,
         metavar="PATH",
-        help="a checkpoint, a run's output folder, or a folder of shards",
+        help="a checkpoint, a run's output folder or its current.pth, or a folder of shards",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tensors", action="store_true", help="list every tensor and its shape")
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         return _run_shards(args)
     if args.sheet is not None:
         raise UserError(f"--sheet {args.sheet} is for a folder of shards, and {args.path} is none")
+    if args.path.is_file():
+        return _run_model(args)
     found = describe(args.path)
     if args.json:
         print(json.dumps(found, indent=1))
@@ -63,6 +67,44 @@ def _run_shards(args: argparse.Namespace) -> int:
         print_summary(found)
         if args.sheet is not None:
             print(f"  sheet of pictures: {args.sheet}")
+    sys.stdout.flush()
+    return 0
+
+
+def _run_model(args: argparse.Namespace) -> int:
+    """A file that eval.py takes."""
+    content = read_model_file(args.path, "the file")
+    settings = content.get("opt")
+    parts: dict[str, dict[str, Any]] = {
+        name: {key: list(tensor.shape) for key, tensor in state.items() if hasattr(tensor, "shape")}
+        for name, state in content.items()
+        if name != "opt" and isinstance(state, dict)
+    }
+    if not isinstance(settings, dict) or not parts:
+        raise UserError(
+            f"{args.path} is no model of this program; name a run's folder, its current.pth, "
+            "or a checkpoint"
+        )
+    found = {
+        "path": str(args.path),
+        **{key: content.get(key) for key in ("step", "epoch")},
+        "bytes": args.path.stat().st_size,
+        "config": settings,
+        "tensors": parts,
+    }
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(args.path)
+    print("  a model for eval.py --pretrained-model; what resumes is in checkpoints/ beside it")
+    print(f"  step {found['step']}, epoch {found['epoch']}; {found['bytes'] / 1e6:.1f} MB on disk")
+    for name, shapes in parts.items():
+        numbers = sum(math.prod(shape) for shape in shapes.values())
+        print(f"    {name:12} {len(shapes):4} tensors {numbers:>12,} numbers")
+    _print_settings(settings)
+    if args.tensors:
+        named = {f"{part}.{key}": s for part, shapes in parts.items() for key, s in shapes.items()}
+        _print_tensors(named)
     sys.stdout.flush()
     return 0
 
@@ -137,11 +179,19 @@ def _print(found: dict[str, Any], tensors: bool) -> None:
             f"    {part:12} {size['tensors']:4} tensors {size['numbers']:>12,} numbers "
             f"{size['bytes'] / 1e6:>9.1f} MB"
         )
-    print("  settings")
-    for key, value in sorted((found["config"] or {}).items()):
-        print(f"    --{key.replace('_', '-'):22} {value}")
+    _print_settings(found["config"] or {})
     if tensors:
-        print("  tensors")
-        for name, shape in sorted(found["tensors"].items()):
-            print(f"    {name:60} {shape}")
+        _print_tensors(found["tensors"])
     sys.stdout.flush()
+
+
+def _print_settings(config: dict[str, Any]) -> None:
+    print("  settings")
+    for key, value in sorted(config.items()):
+        print(f"    --{key.replace('_', '-'):22} {value}")
+
+
+def _print_tensors(shapes: dict[str, list[int]]) -> None:
+    print("  tensors")
+    for name, shape in sorted(shapes.items()):
+        print(f"    {name:60} {shape}")

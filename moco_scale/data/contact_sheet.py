@@ -61,7 +61,6 @@ def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
             draw.text(below, _fitted(caption, _TILE, small), _FAINT, small, anchor="mm")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(temporary, "PNG")
         os.replace(temporary, out)
     except OSError as error:

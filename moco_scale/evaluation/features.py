@@ -75,7 +75,7 @@ def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
             not finite.
     """
     path = Path(path)
-    content = _read_plain(path)
+    content = read_model_file(path, "--pretrained-model")
     name = _ENCODERS[which]
     opt, state = content.get("opt"), content.get(name)
     if not isinstance(opt, dict) or not isinstance(state, dict):
@@ -119,34 +119,38 @@ def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
     )
 
 
-def _read_plain(path: Path) -> dict[str, Any]:
+def read_model_file(path: Path, what: str) -> dict[str, Any]:
+    """What is in a file that pretraining wrote; no code in it is ever run.
+
+    what: to call the file in messages.
+
+    Raises:
+        UserError: there is no such file, it is something else, or damaged.
+    """
+    damaged = UserError(
+        f"{what} {path} is damaged or no file of torch.save; "
+        "name the current.pth of a run's --output-dir"
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to programmers about foreign files
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"--pretrained-model {path}: there is no such file") from None
+        raise UserError(f"{what} {path}: there is no such file") from None
     except OSError as error:
-        raise UserError(f"--pretrained-model {path}: {error.strerror or error}") from None
+        raise UserError(f"{what} {path}: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise UserError(_damaged(path)) from None
+            raise damaged from None
         raise UserError(
-            f"--pretrained-model {path} holds more than tensors and plain values; reading it could "
+            f"{what} {path} holds more than tensors and plain values; reading it could "
             "run code from the file, so it is refused; name the current.pth of a run"
         ) from None
     except Exception:  # whatever else a foreign or damaged file makes of the reader
-        raise UserError(_damaged(path)) from None
+        raise damaged from None
     if not isinstance(content, dict):
-        raise UserError(_damaged(path))
+        raise damaged
     return content
-
-
-def _damaged(path: Path) -> str:
-    return (
-        f"--pretrained-model {path} is damaged or no file of torch.save; "
-        "name the current.pth of a run's --output-dir"
-    )
 
 
 def _fingerprint(encoder: nn.Module) -> str:

@@ -129,6 +129,7 @@ def test_the_printed_report(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "resnet5"], "resnet50"),
         (["--batch-size", "0"], "--batch-size"),
         (["--images-per-epoch", "10"], "does not fill one batch"),
+        (["--image-size", "1000000"], "not enough memory .*1\\.2e\\+04 GB"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(flags: list[str], words: str) -> None:

@@ -70,3 +70,35 @@ def test_what_is_no_checkpoint_is_an_error(
         assert text in capsys.readouterr().err
     shutil.rmtree(saved / "checkpoints" / "step-00000007")
     assert main(["inspect", str(saved)]) == 2
+
+
+def test_a_model_for_evaluation_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "current.pth"
+    opt = {"model": "resnet18", "nce_k": 8}
+    state = {"backbone.weight": torch.ones(3, 4)}
+    torch.save({"opt": opt, "model": state, "model_ema": state, "epoch": 2, "step": 9}, path)
+    assert main(["inspect", str(path), "--tensors"]) == 0
+    text = capsys.readouterr().out
+    for part in ("eval.py", "step 9, epoch 2", "12 numbers", "--nce-k", "model_ema.backbone"):
+        assert part in text
+    assert main(["inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tensors"]["model"] == {"backbone.weight": [3, 4]} and found["config"] == opt
+
+
+@pytest.mark.parametrize("content", [b"rubbish", None])
+def test_a_file_that_is_no_model_is_an_error(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    torch.save({"step": 1}, path)
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["inspect", str(path)]) == 2
+    assert "current.pth" in capsys.readouterr().err
+
+
+def test_no_part_of_a_flags_name_will_do(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", str(saved), "--tens"])
+    assert "unrecognized arguments: --tens" in capsys.readouterr().err

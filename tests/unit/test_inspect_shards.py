@@ -55,7 +55,7 @@ def test_the_sheet_shows_pictures_whole_and_bad_ones_as_such(
 ) -> None:
     folder = shutil.copytree(tiny_shards, tmp_path / "shards")
     shards = IndexedShards.open(folder)
-    out = tmp_path / "new" / "sheet.png"
+    out = tmp_path / "sheet.png"
     contact_sheet(shards, out)
     sheet = np.asarray(Image.open(out)).astype(int)
     again = tmp_path / "again.png"
@@ -86,3 +86,7 @@ def test_a_sheet_replaces_nothing(
     assert f"{mine} exists" in capsys.readouterr().err
     assert mine.read_bytes() == b"mine"
     assert main(["inspect", str(tmp_path), "--sheet", str(tmp_path / "x.png")]) == 2
+    nowhere = tmp_path / "nowhere" / "x.png"
+    assert main(["inspect", str(tiny_shards), "--sheet", str(nowhere)]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+    assert not nowhere.parent.exists()
