@@ -398,7 +398,7 @@ def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:
     print("-" * (width + 9))
     for label, key in rows:
         value = summary[key]
-        print(f"{label:<{width}}  " + (f"{value:5.1f} %" if value is not None else "not measured"))
+        print(f"{label:<{width}}  " + (f"{value:5.1f} %" if value is not None else "  n/a"))
     print("-" * (width + 9))
     print(f"{summary['seconds']:.0f} s in all. To look at:")
     for name, what in (

@@ -142,7 +142,7 @@ def test_a_run_without_its_own_kNN_on_few_pictures_has_a_table(
     assert main(argv) == 0
     summary = json.loads((out / pipeline.SUMMARY).read_text())
     assert summary["knn_initial"] is None and summary["linear"] == 50.0
-    assert "as initialised" in (printed := capsys.readouterr().out) and "not measured" in printed
+    assert "as initialised" in (printed := capsys.readouterr().out) and "  n/a\n" in printed
     _, train, *evaluations = steps
     assert "--symmetric" in train and train[-2:] == ["--output-dir", str(out)]
     for line in evaluations:
