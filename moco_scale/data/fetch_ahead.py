@@ -37,6 +37,7 @@ from moco_scale.errors import UserError
 
 _FETCHERS = 4
 _REST = 30.0  # seconds for which a shard that cannot be had is left to those who read it
+_RESTARTS_APART = 60.0  # seconds, where the process dies again and again
 _END = b"end\n"
 NOWHERE = np.uint32(2**32 - 1)
 
@@ -82,9 +83,16 @@ class Job(NamedTuple):
 
 
 class FetchAhead:
-    """The process, from the side of the training process."""
+    """The process, from the side of the training process.
+
+    One that was killed is replaced, and that is said once: nothing is lost by it but time.
+    """
 
     def __init__(self, job: Job) -> None:
+        self._job, self._said, self._not_before = job, False, 0.0
+        self._start(job)
+
+    def _start(self, job: Job) -> None:
         root = str(Path(moco_scale.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
@@ -102,6 +110,9 @@ class FetchAhead:
 
     def at(self, step: int) -> None:
         """The readers begin with this step."""
+        status = self._process.poll()
+        if status and time.monotonic() >= self._not_before:
+            self._replace(status, step)
         self._say(b"%d\n" % step)
 
     def close(self) -> None:
@@ -115,6 +126,19 @@ class FetchAhead:
                 self._process.wait()
         with contextlib.suppress(OSError):
             self._pipe.close()
+
+    def _replace(self, status: int, step: int) -> None:
+        if not self._said:
+            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            print(
+                f"the process that fetches shards ahead died ({how}; most often for want of "
+                "memory) and is started again; until then readers fetch for themselves",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._said, self._not_before = True, time.monotonic() + _RESTARTS_APART
+        self.close()
+        self._start(self._job._replace(start=step))
 
     def _say(self, line: bytes) -> None:
         # Lost when it is gone or too busy to listen: the next one will do.

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +23,7 @@ from remote_sets import AUG, WINDOW, batches, same, source_of
 
 from moco_scale.command_line import parse
 from moco_scale.config import differences
-from moco_scale.data import remote, shard_source
+from moco_scale.data import fetch_ahead, remote, shard_source
 from moco_scale.data.download import Patience, RemoteFile
 from moco_scale.data.fetch_ahead import NOWHERE, FetchAhead, Job, Lookahead, RemotePart, check_room
 from moco_scale.data.open_shards import has_split, open_shards
@@ -313,6 +314,39 @@ def test_shards_are_there_before_anybody_reads_and_the_process_goes(
         before = len(server.requests)
         same(batches(shards, 0), batches(open_shards(tiny_shards, "train"), 0))
         assert len(server.requests) == before
+
+
+def test_a_process_that_was_killed_is_replaced(
+    tiny_shards: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kill(ahead: FetchAhead) -> int:
+        pid = ahead._process.pid
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return pid
+
+    monkeypatch.setattr(fetch_ahead, "_RESTARTS_APART", 3600.0)
+    with served(tiny_shards) as server:
+        shards = open_shards(source_of(server, tmp_path), "train")
+        plan, parts = BatchPlan(shards.order(3, WINDOW), 8), shards.remote_parts()
+        with process_of(Job(parts, plan, 0, 12, in_flight=1)) as process:
+            killed = kill(process)
+            process.at(0)
+            assert process._process.pid != killed
+            deadline = time.monotonic() + 60
+            while not all(parts[0].cache.has(parts[0].folder, file) for file in parts[0].files):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            killed = kill(process)
+            process.at(1)
+            assert process._process.pid == killed  # not again at once
+            monkeypatch.setattr(process, "_not_before", 0.0)
+            process.at(2)
+            assert process._process.pid != killed
+    assert capfd.readouterr().err.count("fetches shards ahead died (SIGKILL") == 1
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
