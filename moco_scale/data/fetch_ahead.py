@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 import moco_scale
 from moco_scale.data.download import RemoteFile
-from moco_scale.data.order import BatchPlan, Indices
+from moco_scale.data.order import BatchPlan, Indices, Plan
 from moco_scale.data.remote import Place
 from moco_scale.data.shard_cache import NoRoom, ShardCache, shard_path, size_text
 from moco_scale.data.windows import window_of
@@ -73,13 +73,16 @@ class Job(NamedTuple):
     """What is to be fetched when."""
 
     parts: list[RemotePart]
-    plan: BatchPlan
+    plan: Plan
     start: int
     """First step that will be read."""
     end: int
     """The step after the last."""
     in_flight: int
     """Steps that are being read at the same time, at most."""
+    spare: int | None = None
+    """Shards to hold ready besides those of the steps in flight; None: all that there is room
+    for. For who reads beside a run that needs the room."""
 
 
 class FetchAhead:
@@ -178,6 +181,11 @@ class Lookahead:
         self._horizon = job.start  # the first step that was not looked at
         self._last_need: dict[tuple[int, int], int] = {}  # in the order of the first need
         self._room = min(part.cache.limit for part in job.parts)
+        if job.spare is not None:
+            first = range(job.start, min(job.end, job.start + job.in_flight + 1))
+            shards = {shard for step in first for shard in self._needs(step)}
+            largest = max(file.bytes or 0 for part in job.parts for file in part.files)
+            self._room = min(self._room, sum(map(self._bytes, shards)) + job.spare * largest)
 
     def advance(self, step: int) -> None:
         """The readers begin with `step`; those before it, as many as are in flight, go on."""

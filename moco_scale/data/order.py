@@ -82,6 +82,31 @@ def _full_permutation(num_samples: int, seed: int, number: int) -> Samples:
     return Samples(order, np.broadcast_to(np.int64(number), len(order)))
 
 
+class Plan(Protocol):
+    """What is read in which step, by some ranks together."""
+
+    def batch(self, step: int) -> Samples:
+        """All of it, in no particular order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Stretches of a data set, each read in its order, next to each other, so many at a time."""
+
+    stretches: tuple[range, ...]
+    batch_size: int
+
+    def __len__(self) -> int:
+        """Steps of the longest."""
+        return max(-(-len(stretch) // self.batch_size) for stretch in self.stretches)
+
+    def batch(self, step: int) -> Samples:
+        now = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        index = np.concatenate([np.asarray(s[now], dtype=np.int64) for s in self.stretches])
+        return Samples(index, np.zeros_like(index))
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """Which samples are in the global batch of each step of a run.

@@ -28,13 +28,15 @@ from moco_scale.data.decode import (
 )
 from moco_scale.data.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
 from moco_scale.data.fetch_ahead import FetchAhead, Job, check_room
-from moco_scale.data.order import BatchPlan, Samples
+from moco_scale.data.order import BatchPlan, Samples, Slices
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.random import uniforms
 from moco_scale.data.shard_set import Pictures
 from moco_scale.data.views import CROP_SLOTS, Box, crop_box, write_centre, write_crop
 from moco_scale.data.workers import PREFETCHED, BatchLoader, Failure, Reading, batch_memory
 from moco_scale.errors import UserError
+
+_SPARE_SHARDS = 8  # that an evaluation has fetched ahead
 
 
 class ViewBatch(NamedTuple):
@@ -118,19 +120,26 @@ def evaluation_loader(
     num_workers: int = 2,
     bad_samples: str = "error",
     start_method: str | None = None,
+    fetches_for: Sequence[int] = (),
 ) -> BatchLoader[ViewBatch]:
     """Centre crops (one view) of the samples `rank_slice(len(shards), rank, world)`, in order.
 
     Nothing is dropped but what cannot be decoded, with `bad_samples` "skip": the last batch may be
     smaller, and ranks may differ by one sample. `step` counts the batches of this rank, `epoch` is
-    0. Raises UserError as `pretraining_loader` does.
+    0. `fetches_for`: ranks of this machine for which this one fetches remote shards ahead. Raises
+    UserError as `pretraining_loader` does.
     """
     if resize_ratio < 1:
         raise ValueError(f"resize_ratio {resize_ratio}: pictures smaller than the crop")
-    jobs = _OrderedJobs(rank_slice(len(shards), rank, world), batch_size)
+    ahead, parts = None, shards.remote_parts() if fetches_for else []
+    if parts and len(shards):
+        slices = Slices(tuple(rank_slice(len(shards), r, world) for r in fetches_for), batch_size)
+        in_flight = max(1, PREFETCHED * num_workers)
+        ahead = FetchAhead(Job(parts, slices, 0, len(slices), in_flight, _SPARE_SHARDS))
+    jobs = _OrderedJobs(rank_slice(len(shards), rank, world), batch_size, ahead)
     crops = _CentreCrops(shards, image_size, resize_ratio)
     crops.skip = bad_samples == "skip"
-    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading)
+    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading, ahead)
 
 
 def rank_slice(num_samples: int, rank: int, world: int) -> range:
@@ -169,14 +178,16 @@ class _PlannedJobs(Sampler[_Job]):
 
 
 class _OrderedJobs(Sampler[_Job]):
-    def __init__(self, samples: range, batch_size: int) -> None:
-        self.samples, self.batch_size = samples, batch_size
+    def __init__(self, samples: range, batch_size: int, ahead: FetchAhead | None) -> None:
+        self.samples, self.batch_size, self.ahead = samples, batch_size, ahead
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[_Job]:
         for step in range(len(self)):
+            if self.ahead is not None:
+                self.ahead.at(step)
             part = self.samples[step * self.batch_size : (step + 1) * self.batch_size]
             index = np.asarray(part, dtype=np.int64)
             yield _Job(step, 0, Samples(index, np.zeros_like(index)))

@@ -161,6 +161,15 @@ def _fingerprint(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def fetched_here(shards: Shards) -> list[int]:
+    """Ranks for which this one fetches remote pictures ahead; every rank calls it."""
+    if not shards.remote_parts():
+        return []
+    rank, hosts = distributed.rank(), distributed.hosts()
+    here = [number for number, host in enumerate(hosts) if host == hosts[rank]]
+    return here if here[0] == rank else []
+
+
 def chosen_output(encoder: Encoder, which: str) -> Encode:
     """The function of an encoder that :data:`WHICH` names.
 
@@ -300,6 +309,7 @@ def extract(
     """
     pixels = Pixels(image_size, resize_ratio, mean, std)
     device, rank, world = distributed.device(), distributed.rank(), distributed.world_size()
+    fetches_for = fetched_here(shards)
     # A rank with a batch less, or one that has failed, still answers the others.
     rounds = -(-len(range(0, len(shards), world)) // batch_size) if between else 0
     parts: list[Tensor] = []
@@ -318,6 +328,7 @@ def extract(
                 world=world,
                 num_workers=num_workers,
                 bad_samples="error" if left_out is None else "skip",
+                fetches_for=fetches_for,
             ) as loader,
         ):
             for batch in progress(loader, len(loader), label):

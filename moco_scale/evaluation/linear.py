@@ -39,6 +39,7 @@ from moco_scale.evaluation.features import (
     chosen_output,
     evaluating,
     extract,
+    fetched_here,
     progress,
 )
 from moco_scale.evaluation.linear_config import LinearConfig
@@ -339,6 +340,7 @@ class LinearEvaluation:
             world=self.world,
             num_workers=self.num_workers,
             bad_samples=self.bad_samples,
+            fetches_for=fetched_here(self.val),
         ) as loader:
             for batch in progress(loader, len(loader), "testing" if sys.stderr.isatty() else ""):
                 self._unread += batch.bad

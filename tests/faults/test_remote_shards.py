@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -27,11 +28,12 @@ from moco_scale.data import fetch_ahead, remote, shard_source
 from moco_scale.data.download import Patience, RemoteFile
 from moco_scale.data.fetch_ahead import NOWHERE, FetchAhead, Job, Lookahead, RemotePart, check_room
 from moco_scale.data.open_shards import has_split, open_shards
-from moco_scale.data.order import BatchPlan
-from moco_scale.data.reader import evaluation_loader, pretraining_loader
+from moco_scale.data.order import BatchPlan, Slices
+from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.shard_cache import GB, SHARDS, ShardCache
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.windows import WindowedPermutation
+from moco_scale.data.workers import BatchLoader
 from moco_scale.errors import UserError
 
 
@@ -128,7 +130,7 @@ def test_a_loader_that_is_closed_does_not_wait_for_a_silent_server(
 
 def test_evaluation_reads_them_in_order(tiny_shards: Path, tmp_path: Path) -> None:
     with served(tiny_shards) as server:
-        far = open_shards(source_of(server, tmp_path), "val")
+        far = open_shards(source_of(server, tmp_path / "cache"), "val")
         near = open_shards(tiny_shards, "val")
         for shards in (far, near):
             loader = evaluation_loader(shards, 16, 1.0, batch_size=3, num_workers=1)
@@ -137,6 +139,43 @@ def test_evaluation_reads_them_in_order(tiny_shards: Path, tmp_path: Path) -> No
                     read = list(loader)
                 else:
                     same(read, list(loader))
+
+
+def test_evaluation_fetches_ahead_for_all_ranks_of_a_machine(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    with served(tiny_shards) as server:
+        far = open_shards(source_of(server, tmp_path), "train")
+        [part] = far.remote_parts()
+
+        def loader(rank: int, *fetches_for: int) -> BatchLoader[ViewBatch]:
+            size: dict[str, Any] = {"batch_size": 4, "rank": rank, "world": 4, "num_workers": 0}
+            return evaluation_loader(far, 16, 1.0, **size, fetches_for=fetches_for)
+
+        with loader(1, 1, 3) as own, loader(3) as other:
+            deadline = time.monotonic() + 60
+            while [part.cache.has(part.folder, file) for file in part.files] != [0, 1, 0, 1]:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            before = len(server.requests)
+            read = [i for each in (own, other) for batch in each for i in batch.index.tolist()]
+        assert read == [*range(8, 16), *range(24, 32)]
+        assert len(server.requests) == before
+    assert Slices((range(5), range(7, 9)), 2).batch(1).index.tolist() == [2, 3]
+    assert len(Slices((range(5), range(7, 9)), 2)) == 3
+
+
+def test_who_reads_beside_a_run_holds_few_shards_ready(tmp_path: Path) -> None:
+    shard_of = np.repeat(np.arange(40, dtype=np.uint32), 8)
+    files = [RemoteFile(f"{n}.tar", 100) for n in range(40)]
+    place, cache = remote.place("http://host", False), ShardCache(tmp_path, 10**6)
+    part = RemotePart(0, shard_of, files, place, tmp_path, cache)
+    slices = Slices((range(160), range(160, 320)), 8)
+    lookahead = Lookahead(Job([part], slices, 0, len(slices), in_flight=1, spare=3))
+    lookahead.advance(0)
+    assert lookahead.wanted() == [(0, n) for n in (0, 20, 1, 21, 2, 22)]
+    lookahead.advance(19)
+    assert lookahead.wanted()[-1] == (0, 39)
 
 
 @pytest.mark.parametrize("name", ["index.json", "train-index.npy"])
