@@ -100,6 +100,7 @@ def read_configuration(
     parameters: int,
     overlap: bool,
     compiled: bool,
+    may_overlap: bool = True,
 ) -> ReadConfiguration:
     """A DeepSpeed JSON with every ``"auto"`` replaced and every contradiction refused.
 
@@ -115,8 +116,9 @@ def read_configuration(
         clip_norm: ``--clip-grad``.
         parts: ``--accumulation-steps``.
         parameters: how many numbers are trained; bounds ``"auto"`` bucket sizes.
-        overlap: whether gradients may be reduced while backward still runs.
+        overlap: whether gradients are reduced while backward still runs, where it does not say.
         compiled: ``--compile``.
+        may_overlap: False: they must not be, or processes might wait for each other for ever.
 
     Raises:
         UserError: missing or malformed file, a value that contradicts a flag (both are named), or
@@ -158,6 +160,13 @@ def read_configuration(
             )
     scaling = take_precision(path, result, precision, notes)
     norm = precision == "fp16" or clip_norm > 0
+    zero = result.get("zero_optimization", {})
+    if not may_overlap and zero.get("overlap_comm") is True:
+        zero["overlap_comm"] = False
+        notes.append(
+            f"{path}: overlap_comm is false here: BatchNorm groups that span processes talk at the "
+            "same time, and NCCL does not keep the order of the two (NCCL_LAUNCH_ORDER_IMPLICIT)"
+        )
     _zero(path, result, parameters, overlap, norm, notes)
     if compiled and result["zero_optimization"]["stage"] == 3:
         raise UserError(

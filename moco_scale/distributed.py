@@ -31,6 +31,8 @@ TIMEOUT = timedelta(minutes=30)  # of a collective, where nothing else watches
 MEETING = timedelta(minutes=10)
 """How long a process that has started waits for the last one, or for rank 0."""
 
+LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
+
 # Renamed in torch 2.14, where the older name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -67,6 +69,7 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
                 f"{torch.cuda.device_count()}; start at most one process per GPU"
             )
             raise RankError(problem, int(os.environ["RANK"]))
+        os.environ.setdefault(LAUNCH_ORDER, "1")
         torch.cuda.set_device(local)
     else:
         # Otherwise DeepSpeed looks for an accelerator and warns that it found none.
@@ -133,6 +136,20 @@ def flight_record() -> bytes | None:
     gpu = "_dump_nccl_trace" if _device.type == "cuda" else "_dump_fr_trace"
     dump = getattr(_distributed_c10d, gpu, None)
     return None if dump is None else dump()
+
+
+def launches_in_order() -> bool:
+    """Whether messages of several groups begin on every GPU in the order in which they were sent.
+
+    A message occupies a GPU until all ranks have come to it. Two of different groups could wait
+    for each other for ever if two GPUs began them in different orders, which streams alone do not
+    decide. Since 2.26 NCCL can see to that by itself (``NCCL_LAUNCH_ORDER_IMPLICIT``, which
+    :func:`initialize` sets to 1), provided that all processes send them in the same order, as this
+    program does. gloo has no such trouble: its messages wait in threads.
+    """
+    if _device.type != "cuda" or world_size() == 1:
+        return True
+    return torch.cuda.nccl.version() >= (2, 26) and os.environ.get(LAUNCH_ORDER, "0") != "0"
 
 
 def device() -> torch.device:

@@ -32,11 +32,14 @@ class Inputs:
         plan: which samples are in its batches.
         shuffle: exchanges the keys' crops.
         device: where the encoders are.
-        ahead: make each step's inputs while the step before runs; by default on a GPU.
+        ahead: make each step's inputs while the step before runs; by default on a GPU, unless
+            the exchange is to be alone.
+        alone: no exchange is under way while the encoders run, which may send messages themselves.
 
     Attributes:
         augmentation: the chain, with the crop that the configuration asks for.
         terms: (query view, key view) of each term of the loss; also the stream of its shuffle.
+        alone: as given.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Inputs:
         shuffle: ShuffleBN,
         device: torch.device,
         ahead: bool | None = None,
+        alone: bool = False,
     ) -> None:
         self.plan, self.shuffle, self.device = plan, shuffle, device
         self.terms = [(0, 1), (1, 0)] if config.contrast.symmetric else [(0, 1)]
@@ -53,7 +57,8 @@ class Inputs:
             AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
         )
         on_gpu = device.type == "cuda"
-        self._ahead = on_gpu if ahead is None else ahead
+        self._ahead = on_gpu and not alone if ahead is None else ahead
+        self.alone = alone
         self._stream = torch.cuda.Stream(device) if on_gpu and self._ahead else None
         self._ready: dict[int, StepInputs] = {}
         self._share = config.optim.batch_size // distributed.world_size()
@@ -109,7 +114,10 @@ class Inputs:
         """The inputs of a batch's step, whose keys' crops are on their way at least."""
         inputs = self._ready.pop(batch.step, None)
         if inputs is None:
-            return StepInputs(self, batch)
+            inputs = StepInputs(self, batch)
+            for term in range(len(self.terms) if self.alone else 0):
+                inputs.receive(term)
+            return inputs
         if inputs.made is not None:
             torch.cuda.current_stream(self.device).wait_event(inputs.made)
         return inputs

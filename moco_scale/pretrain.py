@@ -126,9 +126,15 @@ class Pretraining:
         self.shuffle = ShuffleBN(
             config.optim.batch_size, seed, contrast.shuffle_bn, contrast.shuffle_group
         )
-        # Two communicators at work at once, the exchange's and a BatchNorm group's, can deadlock.
-        ahead = False if spans_ranks(moco) else None
-        self.inputs = Inputs(config, self.plan, self.shuffle, self.device, ahead)
+        # Two communicators at work at once, the exchange's and another, can deadlock.
+        spans, in_order = spans_ranks(moco), distributed.launches_in_order()
+        alone = spans or (self.engine.own_groups and not in_order)
+        if alone and not in_order:
+            self.engine.notes.append(
+                "NCCL_LAUNCH_ORDER_IMPLICIT is 0, or NCCL older than 2.26: no inputs are made "
+                "ahead, and that processes wait for each other for ever cannot be excluded"
+            )
+        self.inputs = Inputs(config, self.plan, self.shuffle, self.device, alone=alone)
 
     def _decoder(self) -> DeviceDecoder | None:
         return DeviceDecoder.on_gpu(self.device) if self.config.run.decode == "gpu" else None

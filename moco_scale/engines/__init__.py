@@ -55,8 +55,9 @@ def _make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
             clip_norm=optim.clip_grad,
             parts=run.accumulation_steps,
             parameters=sum(p.numel() for p in moco.trained_parameters().values()),
-            # Two communicators at work at once, DeepSpeed's and a BatchNorm group's, can deadlock.
+            # Two communicators at work at once, DeepSpeed's and a BatchNorm group's.
             overlap=device.type == "cuda" and not spans_ranks(moco),
+            may_overlap=distributed.launches_in_order() or not spans_ranks(moco),
             compiled=run.compile,
         )
         check_configuration(run.deepspeed, read.configuration)

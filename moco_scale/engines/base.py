@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moco_scale import distributed
+from moco_scale import distributed, numerics
 from moco_scale.batchnorm import StatisticsBefore
 from moco_scale.encoders import Encoder
 from moco_scale.engines.blocks import transform_blocks
@@ -71,7 +72,10 @@ class Engine(ABC):
         device: where it lies.
         loss_scale: with fp16, else None.
         notes: lines for the log: what was changed of the user's wishes, and why.
+        own_groups: whether it sends over other communicators than that of all ranks.
     """
+
+    own_groups: bool = False
 
     def __init__(self, moco: MoCo, settings: EngineSettings, device: torch.device) -> None:
         self.moco, self.settings, self.device = moco, settings, device
@@ -80,6 +84,13 @@ class Engine(ABC):
         half = settings.precision == "fp16"
         self.loss_scale = LossScale(settings.scaling) if half else None
         self._statistics = StatisticsBefore(moco)
+        attends = any(isinstance(module, nn.MultiheadAttention) for module in moco.modules())
+        self._repeats_attention = attends and device.type == "cuda" and numerics.can_repeat()
+        if attends and device.type == "cuda" and not self._repeats_attention:
+            self.notes.append(
+                "CUBLAS_WORKSPACE_CONFIG is neither :4096:8 nor :16:8: a transformer's gradients, "
+                "and so a resumed run, repeat to rounding only"
+            )
         transform_blocks(moco, compiled=settings.compile, recompute=settings.recompute)
 
     def query(self, *views: Tensor, part: int = 0) -> list[Tensor]:
@@ -91,12 +102,18 @@ class Engine(ABC):
         parts = self.settings.parts
         self._note_statistics()
         self._start_part(last=part == parts - 1)
-        return self._forward(*views, part=part, parts=parts)
+        with self._pass():
+            return self._forward(*views, part=part, parts=parts)
 
     def key(self, view: Tensor) -> Tensor:
         """Keys of a view, without gradient: fp32 unit rows [B, dim]; in as many parts."""
         self._note_statistics()
-        return self.moco.keys(view, self.settings.parts)
+        with self._pass():
+            return self.moco.keys(view, self.settings.parts)
+
+    def _pass(self) -> contextlib.AbstractContextManager[None]:
+        """What a forward or backward pass happens in."""
+        return numerics.repeatable() if self._repeats_attention else contextlib.nullcontext()
 
     def _note_statistics(self) -> None:
         """Of the encoders before a step's first forward pass, where the step may be left out."""
@@ -114,12 +131,17 @@ class Engine(ABC):
     def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
         """MoCo's forward, through whatever wraps it."""
 
-    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss, this rank's mean over its samples.
 
         With several parts, the mean over a part's samples divided by the number of parts.
         """
+        with self._pass():
+            self._backward(loss)
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None:
+        """:meth:`backward`, through whatever wraps the module."""
 
     def step(self, learning_rate: float) -> bool:
         """One optimizer step, and gradients cleared. False: it was skipped, nothing moved.

@@ -54,7 +54,7 @@ class DDPEngine(Replicated, Engine):
     def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
         return self._wrapped(*views, part=part, parts=parts)
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def _gradients(self) -> list[Tensor]:

@@ -79,6 +79,8 @@ class DeepSpeedEngine(Replicated, Engine):
     its optimizer before each step (its own for torch_autocast never falls after an overflow).
     """
 
+    own_groups = True  # a copy of the group of all ranks
+
     def __init__(
         self,
         moco: MoCo,
@@ -125,7 +127,7 @@ class DeepSpeedEngine(Replicated, Engine):
     def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
         return self._engine(*views, part=part, parts=parts)
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         if self.loss_scale is not None:
             if self._stage == 0:
                 loss = loss * self.loss_scale.value

@@ -52,6 +52,7 @@ class FSDPEngine(Engine):
         super().__init__(moco, settings, device)
         mesh = _mesh(device, settings.shard_size)
         self._copies = mesh.size(0) if mesh.ndim == 2 else 1
+        self.own_groups = mesh.ndim == 2
         # Not the module that holds both: of two roots, each forward pass gathers only its own.
         for encoder in (moco.query, moco.key):
             # Recomputation would enter the normalisation layers' own unit a second time.
@@ -64,7 +65,7 @@ class FSDPEngine(Engine):
     def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
         return self.moco(*views, part=part, parts=parts)
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
 
     def _gradients(self) -> list[Tensor]:

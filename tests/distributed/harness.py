@@ -36,7 +36,11 @@ def free_port() -> int:
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    timeout: float = 120.0,
+    device: str = "cpu",
 ) -> list[Any]:
     """What ``function(*args)`` returned on rank 0, 1, ..., each rank in its own process.
 
@@ -44,6 +48,7 @@ def run_ranks(
         function: importable by name; its arguments and result must pickle (tensors may be in it).
         world: number of processes, one thread each.
         timeout: seconds after which every process is killed.
+        device: ``"cpu"``, or ``"cuda"`` where each process has a GPU.
 
     Raises:
         RankError: a rank raised, was killed, or the time was up.
@@ -53,7 +58,8 @@ def run_ranks(
         outcomes = [Path(folder) / f"rank{rank}" for rank in range(world)]
         processes = [
             CONTEXT.Process(
-                target=_one_rank, args=(function, args, rank, world, port, str(outcomes[rank]))
+                target=_one_rank,
+                args=(function, args, rank, world, port, str(outcomes[rank]), device),
             )
             for rank in range(world)
         ]
@@ -95,7 +101,13 @@ def _join(processes: list[Any], deadline: float) -> set[int]:
 
 
 def _one_rank(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, port: int, out: str
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world: int,
+    port: int,
+    out: str,
+    device: str,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -112,7 +124,7 @@ def _one_rank(
     torch.set_num_threads(1)
     outcome: tuple[bool, Any]
     try:
-        distributed.initialize("cpu")
+        distributed.initialize(device)
         outcome = (True, function(*args))
         content = pickle.dumps(outcome)
         distributed.shutdown()

@@ -1,7 +1,8 @@
 """Inputs made one step ahead, as on a GPU, are the same as those made when they are asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from commands import TINY
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import command_line
+from moco_scale import command_line, distributed
 from moco_scale.data.reader import ViewBatch
 from moco_scale.inputs import Inputs
 from moco_scale.pretrain import Pretraining
@@ -111,3 +112,113 @@ def test_a_batch_made_ahead_and_not_trained_on_is_not_consumed(
 ) -> None:
     flags = [flags_of(tiny_shards, tmp_path / name, "--symmetric") for name in ("whole", "parts")]
     run_ranks(whole_and_in_parts, 2, *flags)
+
+
+def order_of_messages(flags: list[str]) -> tuple[bool, list[str]]:
+    """Whether nothing is made ahead, and what happened in one step, in this order."""
+    happened: list[str] = []
+    run = Pretraining(command_line.parse(flags))
+    wait, query = distributed.PendingRows.wait, run.engine.query
+
+    def noted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            happened.append(name)
+            return action(*args, **kwargs)
+
+        return noting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed.PendingRows, "wait", noted("exchanged", wait))
+        patch.setattr(run.engine, "query", noted("queries", query))
+        run.engine.moco.train()
+        run.train_step(next(batches(run)))
+    return run.inputs.alone, happened
+
+
+def test_no_exchange_is_under_way_while_spanning_groups_talk(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = flags_of(tiny_shards, tmp_path, "--symmetric")
+    for alone, happened in run_ranks(order_of_messages, 2, [*flags, "--bn-group-size", "8"]):
+        assert alone
+        assert happened == ["exchanged", "exchanged", "queries"]
+    for alone, happened in run_ranks(order_of_messages, 2, flags):
+        assert not alone
+        assert happened == ["queries", "exchanged", "exchanged"]
+
+
+def alone_without_order(flags: list[str]) -> list[tuple[bool, list[str]]]:
+    """Whether the exchange is alone and what is said, where NCCL keeps the order and does not."""
+    results = []
+    for kept in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "launches_in_order", lambda kept=kept: kept)
+            run = Pretraining(command_line.parse(flags))
+            results.append((run.inputs.alone, run.engine.notes))
+    return results
+
+
+def test_engines_with_communicators_of_their_own_need_nccls_order(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    flags = flags_of(tiny_shards, tmp_path, "--engine", "fsdp")
+    for kept, not_kept in run_ranks(alone_without_order, 2, [*flags, "--fsdp-shard-size", "1"]):
+        assert kept == (False, [])
+        assert not_kept[0]
+        assert "NCCL_LAUNCH_ORDER_IMPLICIT" in not_kept[1][0]
+    for results in run_ranks(alone_without_order, 2, flags):
+        assert results == [(False, []), (False, [])]
+
+
+@pytest.mark.parametrize(
+    ("version", "value", "kept"),
+    [((2, 30, 7), "1", True), ((2, 30, 7), "0", False), ((2, 25, 1), "1", False)],
+)
+def test_whether_nccls_order_is_kept(
+    version: tuple[int, ...], value: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert distributed.launches_in_order()  # one process
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert distributed.launches_in_order()  # over gloo
+    monkeypatch.setattr(distributed, "_device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: version)
+    monkeypatch.delenv(distributed.LAUNCH_ORDER, raising=False)
+    assert not distributed.launches_in_order()
+    monkeypatch.setenv(distributed.LAUNCH_ORDER, value)
+    assert distributed.launches_in_order() is kept
+
+
+def trained_on_a_gpu(flags: list[str], ahead: bool) -> dict[str, Tensor]:
+    """Weights, statistics and queue after a few steps."""
+    run = started(flags, ahead)
+    run.engine.moco.train()
+    for batch in run.inputs.ahead(batches(run)):
+        run.train_step(batch)
+        run.step += 1
+    torch.cuda.synchronize()
+    return {n: t.cpu() for n, t in run.engine.moco.state_dict().items()} | {
+        "keys": run.queue.keys.cpu()
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--compile", "--aug", "v2"),
+        ("--model", "vit_small", "--image-size", "32", "--precision", "bf16", "--aug", "v2"),
+    ],
+    ids=["plain", "compiled", "transformer"],
+)
+def test_steps_on_a_gpu_are_the_same_to_the_bit(
+    tiny_shards: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    flags = flags_of(tiny_shards, tmp_path, "--device", "cuda", *more)
+    (usual,), (ahead,), (again,) = (
+        run_ranks(trained_on_a_gpu, 1, flags, way, device="cuda", timeout=500.0)
+        for way in (False, True, True)
+    )
+    for name, wanted in usual.items():
+        assert torch.equal(ahead[name], wanted), name
+        assert torch.equal(again[name], wanted), name

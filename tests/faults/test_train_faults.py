@@ -406,7 +406,7 @@ def spoil(where: str, first: int, last: int, rank: int) -> None:
 
     now = {"step": 0}
     train_step, contrast = pretrain.Pretraining.train_step, KeyQueue.contrast
-    backward = DDPEngine.backward
+    backward = DDPEngine._backward
 
     def bad() -> bool:
         return first <= now["step"] <= last and int(os.environ.get("RANK", "0")) == rank
@@ -426,7 +426,7 @@ def spoil(where: str, first: int, last: int, rank: int) -> None:
     if where == "loss":
         KeyQueue.contrast = lossy  # type: ignore[method-assign,assignment]
     else:
-        DDPEngine.backward = steep  # type: ignore[method-assign]
+        DDPEngine._backward = steep  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

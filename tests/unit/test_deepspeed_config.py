@@ -329,6 +329,16 @@ def test_what_is_changed_is_said(tmp_path: Path) -> None:
     assert complete(write(tmp_path, content)).notes == []
 
 
+def test_two_communicators_whose_order_nobody_keeps_do_not_overlap(tmp_path: Path) -> None:
+    zero = {"stage": 1, "overlap_comm": True}
+    path = write(tmp_path, {"gradient_clipping": 0, "zero_optimization": zero})
+    kept = complete(path, overlap=False)
+    assert (kept.configuration["zero_optimization"]["overlap_comm"], kept.notes) == (True, [])
+    done = complete(path, overlap=False, may_overlap=False)
+    assert done.configuration["zero_optimization"]["overlap_comm"] is False
+    assert "overlap_comm is false here" in done.notes[0]
+
+
 def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
     def notes(content: dict[str, Any], precision: str = "fp16") -> list[str]:
         path = write(tmp_path, {"gradient_clipping": 0, **content})

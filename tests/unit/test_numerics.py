@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from moco_scale import pretrain
+from moco_scale import numerics, pretrain
 from moco_scale.command_line import parse
+from moco_scale.encoders import build_encoder
+from moco_scale.engines.base import EngineSettings
+from moco_scale.engines.ddp import DDPEngine
 from moco_scale.evaluation import command
+from moco_scale.moco import MoCo
 
 
 class Reached(Exception):
@@ -66,3 +70,42 @@ def test_pretraining_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Reached):
         pretrain.Pretraining(parse(["--device", "cpu"]))
     assert not any(_switches().values())
+
+
+GPU, SETTINGS = torch.device("cuda", 0), EngineSettings(momentum=0.9, weight_decay=0.0)
+
+
+def strictness(model: str, device: torch.device) -> list[bool]:
+    """Whether torch adds up in one order alone: forward, backward, for keys, and afterwards."""
+    encoder = build_encoder(model, stem="cifar", dim=8, image_size=16)
+    engine, seen = DDPEngine(MoCo(encoder), SETTINGS, device), []
+
+    def look(*_: Any) -> None:
+        strict = torch.are_deterministic_algorithms_enabled()
+        seen.append(strict and not torch.is_deterministic_algorithms_warn_only_enabled())
+
+    engine.moco.query.register_forward_hook(look)
+    engine.moco.key.register_forward_hook(look)
+    next(iter(engine.moco.trained_parameters().values())).register_hook(look)
+    picture = torch.randn(2, 3, 16, 16)
+    (query,) = engine.query(picture)
+    engine.key(picture)
+    engine.backward(query[:, 0].mean())
+    look()
+    return seen
+
+
+def test_attention_on_a_gpu_adds_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    numerics.set_switches()  # torch would refuse to multiply matrices on a GPU otherwise
+    assert strictness("vit_small", GPU) == [True, True, True, False]
+    assert strictness("vit_small", torch.device("cpu")) == [False] * 4
+    assert strictness("resnet18", GPU) == [False] * 4  # nothing slower than it has to be
+
+
+def test_a_workspace_of_the_users_own_is_kept_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    numerics.set_switches()
+    assert strictness("vit_small", GPU) == [False] * 4
+    engine = DDPEngine(MoCo(build_encoder("vit_small", dim=8, image_size=16)), SETTINGS, GPU)
+    assert "CUBLAS_WORKSPACE_CONFIG" in engine.notes[0]
