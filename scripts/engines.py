@@ -33,6 +33,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -96,10 +97,11 @@ def run(
     steps: int = STEPS,
     resume: Path | None = None,
     device: str = "cpu",
+    more: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """One whole run: its losses, and the tensors of its last checkpoint."""
     flags = [*FLAGS, "--precision", precision, "--data-dir", str(shards), "--output-dir", str(out)]
-    flags += ["--device", device, "--max-steps", str(steps)]
+    flags += ["--device", device, "--max-steps", str(steps), *more]
     if resume is not None:
         flags += ["--resume", str(resume)]
     if engine.startswith("zero"):
@@ -133,7 +135,13 @@ def errors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float
 
 
 def loss_bound(precision: str) -> float:
+    """How far a loss, or a feature, may be off; see the top of this file."""
     return 1e-4 if precision == "fp32" else UNIT[precision] * math.sqrt(LAYERS) / TEMPERATURE
+
+
+def movement_bound(precision: str) -> float:
+    """How far the weights' movement may be off in half precision, as a share of it."""
+    return math.sqrt(UNIT[precision] * math.sqrt(LAYERS))
 
 
 def bounds(precision: str, wanted: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, float]:
@@ -144,16 +152,22 @@ def bounds(precision: str, wanted: dict[str, Tensor], start: dict[str, Tensor]) 
     for name in ("query", "key"):
         last, first = (together(s, f"model.{name}.") for s in (wanted, start))
         moved = float((last - first).norm() / last.norm())
-        result[name] = math.sqrt(UNIT[precision] * math.sqrt(LAYERS)) * moved
+        result[name] = movement_bound(precision) * moved
     return result
 
 
 def compare_engines(
-    root: Path, worlds: list[int], engines: list[str], precisions: list[str], device: str
+    root: Path,
+    worlds: list[int],
+    engines: list[str],
+    precisions: list[str],
+    device: str,
+    bn_group_size: int,
+    shard_size: int,
 ) -> tuple[int, int]:
     """Print the first table; how many cells it has, and how many are off."""
-    shards = root / "shards"
-    wanted = run("ddp", "fp32", 1, shards, root / "reference", device=device)
+    shards, groups = root / "shards", ["--bn-group-size", str(bn_group_size)]
+    wanted = run("ddp", "fp32", 1, shards, root / "reference", device=device, more=groups)
     encoder = small_encoder(command_line.parse(list(FLAGS)))
     state = {n: t.detach() for n, t in encoder.state_dict().items()}
     start = {f"model.{e}.{n}": t for e in ("query", "key") for n, t in state.items()}
@@ -165,7 +179,10 @@ def compare_engines(
         for engine in engines:
             for world in worlds:
                 out = root / f"{engine}-{precision}-{world}"
-                got = run(engine, precision, world, shards, out, device=device)
+                more = [*groups]
+                if engine == "fsdp" and shard_size:
+                    more += ["--fsdp-shard-size", str(shard_size)]
+                got = run(engine, precision, world, shards, out, device=device, more=more)
                 found = errors(got, wanted)
                 good = all(found[c] <= limit[c] for c in COLUMNS)
                 cells_made, failed = cells_made + 1, failed + (not good)
@@ -219,6 +236,12 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--bn-group-size", type=int, default=4, help="of the first table, of 16 images a step"
+    )
+    parser.add_argument(
+        "--shard-size", type=int, default=0, help="FSDP's --fsdp-shard-size in the first table"
+    )
     args = parser.parse_args()
     most = torch.cuda.device_count() if args.device == "cuda" else max(w for _, w in HANDOVERS)
     results = []
@@ -230,7 +253,15 @@ def main() -> None:
             [*shard, "--out", str(root / "shards")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
         )
         if args.worlds:
-            table = compare_engines(root, args.worlds, args.engines, args.precisions, args.device)
+            table = compare_engines(
+                root,
+                args.worlds,
+                args.engines,
+                args.precisions,
+                args.device,
+                args.bn_group_size,
+                args.shard_size,
+            )
             results.append(table)
         for precision in args.handovers:
             results.append(compare_handovers(root, precision, most, args.device))

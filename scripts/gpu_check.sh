@@ -64,9 +64,25 @@ check() {
     printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - started))" >> "$out/results.tsv"
 }
 
+# Processes: one, and as many more as there are GPUs for. On the last of these come a BatchNorm group
+# that spans processes and FSDP sharded within groups, each with communicators of its own.
+gpus=2
+[ "$device" != cuda ] || gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+worlds=1 most=1
+for n in 2 4; do
+    [ "$gpus" -lt $n ] || { worlds="$worlds $n"; most=$n; }
+done
+group=16  # of 16 images a step: all processes; with four, a part of them
+[ $most -lt 4 ] || group=8
+shared=("$python" scripts/engines.py --device "$device" --worlds $most --handovers)
+
 if [ -n "$tiny" ]; then
     check tests 300 "$python" -m pytest -q tests/unit/test_augment.py -k "gpu or graph or forms or solarize"
-    check engines 300 "$python" scripts/engines.py --device "$device" --worlds 1 --engines fsdp --precisions fp32 --handovers
+    check engines 300 "$python" scripts/engines.py --device "$device" --worlds $worlds --engines fsdp --precisions fp32 --handovers
+    if [ $most -gt 1 ]; then
+        check spanning 300 "${shared[@]}" --engines ddp --precisions fp32 --bn-group-size $group
+        check hybrid 300 "${shared[@]}" --engines fsdp --precisions fp32 --shard-size $((most / 2))
+    fi
     check half 300 "$python" scripts/gpu_check/half.py --device "$device" --tiny
     check step 300 "$python" benchmarks/step.py --device "$device" --quick --batch 4 --size 32 --keys 512 --repeats 1
     check augment 300 "$python" benchmarks/augment.py --device "$device" --quick --batch 2 --size 64 --chains v2 v3 --repeats 1
@@ -74,7 +90,11 @@ if [ -n "$tiny" ]; then
     check cifar10 600 "$python" scripts/gpu_check/cifar10.py --device "$device" --tiny
 else
     check tests 600 "$python" -m pytest -q tests/unit tests/distributed/test_inputs.py -m "slow or not slow" -k "gpu or graph or compiled"
-    check engines 1500 "$python" scripts/engines.py --device "$device" --worlds 1 --handovers fp32 fp16
+    check engines 3000 "$python" scripts/engines.py --device "$device" --worlds $worlds --handovers fp32 fp16
+    if [ $most -gt 1 ]; then
+        check spanning 1500 "${shared[@]}" --bn-group-size $group
+        check hybrid 900 "${shared[@]}" --engines fsdp --shard-size $((most / 2))
+    fi
     check half 600 "$python" scripts/gpu_check/half.py --device "$device"
     check step 1500 "$python" benchmarks/step.py --device "$device" --compile --profile
     check augment 900 "$python" benchmarks/augment.py --device "$device"

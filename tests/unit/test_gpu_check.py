@@ -54,8 +54,19 @@ def test_every_check_runs_on_a_cpu(repository: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads((tmp_path / "summary.json").read_text())
-    names = ["tests", "engines", "half", "step", "augment", "contrast", "cifar10"]
+    names = [
+        "tests",
+        "engines",
+        "spanning",
+        "hybrid",
+        "half",
+        "step",
+        "augment",
+        "contrast",
+        "cifar10",
+    ]
     assert list(checks) == names
+    assert [checks[name]["cells"] for name in names[1:4]] == [2, 1, 1]
     assert checks["half"]["skipped"] > 0
     assert checks["step"]["fp32_run"] > 0
     assert 0 < checks["cifar10"]["knn_top1"] <= 100
