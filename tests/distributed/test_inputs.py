@@ -155,6 +155,7 @@ def alone_without_order(flags: list[str]) -> list[tuple[bool, list[str]]]:
             patch.setattr(distributed, "launches_in_order", lambda kept=kept: kept)
             run = Pretraining(command_line.parse(flags))
             results.append((run.inputs.alone, run.engine.notes))
+    distributed.barrier()  # rank 0 keeps the store where groups are made
     return results
 
 
