@@ -12,7 +12,10 @@ from typing import Any
 from moco_scale import checkpoint
 from moco_scale.data.contact_sheet import contact_sheet
 from moco_scale.data.index_file import INDEX_JSON
+from moco_scale.data.mixed_shards import split_mixture
 from moco_scale.data.open_shards import open_shards
+from moco_scale.data.remote import names_remote, shown
+from moco_scale.data.shard_list import is_pattern, list_shards
 from moco_scale.data.shard_summary import print_summary, summarise
 from moco_scale.errors import UserError
 from moco_scale.evaluation.features import read_model_file
@@ -23,9 +26,9 @@ PARTS = ("model.query", "model.key", "optimizer", "queue")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
-        type=Path,
         metavar="PATH",
-        help="a checkpoint, a run's output folder or its current.pth, or a folder of shards",
+        help="a checkpoint, a run's output folder or its current.pth, or a data set on this "
+        "machine as --data-dir names it: a folder of shards, a tar, a pattern, or a mixture",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tensors", action="store_true", help="list every tensor and its shape")
@@ -36,13 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print it. Returns 1 where the checkpoint is damaged, else 0. Raises UserError."""
-    if _holds_shards(args.path):
+    if names_remote(args.path) and not Path(args.path).exists():
+        raise UserError(
+            f"inspect reads what lies on this machine, and there is an address in "
+            f"{shown(args.path)}; name the folder that was copied there, or fetch a copy"
+        )
+    if _is_data(args.path):
         return _run_shards(args)
     if args.sheet is not None:
-        raise UserError(f"--sheet {args.sheet} is for a folder of shards, and {args.path} is none")
-    if args.path.is_file():
-        return _run_model(args)
-    found = describe(args.path)
+        raise UserError(f"--sheet {args.sheet} is for a data set, and {args.path} is none")
+    path = Path(args.path)
+    if path.is_file():
+        return _run_model(path, args)
+    found = describe(path)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -50,17 +59,22 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found["damage"] is None else 1
 
 
-def _holds_shards(path: Path) -> bool:
+def _is_data(spec: str) -> bool:
+    path = Path(spec)
     if (path / checkpoint.META).is_file() or (path / "checkpoints").is_dir():
         return False
-    return (path / INDEX_JSON).is_file() or any(path.glob("*.tar"))
+    if path.is_file():
+        return ".tar" in path.name
+    several = is_pattern(spec) or len(split_mixture(spec)) > 1
+    return several or (path / INDEX_JSON).is_file() or bool(list_shards(spec))
 
 
 def _run_shards(args: argparse.Namespace) -> int:
+    if args.tensors:
+        raise UserError(f"--tensors is for a checkpoint, and {args.path} is a data set")
     found = summarise(args.path)
     if args.sheet is not None:
-        split = "train" if "train" in found["splits"] else next(iter(found["splits"]))
-        contact_sheet(open_shards(args.path, split), args.sheet)
+        contact_sheet(open_shards(args.path, next(iter(found["splits"]))), args.sheet)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -71,9 +85,9 @@ def _run_shards(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_model(args: argparse.Namespace) -> int:
+def _run_model(path: Path, args: argparse.Namespace) -> int:
     """A file that eval.py takes."""
-    content = read_model_file(args.path, "the file")
+    content = read_model_file(path, "the file")
     settings = content.get("opt")
     parts: dict[str, dict[str, Any]] = {
         name: {key: list(tensor.shape) for key, tensor in state.items() if hasattr(tensor, "shape")}
@@ -82,20 +96,20 @@ def _run_model(args: argparse.Namespace) -> int:
     }
     if not isinstance(settings, dict) or not parts:
         raise UserError(
-            f"{args.path} is no model of this program; name a run's folder, its current.pth, "
+            f"{path} is no model of this program; name a run's folder, its current.pth, "
             "or a checkpoint"
         )
-    found = {
-        "path": str(args.path),
+    found: dict[str, Any] = {
+        "path": str(path),
         **{key: content.get(key) for key in ("step", "epoch")},
-        "bytes": args.path.stat().st_size,
+        "bytes": path.stat().st_size,
         "config": settings,
         "tensors": parts,
     }
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    print(args.path)
+    print(path)
     print("  a model for eval.py --pretrained-model; what resumes is in checkpoints/ beside it")
     print(f"  step {found['step']}, epoch {found['epoch']}; {found['bytes'] / 1e6:.1f} MB on disk")
     for name, shapes in parts.items():
@@ -151,7 +165,8 @@ def _newest(path: Path) -> Path:
     if not inside:
         raise UserError(
             f"{path} is neither a checkpoint (it has no {checkpoint.META}) nor the output folder "
-            "of a run with checkpoints"
+            f"of a run with checkpoints, nor a data set (no {INDEX_JSON}, and no tar in it or in "
+            "its sub-folders)"
         )
     return inside[-1]
 

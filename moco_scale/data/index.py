@@ -53,8 +53,9 @@ class IndexedShards:
         self.split = split
         self.classes: list[str] = list(header["classes"])
         made = header.get("made")
-        self._made: dict[str, Any] = made if isinstance(made, dict) else {}
-        self.why_unlabelled = str(self._made.get("unlabelled", ""))
+        #: what the index says about how the shards were made
+        self.made: dict[str, Any] = made if isinstance(made, dict) else {}
+        self.why_unlabelled = str(self.made.get("unlabelled", ""))
         self.fingerprint: str = entry["checksum"]
         self._header = header
         self._shards = [(s["name"], int(s["bytes"])) for s in entry["shards"]]
@@ -165,12 +166,17 @@ class IndexedShards:
             return str(error)
         return None
 
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tar of the split."""
+        return [size for _, size in self._shards]
+
     def remedy(self, i: int) -> str:
         """What the user can do about picture i, should it be bad; for messages."""
         if self.index_dir != self.data_dir:
             shard = self._path(self._locate(i)[0])
             return f"pack {shard} again without it, or with a good copy of it"
-        if self._made.get("by"):
+        if self.made.get("by"):
             return (
                 f"make the shards again with `{shard_command('PICTURES', self.data_dir)} --verify "
                 "--overwrite`, which leaves such pictures out and lists them"

@@ -219,7 +219,8 @@ def _beside(path: Path) -> Path:
 def _not_a_folder(data_dir: Path) -> str:
     if data_dir.is_file():
         return (
-            f"{data_dir} is a file; training reads a folder of shards. Make one with: "
+            f"{data_dir} is a file, and no tar of samples (000.jpg, 000.cls, …). Make shards of "
+            "the pictures in it, with the folders they lie in as classes: "
             f"{shard_command(data_dir, _beside(data_dir))}"
         )
     return (

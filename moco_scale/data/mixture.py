@@ -110,11 +110,16 @@ def in_whole_batches(order: Order, global_batch: int, samples_per_epoch: int = 0
     """The order of a run.
 
     Without `samples_per_epoch` an order by passes stays what it is. Otherwise, and for a mixture,
-    an epoch is so many samples, rounded down to whole batches (but not to none), and the next one
-    goes on where it ends.
+    an epoch is so many samples, rounded down to whole batches, and the next one goes on where it
+    ends. Raises UserError: samples_per_epoch is less than one batch.
     """
     if not samples_per_epoch and not isinstance(order, Mixture):
         return order
+    if 0 < samples_per_epoch < global_batch:
+        raise UserError(
+            f"--samples-per-epoch {samples_per_epoch} is less than one global batch of "
+            f"{global_batch}; raise it, or lower --batch-size"
+        )
     samples = samples_per_epoch or order.epoch_samples
     samples = max(samples - samples % max(global_batch, 1), min(samples, global_batch))
     if isinstance(order, Mixture):

@@ -9,6 +9,7 @@ from pathlib import Path
 from moco_scale.data import index, index_file
 from moco_scale.data.mixed_shards import MixedShards, split_mixture
 from moco_scale.data.progress import heard_by
+from moco_scale.data.recognise import look_into
 from moco_scale.data.remote import check_address, is_remote, names_remote
 from moco_scale.data.remote_shards import has_remote_split, open_remote
 from moco_scale.data.remote_tars import is_remote_pattern, open_remote_tars, remote_tars
@@ -25,11 +26,11 @@ def open_shards(
     """The pictures of one split of a data set, checked to be all there.
 
     source, as `--data-dir` names it: a folder that `python -m moco_scale shard` has made, or its
-    address; a folder of tars that were written elsewhere, or a pattern of such (see `list_shards`)
-    or of their addresses (see `remote_tars`), which are indexed on first use; or several of these
-    with weights, `A:0.7,B:0.3` (see `split_mixture`). Of several sets all must have a train split;
-    other splits are those of the sets that have them. gets_on: called whenever an index that takes
-    long to make has got on, from any thread.
+    address; a folder of tars that were written elsewhere, one such tar, or a pattern of them (see
+    `list_shards`) or of their addresses (see `remote_tars`), which are indexed on first use; or
+    several of these with weights, `A:0.7,B:0.3` (see `split_mixture`). Of several sets all must
+    have a train split; other splits are those of the sets that have them. gets_on: called whenever
+    an index that takes long to make has got on, from any thread.
 
     Raises UserError: there is no such data set or split, or something in it is missing or damaged.
     """
@@ -60,6 +61,19 @@ def has_split(source: str | Path | ShardSource, split: str) -> bool:
     except UserError:
         return False
     return any(_has_split(replace(source, spec=part.spec), split) for part in named)
+
+
+def local_splits(spec: str) -> list[str]:
+    """The splits of a data set on this machine, train first.
+
+    Raises UserError: there is no such data set, or something of it is missing or damaged.
+    """
+    found: list[str] = []
+    for part in split_mixture(spec):
+        tars = _without_index(part.spec)
+        folder = Path(part.spec)
+        found += index_file.read_header(folder, folder)["splits"] if tars is None else tars.splits
+    return sorted(set(found), key=lambda split: (split != "train", split))
 
 
 def _source(source: str | Path | ShardSource) -> ShardSource:
@@ -93,6 +107,11 @@ def _has_split(source: ShardSource, split: str) -> bool:
 def _without_index(spec: str) -> ShardList | None:
     """Its tars when spec is a data set that came without our index."""
     folder = Path(spec)
+    if folder.is_file():
+        seems = look_into(folder)
+        # Folders may be the classes of pictures without labels of their own: those make shards.
+        samples = seems.pictures and (seems.labelled or not seems.folders)
+        return list_shards(spec) if samples else None
     if not is_pattern(spec):
         unfinished = index_file.PARTIAL in folder.name
         if not folder.is_dir() or unfinished or (folder / index_file.INDEX_JSON).exists():

@@ -19,7 +19,8 @@ from moco_scale.data.remote import FileState
 from moco_scale.data.shard_cache import write_once
 from moco_scale.data.tar_scan import ShardScan
 
-_FORMAT = 1
+_FORMAT = 2
+_SAID = ShardScan._fields[3:]  # what is no array
 
 
 class SavedScan(NamedTuple):
@@ -49,7 +50,7 @@ def load_scan(folder: Path, address: str) -> SavedScan | None:
             if said["format"] != _FORMAT:
                 return None
             columns = found["offset"], found["size"], found["label"]
-        scan = ShardScan(*columns, said["names"], said["without_picture"])
+        scan = ShardScan(*columns, *(said[field] for field in _SAID))
         return SavedScan(scan, said["bytes"], said["checksum"], FileState(*said["state"]))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
@@ -62,8 +63,7 @@ def save_scan(folder: Path, address: str, saved: SavedScan) -> None:
         "bytes": saved.bytes,
         "checksum": saved.checksum,
         "state": saved.state,
-        "names": saved.scan.names,
-        "without_picture": saved.scan.without_picture,
+        **{field: getattr(saved.scan, field) for field in _SAID},
     }
     content, scan = io.BytesIO(), saved.scan
     text = np.frombuffer(json.dumps(said).encode(), np.uint8)

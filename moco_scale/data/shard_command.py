@@ -21,13 +21,20 @@ from moco_scale.data.check import check
 from moco_scale.data.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TAR, read_ground_truth
 from moco_scale.data.layout import Listing, arrange
 from moco_scale.data.output_folder import LEFT_OUT, OutputFolder, size_text
+from moco_scale.data.recognise import look_into
 from moco_scale.data.repair import repair
+from moco_scale.data.shard_list import list_shards
 from moco_scale.data.shards import Encoding, ShardSize, write_shards
-from moco_scale.data.sources import UNPACKED, scan
+from moco_scale.data.sources import UNPACKED, holds_pictures, scan
 from moco_scale.errors import UserError
 
 DEFAULT_QUALITY = 90
 _MOST_REASONS = 5
+# What --check and --repair have no use for.
+_MAKING = (
+    *("val_source", "val_ground_truth", "train_only", "unlabelled", "per_class", "overwrite"),
+    *("shard_size", "short_side", "quality", "verify", "seed"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--shard-size",
         type=_shard_size,
-        default=ShardSize(),
         metavar="N",
         help="pictures in a shard, or their size in SRC, as in 256MB (default: 1000)",
     )
@@ -94,8 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument(
         "--quality",
-        type=int,
-        choices=range(1, 101),
+        type=_quality,
         metavar="Q",
         help=f"JPEG quality with --short-side, 1 to 100 (default: {DEFAULT_QUALITY})",
     )
@@ -104,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"decode every picture; leave out and list in DIR/{LEFT_OUT} those that are damaged",
     )
-    output.add_argument("--seed", type=int, default=0, help="of the random order (default: 0)")
+    output.add_argument("--seed", type=_whole, metavar="N", help="of the random order (default: 0)")
     output.add_argument(
         "--workers",
         type=_positive,
@@ -135,7 +140,17 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UserError; then nothing is left behind.
     """
+    makes = [
+        f"--{name.replace('_', '-')}"
+        for name in _MAKING
+        if getattr(args, name) is not None and getattr(args, name) is not False
+    ]
     asked = [flag for flag in ("source", "out", "check", "repair") if getattr(args, flag)]
+    if makes and asked in (["check"], ["repair"]):
+        raise UserError(
+            f"{', '.join(makes)} {'is' if len(makes) == 1 else 'are'} for making shards and would "
+            f"change nothing here; --{asked[0]} takes --workers alone"
+        )
     if asked == ["check"]:
         return check(args.check, args.workers)
     if asked == ["repair"]:
@@ -161,8 +176,8 @@ def run(args: argparse.Namespace) -> int:
         written = write_shards(
             listing,
             folder.path,
-            seed=args.seed,
-            shard_size=args.shard_size,
+            seed=args.seed or 0,
+            shard_size=args.shard_size or ShardSize(),
             encoding=encoding,
             verify=args.verify,
             workers=args.workers,
@@ -192,9 +207,10 @@ def _list(args: argparse.Namespace, scratch: Path) -> Listing:
         source = source / TRAIN_TAR
     if args.train_only:
         val_source = truth = None
+    labelled = "" if args.unlabelled else _samples_in(source)
     entries = scan(source, scratch)
     val_entries = scan(val_source, scratch) if val_source is not None else None
-    return arrange(
+    listing = arrange(
         str(source),
         entries,
         val_source=None if val_source is None else str(val_source),
@@ -203,6 +219,39 @@ def _list(args: argparse.Namespace, scratch: Path) -> Listing:
         unlabelled=args.unlabelled,
         train_only=args.train_only,
         per_class=args.per_class,
+    )
+    if labelled and not listing.classes:
+        raise _are_samples(source, labelled)
+    return listing
+
+
+def _samples_in(source: Path) -> str:
+    """Which samples with labels of their own a tar seems to hold; "": none.
+
+    Raises UserError: it, or the tars in a folder without pictures, holds nothing else.
+    """
+    tars, alone = [source], source.is_file()
+    if source.is_dir():
+        with contextlib.suppress(UserError, OSError):
+            found = None if holds_pictures(source) else list_shards(str(source))
+            if found is not None:
+                tars = [found.folder / name for names in found.splits.values() for name in names]
+                alone = True
+    if not alone:
+        return ""
+    seems = look_into(tars[0])
+    if seems.labelled and (source.is_dir() or not seems.folders):
+        raise _are_samples(source, seems.labelled)
+    return seems.labelled
+
+
+def _are_samples(source: Path, labelled: str) -> UserError:
+    packed = source.is_file() and not source.name.lower().endswith(".tar")
+    how = "once it is decompressed" if packed else f"as it is, with --data-dir {source}"
+    return UserError(
+        f"{source} holds samples with labels of their own, as WebDataset has them ({labelled}): it "
+        f"can be trained on {how}. To make shards of the pictures in a tar without their labels, "
+        "give --unlabelled"
     )
 
 
@@ -268,10 +317,24 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
 def _positive(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _quality(text: str) -> int:
+    number = _whole(text)
+    if not 1 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
     return number
 
 

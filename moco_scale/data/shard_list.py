@@ -41,11 +41,12 @@ def is_pattern(spec: str) -> bool:
 
 
 def list_shards(spec: str) -> ShardList | None:
-    """The tars that a folder or a pattern names; None when it names none.
+    """The tars that a folder, a file or a pattern names; None when it names none.
 
-    A folder: its `*.tar`, or those of its sub-folders. A pattern: braces `{000000..001281}` and
-    `{a,b}`, `*`, `?` and `[…]`, and several of these or folders joined by `::`. The order is that
-    of the names, in a folder and for `*`, and as written for braces and `::`.
+    A file is the one tar. A folder: its `*.tar`, or those of its sub-folders. A pattern: braces
+    `{000000..001281}` and `{a,b}`, `*`, `?` and `[…]`, and several of these or folders joined by
+    `::`. The order is that of the names, in a folder and for `*`, and as written for braces and
+    `::`.
 
     Splits are told by words in the names (`train`, `val` or `validation`, `test`), first of the
     file, then of the folder that it lies in; where none has such a word, all are `train`.
@@ -56,7 +57,7 @@ def list_shards(spec: str) -> ShardList | None:
     if is_pattern(spec):
         paths = [path for part in spec.split(JOIN) for path in _named_by(part)]
     else:
-        paths = _in_folder(Path(spec))
+        paths = [Path(spec)] if os.path.isfile(spec) else _in_folder(Path(spec))
     if not paths:
         return None
     for path in paths:
@@ -66,7 +67,7 @@ def list_shards(spec: str) -> ShardList | None:
     if len(set(absolute)) < len(absolute):
         twice = next(p for i, p in enumerate(absolute) if p in absolute[:i])
         raise UserError(f"{spec} names {twice} twice")
-    folder = absolute[0].parent if is_pattern(spec) else Path(os.path.abspath(spec))
+    folder = Path(os.path.abspath(spec)) if os.path.isdir(spec) else absolute[0].parent
     splits: dict[str, list[str]] = {}
     for split, path in zip(splits_of(spec, absolute, folder), absolute, strict=True):
         splits.setdefault(split, []).append(os.path.relpath(path, folder))

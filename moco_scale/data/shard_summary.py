@@ -1,16 +1,16 @@
-"""What a folder of shards holds, in numbers: all of it from the index, pictures from a sample."""
+"""What a set of shards holds, in numbers: all of it from the index, pictures from a sample."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moco_scale.data.decode import DecodeError, picture_size
-from moco_scale.data.examine import list_folder
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.index import IndexedShards
+from moco_scale.data.mixed_shards import MixedShards
+from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
 
@@ -29,35 +29,42 @@ _SIGNATURES = {
 }
 
 
-def summarise(path: Path) -> dict[str, Any]:
+def summarise(spec: str) -> dict[str, Any]:
     """Counts, sizes, classes and formats of each split, as plain values.
+
+    Args:
+        spec: of a data set on this machine, as `open_shards` takes it.
 
     Returns:
         ``path``, ``made`` (what the index says about how), and under ``splits`` for each:
         ``pictures``, ``shards``, ``bytes`` (of the tars); ``classes`` (names), ``per_class``
-        (pictures of each, in their order), ``unlabelled``; and of ``sampled`` pictures, spread
-        over the split: ``picture_bytes``, ``width``, ``height``, ``short_side`` as [smallest, 5 %,
-        median, 95 %, largest], ``formats`` (counts), ``unreadable`` (whose header is none).
+        (pictures of each, in their order), ``unlabelled``, ``why_unlabelled``; and of ``sampled``
+        pictures, spread over the split: ``picture_bytes``, ``width``, ``height``, ``short_side``
+        as [smallest, 5 %, median, 95 %, largest], ``formats`` (counts), ``unreadable`` (whose
+        header is none).
 
     Raises:
         UserError: there are no shards, or some are missing or damaged.
     """
-    folder = list_folder(path)
-    splits = {}
-    for split, expected in folder.splits.items():
-        shards = open_shards(path, split)
+    splits, made = {}, dict[str, Any]()
+    for split in local_splits(spec):
+        shards = open_shards(spec, split)
+        parts = shards.parts if isinstance(shards, MixedShards) else (shards,)
+        tars = [size for part in parts if isinstance(part, IndexedShards) for size in part.sizes]
+        made = shards.made if isinstance(shards, IndexedShards) else {}
         labels = shards.labels
         counts = np.bincount(labels[labels >= 0], minlength=len(shards.classes))
         splits[split] = {
             "pictures": len(shards),
-            "shards": len(expected),
-            "bytes": sum(shard.path.stat().st_size for shard in expected),
+            "shards": len(tars),
+            "bytes": sum(tars),
             "classes": shards.classes,
             "per_class": counts.tolist(),
             "unlabelled": int((labels < 0).sum()),
+            "why_unlabelled": shards.why_unlabelled,
             **_sampled(shards),
         }
-    return {"path": str(path), "made": folder.made, "splits": splits}
+    return {"path": spec, "made": made, "splits": splits}
 
 
 def _sampled(shards: Shards) -> dict[str, Any]:
@@ -132,7 +139,9 @@ def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("UNREADABLE", f"{part['unreadable']} of {sampled}: see shard --check"))
     counts = part["per_class"]
     if not part["classes"]:
-        return [*lines, ("classes", "none: the pictures have no labels")]
+        why = part["why_unlabelled"]
+        reason = f"the labels are not used: {why}" if why else "the pictures have no labels"
+        return [*lines, ("classes", f"none: {reason}")]
     order = sorted(range(len(counts)), key=lambda c: -counts[c])
     same = min(counts) == max(counts)
     each = f"{min(counts)}" if same else f"{min(counts)} to {max(counts)}"

@@ -91,6 +91,11 @@ def scan(source: Path, scratch: Path) -> list[Entry]:
     return entries
 
 
+def holds_pictures(folder: Path) -> bool:
+    """Whether there are pictures in a folder, not counting those in tars. Raises OSError."""
+    return next(_scan_folder(folder), None) is not None
+
+
 def is_picture(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES
 

@@ -242,6 +242,19 @@ def test_a_set_of_which_nothing_is_left_is_refused_and_left_as_it_was(
 
 
 def test_flags_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for mode in ("--check", "--repair"):
+        assert main(["shard", mode, "x", "--overwrite", "--seed", "0", "--shard-size", "9"]) == 2
+        said = capsys.readouterr().err
+        assert "--overwrite, --shard-size, --seed are for making shards" in said
+    for flags, words in (
+        (["--workers", "abc"], "'abc' is no whole number"),
+        (["--workers", "0"], "0 is not above 0"),
+        (["--quality", "500"], "500 is not from 1 to 100"),
+        (["--seed", "1.5"], "'1.5' is no whole number"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["shard", "--source", "x", "--out", "y", *flags])
+        assert f"argument {flags[0]}: {words}\n" in capsys.readouterr().err
     for flags in ([], ["--check", "x", "--out", "y"], ["--source", "x"]):
         assert main(["shard", *flags]) == 2
         assert "--source and --out to make shards" in capsys.readouterr().err

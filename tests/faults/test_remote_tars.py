@@ -173,7 +173,14 @@ def test_one_tar_is_a_set_too(tiny_shards: Path, tmp_path: Path) -> None:
 
 def test_a_saved_scan_that_is_damaged_is_made_again(tmp_path: Path) -> None:
     scan = ShardScan(
-        np.array([512, 4096], np.uint64), np.array([9, 8], np.uint32), np.array([0, -1]), ["ä"], 3
+        np.array([512, 4096], np.uint64),
+        np.array([9, 8], np.uint32),
+        np.array([0, -1]),
+        ["ä"],
+        3,
+        "1.json, which is not JSON",
+        "x_1.5.jpg",
+        "2.mask.png",
     )
     saved = SavedScan(scan, 10240, "ab", FileState(10240, '"x"'))
     save_scan(tmp_path, "https://h/x.tar", saved)

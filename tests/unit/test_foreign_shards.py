@@ -179,6 +179,56 @@ def test_labels(tmp_path: Path, label: str) -> None:
     assert shards.classes == (["0", "1", "2"] if label else [])
 
 
+def test_one_tar_is_a_set(foreign: Path, tmp_path: Path) -> None:
+    assert contents(open_shards(foreign / "set-train-0001.tar", "train")) == ALL[5:10]
+    assert not has_split(foreign / "set-train-0001.tar", "val")
+    flat = write_tar(tmp_path / "flat.tar", samples(0, 3, label=""))
+    assert open_shards(flat, "train").labels.tolist() == [-1] * 3
+    # Folders are classes: shards of it have labels, and it has none as it is.
+    classes = write_tar(tmp_path / "classes.tar", [("ash/0.jpg", picture(0)), ("oak/1.jpg", b"x")])
+    packed = tmp_path / "classes.tar.gz"
+    packed.write_bytes(gzip.compress(classes.read_bytes()))
+    for tar in (classes, packed):
+        with pytest.raises(UserError, match=rf"with the folders .* as classes: .*--source {tar} "):
+            open_shards(tar, "train")
+    samples_in_gzip = tmp_path / "set.tar.gz"
+    samples_in_gzip.write_bytes(gzip.compress((foreign / "set-train-0001.tar").read_bytes()))
+    with pytest.raises(UserError, match=r"set\.tar\.gz is compressed.*gunzip"):
+        open_shards(samples_in_gzip, "train")
+
+
+def test_making_shards_of_samples_would_lose_their_labels(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar, out = foreign / "set-train-0001.tar", tmp_path / "out"
+    packed, inside = (
+        tmp_path / "set.tgz",
+        write_tar(tmp_path / "inside.tar", [(f"all/{name}", data) for name, data in samples(0, 2)]),
+    )
+    packed.write_bytes(gzip.compress(tar.read_bytes()))
+    nested = tmp_path / "nested"
+    shutil.copytree(foreign, nested / "part")
+    for source, words in (
+        (tar, f"as it is, with --data-dir {tar}"),
+        (inside, f"as it is, with --data-dir {inside}"),
+        (packed, "once it is decompressed"),
+        (foreign, f"as it is, with --data-dir {foreign}"),
+        (nested, f"as it is, with --data-dir {nested}"),
+    ):
+        assert main(["shard", "--source", str(source), "--out", str(out)]) == 2
+        assert f"can be trained on {words}" in capsys.readouterr().err
+        assert not out.exists()
+    command = ["shard", "--source", str(tar), "--out", str(out), "--workers", "1"]
+    assert main([*command, "--unlabelled"]) == 0
+    assert len(open_shards(out, "train")) == 5
+    # Labels of their own beside class folders, which are what shards are made with.
+    members = [(f"{c}/{name}", data) for c in ("ash", "oak") for name, data in samples(0, 2)]
+    classes = write_tar(tmp_path / "classes.tar", members)
+    made = tmp_path / "made"
+    assert main(["shard", "--source", str(classes), "--out", str(made), "--workers", "1"]) == 0
+    assert open_shards(made, "train").classes == ["ash", "oak"]
+
+
 def test_labels_that_are_names_are_one_list_for_all_splits(tmp_path: Path) -> None:
     def named(*names: str) -> list[tuple[str, bytes]]:
         members = []

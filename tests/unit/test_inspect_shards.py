@@ -50,6 +50,42 @@ def test_shards_of_others_without_labels(
     assert Image.open(tmp_path / "sheet.png").format == "PNG"
 
 
+def test_it_takes_what_training_takes(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sets"
+    for tar in tiny_shards.glob("train-*.tar"):
+        (folder / "part").mkdir(parents=True, exist_ok=True)
+        shutil.copy(tar, folder / "part")
+    pattern, one = f"{folder}/part/train-{{000000..000001}}.tar", f"{folder}/part/train-000003.tar"
+    for spec, pictures, shards, splits in (
+        (str(folder), 32, 4, ["train"]),
+        (pattern, 16, 2, ["train"]),
+        (one, 8, 1, ["train"]),
+        (f"{tiny_shards}:0.5,{pattern}:0.5", 48, 6, ["train", "val"]),
+    ):
+        assert main(["inspect", spec, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["path"] == spec and list(found["splits"]) == splits
+        train = found["splits"]["train"]
+        assert (train["pictures"], train["shards"]) == (pictures, shards)
+        assert train["bytes"] == shards * (tiny_shards / "train-000000.tar").stat().st_size
+        sheet = tmp_path / f"{pictures}.png"
+        assert main(["inspect", spec, "--sheet", str(sheet)]) == 0
+        assert Image.open(sheet).format == "PNG"
+        capsys.readouterr()
+    for wrong, words in (
+        ("https://user:secret@host/set", "there is an address in https://host/set"),
+        (f"{folder},s3://bucket/set", f"there is an address in {folder},s3://bucket/set"),
+        (f"{folder}/part/train-{{000003..000004}}.tar", "1 are missing"),
+        (str(tiny_shards.parent), "nor a data set"),
+    ):
+        assert main(["inspect", wrong]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["inspect", str(tiny_shards), "--tensors"]) == 2
+    assert "--tensors is for a checkpoint" in capsys.readouterr().err
+
+
 def test_the_sheet_shows_pictures_whole_and_bad_ones_as_such(
     tiny_shards: Path, tmp_path: Path
 ) -> None:

@@ -88,9 +88,10 @@ def test_an_epoch_of_any_length_goes_on_where_the_last_one_ended() -> None:
 def test_without_a_length_an_epoch_is_a_pass() -> None:
     order = FullPermutation(10, 1)
     assert in_whole_batches(order, 4) is order
-    short = in_whole_batches(order, 4, samples_per_epoch=3)
-    with pytest.raises(UserError, match="3 samples do not fill one global batch of 4"):
-        BatchPlan(short, 4)
+    with pytest.raises(UserError, match="--samples-per-epoch 3 is less than one global batch of 4"):
+        in_whole_batches(order, 4, samples_per_epoch=3)
+    with pytest.raises(UserError, match=r"3 samples do not fill .* add pictures"):
+        BatchPlan(in_whole_batches(FullPermutation(3, 1), 4), 4)
 
 
 def test_a_set_without_a_sample_in_an_epoch_is_named() -> None:
