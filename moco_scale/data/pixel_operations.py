@@ -97,6 +97,10 @@ def hue(x: Tensor, turns: Tensor) -> Tensor:
     return x
 
 
+_PARTS = 1 << 24
+_MISSING = 2.0**-14  # more than what rounding in fp32 adds, and little against a value
+
+
 def box_reach(sigma: float) -> int:
     """The largest distance of a pixel that has a weight in :func:`box_weights`."""
     return int((math.sqrt(4 * sigma**2 + 1) - 1) / 2) + 1
@@ -108,25 +112,34 @@ def box_weights(sigmas: Params, reach: int | None = None) -> Params:
     Column d is the weight of the pixels at distance d; a sigma of 0 leaves every pixel as it is.
     Without `reach`, it is the one of the largest sigma. The outermost weight is a fraction of the
     inner ones, chosen so that the variance is exact (Gwosdek et al., "Theoretical foundations of
-    Gaussian convolution by extended box filtering", SSVM 2011, equations 7, 11 and 14).
+    Gaussian convolution by extended box filtering", SSVM 2011, equations 7, 11 and 14). All are
+    whole multiples of 1 / _PARTS, as PIL's are: they add up to 1 or a little less.
     """
     variance = np.asarray(sigmas, dtype=np.float64)[:, None] ** 2 / 3
     inner = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
     edge = (2 * inner + 1) * (inner * (inner + 1) - 3 * variance)
     edge /= 6 * (variance - (inner + 1) ** 2)
     distance = np.arange(int(inner.max(initial=0)) + 2 if reach is None else reach + 1)
-    weights = (distance <= inner) + edge * (distance == inner + 1)
-    return (weights / (2 * (inner + edge) + 1)).astype(np.float32)
+    within = np.rint(_PARTS / (2 * (inner + edge) + 1))
+    outermost = np.maximum((_PARTS - (2 * inner + 1) * within) // 2, 0)
+    weights = within * (distance <= inner) + outermost * (distance == inner + 1)
+    return (weights / _PARTS).astype(np.float32)
 
 
 def blur(x: Tensor, weights: Tensor) -> Tensor:
-    """Gaussian blur as in PIL: rounded after each box, the border pixels repeated."""
+    """Gaussian blur as in PIL: rounded after each box, the border pixels repeated.
+
+    PIL rounds halves up, but hardly ever has any where its weights add up to less than 1: what
+    should be a half is then a little less. At sigma = 1 that is every sixth pixel.
+    """
+    whole = weights[:, 0] + 2 * weights[:, 1:].sum(1)  # exact: multiples of 1 / _PARTS
+    half = torch.where(whole < 1, 0.5 - _MISSING, 0.5)[:, None, None, None]
     for dim in (3, 3, 3, 2, 2, 2):
-        x = _box_blur(x, weights[:, :, None, None, None], dim)
+        x = _box_blur(x, weights[:, :, None, None, None], half, dim)
     return x
 
 
-def _box_blur(x: Tensor, weights: Tensor, dim: int) -> Tensor:
+def _box_blur(x: Tensor, weights: Tensor, half: Tensor, dim: int) -> Tensor:
     total, length = x * weights[:, 0], x.shape[dim]
     for distance in range(1, weights.shape[1]):
         share, edge = x * weights[:, distance], min(distance, length)
@@ -135,7 +148,7 @@ def _box_blur(x: Tensor, weights: Tensor, dim: int) -> Tensor:
         total.narrow(dim, 0, inside).add_(share.narrow(dim, edge, inside))
         total.narrow(dim, 0, edge).add_(share.narrow(dim, 0, 1))
         total.narrow(dim, inside, edge).add_(share.narrow(dim, length - 1, 1))
-    return total.add_(0.5).floor_()
+    return total.add_(half).floor_()
 
 
 def solarize(x: Tensor, threshold: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def test_grayscale_is_that_of_pil(photos: Tensor) -> None:
     assert mean_difference(ours, theirs) < 0.001
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.05, 1.4, 1.6, 2.0])
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 3**0.5 / 2, 1.0, 1.05, 1.4, 1.6, 2.0])
 def test_blur_is_that_of_pil_and_nearly_that_of_torchvision(photos: Tensor, sigma: float) -> None:
     params = np.tile(NO_CHANGE, (len(photos), 1))
     params[:, SIGMA] = sigma
