@@ -28,7 +28,7 @@ from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
 from moco_scale.errors import UserError
-from moco_scale.evaluation.knn import weighted_knn
+from moco_scale.evaluation.knn import unlabelled_split, weighted_knn
 from moco_scale.files import write_atomically
 
 MARKER = ".moco_scale-demo"
@@ -241,6 +241,12 @@ def run(experiment: Experiment, *, started: float | None = None) -> None:
         step("Sharding", shard, source=experiment.source().resolve(), out=shards)
     if not has_split(shards, "val"):
         raise UserError("the source has no val/ pictures to evaluate on")
+    unlabelled = unlabelled_split(shards)
+    if unlabelled is not None:
+        raise UserError(
+            f"the {unlabelled.split} pictures have no labels to evaluate with; "
+            "a source has folders train/CLASS/* and val/CLASS/*"
+        )
     train = [*launch, _of_checkout("train.py"), *training.words]
     step("Pretraining", train, data_dir=shards, output_dir=out)
     evaluate = [*launch, _of_checkout("eval.py")]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from moco_scale.__main__ import main
-from moco_scale.demo import pipeline, run
+from moco_scale.data.index import IndexedShards
+from moco_scale.demo import cifar10, pipeline, run
 from moco_scale.errors import UserError
 
 
@@ -148,6 +149,39 @@ def test_a_run_without_its_own_kNN_on_few_pictures_has_a_table(
     for line in evaluations:
         assert line[line.index("--batch-size") + 1] == "24"
         assert line[line.index("--device") + 1] == "cpu"
+
+
+def test_after_a_first_try_that_found_nothing_a_source_can_be_named(
+    picture_folder: Path, tmp_path: Path, steps: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    argv = ["cifar10", "--output-dir", str(out), "--batch-size", "12", "--device", "cpu"]
+
+    def no_network(*_: Any) -> Path:
+        raise UserError("could not be downloaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar10, "prepare", no_network)
+        assert main(argv) == 2
+    assert main([*argv, "--epochs", "8", "--source", str(picture_folder)]) == 0
+    assert (out / pipeline.SUMMARY).exists() and "8" in steps[1]
+
+
+def test_pictures_without_labels_are_refused_before_hours_of_training(
+    picture_folder: Path,
+    tmp_path: Path,
+    steps: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def val(folder: Path) -> IndexedShards:
+        return IndexedShards.open(folder, "val")
+
+    monkeypatch.setattr(pipeline, "unlabelled_split", val)
+    argv = ["cifar10", "--source", str(picture_folder), "--output-dir", str(tmp_path / "out")]
+    assert main([*argv, "--batch-size", "12"]) == 2
+    assert "the val pictures have no labels" in capsys.readouterr().err
+    assert len(steps) == 1, "more than sharding"
 
 
 @pytest.mark.parametrize(
