@@ -163,7 +163,7 @@ def _check(config: Config) -> None:
             f"--warmup-epoch {optim.warmup_epoch} leaves nothing of --epochs {optim.epochs}; "
             "shorten the warm-up too"
         )
-    if optim.lr_scheduler != "step" and optim.lr_min > config.learning_rate:
+    if optim.lr_scheduler != "step" and optim.lr_min > config.learning_rate > 0:
         raise UserError(
             f"--lr-min {optim.lr_min:g} is above the learning rate {config.learning_rate:g} "
             f"(--base-lr {optim.base_lr:g} for a batch of {optim.batch_size}), which a cosine "

@@ -67,7 +67,7 @@ def test_the_log_is_plain_lines(zero1_run: tuple[Path, str]) -> None:
         for text in (output, log):
             line = rf"step {step}/8 loss \d+\.\d+ \(chance 3\.50\) lr .*images/s.*waiting.*ETA"
             assert len(re.findall(line, text)) == 1  # from one of the two processes
-    assert "2 process(es) on cpu, engine deepspeed, fp32; batch 8" in log
+    assert "2 process(es) on cpu, engine deepspeed, fp32; global batch 8, 4 a process" in log
 
 
 def test_the_configuration_is_written(zero1_run: tuple[Path, str], tiny_shards: Path) -> None:

@@ -376,6 +376,7 @@ def test_a_cosine_ends_below_where_it_begins() -> None:
     with pytest.raises(UserError, match=r"--lr-min 0\.5 is above the learning rate 0\.03"):
         parse(["--recipe", "v2", "--lr-min", "0.5"])
     assert parse(["--recipe", "v1", "--lr-min", "0.5"]).optim.lr_min == 0.5  # steps have no end
+    assert parse(["--base-lr", "0"]).learning_rate == 0  # nothing learns; the recipe's end stays
 
 
 def test_contradictions_name_both_sides(tmp_path: Path) -> None:
