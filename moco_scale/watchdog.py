@@ -1,10 +1,12 @@
 """Noticing that a run stands still, saying who and where, and ending it.
 
 Each rank has two threads beside its training loop. One gives signs of life to the key-value store
-where the processes met, over plain TCP and not over the path of the collectives, and reads what
-others gave. The other looks at how long its own rank has stood where it stands; all ranks wait for
-each other in every step, so one that is stuck soon stands still itself, and only then everybody's
-beats are read. The threads need no answer from the training loop, a GPU or the store to end a run.
+where the processes met, over plain TCP and not over the path of the collectives, and reads rank
+0's. The other looks at how long its own rank has stood where it stands; all ranks wait for each
+other in every step, so that where one is stuck all soon stand still, rank 0 too. Then rank 0 alone
+reads everybody's beats and posts what it finds for all; where it is silent itself, the first rank
+of every host does. The threads need no answer from the training loop, a GPU or the store to end a
+run.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -35,7 +38,9 @@ from moco_scale.errors import (
 from moco_scale.timing import Phases
 
 _RANKS_PER_SECOND = 400  # beats that rank 0's store gets, at most, where ranks are many
-_VERDICT, _SEEN = "verdict", "seen"
+_BEATS = 20  # in a time-out, at least
+_ROUNDS = 3  # of reading everybody's beats before anybody is said to be missing
+_VERDICT, _SEEN, _ALARM = "verdict", "seen", "alarm"
 
 
 class Watch:
@@ -46,27 +51,38 @@ class Watch:
     and torch's flight recorder below `folder`, and ends with :data:`LOST_PEER`. An error of the
     network that ends the block is raised as :class:`PeerLost`, with the same explanation.
 
-    Beats go out twenty times in `timeout`, but not more often than every second, or every 5 s from
-    2,048 ranks: three small requests of each rank, 1,200 a second at most for the store.
+    Beats go out twenty times in `timeout`, or every second where that is less often; with more than
+    400 ranks in as many seconds as there are 400s (2,048: every 5 s), whatever `timeout` is: three
+    small requests of each rank, 1,200 a second for the store. Rank 0 alone adds to that one
+    request for all beats, while everything stands still.
 
     Args:
         phases: where this rank stands.
-        timeout: seconds; 0 watches nothing, nor does a process on its own.
+        timeout: seconds, at least those of twenty beats; 0 watches nothing, nor does a process on
+            its own.
         folder: for what is written down.
         program: its name, for the messages.
     """
 
     def __init__(self, phases: Phases, timeout: float, folder: Path, program: str) -> None:
-        self._phases, self._timeout, self._folder, self._program = phases, timeout, folder, program
+        self._phases, self._folder, self._program = phases, folder, program
         self._rank, self._world = distributed.rank(), distributed.world_size()
+        self._first_of_host = distributed.local_rank() == 0
         self._host = socket.gethostname()
-        self._interval = min(timeout / 20, max(1.0, self._world / _RANKS_PER_SECOND))
+        self._interval = max(min(timeout / _BEATS, 1.0), self._world / _RANKS_PER_SECOND)
+        # With fewer beats in it, healthy ranks would seem to be silent.
+        self._timeout = max(timeout, _BEATS * self._interval) if timeout else 0.0
         self._closed, self._wake = threading.Event(), threading.Event()
         self._last_word = threading.Lock()  # one thread alone ends the run
-        self._still = 0.0
-        self._count = self._rounds = 0
+        self._still = self._grace = 0.0
+        self._last, self._looked = phases.now, time.monotonic()
+        self._count = 0
         self._heard: dict[int, Heard] = {}
         self._read_all = False
+        self._full_rounds = 0  # in which everybody's beats were read, since that was begun
+        self._slowest = 0.0  # seconds of the longest round: the store's, and so everybody's, pace
+        self._alarmed = -math.inf  # when another rank said that the network had failed
+        self._alarm = False  # this one has to say so
         self._answered = time.monotonic()
         self._broken = ""
         self._posting: dict[str, Any] | None = None
@@ -116,23 +132,34 @@ class Watch:
     def _exchange(self) -> None:
         try:
             while not self._closed.is_set():
-                self._beat()
-                if self._posting is not None:
-                    text = json.dumps(self._posting)
-                    self._verdict = json.loads(self._store.compare_set(_VERDICT, "", text))
-                    self._posting = None
-                elif self._verdict is None and self._store.check([_VERDICT]):
-                    self._verdict = json.loads(self._store.get(_VERDICT))
-                    self._store.add(_SEEN, 1)
-                if self._verdict is not None:
-                    self._seen_by = self._store.add(_SEEN, 0)
-                self._listen(range(self._world) if self._read_all else range(1))
-                self._answered = time.monotonic()
-                self._rounds += 1
+                self._talk()
                 self._wake.wait(self._interval)
                 self._wake.clear()
         except Exception as error:  # once broken, a connection of torch's store stays so
             self._broken = _first_line(error)
+
+    def _talk(self) -> None:
+        begun = time.monotonic()
+        self._beat()
+        if self._posting is not None:
+            text = json.dumps(self._posting)
+            self._verdict = json.loads(self._store.compare_set(_VERDICT, "", text))
+            self._posting = None
+        elif self._verdict is None and self._store.check([_VERDICT]):
+            self._verdict = json.loads(self._store.get(_VERDICT))
+            self._store.add(_SEEN, 1)
+        if self._verdict is not None:
+            self._seen_by = self._store.add(_SEEN, 0)
+        if self._alarm:
+            self._alarm = False
+            self._store.set(_ALARM, str(self._rank))
+        elif self._rank == 0 and self._alarmed < 0 and self._store.check([_ALARM]):
+            self._alarmed = time.monotonic()
+        everybody = self._read_all
+        self._listen(range(self._world) if everybody else range(1))
+        self._full_rounds = self._full_rounds + 1 if everybody else 0
+        self._answered = time.monotonic()
+        self._slowest = max(0.95 * self._slowest, self._answered - begun)
 
     def _beat(self) -> None:
         self._count += 1
@@ -156,57 +183,94 @@ class Watch:
         self._store.set(_key(self._rank), beat.encode())
 
     def _listen(self, ranks: range) -> None:
-        keys = [_key(rank) for rank in ranks]
-        if not self._store.check(keys):  # to get a key that is not there would wait for it
-            keys = [key for key in keys if self._store.check([key])]
-        now = time.monotonic()
-        heard = {} if self._read_all else dict(self._heard)
-        for text in self._store.multi_get(keys):
+        known = [_key(rank) for rank in ranks if rank in self._heard]
+        others = [_key(rank) for rank in ranks if rank not in self._heard]
+        if others and not self._store.check(
+            others
+        ):  # to get a key that is not there would wait for it
+            others = [key for key in others if self._store.check([key])]
+        heard, now = dict(self._heard), time.monotonic()
+        for text in self._store.multi_get(known + others):
             beat = Beat.decode(text)
-            known = self._heard.get(beat.rank)
-            new = known is None or known.beat.count != beat.count
-            heard[beat.rank] = (
-                Heard(beat, now) if new or known is None else Heard(beat, known.changed)
-            )
+            before = self._heard.get(beat.rank)
+            same = before is not None and before.beat.count == beat.count
+            heard[beat.rank] = Heard(beat, before.changed if before and same else now)
         self._heard = heard
 
     # The thread that decides: it never waits for the store.
 
     def _judge(self) -> None:
-        last, before = self._phases.now, time.monotonic()
-        grace = 0.0
-        while not self._closed.wait(self._interval):
-            if self._last_word.locked():
-                return
-            now = time.monotonic()
-            # A process that was itself stopped for a while has watched nothing in that time.
-            passed, before = min(now - before, 3 * self._interval), now
-            self._still = self._still + passed if self._phases.now is last else 0.0
-            last = self._phases.now
-            self._read_all = self._still > self._timeout / 2
-            if self._verdict is not None:
-                grace += passed
-                # Who hears of an error of another's mostly meets its end by itself in a moment.
-                if not self._verdict["ended"] or grace > 3 * self._interval + 2:
-                    self._end(self._verdict["text"])
-            elif self._still > 0.9 * self._timeout:
-                text = self._finding()
-                if text is not None:
-                    self._end(text)
+        while not self._closed.wait(self._interval) and not self._last_word.locked():
+            self._look()
 
-    def _finding(self) -> str | None:
+    def _look(self) -> None:
+        now = time.monotonic()
+        # A process that was itself stopped for a while has watched nothing in that time.
+        passed, self._looked = min(now - self._looked, 3 * self._interval), now
+        self._still = self._still + passed if self._phases.now is self._last else 0.0
+        self._last = self._phases.now
+        self._read_all = self._reads(now)
+        text = None
+        if self._verdict is not None:
+            self._grace += passed
+            # Who hears of an error of another's mostly meets its end by itself in a moment.
+            if not self._verdict["ended"] or self._grace > 3 * self._interval + 2:
+                text = self._verdict["text"]
+        elif self._still > 0.9 * self._timeout:
+            text = self._finding(now)
+        elif now - self._alarmed < self._search:
+            # A rank has met an error of the network that this one may never meet.
+            text = self._store_lost(now) or self._gone(now, self._alarmed)
+        if text is not None:
+            self._end(text)
+
+    @property
+    def _patience(self) -> float:
+        return distributed.patience(self._timeout)
+
+    @property
+    def _search(self) -> float:
+        """Seconds to find a rank that is gone, once the network says that one is."""
+        return 8 * self._interval + 4 * self._slowest + 5
+
+    def _reads(self, now: float) -> bool:
+        """Whether everybody's beats are to be read, and by this rank."""
+        if self._still <= self._timeout / 2:
+            return now - self._alarmed < self._search
+        if self._rank == 0 or self._still > self._patience + self._timeout:  # nobody else has
+            return True
+        return self._first_of_host and self._rank_0_missing(now, 0.15 * self._timeout) is not None
+
+    def _silent(self, now: float, after: float, world: int) -> str | None:
+        """Which of the first ranks do not beat, though the store is quick enough to hear them."""
+        heard = {rank: heard for rank, heard in self._heard.items() if rank < world}
+        return silent(heard, world, now, max(after, 4 * self._slowest))
+
+    def _rank_0_missing(self, now: float, after: float) -> str | None:
+        return self._silent(now, after, 1)
+
+    def _gone(self, now: float, begun: float) -> str | None:
+        """Who does not beat any more, since the network has said that some rank does not."""
+        if now - begun < 3 * self._interval + 1 or self._full_rounds < _ROUNDS:
+            return None
+        return self._silent(now, 2.5 * self._interval + 0.5, self._world)
+
+    def _finding(self, now: float) -> str | None:
         """What is wrong, once this rank has stood still for long; None: it may still go on."""
-        now, heard = time.monotonic(), self._heard
         lost = self._store_lost(now)
         if lost is not None:
             return lost
-        missing = silent(heard, self._world, now, 0.3 * self._timeout)
+        after = 0.3 * self._timeout
+        if not self._read_all:  # rank 0 will say it, or one that reads in its place
+            late = self._still > 0.9 * self._timeout + 3 * self._interval + 4 * self._slowest
+            return self._rank_0_missing(now, after) if late else None
+        if self._full_rounds < _ROUNDS:
+            return None
+        missing = self._silent(now, after, self._world)
         if missing is not None:
             return missing
-        behind, waiting = waited_for(h.beat for h in heard.values())
-        if any(beat.patient for beat in behind) and self._still < distributed.patience(
-            self._timeout
-        ):
+        behind, waiting = waited_for(heard.beat for heard in self._heard.values())
+        if any(beat.patient and beat.still < self._patience for beat in behind):
             return None
         return standing(behind, waiting)
 
@@ -230,25 +294,25 @@ class Watch:
 
     def _who_left(self, error: RuntimeError) -> str:
         """Which rank is gone, when the network says that some is."""
-        first = self._rounds
-        begin = time.monotonic()
-        limit = 8 * self._interval + 5
-        while (passed := time.monotonic() - begin) < limit and self._verdict is None:
-            self._read_all = True
+        begun = now = time.monotonic()
+        if self._rank == 0:
+            self._alarmed = begun
+        else:
+            self._alarm = True
+        rank_0 = None
+        while now - begun < self._search and self._verdict is None:
+            rank_0 = self._rank_0_missing(now, 2.5 * self._interval + 0.5)
+            self._read_all = self._rank == 0 or (self._first_of_host and rank_0 is not None)
             self._wake.set()
             time.sleep(self._interval / 5)
             now = time.monotonic()
-            if passed > 1.0:  # rank 0 may have gone because of another, and have said so
-                lost = self._store_lost(now)
-                if lost is not None:
-                    return lost
-            if passed > 3 * self._interval + 1 and self._rounds > first + 2:
-                missing = silent(self._heard, self._world, now, 2.5 * self._interval + 0.5)
-                if missing is not None:
-                    return missing
+            if now - begun > 1.0:  # rank 0 may have gone because of another, and have said so
+                found = self._store_lost(now) or (self._read_all and self._gone(now, begun))
+                if found:
+                    return found
         if self._verdict is not None:
             return str(self._verdict["text"])
-        return f"another process ended, or the network failed ({_first_line(error)})"
+        return rank_0 or f"another process ended, or the network failed ({_first_line(error)})"
 
     # The end.
 
