@@ -71,7 +71,8 @@ class Heard(NamedTuple):
 
 def place(step: int, phase: str) -> str:
     """``phase forward of step 17``."""
-    return f"phase {phase}" + ("" if phase in (START, FINISH) else f" of step {step}")
+    without = phase in (START, FINISH) or not step  # eval.py has no steps
+    return f"phase {phase}" + ("" if without else f" of step {step}")
 
 
 def silent(heard: Mapping[int, Heard], world: int, now: float, after: float) -> str | None:

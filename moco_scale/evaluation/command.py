@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from moco_scale import distributed, identity, numerics
 from moco_scale.argument_types import (
@@ -22,7 +24,7 @@ from moco_scale.argument_types import (
     whole_numbers,
 )
 from moco_scale.command_line import AMP_LEVELS, precision_of_amp
-from moco_scale.config import DATASETS
+from moco_scale.config import DATASETS, RunConfig
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.bad_samples import POLICIES
 from moco_scale.data.open_shards import has_split, open_shards
@@ -35,7 +37,10 @@ from moco_scale.evaluation.features import WHICH, LeftOut, Pixels, Pretrained, l
 from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries
 from moco_scale.evaluation.linear_config import SCHEDULES, LinearConfig
 from moco_scale.files import read_json, write_atomically
-from moco_scale.older_flags import EVALUATION, HintingParser
+from moco_scale.older_flags import EVALUATION as OLDER_FLAGS
+from moco_scale.older_flags import HintingParser
+from moco_scale.timing import EVALUATION, Phases
+from moco_scale.watchdog import Watch
 
 RESULTS = "results.json"
 KNN_K, KNN_T = 200, 0.1
@@ -50,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.older = EVALUATION
+    parser.older = OLDER_FLAGS
     add = parser.add_argument
     add("--data-dir", required=True, help="shards with the splits train and val: folder or address")
     add("--shard-cache", default="", help="folder that fetched shards are kept in")
@@ -87,6 +92,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--amp-opt-level", choices=AMP_LEVELS, help="older name: O0 is fp32, the others fp16")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
     add("--rng-seed", type=not_negative_int, default=0, help="order, crops, initial weights")
+    add(
+        "--hang-timeout",
+        type=not_negative,
+        default=RunConfig.hang_timeout,
+        help="seconds within which a process that is lost is named and all end; 0: never",
+    )
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
     knn = parser.add_argument_group("--protocol knn")
@@ -154,12 +165,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.amp_opt_level is not None:
         args.precision = precision_of_amp(args.amp_opt_level, args.precision)
     args.precision = args.precision or "fp32"
-    distributed.initialize(args.device)
+    distributed.initialize(args.device, hang_timeout=args.hang_timeout)
     numerics.set_switches()
-    installation = identity.installation(distributed.device())
-    identity.require_alike(installation | identity.of_flags(vars(args)))
-    evaluate(args)
+    phases = Phases()
+    phases.enter(EVALUATION)
+    with (
+        Watch(phases, args.hang_timeout, Path(args.output_dir), "eval.py"),
+        _encoding_is_progress(phases),
+    ):
+        installation = identity.installation(distributed.device())
+        identity.require_alike(installation | identity.of_flags(vars(args)))
+        evaluate(args)
     distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _encoding_is_progress(phases: Phases) -> Iterator[None]:
+    """Within, every batch that a module computes is a sign that this process gets on."""
+    handle = register_module_forward_pre_hook(lambda *_: phases.alive())
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

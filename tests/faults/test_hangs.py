@@ -14,6 +14,7 @@ import torch
 from commands import TINY, Ranks, forked, forked_ranks
 
 from moco_scale.data.reader import ViewBatch
+from moco_scale.encoders import build_encoder
 from moco_scale.errors import LOST_PEER
 
 pytestmark = pytest.mark.timeout(1800)
@@ -103,6 +104,63 @@ def test_a_rank_that_is_alive_and_stuck(tiny_shards: Path, tmp_path: Path) -> No
         stands = rf"rank 1 on {HOST} stands in phase data of step 3 for \d+ s and is alive; "
         waits = "the others wait for it in phase shuffle of step 3"
         assert re.search(stands + waits, said(run, rank)), run.output()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A file as pretraining writes it."""
+    state = build_encoder("resnet18", dim=8).state_dict()
+    opt = {"model": "resnet18", "model_width": 1, "stem": "imagenet", "head": "linear", "dim": 8}
+    opt |= {"dataset": "images", "image_size": 32}
+    torch.save({"opt": opt, "model": state, "model_ema": state}, tmp_path / "model.pth")
+    return tmp_path / "model.pth"
+
+
+def break_evaluation(rank: int, how: str) -> None:
+    """Let one rank come to harm in the middle of an evaluation, once others can know of it."""
+    from moco_scale.evaluation.features import Pixels
+    from moco_scale.watchdog import Watch
+
+    normalise, talk = Pixels.normalise, Watch._talk
+    rounds: list[int] = []
+    broken: list[bool] = []
+
+    def talk_and_count(self: Watch) -> None:
+        talk(self)
+        rounds.append(1)
+
+    def normalise_and_break(self: Pixels, crops: torch.Tensor) -> torch.Tensor:
+        if int(os.environ["RANK"]) == rank and not broken:
+            while len(rounds) < 3:
+                time.sleep(0.01)
+            broken.append(True)
+            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        return normalise(self, crops)
+
+    Pixels.normalise = normalise_and_break  # type: ignore[method-assign]
+    Watch._talk = talk_and_count  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "how"), [("knn", "killed"), ("knn", "frozen"), ("linear", "frozen")]
+)
+def test_a_rank_that_an_evaluation_loses(
+    tiny_shards: Path, model: Path, tmp_path: Path, protocol: str, how: str
+) -> None:
+    flags = ("--protocol", protocol, "--batch-size", 8, "--num-workers", 0, "--device", "cpu")
+    time_out = ("--hang-timeout", 6, "--data-dir", tiny_shards)
+    files = ("--pretrained-model", model, "--output-dir", tmp_path / "out")
+    harm = {"prepare": break_evaluation, "prepare_args": (1, how)}
+    with forked_ranks(*flags, *time_out, *files, ranks=2, script="eval.py", **harm) as run:  # type: ignore[arg-type]
+        assert run.status(0) == LOST_PEER, run.output()
+        if how == "frozen":
+            psutil.Process(run.processes[1].pid).resume()
+            assert run.status(1) == LOST_PEER, run.output()
+    line = rf"^eval\.py: rank 0 on {HOST} stops.*rank 1 on {HOST} has not been heard of since .*$"
+    (said,) = re.findall(line, run.output(), re.MULTILINE)
+    assert said.endswith("last was in phase evaluation"), said
+    assert "Traceback" not in run.output()
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def go_astray(what: str, step: int, rank: int) -> None:
