@@ -31,7 +31,7 @@ from moco_scale.files import failure_reason, read_json, sync_folder
 T = TypeVar("T")
 FORMAT = 1
 NO_ROWS: Mapping[str, Rows] = MappingProxyType({})
-META = "meta.json"
+META, INDEX = "meta.json", ".metadata"
 
 
 def owner(name: str) -> int:
@@ -128,6 +128,55 @@ def _together(action: Callable[[], T], temporary: Path, group: Any) -> T:
     return cast(T, result)
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_table(value: Any) -> bool:
+    """Numbers of files, by names that lead nowhere else."""
+    return isinstance(value, dict) and all(
+        Path(name).name == name and _is_count(number) for name, number in value.items()
+    )
+
+
+# What the rest of the program relies on. A run's checkpoints have the latter three too.
+_MEANING: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "files": _is_table,
+    "crc32": _is_table,
+    "config": lambda value: isinstance(value, dict),
+    "keep": lambda value: isinstance(value, bool),
+    "unlogged": lambda value: value is None or _is_log(value),
+}
+_MAY_LACK = ("config", "keep", "unlogged")
+
+
+def _is_log(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("record"), dict)
+        and isinstance(value.get("line"), str)
+    )
+
+
+def _means(meta: dict[str, Any], name: str) -> bool:
+    return _MEANING[name](meta[name]) if name in meta else name in _MAY_LACK
+
+
+def readable_meta(folder: Path) -> dict[str, Any]:
+    """Of a checkpoint that is damaged, those plain values that are what they should be.
+
+    Empty where there are none.
+    """
+    try:
+        meta = read_json(folder / META, "checkpoint file")
+    except UserError:
+        return {}
+    if not isinstance(meta, dict):
+        return {}
+    return {name: v for name, v in meta.items() if name not in _MEANING or _means(meta, name)}
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """The plain values of a checkpoint, after checking that it is whole.
 
@@ -143,7 +192,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} is not a checkpoint of format {FORMAT}, which this version reads"
         )
-    for name, size in meta.get("files", {}).items():
+    wrong = [name for name in _MEANING if not _means(meta, name)]
+    if wrong or meta["files"].keys() != meta["crc32"].keys():
+        raise UserError(
+            f"checkpoint {folder} is damaged, or none of moco_scale: its {META} has no usable "
+            f"{', '.join(wrong) or 'crc32 of each of its files'}"
+        )
+    for name, size in meta["files"].items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
@@ -156,9 +211,10 @@ def verify(folder: Path) -> None:
     """Compare every file with the checksum that was written beside it.
 
     Raises:
-        UserError: a file is not what was written.
+        UserError: a file is not what was written, or its checksum is not there.
     """
-    for name, expected in read_meta(folder).get("crc32", {}).items():
+    sums = read_meta(folder)["crc32"]
+    for name, expected in sums.items():
         try:
             found = _checksum(folder / name)
         except OSError as error:
@@ -169,6 +225,11 @@ def verify(folder: Path) -> None:
             raise UserError(
                 f"checkpoint {folder} is damaged: the content of {name} is not what was written"
             )
+    missing = sorted({INDEX, *_files_of(folder)} - sums.keys())
+    if missing:
+        raise UserError(
+            f"checkpoint {folder} is damaged: {META} does not list {', '.join(missing[:3])}"
+        )
 
 
 def _checksum(path: Path) -> int:
@@ -200,6 +261,15 @@ _UNREADABLE = (
     *(OSError, RuntimeError, AttributeError, KeyError, ValueError, TypeError, EOFError),
     *(pickle.UnpicklingError, dcp.api.CheckpointException),
 )
+
+
+def _files_of(folder: Path) -> set[str]:
+    """The files that hold its tensors, as its index says."""
+    try:
+        places = _Reader(folder).read_metadata().storage_data.values()
+        return {str(place.relative_path) for place in places}
+    except _UNREADABLE as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(error)}") from None
 
 
 def _entries(reader: _Reader, folder: Path) -> dict[str, TensorStorageMetadata]:
@@ -245,7 +315,7 @@ class _Reader(dcp.FileSystemReader):
     """torch's reader, whose index file is a pickle: only its own plain classes are let in."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
+        with open(Path(self.path) / INDEX, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("its index is not one of torch.distributed.checkpoint")

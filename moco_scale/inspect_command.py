@@ -19,6 +19,7 @@ from moco_scale.data.shard_list import is_pattern, list_shards
 from moco_scale.data.shard_summary import print_summary, summarise
 from moco_scale.errors import UserError
 from moco_scale.evaluation.features import read_model_file
+from moco_scale.run_folder import complete_checkpoints
 
 PARTS = ("model.query", "model.key", "optimizer", "queue")
 
@@ -136,7 +137,9 @@ def describe(path: Path) -> dict[str, Any]:
         checkpoint.verify(folder)
         shapes = checkpoint.shapes(folder)
     except UserError as error:
-        meta, shapes, damage = _readable_meta(folder, error), {}, str(error)
+        meta, shapes, damage = checkpoint.readable_meta(folder), {}, str(error)
+        if not meta:
+            raise
     parts = {}
     for part in PARTS:
         members = [s for name, s in shapes.items() if name.startswith(part + ".")]
@@ -147,6 +150,7 @@ def describe(path: Path) -> dict[str, Any]:
         }
     return {
         "path": str(folder),
+        "incomplete": _incomplete(path),
         "damage": damage,
         **{k: meta.get(k) for k in ("step", "epoch", "samples", "processes", "engine", "keep")},
         "bytes": sum(meta.get("files", {}).values()),
@@ -161,26 +165,27 @@ def _newest(path: Path) -> Path:
         raise UserError(f"{path}: there is no such folder")
     if (path / checkpoint.META).is_file():
         return path
-    inside = sorted((path / "checkpoints").glob("step-*"))
+    inside = complete_checkpoints(path)
     if not inside:
+        partial = _incomplete(path)
+        has = f"; {', '.join(partial)} in it: incomplete" if partial else ""
         raise UserError(
             f"{path} is neither a checkpoint (it has no {checkpoint.META}) nor the output folder "
-            f"of a run with checkpoints, nor a data set (no {INDEX_JSON}, and no tar in it or in "
-            "its sub-folders)"
+            f"of a run with complete checkpoints{has}, nor a data set (no {INDEX_JSON}, and no tar "
+            "in it or in its sub-folders)"
         )
     return inside[-1]
 
 
-def _readable_meta(folder: Path, error: UserError) -> dict[str, Any]:
-    """The plain values of a damaged checkpoint, as far as they can be read."""
-    try:
-        meta = json.loads((folder / checkpoint.META).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise error from None
-    return meta if isinstance(meta, dict) else {}
+def _incomplete(run: Path) -> list[str]:
+    """Names of a run's checkpoints that lack their last part, which training passes over."""
+    steps = (run / "checkpoints").glob("step-*")
+    return sorted(p.name for p in steps if p.is_dir() and not (p / checkpoint.META).is_file())
 
 
 def _print(found: dict[str, Any], tensors: bool) -> None:
+    for name in found["incomplete"]:
+        print(f"{name} is incomplete (it has no {checkpoint.META}); training passes it over")
     print(found["path"])
     print("  complete" if found["damage"] is None else f"  DAMAGED: {found['damage']}")
     print(

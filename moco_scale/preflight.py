@@ -240,7 +240,7 @@ def _try_folder(folder: RunFolder) -> tuple[Path | None, int]:
         folder.release()
         if distributed.is_main() and made:
             with contextlib.suppress(OSError):
-                folder.lock.unlink()
+                folder.lock.path.unlink()
                 for path in made:
                     path.rmdir()
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
-import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +18,7 @@ from moco_scale.config import Config, differences
 from moco_scale.config_rules import check_shuffle_group
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, save_atomically, write_atomically
+from moco_scale.run_lock import RunLock
 from moco_scale.saver import BackgroundSaver
 
 T = TypeVar("T")
@@ -33,7 +31,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         metrics: its ``metrics.jsonl``.
-        lock: its ``.lock``, which says who writes here.
+        lock: keeps other runs out of it.
         config: complete once :meth:`prepare` has been called.
     """
 
@@ -41,10 +39,7 @@ class RunFolder:
         self.path = Path(config.run.output_dir)
         self.metrics = self.path / "metrics.jsonl"
         self.config, self._fingerprint = config, data_fingerprint
-        self.lock = self.path / ".lock"
-        self._lock: TextIO | None = None
-        # Told apart from what an earlier run has left there.
-        self._mark = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}\n"
+        self.lock = RunLock(self.path / ".lock")
         self._saver, self._newest = BackgroundSaver(config.run.async_save), ""
 
     def prepare(self) -> Path | None:
@@ -90,7 +85,7 @@ class RunFolder:
             raise UserError(f"--output-dir {self.path} is a file; name a folder")
         start = self._resume_from(self.config.run.resume)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._claim()
+        self.lock.claim()
         meta = {} if start is None else checkpoint.read_meta(start)
         if shuffled:
             # What the run began with, whatever a node holds now.
@@ -109,37 +104,13 @@ class RunFolder:
         write_atomically(self.path / "config.json", json.dumps(content, indent=1) + "\n")
         return self.forget_metrics_after(step)
 
-    def _claim(self) -> None:
-        """Keep other runs out for as long as this process lives, or until :meth:`release`."""
-        self._lock = open(self.lock, "a+")  # noqa: SIM115
-        try:
-            # A record lock: unlike flock's, it is not inherited by the processes that read data.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"--output-dir {self.path} is being written by another run{self._holder()}; wait "
-                "until that has ended, or choose another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        self._lock.truncate(0)
-        self._lock.write(self._mark)
-        self._lock.flush()
-        os.fsync(self._lock.fileno())
-
-    def _holder(self) -> str:
-        assert self._lock is not None
-        self._lock.seek(0)
-        words = self._lock.read().split()
-        return f" (process {words[1]} on {words[0]})" if len(words) == 3 else ""
-
     def _require_shared(self) -> None:
         """Each rank writes a part of every checkpoint: all have to see what rank 0 sees."""
-        mark = distributed.broadcast_object(self._mark)
+        mark = distributed.broadcast_object(self.lock.mark)
 
         def look() -> None:
             # Rank 0 must not: a process that closes a file loses its lock.
-            if not distributed.is_main() and _content(self.lock) != mark:
+            if not distributed.is_main() and _content(self.lock.path) != mark:
                 raise UserError(
                     f"--output-dir {self.path} is not here what it is for rank 0: name a folder "
                     "on a file system that all hosts share"
@@ -151,8 +122,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Let other runs write here."""
-        if self._lock is not None:
-            self._lock.close()
+        self.lock.release()
 
     def _resume_from(self, wish: str) -> Path | None:
         own = self.checkpoints()
@@ -174,7 +144,7 @@ class RunFolder:
             return None
         named = Path(wish)
         if (named / "checkpoints").is_dir():
-            inside = _complete_checkpoints(named)
+            inside = complete_checkpoints(named)
             if not inside:
                 raise UserError(f"--resume {wish}: the run in it has no complete checkpoint")
             named = inside[-1]
@@ -226,7 +196,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints in this folder, oldest first."""
-        return _complete_checkpoints(self.path)
+        return complete_checkpoints(self.path)
 
     def save(
         self,
@@ -370,7 +340,7 @@ def _shuffled_here(config: Config) -> int:
 
 def _is_kept(folder: Path) -> bool:
     try:
-        return bool(checkpoint.read_meta(folder)["keep"])
+        return bool(checkpoint.read_meta(folder).get("keep", True))
     except UserError:
         return True  # damaged: no reason to stop a run, and for people to look at
 
@@ -382,7 +352,8 @@ def _step_in(line: str) -> int | None:
         return None
 
 
-def _complete_checkpoints(run: Path) -> list[Path]:
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Those of a run's output folder, oldest first; the newest is what it would resume from."""
     root = run / "checkpoints"
     if not root.is_dir():
         return []

@@ -125,6 +125,53 @@ def test_a_folder_that_is_none_of_ours(tmp_path: Path) -> None:
     assert "format 1, which this version reads" in error_of(lambda: checkpoint.read_meta(tmp_path))
 
 
+def rewrite(folder: Path, **values: Any) -> None:
+    """Change plain values of a checkpoint; None takes one away."""
+    meta = json.loads((folder / "meta.json").read_text()) | values
+    kept = {name: value for name, value in meta.items() if value is not None}
+    (folder / "meta.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("step", [None, "7", -1, 1.5, True, [7]]),
+        ("files", [None, [], ["__0_0.distcp"], {".metadata": "5"}, {"../x": 5}, 3]),
+        ("crc32", [None, [], {".metadata": None}, {".metadata": 1.5}, "x"]),
+        ("config", [[], "x", 3]),
+        ("keep", ["yes", 1]),
+        ("unlogged", [[], {"record": {}}, {"record": [], "line": "x"}]),
+    ],
+)
+def test_a_value_of_another_kind_is_named(tmp_path: Path, name: str, values: list[Any]) -> None:
+    folder = write(tmp_path / "c")
+    checkpoint.verify(folder)
+    for value in values:
+        rewrite(folder, **{name: value})
+        for action in (checkpoint.read_meta, checkpoint.verify):
+            message = error_of(lambda action=action: action(folder))  # type: ignore[misc]
+            assert message == (
+                f"checkpoint {folder} is damaged, or none of moco_scale: its meta.json has no "
+                f"usable {name}"
+            )
+        assert name not in checkpoint.readable_meta(folder)
+        assert checkpoint.readable_meta(folder)["format"] == 1
+
+
+def test_every_file_must_be_listed_with_its_checksum(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c")
+    whole = json.loads((folder / "meta.json").read_text())
+    for name in (".metadata", "__0_0.distcp"):
+        rest = {n: s for n, s in whole["crc32"].items() if n != name}
+        rewrite(folder, crc32=rest)
+        assert "no usable crc32 of each of its files" in error_of(lambda: checkpoint.verify(folder))
+        rewrite(folder, crc32=rest, files={n: whole["files"][n] for n in rest})
+        checkpoint.read_meta(folder)
+        assert f"meta.json does not list {name}" in error_of(lambda: checkpoint.verify(folder))
+        rewrite(folder, **whole)
+    checkpoint.verify(folder)
+
+
 class Evil:
     """Makes a folder when it is unpickled."""
 

@@ -62,6 +62,30 @@ def test_a_missing_file_is_damage(saved: Path, capsys: pytest.CaptureFixture[str
     assert ".metadata is missing" in found["damage"] and found["step"] == 7
 
 
+def test_what_training_passes_over_is_listed(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (saved / "checkpoints" / "step-00000009").mkdir()
+    assert main(["inspect", str(saved), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["path"].endswith("step-00000007")
+    assert found["incomplete"] == ["step-00000009"]
+    assert main(["inspect", str(saved)]) == 0
+    assert "step-00000009 is incomplete" in capsys.readouterr().out
+    shutil.rmtree(saved / "checkpoints" / "step-00000007")
+    assert main(["inspect", str(saved)]) == 2
+    assert "step-00000009 in it: incomplete" in capsys.readouterr().err
+
+
+def test_values_of_another_kind_are_damage(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved / "checkpoints" / "step-00000007" / "meta.json"
+    whole = json.loads(path.read_text())
+    for name in ("files", "config", "step"):
+        path.write_text(json.dumps(whole | {name: ["x"]}))
+        assert main(["inspect", str(saved)]) == 1
+        assert f"no usable {name}" in capsys.readouterr().out
+
+
 def test_what_is_no_checkpoint_is_an_error(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

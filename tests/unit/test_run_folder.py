@@ -1,21 +1,25 @@
 """The output folder: what a run starts from, what it keeps, and what it refuses."""
 
+import contextlib
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moco_scale import checkpoint, run_folder
+from moco_scale import checkpoint, run_folder, run_lock
 from moco_scale.config_rules import build
 from moco_scale.errors import UserError
 from moco_scale.run_folder import RunFolder
+from moco_scale.run_lock import RunLock
 
 
 def folder(path: Path, fingerprint: str = "f", **values: Any) -> RunFolder:
@@ -227,11 +231,14 @@ def test_an_output_folder_that_cannot_be_written(
         run.begin(0)
 
 
-def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def locked_by(path: Path, mark: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a lock; killed at the end."""
     program = f"""
 import fcntl, sys
-lock = open({str(tmp_path / ".lock")!r}, "w")
+lock = open({str(path)!r}, "w")
 fcntl.lockf(lock, fcntl.LOCK_EX)
+print({mark!r}, end="", file=lock, flush=True)
 print("locked", flush=True)
 sys.stdin.read()
 """
@@ -240,9 +247,54 @@ sys.stdin.read()
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
-        assert "is being written by another run" in refusal(folder(tmp_path))
+        yield other
         other.kill()
+
+
+def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
+    here = f"{socket.gethostname()} 123 0123456789abcdef\n"
+    for mark, holder in (("", ""), (here, f" (process 123 on {socket.gethostname()})")):
+        with locked_by(tmp_path / ".lock", mark):
+            message = refusal(folder(tmp_path))
+            assert f"is being written by another run{holder}; wait" in message
     assert folder(tmp_path).prepare() is None  # a killed run leaves no lock
+
+
+class Clock:
+    """Time that passes only while something sleeps."""
+
+    def __init__(self, wake_after: float, then: Callable[[], None]) -> None:
+        self.now, self._wake_after, self._then = 1000.0, 1000.0 + wake_after, then
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now >= self._wake_after:
+            self._then()
+            self._wake_after = float("inf")
+
+
+@pytest.mark.parametrize("lease", [60.0, 119.0, 1e9])
+def test_the_lock_of_a_host_that_may_have_died_is_waited_for(
+    tmp_path: Path, lease: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over NFS such a lock lasts until the server takes it away from the client."""
+    with locked_by(tmp_path / ".lock", "node7 123 0123456789abcdef\n") as other:
+
+        def die() -> None:
+            other.kill()
+            other.wait()
+
+        clock = Clock(lease, die)
+        lock = RunLock(tmp_path / ".lock", "node8", lambda: clock.now, clock.sleep)
+        if lease < run_lock.LEASE:
+            lock.claim()
+            assert (tmp_path / ".lock").read_text() == lock.mark
+            assert lease <= clock.now - 1000 <= lease + 5
+        else:
+            with pytest.raises(UserError, match=r"another run \(process 123 on node7\); wait"):
+                lock.claim()
+            assert clock.now - 1000 == run_lock.LEASE
+        assert capsys.readouterr().err.count("locked by another host (process 123 on node7)") == 1
 
 
 def test_a_partial_copy_of_a_checkpoint_does_not_stand_in_for_it(tmp_path: Path) -> None:
