@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         installation = identity.installation(distributed.device())
         identity.require_alike(installation | identity.of_flags(vars(args)))
-        evaluate(args)
+        evaluate(args, phases.alive)
     distributed.shutdown()
 
 
@@ -189,8 +189,12 @@ def _encoding_is_progress(phases: Phases) -> Iterator[None]:
         handle.remove()
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """One evaluation; every rank calls it.
+
+    Args:
+        args: of the command line.
+        alive: called now and then while some rank makes an index, which may take hours.
 
     Returns:
         What went to ``results.json`` for this evaluation: ``top1`` and ``top5`` in percent,
@@ -201,7 +205,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     started = time.monotonic()
     folder = Path(args.output_dir)
-    distributed.in_turn(partial(open_shards, _source(args), "train"))  # which may index them
+    # Which may index them.
+    distributed.in_turn(partial(open_shards, _source(args), "train"), alive)
     failure: UserError | None = None
     try:
         earlier = _prepare(folder) if distributed.is_main() else {}
