@@ -195,7 +195,7 @@ def test_a_group_that_crosses_the_border_between_processes(
 
 
 def test_an_unknown_recipe(tmp_path: Path) -> None:
-    run = forked("--recipe", "v9", "--output-dir", tmp_path / "out", ranks=2)
+    run = forked("--recipe", "v9", "--output-dir", tmp_path / "out")
     assert_refused(run, "--recipe", "'v9'", "v1-b1024", "cifar10")
 
 
