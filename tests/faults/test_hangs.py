@@ -57,7 +57,8 @@ def job(data: Path, out: Path, *how: object, ranks: int = 2) -> AbstractContextM
 
 def said(run: Ranks, rank: int) -> str:
     """The line in which a rank says why it stops."""
-    lines = re.findall(rf"^train\.py: rank {rank} on {HOST} stops.*$", run.output(), re.MULTILINE)
+    # Not at the beginning of a line: torch's warnings may be there, written piece by piece.
+    lines = re.findall(rf"train\.py: rank {rank} on {HOST} stops.*", run.output())
     assert len(lines) == 1, run.output()
     assert "Traceback" not in run.output()
     return lines[0]
@@ -86,7 +87,8 @@ def test_a_frozen_rank(tiny_shards: Path, tmp_path: Path, victim: int) -> None:
         frozen.resume()
         assert run.status(victim) == LOST_PEER, run.output()
     line = said(run, other)
-    assert "having stood in phase backward: sum over ranks of step 4 for 5 s" in line
+    stood = r"having stood in phase backward: sum over ranks of step 4 for \d+ s"
+    assert re.search(stood, line), line
     assert f"rank {victim} on {HOST}" in line
     assert line.endswith("last was in phase backward of step 4"), line
     said(run, victim)
@@ -156,8 +158,8 @@ def test_a_rank_that_an_evaluation_loses(
         if how == "frozen":
             psutil.Process(run.processes[1].pid).resume()
             assert run.status(1) == LOST_PEER, run.output()
-    line = rf"^eval\.py: rank 0 on {HOST} stops.*rank 1 on {HOST} has not been heard of since .*$"
-    (said,) = re.findall(line, run.output(), re.MULTILINE)
+    line = rf"eval\.py: rank 0 on {HOST} stops.*rank 1 on {HOST} has not been heard of since .*"
+    (said,) = re.findall(line, run.output())
     assert said.endswith("last was in phase evaluation"), said
     assert "Traceback" not in run.output()
     assert not (tmp_path / "out" / "results.json").exists()

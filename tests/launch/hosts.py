@@ -27,6 +27,7 @@ from commands import LIMIT, REPOSITORY, Outcome, kill_tree
 INTERFACE = "eth0"
 NAMES = ("host-a", "host-b")
 ADDRESSES = ("10.73.0.1", "10.73.0.2")
+_REFUSALS = (OSError, ValueError, AssertionError, subprocess.SubprocessError, psutil.Error)
 _PROGRAMS = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 
 # The first process of a host. It waits for the end of its standard input.
@@ -212,6 +213,6 @@ def why_not() -> str | None:
     try:
         with two_hosts() as (a, b):
             a.run("true"), b.run("true")
-    except (OSError, subprocess.CalledProcessError, AssertionError) as error:
+    except _REFUSALS as error:
         return f"namespaces are not allowed here: {getattr(error, 'stderr', None) or error}"
     return None
