@@ -70,8 +70,9 @@ class DataConfig:
     dataset: str = _option("imagenet", "preset of statistics and sizes", choices=tuple(DATASETS))
     data_dir: str = _option(
         "",
-        "folder of shards, a pattern such as DIR/train-{000..127}.tar, an https://, s3:// or gs:// "
-        "address of a folder, or several with weights: A:0.7,B:0.3 (default: data/DATASET)",
+        "folder of shards, a tar, a pattern such as DIR/train-{000..127}.tar, an https://, s3:// "
+        "or gs:// address of a folder, or several with weights: A:0.7,B:0.3 (default: "
+        "data/DATASET)",
     )
     samples_per_epoch: int = _option(
         0, "an epoch's length, which the next one goes on from; 0: all pictures, once"

@@ -76,10 +76,10 @@ class Monitor:
         if unlabelled is not None:
             why = unlabelled.why_unlabelled
             self.telemetry.say(
-                f"the {unlabelled.split} pictures have no labels (or not all of them), so there is "
-                "no kNN evaluation"
-                + (f" (labels are not used: {why})" if why else "")
-                + "; shards made from folders CLASS/* have labels"
+                f"the labels are not used, so there is no kNN evaluation: {why}"
+                if why
+                else f"the {unlabelled.split} pictures have no labels (or not all of them), so "
+                "there is no kNN evaluation; shards made from folders CLASS/* have labels"
             )
             return None
         try:
