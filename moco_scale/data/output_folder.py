@@ -46,9 +46,11 @@ class OutputFolder:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._clean_leftovers()
             self._check_place()
-            self.path.mkdir()
-            self._lock = os.open(self.path, os.O_RDONLY)
+            # A file, since a network's file system (NFS) locks nothing that is not written to; it
+            # comes before the folder and goes after it.
+            self._lock = os.open(_lock_of(self.path), os.O_RDWR | os.O_CREAT)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.path.mkdir()
         except OSError as error:
             raise UserError(
                 f"Cannot write to {self.out.parent}: {error.strerror or error}."
@@ -63,6 +65,7 @@ class OutputFolder:
     ) -> None:
         if not self._finished:
             shutil.rmtree(self.path, ignore_errors=True)
+        _lock_of(self.path).unlink(missing_ok=True)
         os.close(self._lock)
 
     def finish(self) -> None:
@@ -118,21 +121,27 @@ class OutputFolder:
                 left.rename(self.out)
                 self.notes.append(f"restored {self.shown}, which an unfinished run had set aside")
         for left in self._siblings(PARTIAL):
-            lock = os.open(left, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"Another process is writing {self.shown} just now (in {left})."
-                ) from None
-            finally:
-                os.close(lock)
+            lock = _lock_of(left)
+            if lock.exists():
+                with lock.open("r+") as file:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        raise UserError(
+                            f"Another process is writing {self.shown} just now (in {left})."
+                        ) from None
             shutil.rmtree(left)
+            lock.unlink(missing_ok=True)
             self.notes.append(f"removed {left.name}, left by a run that did not finish")
 
     def _siblings(self, mark: str) -> list[Path]:
         name = re.compile(re.escape(self.out.name + mark) + r"[0-9a-f]{8}")
         return sorted(p for p in self.out.parent.iterdir() if name.fullmatch(p.name) and p.is_dir())
+
+
+def _lock_of(folder: Path) -> Path:
+    """The file that is locked by who writes a partial folder."""
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def size_text(count: int) -> str:

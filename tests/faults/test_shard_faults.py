@@ -406,7 +406,8 @@ def stuck_run(command: Command, source: Path, workers: int) -> Iterator[StuckRun
 
 
 def partial_folders(command: Command) -> list[Path]:
-    return list(command.out.parent.glob(f"{command.out.name}.partial-*"))
+    found = command.out.parent.glob(f"{command.out.name}.partial-*")
+    return [path for path in found if path.is_dir()]
 
 
 def test_a_killed_run_leaves_nothing_that_looks_finished(
@@ -421,9 +422,18 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(
     (left,) = partial_folders(command)
     assert not (left / "index.json").exists()
     assert command(picture_folder) == 0
-    assert partial_folders(command) == []
+    assert list(command.out.parent.glob("*.partial-*")) == []
     assert f"removed {left.name}" in capsys.readouterr().out
     assert len(IndexedShards.open(command.out)) == 24
+
+
+def test_shards_are_written_to_a_network_s_file_system(
+    command: Command, picture_folder: Path, locks_of_nfs: None
+) -> None:
+    command.out.with_name("shards.partial-0123abcd").mkdir(parents=True)
+    command.out.with_name("shards.partial-0123abcd.lock").touch()  # of a run that was killed
+    assert command(picture_folder) == 0
+    assert list(command.out.parent.glob("*.partial-*")) == []
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
