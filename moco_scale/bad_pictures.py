@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moco_scale import distributed
+from moco_scale import distributed, together
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import ViewBatch
 from moco_scale.errors import UserError
@@ -53,7 +53,7 @@ class BadPictures:
         Raises:
             UserError: the list cannot be read or written.
         """
-        records = distributed.on_main(lambda: self._up_to(step))
+        records = together.on_main(lambda: self._up_to(step))
         self._known = {record["sample"] for record in records}
         self._by_shard = Counter(record["shard"] for record in records)
 
@@ -96,7 +96,7 @@ class BadPictures:
                 new[bad.sample] = {**bad._asdict(), "step": when, "epoch": epoch}
         self._known |= new.keys()
         self._by_shard.update(record["shard"] for record in new.values())
-        distributed.on_main(lambda: self._append(list(new.values())))
+        together.on_main(lambda: self._append(list(new.values())))
         self._check(step)
         return self._lines(list(new.values()))
 

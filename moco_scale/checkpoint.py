@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from moco_scale import distributed
+from moco_scale import distributed, together
 from moco_scale.checkpoint_rows import Rows, RowsLoadPlanner, RowsSavePlanner
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, read_json, sync_folder
@@ -120,7 +120,7 @@ def _together(action: Callable[[], T], temporary: Path, group: Any) -> T:
             f"cannot write the checkpoint {temporary.parent}: {failure_reason(error)}; earlier "
             "checkpoints are untouched: make room or fix the folder, then start again"
         )
-    failure = distributed.first_error(failure, group)
+    failure = together.first_error(failure, group)
     if failure is not None:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +19,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from moco_scale.allocator import keep_freed_memory
-from moco_scale.errors import PeerLost, RankError, UserError
+from moco_scale.errors import RankError, UserError
 from moco_scale.interfaces import name_interface
 from moco_scale.launchers import complete_environment, gpu_of, why_not_met
 from moco_scale.restarts import name_of_start
@@ -113,6 +111,11 @@ def shutdown() -> None:
 _device = torch.device("cpu")
 _store: Any = None
 _timeout = TIMEOUT
+
+
+def time_out() -> float:
+    """Seconds that a collective may take."""
+    return _timeout.total_seconds()
 
 
 def patience(hang_timeout: float) -> float:
@@ -305,10 +308,7 @@ def gather_rows_on_main(row: Tensor) -> Tensor | None:
 
 def hosts() -> list[str]:
     """The host name of every rank; all ranks call it."""
-    names = [socket.gethostname()] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(names, socket.gethostname())
-    return names
+    return gather_objects(socket.gethostname())
 
 
 def average_(tensors: Sequence[Tensor]) -> None:
@@ -368,132 +368,15 @@ def side_group() -> Any:
     return dist.new_group(backend="gloo", timeout=_timeout) if world_size() > 1 else None
 
 
-def first_error(error: UserError | None, group: Any = None) -> UserError | None:
-    """The error of the lowest rank that has one, on every rank: all stop for the same reason.
+def gather_objects(value: T, group: Any = None) -> list[T]:
+    """Every rank's small picklable object, in rank order.
 
     group: of :func:`side_group`; the default is for the main thread.
     """
     if world_size() == 1:
-        return error
-    mine = None if error is None else (socket.gethostname(), str(error))
-    found: list[tuple[str, str] | None] = [None] * world_size()
-    dist.all_gather_object(found, mine, group=group)
-    for number, each in enumerate(found):
-        if each is not None:
-            # Rank 0 meets what all ranks meet; what it does not meet needs a place.
-            place = f"rank {number} on {each[0]}: " if number else ""
-            return UserError(place + each[1])
-    return None
-
-
-def agree(action: Callable[[], T]) -> T:
-    """Run something on every rank; what goes wrong on one is raised on all, so that none waits.
-
-    Raises:
-        UserError: that of the lowest rank on which ``action`` raised one.
-    """
-    result, failure = None, None
-    try:
-        result = action()
-    except UserError as error:
-        failure = error
-    failure = first_error(failure)
-    if failure is not None:
-        raise failure
-    return cast(T, result)
-
-
-def in_turn(
-    action: Callable[[Callable[[], None]], T], alive: Callable[[], None] = lambda: None
-) -> T:
-    """Run something on every rank: rank 0 first, then the first of every host, then the others.
-
-    For what leaves something behind that later processes find, on a shared disk or on their own.
-    It may take any time, as long as it gets on.
-
-    Args:
-        action: given a function to call, from any thread, whenever it has got on.
-        alive: called on every rank, now and then, while those whose turn it is get on.
-
-    Raises:
-        UserError: that of the lowest rank in whose turn ``action`` raised one.
-        PeerLost: nobody whose turn it is has got on for as long as a collective may take.
-    """
-    turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
-    results = [agree(lambda now=now: _turn(action, turn == now, alive)) for now in range(3)]  # type: ignore[misc]
-    return cast(T, results[turn])
-
-
-def _turn(
-    action: Callable[[Callable[[], None]], T], mine: bool, alive: Callable[[], None]
-) -> T | None:
-    if world_size() == 1:
-        return action(alive)
-    if not mine:
-        _until_all_are_done(lambda wait: (False, 0), alive)
-        return None
-    done, signs, met = threading.Event(), [0], list[Exception]()
-
-    def sign() -> None:
-        signs[0] += 1
-
-    def report() -> None:
-        try:
-            _until_all_are_done(lambda wait: (not done.wait(wait), signs[0]), alive)
-        except Exception as error:
-            met.append(error)
-
-    # This rank's only messages meanwhile: the action sends none.
-    reporting = threading.Thread(target=report, name="turn", daemon=True)
-    reporting.start()
-    try:
-        result = action(sign)
-    finally:
-        done.set()
-        reporting.join()
-    if met:
-        raise met[0]
-    return result
-
-
-def _until_all_are_done(
-    state: Callable[[float], tuple[bool, int]], alive: Callable[[], None]
-) -> None:
-    """Exchange small messages until no rank is at work any more.
-
-    state: given how long it may wait for the end, says whether this rank is at work and how often
-    it has got on. Raises PeerLost, on all ranks at once.
-    """
-    wait, before, since = 0.01, -1, time.monotonic()
-    while True:
-        working, signs = state(wait)
-        now = time.monotonic()
-        late = now - since > _timeout.total_seconds()
-        at_work, signs, given_up = sum_(torch.tensor([working, signs, late])).tolist()
-        if not at_work:
-            return
-        if signs != before:
-            before, since = signs, now
-            alive()
-        elif given_up:
-            raise PeerLost(
-                f"{at_work} rank(s) have been preparing data, and have not got on for "
-                f"{now - since:.0f} s"
-            )
-        wait = min(1.0, 2 * wait)
-
-
-def on_main(action: Callable[[], T]) -> T:
-    """Run something on rank 0; its result, a small picklable object, or its error is everyone's."""
-    return broadcast_object(agree(lambda: action() if is_main() else None))
-
-
-def gather_objects(value: T) -> list[T]:
-    """Every rank's small picklable object, in rank order."""
-    if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=group)
     return found
 
 
@@ -535,9 +418,9 @@ def neighbours(size: int) -> Subgroup:
 
 def host_group() -> Subgroup:
     """The ranks on this rank's host, in their order; every rank must call it."""
-    hosts = gather_objects(socket.gethostname())
-    ranks = [number for number, host in enumerate(hosts) if host == hosts[rank()]]
-    return Subgroup(_group_of(ranks) if len(ranks) < len(hosts) else None, len(ranks))
+    names = hosts()
+    ranks = [number for number, name in enumerate(names) if name == names[rank()]]
+    return Subgroup(_group_of(ranks) if len(ranks) < len(names) else None, len(ranks))
 
 
 def _group_of(ranks: Sequence[int]) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 import torchvision
 
-from moco_scale import distributed
+from moco_scale import distributed, together
 from moco_scale.agreement import require_agreement
 from moco_scale.announcement import announcement
 from moco_scale.announcement import title as picture_title
@@ -274,7 +274,7 @@ class Monitor:
     def is_finished(self) -> bool:
         """Whether the pictures of :meth:`finish` are there; the same on every rank."""
         out = self.run.folder.path
-        return distributed.on_main(
+        return together.on_main(
             lambda: all((out / name).exists() for name in ("report.png", "neighbours.png"))
         )
 
@@ -288,7 +288,7 @@ class Monitor:
         run.phases.enter(FINISH)
         title = picture_title(config, len(run.shards))
         preset = config.preset
-        distributed.on_main(
+        together.on_main(
             lambda: pictures.report(run.folder.metrics, out / "report.png", title=title)
         )
         before = run.initial_encoder().to(run.device)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale import distributed, identity, numerics, timing
+from moco_scale import distributed, identity, numerics, timing, together
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.batchnorm import set_groups, spans_ranks
 from moco_scale.config import Config
@@ -52,7 +52,7 @@ def open_data(config: Config, alive: Callable[[], None] = lambda: None) -> tuple
             the ranks can share.
     """
     opened = partial(open_shards, config.source, "train")
-    shards = distributed.in_turn(opened, alive)
+    shards = together.in_turn(opened, alive)
     identity.require_alike({"index of --data-dir": shards.fingerprint}, identity.SAME_DATA)
     order = shards.order(config.optim.rng_seed, config.data.shuffle_window)
     batch = config.optim.batch_size
@@ -81,8 +81,8 @@ class Pretraining:
         self.world, self.rank = distributed.world_size(), distributed.rank()
         identity.require_alike(identity.of_run(config))
         self.shards, self.plan = open_data(config, self.phases.alive)
-        self.decoder = distributed.agree(self._decoder)
-        self.cache = distributed.agree(self._cache)
+        self.decoder = together.agree(self._decoder)
+        self.cache = together.agree(self._cache)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch
         self.last_step = min(config.run.max_steps or self.total_steps, self.total_steps)
 
@@ -307,7 +307,7 @@ class Pretraining:
                 failed = self.folder.save_failed()
                 reason, (worst, unsaved) = stop.agree(self.watch.code(), failed)
                 if unsaved:
-                    distributed.agree(self.folder.settle)
+                    together.agree(self.folder.settle)
                 problem = self.watch.judge(worst)
                 if problem:
                     raise self.folder.not_finite(self.step, problem)

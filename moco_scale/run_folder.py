@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from moco_scale import checkpoint, distributed
+from moco_scale import checkpoint, distributed, together
 from moco_scale.config import Config, differences
 from moco_scale.config_rules import check_shuffle_group
 from moco_scale.errors import UserError
@@ -54,7 +54,7 @@ class RunFolder:
                 with the flags.
         """
         shuffled = _shuffled_here(self.config)
-        start, self.config = distributed.on_main(
+        start, self.config = together.on_main(
             lambda: self._writing(lambda: self._prepare(shuffled))
         )
         self._require_shared()
@@ -69,7 +69,7 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        return distributed.on_main(lambda: self._writing(lambda: self._begin(step)))
+        return together.on_main(lambda: self._writing(lambda: self._begin(step)))
 
     def _writing(self, action: Callable[[], T]) -> T:
         try:
@@ -118,7 +118,7 @@ class RunFolder:
             if not os.access(self.path, os.W_OK):
                 raise UserError(f"--output-dir {self.path} cannot be written from here")
 
-        distributed.agree(look)
+        together.agree(look)
 
     def release(self) -> None:
         """Let other runs write here."""
@@ -251,7 +251,7 @@ class RunFolder:
                         f"cannot write to {self.path}: {failure_reason(error)}; checkpoint "
                         f"{folder.name} is complete: make room, then start again"
                     )
-            failure = distributed.first_error(failure, group)
+            failure = together.first_error(failure, group)
             if failure is not None:
                 raise failure
 
@@ -303,7 +303,7 @@ class RunFolder:
             lines = self.metrics.read_text(encoding="utf-8").splitlines()
             return any(_step_in(line) == step for line in lines)
 
-        return distributed.on_main(lambda: self.metrics.exists() and look())
+        return together.on_main(lambda: self.metrics.exists() and look())
 
     def forget_metrics_after(self, step: int) -> int:
         """Drop metric lines of steps that will be run again; returns how many were dropped."""
@@ -334,7 +334,7 @@ def _shuffled_here(config: Config) -> int:
     contrast = config.contrast
     if contrast.shuffle_bn != "node" or contrast.shuffle_group:
         return 0
-    ranks = distributed.agree(distributed.ranks_per_node)
+    ranks = together.agree(distributed.ranks_per_node)
     return config.optim.batch_size // distributed.world_size() * ranks
 
 

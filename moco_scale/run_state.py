@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moco_scale import checkpoint, distributed
+from moco_scale import checkpoint, distributed, together
 from moco_scale.agreement import sampled_hash
 from moco_scale.health import WEIGHTS
 from moco_scale.moco import MoCo
@@ -33,7 +33,7 @@ def read_state(folder: Path, queue: KeyQueue) -> tuple[dict[str, Any], dict[str,
     """
     mine = checkpoint.Rows(queue.first, len(queue.keys), len(queue))
     rows = {f"queue.{name}": mine for name in _BY_SLOT}
-    return distributed.agree(lambda: (checkpoint.read_meta(folder), checkpoint.load(folder, rows)))
+    return together.agree(lambda: (checkpoint.read_meta(folder), checkpoint.load(folder, rows)))
 
 
 def load_model(run: Pretraining, moco: MoCo, saved: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from moco_scale import distributed, identity, numerics
+from moco_scale import distributed, identity, numerics, together
 from moco_scale.argument_types import (
     not_negative,
     not_negative_int,
@@ -206,7 +206,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None] = lambda: None)
     started = time.monotonic()
     folder = Path(args.output_dir)
     # Which may index them.
-    distributed.in_turn(partial(open_shards, _source(args), "train"), alive)
+    together.in_turn(partial(open_shards, _source(args), "train"), alive)
     failure: UserError | None = None
     try:
         earlier = _prepare(folder) if distributed.is_main() else {}
@@ -216,7 +216,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None] = lambda: None)
         pair = None if task else _splits(_source(args))
     except UserError as error:
         failure = error
-    failure = distributed.first_error(failure)
+    failure = together.first_error(failure)
     if failure is not None:
         raise failure
     weights = {"weights in --pretrained-model": pretrained.fingerprint}
@@ -303,7 +303,7 @@ def _finish(folder: Path, earlier: dict[str, Any], result: dict[str, Any]) -> No
                 f"{best}{last}{without}; {folder / RESULTS}",
                 flush=True,
             )
-    failure = distributed.first_error(failure)
+    failure = together.first_error(failure)
     if failure is not None:
         raise failure
 

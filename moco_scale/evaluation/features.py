@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moco_scale import distributed
+from moco_scale import distributed, together
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Shards
@@ -346,7 +346,7 @@ def extract(
     for _ in range(rounds):
         assert between is not None
         between()
-    failure = distributed.first_error(failure)
+    failure = together.first_error(failure)
     if failure is not None:
         raise failure
     if left_out is not None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_scale import distributed
+from moco_scale import distributed, together
 from moco_scale.data.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.device_augment import DeviceAugment
@@ -288,7 +288,7 @@ class LinearEvaluation:
         flat = distributed.sum_(torch.cat([*(g.flatten() for g in gradients), extra]))
         loss_value, hits, failures = flat[-3:].tolist()
         if failures:
-            raise distributed.first_error(self._failure) or UserError("a process failed")
+            raise together.first_error(self._failure) or UserError("a process failed")
         if not math.isfinite(loss_value):
             raise UserError(
                 f"linear evaluation: the loss is {loss_value}; use a smaller --lr than "
@@ -316,7 +316,7 @@ class LinearEvaluation:
                 hits += torch.stack([right[:, 0].sum(), right.sum(), tested])
         except UserError as error:
             failure = error
-        failure = distributed.first_error(failure)
+        failure = together.first_error(failure)
         if failure is not None:
             raise failure
         if self.left_out is not None and cache is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moco_scale import distributed
+from moco_scale import distributed, together
 from moco_scale.errors import UserError
 from moco_scale.files import save_atomically
 
@@ -26,7 +26,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             failure = UserError(f"cannot write {path}: {reason}; make room, then start again")
-    failure = distributed.first_error(failure)
+    failure = together.first_error(failure)
     if failure is not None:
         raise failure
 
@@ -55,7 +55,7 @@ def load(
             state = _read(path, identity, described, resume)
         except UserError as error:
             failure = error
-    failure = distributed.first_error(failure)
+    failure = together.first_error(failure)
     if failure is not None:
         raise failure
     return distributed.broadcast_object(state)

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from moco_scale import distributed
+from moco_scale import distributed, together
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
 from moco_scale.data.shard_source import ShardSource
@@ -234,7 +234,7 @@ def neighbours_sheet(
             )
         except UserError as error:
             failure = error
-    failure = distributed.first_error(failure)
+    failure = together.first_error(failure)
     if failure is not None:
         raise failure
 

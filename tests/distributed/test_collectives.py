@@ -14,7 +14,7 @@ import torch
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import command_line, distributed
+from moco_scale import command_line, distributed, together
 from moco_scale.encoders import build_encoder
 from moco_scale.engines import make_engine
 from moco_scale.errors import PeerLost, RankError, UserError
@@ -85,9 +85,7 @@ def sums_and_broadcasts() -> tuple[Tensor, list[Tensor], Any]:
 def errors() -> list[str | None]:
     rank, found = distributed.rank(), []
     for failing in FAILING:
-        error = distributed.first_error(
-            UserError(f"rank {rank} says so") if rank in failing else None
-        )
+        error = together.first_error(UserError(f"rank {rank} says so") if rank in failing else None)
         assert error is None or type(error) is UserError
         found.append(None if error is None else str(error))
     return found
@@ -112,11 +110,11 @@ def message(action: Callable[[], Any]) -> str:
 def agreement() -> dict[str, Any]:
     rank = distributed.rank()
     results = {
-        "agreed": distributed.agree(lambda: 10 * rank),
+        "agreed": together.agree(lambda: 10 * rank),
         "gathered": distributed.gather_objects(f"of rank {rank}"),
-        "on_main": distributed.on_main(lambda: f"of rank {distributed.rank()}"),
-        "one_failed": message(lambda: distributed.agree(fail_on_the_last)),
-        "main_failed": message(lambda: distributed.on_main(fail_as_main)),
+        "on_main": together.on_main(lambda: f"of rank {distributed.rank()}"),
+        "one_failed": message(lambda: together.agree(fail_on_the_last)),
+        "main_failed": message(lambda: together.on_main(fail_as_main)),
     }
     return results
 
@@ -178,9 +176,9 @@ def turns() -> tuple[set[int], str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", str(rank % 2))
-        before = distributed.in_turn(action, lambda: signs.append(1))
+        before = together.in_turn(action, lambda: signs.append(1))
         assert signs
-        failed = message(lambda: distributed.in_turn(lambda gets_on: fail_as_main()))
+        failed = message(lambda: together.in_turn(lambda gets_on: fail_as_main()))
     return before, failed
 
 
@@ -202,7 +200,7 @@ Ranks = list[dict[str, Any]]
 
 def test_who_waits_for_a_turn_waits_as_long_as_it_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten hours in steps of a tenth of what is waited at most, then nothing more."""
-    limit = distributed._timeout.total_seconds()
+    limit = distributed.time_out()
     now, got_on, alive = [0.0], [0], []
 
     def state(wait: float) -> tuple[bool, int]:
@@ -213,13 +211,13 @@ def test_who_waits_for_a_turn_waits_as_long_as_it_gets_on(monkeypatch: pytest.Mo
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(distributed, "sum_", lambda tensor: tensor)
     with pytest.raises(PeerLost, match=r"1 rank\(s\) .* not got on"):
-        distributed._until_all_are_done(state, lambda: alive.append(now[0]))
+        together._until_all_are_done(state, lambda: alive.append(now[0]))
     assert (
         alive[-1] + limit / 10 >= 36_000 and alive[-1] + limit < now[0] <= alive[-1] + 1.2 * limit
     )
     assert len(alive) == got_on[0] > 100
     alive.clear()
-    distributed._until_all_are_done(lambda wait: (False, 0), lambda: alive.append(0.0))
+    together._until_all_are_done(lambda wait: (False, 0), lambda: alive.append(0.0))
     assert not alive
 
 
@@ -298,8 +296,8 @@ def test_turns_are_taken_by_rank_0_then_one_of_each_host_then_the_others(ranks: 
 
 def test_one_process_keeps_its_own_error() -> None:
     error = RankError(UserError("a picture"), 0)
-    assert distributed.first_error(error) is error
-    assert distributed.first_error(None) is None
+    assert together.first_error(error) is error
+    assert together.first_error(None) is None
 
 
 def test_neighbours_share_a_block(ranks: Ranks) -> None:

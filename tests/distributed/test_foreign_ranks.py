@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from harness import run_ranks
 
-from moco_scale import distributed
+from moco_scale import together
 from moco_scale.data import scanned_index, tar_scan
 from moco_scale.data.index_file import INDEX_JSON
 from moco_scale.data.open_shards import open_shards
@@ -34,7 +34,7 @@ def scans(folder: Path) -> tuple[int, int, str, str]:
     scanned_index.scan_tar = counted
     scanned_index._MOST_WORKERS = 1
     try:
-        shards = distributed.in_turn(partial(open_shards, folder, "train"))
+        shards = together.in_turn(partial(open_shards, folder, "train"))
     except UserError as error:
         return 0, len(scanned), "", str(error)
     return len(shards), len(scanned), shards.fingerprint, ""

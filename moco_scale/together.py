@@ -1,0 +1,137 @@
+"""What the ranks do together: one says what all get, errors are shared, turns are taken.
+
+What goes wrong on one rank is raised on all, so that none waits for a rank that has given up.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+from moco_scale import distributed
+from moco_scale.errors import PeerLost, UserError
+
+T = TypeVar("T")
+
+
+def first_error(error: UserError | None, group: Any = None) -> UserError | None:
+    """The error of the lowest rank that has one, on every rank: all stop for the same reason.
+
+    group: of :func:`moco_scale.distributed.side_group`; the default is for the main thread.
+    """
+    if distributed.world_size() == 1:
+        return error
+    mine = None if error is None else (socket.gethostname(), str(error))
+    for number, each in enumerate(distributed.gather_objects(mine, group)):
+        if each is not None:
+            # Rank 0 meets what all ranks meet; what it does not meet needs a place.
+            place = f"rank {number} on {each[0]}: " if number else ""
+            return UserError(place + each[1])
+    return None
+
+
+def agree(action: Callable[[], T]) -> T:
+    """Run something on every rank; what goes wrong on one is raised on all, so that none waits.
+
+    Raises:
+        UserError: that of the lowest rank on which ``action`` raised one.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = error
+    failure = first_error(failure)
+    if failure is not None:
+        raise failure
+    return cast(T, result)
+
+
+def in_turn(
+    action: Callable[[Callable[[], None]], T], alive: Callable[[], None] = lambda: None
+) -> T:
+    """Run something on every rank: rank 0 first, then the first of every host, then the others.
+
+    For what leaves something behind that later processes find, on a shared disk or on their own.
+    It may take any time, as long as it gets on.
+
+    Args:
+        action: given a function to call, from any thread, whenever it has got on.
+        alive: called on every rank, now and then, while those whose turn it is get on.
+
+    Raises:
+        UserError: that of the lowest rank in whose turn ``action`` raised one.
+        PeerLost: nobody whose turn it is has got on for as long as a collective may take.
+    """
+    turn = 0 if distributed.rank() == 0 else 1 if distributed.local_rank() == 0 else 2
+    results = [agree(lambda now=now: _turn(action, turn == now, alive)) for now in range(3)]  # type: ignore[misc]
+    return cast(T, results[turn])
+
+
+def _turn(
+    action: Callable[[Callable[[], None]], T], mine: bool, alive: Callable[[], None]
+) -> T | None:
+    if distributed.world_size() == 1:
+        return action(alive)
+    if not mine:
+        _until_all_are_done(lambda wait: (False, 0), alive)
+        return None
+    done, signs, met = threading.Event(), [0], list[Exception]()
+
+    def sign() -> None:
+        signs[0] += 1
+
+    def report() -> None:
+        try:
+            _until_all_are_done(lambda wait: (not done.wait(wait), signs[0]), alive)
+        except Exception as error:
+            met.append(error)
+
+    # This rank's only messages meanwhile: the action sends none.
+    reporting = threading.Thread(target=report, name="turn", daemon=True)
+    reporting.start()
+    try:
+        result = action(sign)
+    finally:
+        done.set()
+        reporting.join()
+    if met:
+        raise met[0]
+    return result
+
+
+def _until_all_are_done(
+    state: Callable[[float], tuple[bool, int]], alive: Callable[[], None]
+) -> None:
+    """Exchange small messages until no rank is at work any more.
+
+    state: given how long it may wait for the end, says whether this rank is at work and how often
+    it has got on. Raises PeerLost, on all ranks at once.
+    """
+    wait, before, since = 0.01, -1, time.monotonic()
+    while True:
+        working, signs = state(wait)
+        now = time.monotonic()
+        late = now - since > distributed.time_out()
+        at_work, signs, given_up = distributed.sum_(torch.tensor([working, signs, late])).tolist()
+        if not at_work:
+            return
+        if signs != before:
+            before, since = signs, now
+            alive()
+        elif given_up:
+            raise PeerLost(
+                f"{at_work} rank(s) have been preparing data, and have not got on for "
+                f"{now - since:.0f} s"
+            )
+        wait = min(1.0, 2 * wait)
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run something on rank 0; its result, a small picklable object, or its error is everyone's."""
+    return distributed.broadcast_object(agree(lambda: action() if distributed.is_main() else None))
