@@ -18,6 +18,8 @@ ALONE = f"rank 1 on {socket.gethostname()}: "
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What a command says that ends by a user's error, with a launcher's variables set."""
+    # Other tests in this process may have left a group of one.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
 
     def told(action: Callable[[], object], **environ: str) -> str:
         kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
