@@ -34,7 +34,7 @@ from moco_scale.moco import MoCo
 from moco_scale.monitor import Monitor
 from moco_scale.queue import DTYPES, KeyQueue
 from moco_scale.run_folder import RunFolder
-from moco_scale.run_state import load_model, load_optimizer, read_state, save_state
+from moco_scale.run_state import load_model, load_optimizer, read_state, restore_current, save_state
 from moco_scale.schedules import learning_rate
 from moco_scale.shuffle import ShuffleBN
 from moco_scale.stopping import StopRequest
@@ -278,8 +278,9 @@ class Pretraining:
                     limit = " (--max-steps)" if self.last_step < self.total_steps else ""
                     done = f"step {self.step} of {self.last_step}{limit} is done"
                     telemetry.say(f"nothing left to do: {done}")
+                    restore_current(self)  # which a kill may have prevented
                     if not monitor.is_finished():
-                        monitor.finish()  # the pictures, which a kill has prevented
+                        monitor.finish()  # the pictures, likewise
         except Exception:
             # What is being written can be completed, unless others are gone.
             with contextlib.suppress(Exception):

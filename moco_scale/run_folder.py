@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from moco_scale import checkpoint, distributed, together
@@ -38,6 +39,7 @@ class RunFolder:
     def __init__(self, config: Config, data_fingerprint: str) -> None:
         self.path = Path(config.run.output_dir)
         self.metrics = self.path / "metrics.jsonl"
+        self.current = self.path / "current.pth"
         self.config, self._fingerprint = config, data_fingerprint
         self.lock = RunLock(self.path / ".lock")
         self._saver, self._newest = BackgroundSaver(config.run.async_save), ""
@@ -127,7 +129,7 @@ class RunFolder:
     def _resume_from(self, wish: str) -> Path | None:
         own = self.checkpoints()
         if wish == "auto":
-            if not own and (self.path / "current.pth").exists():
+            if not own and (self.current).exists():
                 raise UserError(
                     f"--output-dir {self.path} holds a model but no checkpoint to resume from; "
                     "choose another --output-dir, or move that one away"
@@ -136,7 +138,7 @@ class RunFolder:
                 self._require_whole(own)
             return own[-1] if own else None
         if wish == "none":
-            if own or (self.path / "current.pth").exists():
+            if own or (self.current).exists():
                 raise UserError(
                     f"--resume none: {self.path} already holds a run; drop the flag to continue "
                     "it, choose another --output-dir, or move the folder away"
@@ -244,7 +246,7 @@ class RunFolder:
             if distributed.is_main():
                 try:
                     write_atomically(folder.parent / "latest", folder.name + "\n")
-                    save_atomically(self.path / "current.pth", self._model(copies, model, meta))
+                    save_atomically(self.current, self._model(copies, model, meta))
                     self._drop_old()
                 except Exception as error:  # whatever it is, the others wait to hear of it
                     failure = UserError(
@@ -271,6 +273,27 @@ class RunFolder:
             section, _, rest = place.partition(".")
             content.setdefault(section, {})[rest] = tensors[name].cpu()
         return content
+
+    def is_current(self, step: int) -> bool:
+        """Whether ``current.pth`` is of this step; all ranks call it."""
+
+        def look() -> bool:
+            try:
+                return bool(torch.load(self.current, weights_only=True, mmap=True)["step"] == step)
+            except Exception:  # not there, or damaged in any way
+                return False
+
+        return together.on_main(look)
+
+    def write_current(
+        self, tensors: dict[str, Tensor], names: dict[str, str], meta: dict[str, Any]
+    ) -> None:
+        """Replace ``current.pth``; see :meth:`save`; all ranks call it."""
+        together.on_main(
+            lambda: self._writing(
+                lambda: save_atomically(self.current, self._model(tensors, names, meta))
+            )
+        )
 
     def save_failed(self) -> bool:
         """Whether a save in the background has failed on this rank, and :meth:`settle` raises."""

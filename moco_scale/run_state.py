@@ -116,14 +116,35 @@ def save_state(run: Pretraining, epoch_done: bool, unlogged: Unlogged | None = N
         "engine": run.config.run.engine,
         "unlogged": unlogged,
     }
-    sections = {"query": "model", "key": "model_ema"}
-    model = {
-        f"model.{name}": f"{sections[encoder]}.{rest}"
-        for name in (state if main else ())
-        for encoder, _, rest in [name.partition(".")]
-    }
+    model = _in_current(state) if main else {}
     keep = bool(every) and epoch_done and epoch % every == 0
     run.folder.save(run.step, tensors, model, meta, keep, rows)
+
+
+def restore_current(run: Pretraining) -> None:
+    """Write ``current.pth`` of the step that a run stands at, unless it is there.
+
+    All ranks call it, for a run whose last checkpoint is complete, but that was killed before it wrote this.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if run.folder.is_current(run.step):
+        return
+    state = run.engine.model_state(lambda name: distributed.is_main())
+    tensors = {f"model.{name}": tensor for name, tensor in state.items()}
+    meta = {"step": run.step, "epoch": run.step // run.plan.steps_per_epoch}
+    run.folder.write_current(tensors, _in_current(state), meta)
+
+
+def _in_current(state: dict[str, Tensor]) -> dict[str, str]:
+    """Under which names ``current.pth`` holds the model, by its names in a checkpoint."""
+    sections = {"query": "model", "key": "model_ema"}
+    return {
+        f"model.{name}": f"{sections[encoder]}.{rest}"
+        for name in state
+        for encoder, _, rest in [name.partition(".")]
+    }
 
 
 def _share_of(

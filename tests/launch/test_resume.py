@@ -309,6 +309,34 @@ def test_an_evaluation_that_fails_loses_nothing(tiny_shards: Path, tmp_path: Pat
     assert [r["step"] for r in curve(tmp_path / "other")] == [5]
 
 
+def die_when_saved(step: int) -> None:
+    """kill -9 this process as soon as the checkpoint of a step is complete."""
+    from moco_scale import checkpoint
+
+    original = checkpoint.save
+
+    def save(folder: Path, *args: Any) -> None:
+        original(folder, *args)
+        if folder.name == f"step-{step:08d}":
+            os.killpg(0, signal.SIGKILL)
+
+    checkpoint.save = save  # type: ignore[assignment]
+
+
+def test_a_kill_as_the_last_checkpoint_is_complete(
+    plain_run: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Nothing is left to do then but to write the model for evaluation."""
+    flags = (*TINY, "--data-dir", tiny_shards, "--output-dir", tmp_path)
+    status, output = forked(*flags, prepare=die_when_saved, prepare_args=(8,))
+    assert status == -signal.SIGKILL, output
+    assert steps_of_checkpoints(tmp_path)[-1] == 8
+    assert torch.load(tmp_path / "current.pth")["step"] == 4
+    status, output = forked(*flags)
+    assert status == 0 and "nothing left to do" in output, output
+    assert_same_run(tmp_path, plain_run)
+
+
 def test_a_stop_that_is_agreed_at_an_epoch_s_end_waits_for_no_evaluation(
     zero1_run: tuple[Path, str], tiny_shards: Path, tmp_path: Path
 ) -> None:
