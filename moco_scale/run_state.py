@@ -124,7 +124,7 @@ def save_state(run: Pretraining, epoch_done: bool, unlogged: Unlogged | None = N
 def restore_current(run: Pretraining) -> None:
     """Write ``current.pth`` of the step that a run stands at, unless it is there.
 
-    All ranks call it, for a run whose last checkpoint is complete, but that was killed before it wrote this.
+    All ranks call it, for a run that was killed between its last checkpoint and this.
 
     Raises:
         UserError: it cannot be written.

@@ -146,6 +146,18 @@ def test_blur_is_that_of_pil_and_nearly_that_of_torchvision(photos: Tensor, sigm
     assert mean_difference(ours[inside], torchvisions[inside]) < 0.8
 
 
+def test_blur_of_the_sigmas_that_are_drawn_is_torchvision_s(photos: Tensor) -> None:
+    """Three boxes, as PIL has it, are farthest from a Gaussian where sigma is small."""
+    inside, differences = (..., slice(8, -8), slice(8, -8)), []
+    for sigma in np.linspace(0.1, 2.0, 20):
+        params = np.tile(NO_CHANGE, (len(photos), 1))
+        params[:, SIGMA] = sigma
+        theirs = TF.gaussian_blur(photos, [25, 25], [float(sigma)] * 2).float()
+        ours = pixels_of(EVERYTHING, photos, params)
+        differences.append(mean_difference(ours[inside], theirs[inside]))
+    assert np.mean(differences) < 0.6
+
+
 @pytest.mark.parametrize("threshold", [0, 100, 128, 255])
 def test_solarize_is_that_of_pil(photos: Tensor, threshold: int) -> None:
     params = np.tile(NO_CHANGE, (len(photos), 1))
