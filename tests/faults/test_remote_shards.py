@@ -388,7 +388,8 @@ def test_a_process_that_was_killed_is_replaced(
     assert capfd.readouterr().err.count("fetches shards ahead died (SIGKILL") == 1
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_from_an_address_is_the_run_from_the_folder_in_the_same_windows(
     tiny_shards: Path, tmp_path: Path, ranks: int
 ) -> None:

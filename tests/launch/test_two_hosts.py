@@ -48,6 +48,7 @@ def test_hosts_have_names_addresses_and_a_cable(hosts: tuple[Host, Host]) -> Non
     assert a.start(sys.executable, "-c", ask).wait().status != 0
 
 
+@pytest.mark.slow
 def test_torchrun_with_rendezvous(
     hosts: tuple[Host, Host], tiny_shards: Path, tmp_path: Path, on_one_host: list[float]
 ) -> None:
