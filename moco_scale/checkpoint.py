@@ -79,9 +79,9 @@ def save(
             )
 
     # After each, ranks hear of each other: none begins what another does not.
-    writer, planner = _together(begin, temporary, group)
-    _together(write, temporary, group)
-    _together(lambda: _complete(temporary, folder, meta) if main else None, temporary, group)
+    writer, planner = _attempt(begin, temporary, group)
+    _attempt(write, temporary, group)
+    _attempt(lambda: _complete(temporary, folder, meta) if main else None, temporary, group)
 
 
 def _make_empty(folder: Path) -> None:
@@ -105,27 +105,29 @@ def _complete(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
     sync_folder(folder.parent)
 
 
-def _together(action: Callable[[], T], temporary: Path, group: Any) -> T:
+def _attempt(action: Callable[[], T], temporary: Path, group: Any) -> T:
     """Run on every rank; what goes wrong on one becomes the same error everywhere.
 
     Whatever it is: the others wait to hear of it. No part of the checkpoint is left then.
     """
-    result, failure = None, None
+
+    def named() -> T:
+        try:
+            return action()
+        except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
+            if not isinstance(error, OSError | RuntimeError | dcp.api.CheckpointException):
+                traceback.print_exception(error)  # a defect: where it is helps to mend it
+            raise UserError(
+                f"cannot write the checkpoint {temporary.parent}: {failure_reason(error)}; earlier "
+                "checkpoints are untouched: make room or fix the folder, then start again"
+            ) from error
+
     try:
-        result = action()
-    except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
-        if not isinstance(error, OSError | RuntimeError | dcp.api.CheckpointException):
-            traceback.print_exception(error)  # a defect: where it is helps to mend it
-        failure = UserError(
-            f"cannot write the checkpoint {temporary.parent}: {failure_reason(error)}; earlier "
-            "checkpoints are untouched: make room or fix the folder, then start again"
-        )
-    failure = together.first_error(failure, group)
-    if failure is not None:
+        return together.agree(named, group)
+    except UserError:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise failure
-    return cast(T, result)
+        raise
 
 
 def _is_count(value: Any) -> bool:

@@ -26,7 +26,7 @@ KNOWN = frozenset(
 )
 """What DeepSpeed 0.19 reads at the top of a file, or refuses by name."""
 
-_HARMLESS: dict[str, tuple[Any, ...]] = {
+_HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     "communication_data_type": ("fp32",),
     "seq_parallel_communication_data_type": ("fp32",),
     "gradient_allreduce_op": ("mean",),
@@ -92,7 +92,7 @@ def check_keys(path: str, config: dict[str, Any]) -> list[str]:
         UserError: names the key.
     """
     refuse_unknown(path, config, KNOWN)
-    for place, harmless in _HARMLESS.items():
+    for place, harmless in _HARMLESS_VALUES.items():
         *sections, key = place.split(".")
         section: Any = config
         for name in sections:

@@ -115,8 +115,9 @@ class Inputs:
         inputs = self._ready.pop(batch.step, None)
         if inputs is None:
             inputs = StepInputs(self, batch)
-            for term in range(len(self.terms) if self.alone else 0):
-                inputs.receive(term)
+            if self.alone:
+                for term in range(len(self.terms)):
+                    inputs.receive(term)
             return inputs
         if inputs.made is not None:
             torch.cuda.current_stream(self.device).wait_event(inputs.made)

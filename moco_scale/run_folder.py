@@ -129,7 +129,7 @@ class RunFolder:
     def _resume_from(self, wish: str) -> Path | None:
         own = self.checkpoints()
         if wish == "auto":
-            if not own and (self.current).exists():
+            if not own and self.current.exists():
                 raise UserError(
                     f"--output-dir {self.path} holds a model but no checkpoint to resume from; "
                     "choose another --output-dir, or move that one away"
@@ -138,7 +138,7 @@ class RunFolder:
                 self._require_whole(own)
             return own[-1] if own else None
         if wish == "none":
-            if own or (self.current).exists():
+            if own or self.current.exists():
                 raise UserError(
                     f"--resume none: {self.path} already holds a run; drop the flag to continue "
                     "it, choose another --output-dir, or move the folder away"
@@ -242,20 +242,18 @@ class RunFolder:
                 if n in rows or checkpoint.owner(n) == distributed.rank()
             }
             checkpoint.save(folder, owned, meta, group, rows)
-            failure = None
-            if distributed.is_main():
-                try:
-                    write_atomically(folder.parent / "latest", folder.name + "\n")
-                    save_atomically(self.current, self._model(copies, model, meta))
-                    self._drop_old()
-                except Exception as error:  # whatever it is, the others wait to hear of it
-                    failure = UserError(
-                        f"cannot write to {self.path}: {failure_reason(error)}; checkpoint "
-                        f"{folder.name} is complete: make room, then start again"
-                    )
-            failure = together.first_error(failure, group)
-            if failure is not None:
-                raise failure
+            together.agree(lambda: publish(copies) if distributed.is_main() else None, group)
+
+        def publish(copies: dict[str, Tensor]) -> None:
+            try:
+                write_atomically(folder.parent / "latest", folder.name + "\n")
+                save_atomically(self.current, self._model(copies, model, meta))
+                self._drop_old()
+            except Exception as error:  # whatever it is, the others wait to hear of it
+                raise UserError(
+                    f"cannot write to {self.path}: {failure_reason(error)}; checkpoint "
+                    f"{folder.name} is complete: make room, then start again"
+                ) from error
 
         self._newest = folder.name
         self._saver.start(tensors, write)
@@ -288,12 +286,22 @@ class RunFolder:
     def write_current(
         self, tensors: dict[str, Tensor], names: dict[str, str], meta: dict[str, Any]
     ) -> None:
-        """Replace ``current.pth``; see :meth:`save`; all ranks call it."""
-        together.on_main(
-            lambda: self._writing(
-                lambda: save_atomically(self.current, self._model(tensors, names, meta))
-            )
-        )
+        """Replace ``current.pth``; see :meth:`save`; all ranks call it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+
+        def write() -> None:
+            try:
+                save_atomically(self.current, self._model(tensors, names, meta))
+            except (OSError, RuntimeError) as error:  # the latter is torch's for a full disk
+                raise UserError(
+                    f"cannot write {self.current}: {failure_reason(error)}; make room, then start "
+                    "again"
+                ) from error
+
+        together.on_main(write)
 
     def save_failed(self) -> bool:
         """Whether a save in the background has failed on this rank, and :meth:`settle` raises."""

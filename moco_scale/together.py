@@ -35,8 +35,10 @@ def first_error(error: UserError | None, group: Any = None) -> UserError | None:
     return None
 
 
-def agree(action: Callable[[], T]) -> T:
+def agree(action: Callable[[], T], group: Any = None) -> T:
     """Run something on every rank; what goes wrong on one is raised on all, so that none waits.
+
+    group: as in :func:`first_error`.
 
     Raises:
         UserError: that of the lowest rank on which ``action`` raised one.
@@ -46,7 +48,7 @@ def agree(action: Callable[[], T]) -> T:
         result = action()
     except UserError as error:
         failure = error
-    failure = first_error(failure)
+    failure = first_error(failure, group)
     if failure is not None:
         raise failure
     return cast(T, result)

@@ -55,7 +55,7 @@ def _make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
             clip_norm=optim.clip_grad,
             parts=run.accumulation_steps,
             parameters=sum(p.numel() for p in moco.trained_parameters().values()),
-            # Two communicators at work at once, DeepSpeed's and a BatchNorm group's.
+            # Not while BatchNorm groups, which have communicators of their own, add theirs up.
             overlap=device.type == "cuda" and not spans_ranks(moco),
             may_overlap=distributed.launches_in_order() or not spans_ranks(moco),
             compiled=run.compile,
