@@ -21,12 +21,12 @@ AMP_LEVELS = ("O0", "O1", "O2", "O3")
 def make_parser() -> argparse.ArgumentParser:
     """The command line of ``train.py``: one flag per field."""
     parser = HintingParser(
-        "train.py",
+        prog="train.py",
+        older=PRETRAINING,
         description="Momentum-contrast pretraining.",
         epilog="Flags that are not given take the recipe's value.",
         allow_abbrev=False,
     )
-    parser.older = PRETRAINING
     add_flags(parser)
     return parser
 

@@ -18,7 +18,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
 from moco_scale.argument_types import positive_int
-from moco_scale.demo import pipeline
+from moco_scale.demo import output_folder, pipeline
 from moco_scale.errors import UserError
 
 SETTINGS = {"recipe": "cifar10", "dataset": "cifar10"}
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         "source": None if args.source is None else str(args.source.resolve()),
         "train_per_class": args.train_per_class,
     }
-    if pipeline.claim_or_continue(args.output_dir, pictures, training.config.defining()):
+    if output_folder.claim_or_continue(args.output_dir, pictures, training.config.defining()):
         print(f"== Going on with the run in {args.output_dir}", flush=True)
     experiment = pipeline.Experiment(
         title="CIFAR-10",

@@ -23,22 +23,15 @@ import torch
 import moco_scale
 from moco_scale.argument_types import positive_int
 from moco_scale.command_line import config_of, make_parser
-from moco_scale.config import Config, differences
+from moco_scale.config import Config
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
+from moco_scale.demo.output_folder import SUMMARY
 from moco_scale.errors import UserError
 from moco_scale.evaluation.knn import unlabelled_split, weighted_knn
 from moco_scale.files import write_atomically
 
-MARKER = ".moco_scale-demo"
-"""The file that says: this folder was made by a demo."""
-REPLACEABLE = "Made by a moco_scale demo; the next one may delete it.\n"
-SUMMARY = "summary.json"
-
-MADE_BEFORE_TRAINING = ("pictures", "official", "shards")
-"""Folders of an output folder that come from the source alone."""
-HANDS_ON = "Every flag of train.py can be given as well (python train.py --help) and goes before"
 _OWN_FLAGS = {
     "data_dir": "the shards are made here, from the pictures",
     "preflight": "it trains nothing that could be evaluated",
@@ -68,7 +61,7 @@ class Experiment:
         title: first line of what is printed.
         source: gets the pictures ready, as ``python -m moco_scale shard --source`` takes them;
             not called when there are shards already.
-        out: folder for everything that is written; made by :func:`claim`.
+        out: folder for everything that is written; made by :mod:`~moco_scale.demo.output_folder`.
         training: see there.
         processes: that train and evaluate.
         shard_flags: further flags of the shard command.
@@ -100,7 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: str, before: str)
         metavar="N",
         help="training processes (default: the GPUs there are, or 2 on a CPU)",
     )
-    parser.epilog = f"{HANDS_ON} the settings of this run."
+    parser.epilog = (
+        "Every flag of train.py can be given as well (python train.py --help) and goes before the "
+        "settings of this run."
+    )
 
 
 def training(prog: str, settings: Mapping[str, str], handed_on: Sequence[str]) -> Training:
@@ -130,99 +126,14 @@ def training(prog: str, settings: Mapping[str, str], handed_on: Sequence[str]) -
     return Training(tuple(words), config_of(vars(parser.parse_args(words))))
 
 
-def claim(out: Path) -> None:
-    """Make `out` an empty folder marked as a demo's; what an earlier demo left there is deleted.
-
-    Raises:
-        UserError: it holds anything else, or cannot be written.
-    """
-    try:
-        if out.is_dir() and any(out.iterdir()):
-            marker = out / MARKER
-            if not (marker.is_file() and marker.read_text(encoding="utf-8") == REPLACEABLE):
-                raise UserError(
-                    f"--output-dir {out} holds files that no demo made; "
-                    "name another folder, or move them away"
-                )
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / MARKER).write_text(REPLACEABLE, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
-
-
-def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]) -> bool:
-    """Make `out` this run's folder, or keep what an interrupted run of the same settings left.
-
-    What was trained is never touched; what comes before it is made again where it was made from
-    another source.
-
-    Args:
-        out: the folder.
-        pictures: what decides the shards, plain values by flag.
-        train: what defines the training, likewise.
-
-    Returns:
-        Whether there is something to go on with.
-
-    Raises:
-        UserError: it holds another run (which settings differ is named), a finished one, or
-            anything else, or cannot be written.
-    """
-    marker = out / MARKER
-    away = "name another folder (--output-dir; with make, OUT=FOLDER), or move that one away"
-    try:
-        if not out.is_dir() or not any(out.iterdir()):
-            out.mkdir(parents=True, exist_ok=True)
-            _mark(marker, pictures, train)
-            return False
-        saved = _settings_in(marker)
-        if saved is None:
-            raise UserError(f"--output-dir {out} holds something else; {away}")
-        lines = differences(saved["pictures"] | saved["train"], pictures | train)
-        trained = (out / "current.pth").exists() or any(out.glob("checkpoints/step-*"))
-        if lines and trained:
-            what = "\n".join(lines)
-            raise UserError(f"--output-dir {out} holds a run with other settings:\n{what}\n{away}")
-        if (out / SUMMARY).exists():
-            raise UserError(f"--output-dir {out} holds a finished run; {away}")
-        if saved["pictures"] != pictures:
-            for name in MADE_BEFORE_TRAINING:
-                shutil.rmtree(out / name, ignore_errors=True)
-        _mark(marker, pictures, train)
-    except OSError as error:
-        raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
-    return True
-
-
-def _mark(marker: Path, pictures: dict[str, Any], train: dict[str, Any]) -> None:
-    text = json.dumps({"pictures": pictures, "train": train}, indent=1, sort_keys=True)
-    write_atomically(marker, text + "\n")
-
-
-def _settings_in(marker: Path) -> dict[str, dict[str, Any]] | None:
-    """What :func:`_mark` wrote; None where there is nothing of that kind."""
-    if not marker.is_file():
-        return None
-    try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    if not isinstance(content, dict):
-        return None
-    whole = all(isinstance(content.get(name), dict) for name in ("pictures", "train"))
-    return content if whole else None
-
-
-def run(experiment: Experiment, *, started: float | None = None) -> None:
+def run(experiment: Experiment, *, started: float) -> None:
     """Shard, pretrain, evaluate; print the table and write ``summary.json``.
 
-    started: time.monotonic() when the demo began, for ``seconds``; default: now.
+    started: time.monotonic() when the demo began, for ``seconds``.
 
     Raises:
         UserError: a step fails.
     """
-    started = time.monotonic() if started is None else started
     out = experiment.out.resolve()
     shards = out / "shards"
     training, config = experiment.training, experiment.training.config
@@ -280,7 +191,7 @@ def run(experiment: Experiment, *, started: float | None = None) -> None:
         name: value if value is None else round(value, 2) for name, value in measured.items()
     }
     summary["seconds"] = round(time.monotonic() - started, 1)
-    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_atomically(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
     _print_table(experiment, summary)
 
 

@@ -8,7 +8,7 @@ import argparse
 import time
 
 from moco_scale.argument_types import not_negative_int, positive_int
-from moco_scale.demo import pipeline
+from moco_scale.demo import output_folder, pipeline
 from moco_scale.demo.pictures import CLASSES, write_folder
 from moco_scale.errors import UserError
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
             f"{len(CLASSES)} classes do not fill one batch of {batch} (--batch-size)"
         )
     processes = pipeline.process_count(args.num_processes, batch)
-    pipeline.claim(args.output_dir)
+    output_folder.claim(args.output_dir)
     pictures = args.output_dir / "pictures"
     print(f"== Rendering pictures into {pictures}", flush=True)
     write_folder(

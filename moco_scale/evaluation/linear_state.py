@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from moco_scale import distributed, together
+from moco_scale import together
 from moco_scale.errors import UserError
-from moco_scale.files import save_atomically
+from moco_scale.files import failure_reason, save_atomically
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -19,16 +19,16 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written; the earlier state is untouched.
     """
-    failure = None
-    if distributed.is_main():
-        try:
-            save_atomically(path, state)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            failure = UserError(f"cannot write {path}: {reason}; make room, then start again")
-    failure = together.first_error(failure)
-    if failure is not None:
-        raise failure
+    together.on_main(lambda: _write(path, state))
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    try:
+        save_atomically(path, state)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"cannot write {path}: {failure_reason(error)}; make room, then start again"
+        ) from None
 
 
 def load(
@@ -49,16 +49,7 @@ def load(
         UserError: the state belongs to something else that is not finished (each difference is
             named), is damaged, or is not wanted.
     """
-    state, failure = None, None
-    if distributed.is_main():
-        try:
-            state = _read(path, identity, described, resume)
-        except UserError as error:
-            failure = error
-    failure = together.first_error(failure)
-    if failure is not None:
-        raise failure
-    return distributed.broadcast_object(state)
+    return together.on_main(lambda: _read(path, identity, described, resume))
 
 
 def _read(

@@ -13,11 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from moco_scale import distributed, together
+from moco_scale import together
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
 from moco_scale.data.shard_source import ShardSource
-from moco_scale.errors import UserError
 from moco_scale.evaluation.curves import INK, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract
 from moco_scale.evaluation.knn import bank_and_queries
@@ -216,27 +215,23 @@ def neighbours_sheet(
             sets.append(shards)
         bank, chosen = sets  # what can be read
         found.append(nearest(rows[0], rows[1], columns))
-    failure = None
-    if distributed.is_main():
-        try:
-            groups = []
-            for heading, places in zip(("before training", "after training"), found, strict=True):
-                crops = _crops(bank.subset(places.flatten().numpy()), image_size, resize_ratio)
-                labels = bank.labels[places.numpy()].tolist()
-                groups.append((heading, crops.unflatten(0, tuple(places.shape)), labels))
-            neighbours(
-                _crops(chosen, image_size, resize_ratio),
-                chosen.labels.tolist(),
-                groups,
-                out,
-                classes=chosen.classes,
-                title=title,
-            )
-        except UserError as error:
-            failure = error
-    failure = together.first_error(failure)
-    if failure is not None:
-        raise failure
+
+    def draw() -> None:
+        groups = []
+        for heading, places in zip(("before training", "after training"), found, strict=True):
+            crops = _crops(bank.subset(places.flatten().numpy()), image_size, resize_ratio)
+            labels = bank.labels[places.numpy()].tolist()
+            groups.append((heading, crops.unflatten(0, tuple(places.shape)), labels))
+        neighbours(
+            _crops(chosen, image_size, resize_ratio),
+            chosen.labels.tolist(),
+            groups,
+            out,
+            classes=chosen.classes,
+            title=title,
+        )
+
+    together.on_main(draw)
 
 
 def _varied(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from moco_scale.config import Config, differences
 from moco_scale.config_rules import build
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.errors import UserError
-from moco_scale.evaluation.command import make_parser as of_eval
+from moco_scale.evaluation.command_line import make_parser as of_eval
 from moco_scale.older_flags import EVALUATION, PRETRAINING
 from moco_scale.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 

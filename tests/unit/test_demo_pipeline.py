@@ -12,23 +12,23 @@ import torch
 
 from moco_scale.__main__ import main
 from moco_scale.data.index import IndexedShards
-from moco_scale.demo import cifar10, pipeline, run
+from moco_scale.demo import cifar10, output_folder, pipeline, run
 from moco_scale.errors import UserError
 
 
 def test_a_second_demo_replaces_the_first(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "demo"
-    pipeline.claim(out)
+    output_folder.claim(out)
     (out / "checkpoints").mkdir()
     (out / "checkpoints" / "old").write_text("old")
-    pipeline.claim(out)
-    assert [p.name for p in out.iterdir()] == [pipeline.MARKER]
+    output_folder.claim(out)
+    assert [p.name for p in out.iterdir()] == [output_folder.MARKER]
 
 
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("words")
     with pytest.raises(UserError, match="no demo made"):
-        pipeline.claim(tmp_path)
+        output_folder.claim(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "words"
 
 
@@ -38,29 +38,29 @@ SOURCE = PICTURES | {"source": "/data/cifar"}
 
 def test_an_interrupted_run_goes_on_and_no_other_is_touched(tmp_path: Path) -> None:
     out, train = tmp_path / "runs" / "cifar10", {"epochs": 200}
-    assert not pipeline.claim_or_continue(out, PICTURES, train)
+    assert not output_folder.claim_or_continue(out, PICTURES, train)
     (out / "current.pth").write_text("a hundred epochs")
-    assert pipeline.claim_or_continue(out, PICTURES, train)
+    assert output_folder.claim_or_continue(out, PICTURES, train)
     with pytest.raises(UserError, match="other settings") as refused:
-        pipeline.claim_or_continue(out, SOURCE, {"epochs": 100})
+        output_folder.claim_or_continue(out, SOURCE, {"epochs": 100})
     for words in ("--epochs: 200 in the run, 100 now", "'/data/cifar' now", "OUT=FOLDER"):
         assert words in str(refused.value)
-    (out / pipeline.SUMMARY).write_text("{}")
+    (out / output_folder.SUMMARY).write_text("{}")
     with pytest.raises(UserError, match="holds a finished run"):
-        pipeline.claim_or_continue(out, PICTURES, train)
+        output_folder.claim_or_continue(out, PICTURES, train)
     with pytest.raises(UserError, match="no demo made"):
-        pipeline.claim(out)
+        output_folder.claim(out)
     assert (out / "current.pth").read_text() == "a hundred epochs"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output-dir .*file cannot be written"):
-        pipeline.claim_or_continue(tmp_path / "file", PICTURES, train)
+        output_folder.claim_or_continue(tmp_path / "file", PICTURES, train)
 
 
-@pytest.mark.parametrize("content", ["words", "[1]", '{"train": {}}', pipeline.REPLACEABLE])
+@pytest.mark.parametrize("content", ["words", "[1]", '{"train": {}}', output_folder.REPLACEABLE])
 def test_a_folder_with_another_marker_is_somebody_elses(tmp_path: Path, content: str) -> None:
-    (tmp_path / pipeline.MARKER).write_text(content)
+    (tmp_path / output_folder.MARKER).write_text(content)
     with pytest.raises(UserError, match="something else"):
-        pipeline.claim_or_continue(tmp_path, PICTURES, {})
+        output_folder.claim_or_continue(tmp_path, PICTURES, {})
 
 
 def test_before_anything_is_trained_other_settings_may_follow(tmp_path: Path) -> None:
@@ -69,22 +69,22 @@ def test_before_anything_is_trained_other_settings_may_follow(tmp_path: Path) ->
         (tmp_path / name / "content").write_text("")
         return tmp_path / name / "content"
 
-    assert not pipeline.claim_or_continue(tmp_path, PICTURES, {"epochs": 200})
+    assert not output_folder.claim_or_continue(tmp_path, PICTURES, {"epochs": 200})
     shards, checkpoints = marked("shards"), tmp_path / "checkpoints"
     checkpoints.mkdir()  # of a run that ended before its first checkpoint
-    assert pipeline.claim_or_continue(tmp_path, PICTURES, {"epochs": 8})
+    assert output_folder.claim_or_continue(tmp_path, PICTURES, {"epochs": 8})
     assert shards.exists(), "made from the same source"
-    assert pipeline.claim_or_continue(tmp_path, SOURCE, {"epochs": 8})
+    assert output_folder.claim_or_continue(tmp_path, SOURCE, {"epochs": 8})
     assert not shards.exists(), "made from another source"
     (checkpoints / "step-00000010").mkdir()
     with pytest.raises(UserError, match="--epochs: 8 in the run, 9 now"):
-        pipeline.claim_or_continue(tmp_path, SOURCE, {"epochs": 9})
+        output_folder.claim_or_continue(tmp_path, SOURCE, {"epochs": 9})
 
 
 def test_an_output_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output-dir .*file"):
-        pipeline.claim(tmp_path / "file")
+        output_folder.claim(tmp_path / "file")
 
 
 def _handed_on(*words: str) -> pipeline.Training:
@@ -141,7 +141,7 @@ def test_a_run_without_its_own_kNN_on_few_pictures_has_a_table(
     argv = ["cifar10", "--source", str(picture_folder), "--output-dir", str(out), "--symmetric"]
     argv += ["--num-processes", "3", "--batch-size", "12", "--knn-freq", "0", "--device", "cpu"]
     assert main(argv) == 0
-    summary = json.loads((out / pipeline.SUMMARY).read_text())
+    summary = json.loads((out / output_folder.SUMMARY).read_text())
     assert summary["knn_initial"] is None and summary["linear"] == 50.0
     assert "as initialised" in (printed := capsys.readouterr().out) and "  n/a\n" in printed
     _, train, *evaluations = steps
@@ -164,7 +164,7 @@ def test_after_a_first_try_that_found_nothing_a_source_can_be_named(
         patch.setattr(cifar10, "prepare", no_network)
         assert main(argv) == 2
     assert main([*argv, "--epochs", "8", "--source", str(picture_folder)]) == 0
-    assert (out / pipeline.SUMMARY).exists() and "8" in steps[1]
+    assert (out / output_folder.SUMMARY).exists() and "8" in steps[1]
 
 
 def test_pictures_without_labels_are_refused_before_hours_of_training(
@@ -200,7 +200,7 @@ def test_pictures_without_labels_are_refused_before_hours_of_training(
 def test_nothing_is_deleted_before_all_flags_are_known_to_be_right(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
 ) -> None:
-    pipeline.claim(tmp_path)
+    output_folder.claim(tmp_path)
     (tmp_path / "earlier.pth").write_text("")
     with contextlib.suppress(SystemExit):
         assert main(["demo", "--output-dir", str(tmp_path), *words]) == 2

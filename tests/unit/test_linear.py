@@ -227,13 +227,18 @@ class TestFolderWithState:
         with pytest.raises(UserError, match="is damaged or something else"):
             evaluation(shards, folder, dataclasses.replace(SMALL, epochs=1))
 
+    @pytest.mark.parametrize(
+        "error",
+        [OSError(28, "No space left on device"), RuntimeError("[enforce fail] unexpected pos 64")],
+    )
     def test_a_failed_save_keeps_the_last_state(
-        self, folder: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
+        """Whether the system says so or torch, which says something else."""
         before = (folder / "linear-official.pth").read_bytes()
 
         def full(*_: Any) -> None:
-            raise OSError(28, "No space left on device")
+            raise error
 
         monkeypatch.setattr(torch, "save", full)
         with pytest.raises(UserError, match="No space left"):

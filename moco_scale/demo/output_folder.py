@@ -1,0 +1,102 @@
+"""The output folder of a demo: whose it is, and what may be done with what an earlier run left."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from moco_scale.config import differences
+from moco_scale.errors import UserError
+from moco_scale.files import write_atomically
+
+MARKER = ".moco_scale-demo"
+"""The file that says: this folder was made by a demo."""
+REPLACEABLE = "Made by a moco_scale demo; the next one may delete it.\n"
+SUMMARY = "summary.json"
+
+_MADE_BEFORE_TRAINING = ("pictures", "official", "shards")
+"""Folders of an output folder that come from the source alone."""
+
+
+def claim(out: Path) -> None:
+    """Make `out` an empty folder marked as a demo's; what an earlier demo left there is deleted.
+
+    Raises:
+        UserError: it holds anything else, or cannot be written.
+    """
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            marker = out / MARKER
+            if not (marker.is_file() and marker.read_text(encoding="utf-8") == REPLACEABLE):
+                raise UserError(
+                    f"--output-dir {out} holds files that no demo made; "
+                    "name another folder, or move them away"
+                )
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARKER).write_text(REPLACEABLE, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
+
+
+def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]) -> bool:
+    """Make `out` this run's folder, or keep what an interrupted run of the same settings left.
+
+    What was trained is never touched; what comes before it is made again where it was made from
+    another source.
+
+    Args:
+        out: the folder.
+        pictures: what decides the shards, plain values by flag.
+        train: what defines the training, likewise.
+
+    Returns:
+        Whether there is something to go on with.
+
+    Raises:
+        UserError: it holds another run (which settings differ is named), a finished one, or
+            anything else, or cannot be written.
+    """
+    marker = out / MARKER
+    away = "name another folder (--output-dir; with make, OUT=FOLDER), or move that one away"
+    try:
+        if not out.is_dir() or not any(out.iterdir()):
+            out.mkdir(parents=True, exist_ok=True)
+            _mark(marker, pictures, train)
+            return False
+        saved = _settings_in(marker)
+        if saved is None:
+            raise UserError(f"--output-dir {out} holds something else; {away}")
+        lines = differences(saved["pictures"] | saved["train"], pictures | train)
+        trained = (out / "current.pth").exists() or any(out.glob("checkpoints/step-*"))
+        if lines and trained:
+            what = "\n".join(lines)
+            raise UserError(f"--output-dir {out} holds a run with other settings:\n{what}\n{away}")
+        if (out / SUMMARY).exists():
+            raise UserError(f"--output-dir {out} holds a finished run; {away}")
+        if saved["pictures"] != pictures:
+            for name in _MADE_BEFORE_TRAINING:
+                shutil.rmtree(out / name, ignore_errors=True)
+        _mark(marker, pictures, train)
+    except OSError as error:
+        raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
+    return True
+
+
+def _mark(marker: Path, pictures: dict[str, Any], train: dict[str, Any]) -> None:
+    text = json.dumps({"pictures": pictures, "train": train}, indent=1, sort_keys=True)
+    write_atomically(marker, text + "\n")
+
+
+def _settings_in(marker: Path) -> dict[str, dict[str, Any]] | None:
+    """What :func:`_mark` wrote; None where there is nothing of that kind."""
+    if not marker.is_file():
+        return None
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    if not isinstance(content, dict):
+        return None
+    whole = all(isinstance(content.get(name), dict) for name in ("pictures", "train"))
+    return content if whole else None
