@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco_scale.argument_types import positive_int
 from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS, build_encoder
 from moco_scale.errors import UserError
 
@@ -129,18 +130,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``python -m moco_scale flops``."""
     parser.add_argument("--model", default="resnet50", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--model-width", type=int, default=1, help=f"one of {WIDTHS}")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--image-size", type=positive_int, default=224, help="pixels a side")
     parser.add_argument(
         "--patch-size", type=int, default=0, help="of a ViT, in pixels; 0: the model's own"
     )
     parser.add_argument("--stem", default="imagenet", help=f"one of {', '.join(STEMS)}")
     parser.add_argument("--head", default="linear", help=f"one of {', '.join(HEADS)}")
-    parser.add_argument("--dim", type=int, default=128, help="width of the head's output")
-    parser.add_argument("--batch-size", type=int, default=256, help="images of the global batch")
+    parser.add_argument("--dim", type=positive_int, default=128, help="width of the head's output")
     parser.add_argument(
-        "--images-per-epoch", type=int, default=1_281_167, help="ImageNet-1k's by default"
+        "--batch-size", type=positive_int, default=256, help="images of the global batch"
     )
-    parser.add_argument("--depth", type=int, default=2, help="levels of modules in the table")
+    parser.add_argument(
+        "--images-per-epoch", type=positive_int, default=1_281_167, help="ImageNet-1k's by default"
+    )
+    parser.add_argument(
+        "--depth", type=positive_int, default=2, help="levels of modules in the table"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -148,11 +153,8 @@ def run(args: argparse.Namespace) -> None:
     """Print the table and the costs.
 
     Raises:
-        UserError: an unknown model, width, stem or head, or a size that is not positive.
+        UserError: an unknown model, width, stem or head, or sizes that do not fit each other.
     """
-    for flag in ("image_size", "dim", "batch_size", "images_per_epoch", "depth"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
     if args.images_per_epoch < args.batch_size:
         raise UserError(
             f"--images-per-epoch {args.images_per_epoch} does not fill one batch "

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from moco_scale import command_line
+from moco_scale.argument_types import positive_int
 from moco_scale.config import Config
 from moco_scale.errors import UserError
 from moco_scale.planner.advice import advice
@@ -25,8 +26,8 @@ _PICTURES = (".png", ".pdf", ".svg")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``python -m moco_scale plan``: where it runs, and all of train.py's."""
     parser.allow_abbrev = False
-    parser.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of each (default: 8)")
+    parser.add_argument("--nodes", type=positive_int, default=1, help="machines (default: 1)")
+    parser.add_argument("--gpus", type=positive_int, default=8, help="GPUs of each (default: 8)")
     parser.add_argument(
         "--hardware",
         default="a100",
@@ -34,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PRESETS)}, or a JSON description (default: a100)",
     )
     parser.add_argument(
-        "--images", type=int, help="training pictures (default: the published data set's)"
+        "--images", type=positive_int, help="training pictures (default: the published data set's)"
     )
     parser.add_argument(
         "--scale",
-        type=int,
+        type=positive_int,
         nargs="+",
         metavar="NODES",
         help="a line for each of these numbers of nodes instead, with the same images on each GPU",
@@ -54,9 +55,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: flags that contradict each other or cannot work.
     """
-    for flag, value in (("--nodes", args.nodes), ("--gpus", args.gpus), ("--images", args.images)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: must be at least 1")
     if args.plot is not None:
         _check_plot(args.plot)
     hardware = read_hardware(args.hardware)
@@ -93,7 +91,7 @@ def _check_plot(path: Path) -> None:
 
 def _scaled(args: argparse.Namespace, config: Config, nodes: int) -> Plan:
     """The plan for so many nodes, whose GPUs have as many images each."""
-    if nodes < 1 or config.optim.batch_size * nodes % args.nodes:
+    if config.optim.batch_size * nodes % args.nodes:
         raise UserError(f"--scale {nodes}: not a number of nodes that --batch-size can grow to")
     batch = config.optim.batch_size * nodes // args.nodes
     config = command_line.config_of(vars(args) | {"batch_size": batch})

@@ -193,7 +193,7 @@ def trace_step(config: Config, world: int) -> Trace:
 
 
 def _stand_in(groups: int) -> int:
-    """A few groups that take the place of so many: as many in each as makes them equal."""
+    """How many equal groups take the place of so many: the fewest, but two at least."""
     return next((n for n in range(2, groups) if groups % n == 0), groups)
 
 

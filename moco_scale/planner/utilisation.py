@@ -21,6 +21,7 @@ _KNOWN = {
     "H200": "h200",
     "H100": "h100",
     "L40S": "l40s",
+    "A1000": None,  # a small card for desks
     "A100": "a100",
     "V100-PCIE": None,
     "V100S": None,

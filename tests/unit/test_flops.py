@@ -127,7 +127,6 @@ def test_the_printed_report(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "words"),
     [
         (["--model", "resnet5"], "resnet50"),
-        (["--batch-size", "0"], "--batch-size"),
         (["--images-per-epoch", "10"], "does not fill one batch"),
         (["--image-size", "1000000"], "not enough memory .*1\\.2e\\+04 GB"),
     ],
@@ -135,3 +134,12 @@ def test_the_printed_report(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_counted_is_refused(flags: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         flops.run(arguments(*flags))
+
+
+@pytest.mark.parametrize(
+    "flag", ["--image-size", "--dim", "--batch-size", "--images-per-epoch", "--depth"]
+)
+def test_numbers_are_whole_and_from_one_on(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments(flag, "0")
+    assert f"{flag}: 0 is not positive" in capsys.readouterr().err

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-TARGETS = ("setup", "demo", "cifar10", "test", "test-hosts", "test-slow", "lint", "bench", "clean")
+TARGETS = (
+    *("setup", "demo", "cifar10", "test", "test-hosts", "test-slow"),
+    *("lint", "format", "engines", "bench", "clean"),
+)
 
 
 def _make(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +45,7 @@ def test_every_target_sets_up_first(repository: Path, tmp_path: Path, target: st
     assert install < done.stdout.rindex(use)
 
 
-def test_cifar10_hands_its_variables_on(repository: Path, tmp_path: Path) -> None:
+def test_cifar10_hands_its_variables_on(repository: Path) -> None:
     done = _make(repository, "-n", "cifar10", "SOURCE=a b.tar", "EPOCHS=8", "TRAIN_PER_CLASS=1000")
     for words in ("--source 'a b.tar'", "--epochs 8", "--train-per-class 1000"):
         assert words in done.stdout

@@ -222,6 +222,7 @@ def test_utilisation_where_the_peak_is_known() -> None:
         ("NVIDIA L40S", 91.6, 362),
         ("NVIDIA L40", None, None),
         ("NVIDIA A100-PCIE-40GB", 19.5, 312),
+        ("NVIDIA RTX A1000", None, None),
         ("Tesla V100-SXM2-16GB", 15.7, 125),
         ("Tesla V100-PCIE-16GB", None, None),
         ("Tesla V100S-PCIE-32GB", None, None),
@@ -326,7 +327,6 @@ def test_a_line_for_each_number_of_nodes(capsys: pytest.CaptureFixture[str]) -> 
     ("flags", "message"),
     [
         (["--gpus", "3"], "cannot be shared equally"),
-        (["--nodes", "0"], "--nodes 0"),
         (["--hardware", "b9000"], "known are b200, h200, h100, h100-nvl"),
         (["--hardware", "v100", "--precision", "bf16"], "does not compute in bf16"),
         (["--dataset", "images"], "say --images N"),
@@ -337,6 +337,13 @@ def test_a_line_for_each_number_of_nodes(capsys: pytest.CaptureFixture[str]) -> 
 def test_bad_input(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *SMALL, *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--nodes", "--gpus", "--images", "--scale"])
+def test_numbers_are_whole_and_from_one_on(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *SMALL, flag, "0"])
+    assert end.value.code == 2 and f"{flag}: 0 is not positive" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
