@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -21,7 +22,13 @@ from moco_scale.engines.base import PRECISIONS
 from moco_scale.errors import RankError, UserError
 from moco_scale.evaluation import pictures
 from moco_scale.evaluation.features import LeftOut, chosen_output
-from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, unlabelled_split
+from moco_scale.evaluation.knn import (
+    KnnMonitor,
+    Splits,
+    bank_and_queries,
+    open_splits,
+    unlabelled_split,
+)
 from moco_scale.planner.utilisation import Utilisation, device_name
 from moco_scale.run_state import numbers_alike
 from moco_scale.step_times import StepTimes
@@ -70,9 +77,18 @@ class Monitor:
         self._output = f"on the {run.config.model.dim}-d output"
         self._evaluation = self._make_evaluation() if run.config.run.knn_freq else None
 
+    @cached_property
+    def _splits(self) -> Splits:
+        return open_splits(self.run.config.source, self.run.shards)
+
     def _make_evaluation(self) -> KnnMonitor | None:
         config = self.run.config
-        unlabelled = unlabelled_split(config.source)
+        try:
+            unlabelled = unlabelled_split(self._splits)
+            if unlabelled is None:
+                bank, queries = bank_and_queries(self._splits, MAX_BANK, MAX_QUERIES)
+        except UserError as error:
+            raise UserError(f"{error}; or train without kNN evaluations: --knn-freq 0") from None
         if unlabelled is not None:
             why = unlabelled.why_unlabelled
             self.telemetry.say(
@@ -82,10 +98,6 @@ class Monitor:
                 "there is no kNN evaluation; shards made from folders CLASS/* have labels"
             )
             return None
-        try:
-            bank, queries = bank_and_queries(config.source, MAX_BANK, MAX_QUERIES)
-        except UserError as error:
-            raise UserError(f"{error}; or train without kNN evaluations: --knn-freq 0") from None
         preset = config.preset
         return KnnMonitor(
             bank,
@@ -295,7 +307,7 @@ class Monitor:
         pictures.neighbours_sheet(
             chosen_output(before, "features"),
             chosen_output(self._query(), "features"),
-            config.source,
+            self._splits,
             out / "neighbours.png",
             image_size=config.data.image_size,
             resize_ratio=preset.resize_ratio,

@@ -29,7 +29,7 @@ from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
 from moco_scale.demo.output_folder import SUMMARY
 from moco_scale.errors import UserError
-from moco_scale.evaluation.knn import unlabelled_split, weighted_knn
+from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
 from moco_scale.files import write_atomically
 
 _OWN_FLAGS = {
@@ -152,7 +152,8 @@ def run(experiment: Experiment, *, started: float) -> None:
         step("Sharding", shard, source=experiment.source().resolve(), out=shards)
     if not has_split(shards, "val"):
         raise UserError("the source has no val/ pictures to evaluate on")
-    unlabelled = unlabelled_split(shards)
+    splits = open_splits(shards)
+    unlabelled = unlabelled_split(splits)
     if unlabelled is not None:
         raise UserError(
             f"the {unlabelled.split} pictures have no labels to evaluate with; "
@@ -164,7 +165,7 @@ def run(experiment: Experiment, *, started: float) -> None:
     shared: dict[str, object] = {
         "data_dir": shards,
         "pretrained_model": out / "current.pth",
-        "batch_size": evaluation_batch(len(open_shards(shards, "train")), experiment.processes),
+        "batch_size": evaluation_batch(len(splits.train), experiment.processes),
     }
     if config.run.device != "auto":
         shared["device"] = config.run.device

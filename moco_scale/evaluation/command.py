@@ -24,7 +24,7 @@ from moco_scale.errors import UserError
 from moco_scale.evaluation import linear
 from moco_scale.evaluation.command_line import KNN_K, KNN_T, parse
 from moco_scale.evaluation.features import LeftOut, Pixels, Pretrained, load_pretrained
-from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries
+from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.files import read_json, write_atomically
 from moco_scale.timing import EVALUATION, Phases
@@ -88,7 +88,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
         pretrained = load_pretrained(args.pretrained_model, args.encoder)
         _require_agreement(args, pretrained)
         if args.protocol == "knn":
-            return earlier, pretrained, _knn(args, pretrained)
+            return earlier, pretrained, _knn(args, pretrained, train)
         return earlier, pretrained, open_shards(_source(args), "val")
 
     earlier, pretrained, test = together.agree(prepare)
@@ -197,8 +197,9 @@ def _source(args: argparse.Namespace) -> ShardSource:
     )
 
 
-def _knn(args: argparse.Namespace, pretrained: Pretrained) -> KnnMonitor:
-    bank, queries = bank_and_queries(_source(args), max_bank=args.knn_bank, seed=args.rng_seed)
+def _knn(args: argparse.Namespace, pretrained: Pretrained, train: Shards) -> KnnMonitor:
+    splits = open_splits(_source(args), train)
+    bank, queries = bank_and_queries(splits, max_bank=args.knn_bank, seed=args.rng_seed)
     return KnnMonitor(
         bank,
         queries,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -146,19 +147,38 @@ def _nearest(
     return similarity, all_labels.flatten(1).gather(1, place)
 
 
-def unlabelled_split(data_dir: str | Path | ShardSource) -> Shards | None:
-    """The first split, of those that kNN needs, with a picture without a label; None: all have."""
-    for split in ("train", "val"):
-        if split == "val" and not has_split(data_dir, "val"):
-            continue
-        shards = open_shards(data_dir, split)
-        if not len(shards.labels) or int(shards.labels.min()) < 0:
+class Splits(NamedTuple):
+    """The pictures that kNN needs, open."""
+
+    train: Shards
+    val: Shards | None
+    """None: there is no such split."""
+
+
+def open_splits(data_dir: str | Path | ShardSource, train: Shards | None = None) -> Splits:
+    """Both splits of a set of shards, each opened once.
+
+    Args:
+        data_dir: folder of shards.
+        train: its train split, where that is open already.
+
+    Raises:
+        UserError: they cannot be opened.
+    """
+    train = open_shards(data_dir, "train") if train is None else train
+    return Splits(train, open_shards(data_dir, "val") if has_split(data_dir, "val") else None)
+
+
+def unlabelled_split(splits: Splits) -> Shards | None:
+    """The first split with a picture without a label; None: all have."""
+    for shards in splits:
+        if shards is not None and (not len(shards.labels) or int(shards.labels.min()) < 0):
             return shards
     return None
 
 
 def bank_and_queries(
-    data_dir: str | Path | ShardSource, max_bank: int = 0, max_queries: int = 0, seed: int = 0
+    splits: Splits, max_bank: int = 0, max_queries: int = 0, seed: int = 0
 ) -> tuple[Shards, Shards]:
     """Pictures to compare with and pictures to classify.
 
@@ -166,20 +186,19 @@ def bank_and_queries(
     the train split is held out of the bank as queries.
 
     Args:
-        data_dir: folder of shards.
+        splits: of a set of shards.
         max_bank: a seeded choice of at most so many; 0 takes all.
         max_queries: likewise.
         seed: of the choices.
 
     Raises:
-        UserError: the folder cannot be used, or the splits have different classes.
+        UserError: there is one picture alone.
     """
-    bank = open_shards(data_dir, "train")
-    if has_split(data_dir, "val"):
-        queries = open_shards(data_dir, "val")
+    bank, queries = splits
+    if queries is not None:
         return _some(bank, max_bank, seed), _some(queries, max_queries, seed + 1)
     if len(bank) < 2:
-        raise UserError(f"{data_dir} has one picture: nothing to compare it with")
+        raise UserError(f"{bank.name} has one picture: nothing to compare it with")
     order = _chosen_first(bank, seed)
     held_out = max(len(bank) // 10, 1)
     queries = bank.subset(np.sort(order[:held_out]))

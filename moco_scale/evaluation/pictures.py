@@ -16,10 +16,9 @@ from torch import Tensor
 from moco_scale import together
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
-from moco_scale.data.shard_source import ShardSource
 from moco_scale.evaluation.curves import INK, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract
-from moco_scale.evaluation.knn import bank_and_queries
+from moco_scale.evaluation.knn import Splits, bank_and_queries
 
 __all__ = ["nearest", "neighbours", "neighbours_sheet", "report"]
 
@@ -143,7 +142,7 @@ def _picture(axis: Axes, picture: Tensor, frame: str | None) -> None:
 def neighbours_sheet(
     before: Encode,
     after: Encode,
-    data_dir: str | Path | ShardSource,
+    splits: Splits,
     out: str | Path,
     *,
     image_size: int,
@@ -169,7 +168,7 @@ def neighbours_sheet(
     Args:
         before: float32 [B, 3, S, S] -> [B, D], such as the initial encoder's ``features``.
         after: the same of the trained encoder.
-        data_dir: folder of shards; queries come from val, or are held out of train.
+        splits: of a set of shards; queries come from val, or are held out of train.
         out: PNG to write.
         image_size: see :class:`~moco_scale.evaluation.features.Pixels`, as the next three.
         resize_ratio: see there.
@@ -189,7 +188,7 @@ def neighbours_sheet(
     Raises:
         UserError: a picture cannot be read or ``out`` cannot be written; every rank raises it.
     """
-    bank, candidates = bank_and_queries(data_dir, max_bank, seed=seed)
+    bank, candidates = bank_and_queries(splits, max_bank, seed=seed)
     chosen = candidates.subset(_varied(candidates.labels, queries, seed))
     found = []
     for encode in (before, after):

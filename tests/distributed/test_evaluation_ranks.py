@@ -16,7 +16,7 @@ from moco_scale.__main__ import main
 from moco_scale.data.index import IndexedShards
 from moco_scale.encoders import Encoder
 from moco_scale.evaluation.features import Pixels, Pretrained, extract
-from moco_scale.evaluation.knn import KnnMonitor
+from moco_scale.evaluation.knn import KnnMonitor, open_splits
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation
 from moco_scale.evaluation.pictures import neighbours_sheet
 
@@ -55,7 +55,13 @@ def evaluate(data: Path, out: Path) -> dict[str, Any]:
         results[config.variant] = torch.tensor(history)
         results[config.variant + " weights"] = run.classifier.weight.detach().clone()
     neighbours_sheet(
-        encoder, encoder.features, data, out / "n.png", **vars(PIXELS), queries=2, num_workers=0
+        encoder,
+        encoder.features,
+        open_splits(data),
+        out / "n.png",
+        **vars(PIXELS),
+        queries=2,
+        num_workers=0,
     )
     return results
 

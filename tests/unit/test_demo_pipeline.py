@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from moco_scale.__main__ import main
-from moco_scale.data.index import IndexedShards
+from moco_scale.data.shard_set import Shards
 from moco_scale.demo import cifar10, output_folder, pipeline, run
 from moco_scale.errors import UserError
+from moco_scale.evaluation.knn import Splits
 
 
 def test_a_second_demo_replaces_the_first(tmp_path: Path) -> None:
@@ -174,8 +175,8 @@ def test_pictures_without_labels_are_refused_before_hours_of_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def val(folder: Path) -> IndexedShards:
-        return IndexedShards.open(folder, "val")
+    def val(splits: Splits) -> Shards | None:
+        return splits.val
 
     monkeypatch.setattr(pipeline, "unlabelled_split", val)
     argv = ["cifar10", "--source", str(picture_folder), "--output-dir", str(tmp_path / "out")]

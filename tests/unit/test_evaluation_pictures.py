@@ -19,6 +19,7 @@ from torch import Tensor
 from moco_scale.__main__ import main
 from moco_scale.errors import UserError
 from moco_scale.evaluation import curves, pictures
+from moco_scale.evaluation.knn import open_splits
 
 Records = list[dict[str, Any]]
 
@@ -174,7 +175,7 @@ def test_sheet_from_shards(
     sheet(
         by_colour,
         lambda x: -by_colour(x),  # another encoder with the same angles
-        data,
+        open_splits(data),
         out,
         image_size=16,
         resize_ratio=1.0,

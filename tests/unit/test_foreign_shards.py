@@ -25,7 +25,7 @@ from moco_scale.data.shard_list import expand_braces, list_shards
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.tar_scan import scan_tar
 from moco_scale.errors import UserError
-from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries
+from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, open_splits
 
 FORMATS = {"jpg": "JPEG", "JPEG": "JPEG", "png": "PNG", "WebP": "WEBP"}
 
@@ -323,7 +323,7 @@ def test_an_odd_label_makes_a_set_unlabelled_and_is_named(
     val = open_shards(foreign, "val")  # one list of classes for all splits
     assert val.why_unlabelled == shards.why_unlabelled and set(val.labels.tolist()) == {-1}
     assert shards.subset(np.array([1])).why_unlabelled == shards.why_unlabelled
-    bank, queries = bank_and_queries(foreign, 0, 0)
+    bank, queries = bank_and_queries(open_splits(foreign))
     with pytest.raises(UserError, match=r"kNN needs labels.*not used: set-train-0002"):
         KnnMonitor(bank, queries, 8, 1.0, (0.5,) * 3, (0.5,) * 3)
 

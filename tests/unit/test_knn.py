@@ -55,7 +55,7 @@ def encoded(encode: Encode, shards: Shards, batch_size: int = 64) -> tuple[Tenso
 
 
 def monitor_of(data_dir: Path, k: int = 200) -> knn.KnnMonitor:
-    bank, queries = knn.bank_and_queries(data_dir)
+    bank, queries = knn.bank_and_queries(knn.open_splits(data_dir))
     return knn.KnnMonitor(bank, queries, 16, 1.0, MEAN, STD, k=k, num_workers=0)
 
 
@@ -203,7 +203,7 @@ class TestExtraction:
 
 class TestMonitor:
     def test_measures_val_against_train(self, shards_of_pictures: Path) -> None:
-        bank, queries = knn.bank_and_queries(shards_of_pictures)
+        bank, queries = knn.bank_and_queries(knn.open_splits(shards_of_pictures))
         assert (bank.split, queries.split) == ("train", "val")
         monitor = monitor_of(shards_of_pictures, k=5)
         got = monitor.measure_function(raw)
@@ -229,24 +229,26 @@ class TestMonitor:
         self, make_shards: MakeShards, picture_folder: Path
     ) -> None:
         folder = make_shards(picture_folder / "train")
-        bank, queries = knn.bank_and_queries(folder)
+        bank, queries = knn.bank_and_queries(knn.open_splits(folder))
         assert len(queries) == 2 and len(bank) == 22
         assert not {bank.where(i) for i in range(22)} & {queries.where(i) for i in range(2)}
-        again = knn.bank_and_queries(folder)
+        again = knn.bank_and_queries(knn.open_splits(folder))
         assert [s.fingerprint for s in again] == [bank.fingerprint, queries.fingerprint]
 
     def test_bounds_are_seeded_choices(self, shards_of_pictures: Path) -> None:
-        bank, queries = knn.bank_and_queries(shards_of_pictures, max_bank=10, max_queries=3)
+        bank, queries = knn.bank_and_queries(
+            knn.open_splits(shards_of_pictures), max_bank=10, max_queries=3
+        )
         assert (len(bank), len(queries)) == (10, 3)
-        again, _ = knn.bank_and_queries(shards_of_pictures, max_bank=10)
-        other, _ = knn.bank_and_queries(shards_of_pictures, max_bank=10, seed=5)
+        again, _ = knn.bank_and_queries(knn.open_splits(shards_of_pictures), max_bank=10)
+        other, _ = knn.bank_and_queries(knn.open_splits(shards_of_pictures), max_bank=10, seed=5)
         assert again.fingerprint == bank.fingerprint != other.fingerprint
 
     def test_refuses_unlabelled_pictures_at_once(
         self, make_shards: MakeShards, picture_folder: Path
     ) -> None:
         flat = make_shards(picture_folder / "train" / "ash")
-        unlabelled = knn.unlabelled_split(flat)
+        unlabelled = knn.unlabelled_split(knn.open_splits(flat))
         assert unlabelled is not None and unlabelled.split == "train"
         with pytest.raises(UserError, match="needs labels"):
             monitor_of(flat)
@@ -254,7 +256,7 @@ class TestMonitor:
     def test_a_split_without_labels_is_named(
         self, shards_of_pictures: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert knn.unlabelled_split(shards_of_pictures) is None
+        assert knn.unlabelled_split(knn.open_splits(shards_of_pictures)) is None
 
         def opened(data_dir: Path, split: str) -> IndexedShards:
             shards = IndexedShards.open(data_dir, split)
@@ -263,7 +265,7 @@ class TestMonitor:
             return shards
 
         monkeypatch.setattr(knn, "open_shards", opened)
-        unlabelled = knn.unlabelled_split(shards_of_pictures)
+        unlabelled = knn.unlabelled_split(knn.open_splits(shards_of_pictures))
         assert unlabelled is not None and unlabelled.split == "val"
 
 
