@@ -12,7 +12,7 @@ from typing import Any
 
 from moco_scale import deepspeed_config
 from moco_scale.config import SECTIONS, Config, OptimConfig, RunConfig
-from moco_scale.data.remote import names_remote
+from moco_scale.data.remote_addresses import names_remote
 from moco_scale.data.windows import REMOTE_WINDOW
 from moco_scale.errors import UserError
 from moco_scale.infonce import MIN_TEMPERATURE

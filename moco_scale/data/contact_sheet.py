@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from moco_scale.data.decode import DecodeError, decode_rgb
 from moco_scale.data.random import permutation
 from moco_scale.data.shard_set import Shards
 from moco_scale.errors import UserError
+from moco_scale.files import write_atomically
 
 COLUMNS, ROWS = 8, 8
 _TILE, _GAP, _CAPTION, _MARGIN, _TITLE, _NAMES = 132, 10, 16, 24, 56, 170
@@ -59,12 +60,11 @@ def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
             number = int(shards.labels[place])
             caption = size if name or number < 0 else f"{shards.classes[number]}  {size}"
             draw.text(below, _fitted(caption, _TILE, small), _FAINT, small, anchor="mm")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
     try:
-        sheet.save(temporary, "PNG")
-        os.replace(temporary, out)
+        write_atomically(out, content.getvalue())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"--sheet {out} cannot be written: {error.strerror or error}") from error
 
 
@@ -103,10 +103,9 @@ def _tile(
         return shards.place(place).key
     scale = _TILE / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    shrinking = scale < 1
-    how = Image.Resampling.LANCZOS if shrinking else Image.Resampling.NEAREST
-    shown = picture.resize(size, how)
-    sheet.paste(shown, (left + (_TILE - size[0]) // 2, top + (_TILE - size[1]) // 2))
+    how = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    at = left + (_TILE - size[0]) // 2, top + (_TILE - size[1]) // 2
+    sheet.paste(picture.resize(size, how), at)
     return f"{picture.width} x {picture.height}"
 
 

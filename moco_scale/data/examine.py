@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from moco_scale.data.output_folder import LEFT_OUT
 from moco_scale.data.pool import BrokenProcessPool, in_order
 from moco_scale.data.progress import Progress
 from moco_scale.data.shard_list import list_shards
-from moco_scale.data.tar_scan import ShardScan, picture_key, scan_tar
+from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, scan_tar
 from moco_scale.errors import UserError
 
 _CHUNK = 1 << 22
@@ -248,11 +247,5 @@ def _problem(file: Any, offset: int, length: int, end: int) -> str | None:
 
 def key_before(file: Any, offset: int) -> str:
     """The key in the header before a picture, "" where there is no header."""
-    file.seek(offset - tarfile.BLOCKSIZE)
-    try:
-        name = tarfile.TarInfo.frombuf(
-            file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape"
-        ).name
-    except tarfile.TarError:
-        return ""
-    return picture_key(name)
+    file.seek(offset - BLOCK)
+    return key_in(file.read(BLOCK))

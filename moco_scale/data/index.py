@@ -7,7 +7,6 @@ import mmap
 import os
 import resource
 import shlex
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.index_file import shard_command
 from moco_scale.data.order import Order
 from moco_scale.data.shard_set import Place
-from moco_scale.data.tar_scan import picture_key
+from moco_scale.data.tar_scan import BLOCK, key_in
 from moco_scale.data.windows import order_of
 from moco_scale.errors import UserError
 from moco_scale.files import open_failure
@@ -138,20 +137,18 @@ class IndexedShards:
         shard, offset, _ = self._locate(i)
         name = self._shards[shard][0]
         try:
-            header = self._header_before(shard, offset)
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        except (OSError, tarfile.TarError):
+            return Place(name, offset, key_in(self._header_before(shard, offset)))
+        except OSError:
             return Place(name, offset, "")
-        return Place(name, offset, picture_key(member))
 
     def _header_before(self, shard: int, offset: int) -> bytes:
         """The tar's header of the picture at `offset`."""
-        start, mapped = offset - tarfile.BLOCKSIZE, self._maps.get(shard)
+        start, mapped = offset - BLOCK, self._maps.get(shard)
         if mapped is not None:  # its name may have gone
             return mapped[start:offset]
         with self._path(shard).open("rb") as file:
             file.seek(start)
-            return file.read(tarfile.BLOCKSIZE)
+            return file.read(BLOCK)
 
     def _path(self, shard: int) -> Path:
         """Of the file that is opened."""

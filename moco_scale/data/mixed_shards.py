@@ -14,7 +14,7 @@ import numpy.typing as npt
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.mixture import Mixture
 from moco_scale.data.order import FullPermutation, Indices, Order
-from moco_scale.data.remote import shown
+from moco_scale.data.remote_addresses import PIPE, shown
 from moco_scale.data.shard_set import Place, Shards
 from moco_scale.errors import UserError
 
@@ -37,7 +37,7 @@ def split_mixture(spec: str) -> list[Named]:
 
     Raises UserError: an empty name, only some weights, a weight of 0.
     """
-    if os.path.exists(spec) or spec.startswith("pipe:"):
+    if os.path.exists(spec) or spec.startswith(PIPE):
         return [Named(spec, None)]
     # A shell expands the ~ of the first one only.
     parts = [os.path.expanduser(part.strip()) for part in re.split(r",(?![^{}]*\})", spec)]

@@ -10,7 +10,7 @@ from moco_scale.data import index, index_file
 from moco_scale.data.mixed_shards import MixedShards, split_mixture
 from moco_scale.data.progress import heard_by
 from moco_scale.data.recognise import look_into
-from moco_scale.data.remote import check_address, is_remote, names_remote
+from moco_scale.data.remote_addresses import check_address, is_remote, names_remote
 from moco_scale.data.remote_shards import has_remote_split, open_remote
 from moco_scale.data.remote_tars import is_remote_pattern, open_remote_tars, remote_tars
 from moco_scale.data.scanned_index import open_scanned

@@ -97,8 +97,9 @@ def hue(x: Tensor, turns: Tensor) -> Tensor:
     return x
 
 
-_PARTS = 1 << 24
-_MISSING = 2.0**-14  # more than what rounding in fp32 adds, and little against a value
+_PARTS = 1 << 24  # what weights are given in
+# What halves lack (see `blur`): more than what rounding in fp32 adds, and little against a value.
+_MISSING = 2.0**-14
 
 
 def box_reach(sigma: float) -> int:

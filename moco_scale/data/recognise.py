@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import lzma
 import tarfile
@@ -27,12 +28,17 @@ class Seems(NamedTuple):
 
 
 def look_into(tar: Path) -> Seems:
-    """What a tar, compressed or not, seems to hold; nothing where it is no tar that can be read."""
-    try:
-        with tarfile.open(tar, "r|*") as archive:
-            first = list(itertools.islice(archive, _LOOKED_AT))
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError):
-        first = []
+    """What a tar, compressed or not, seems to hold; nothing where it is no tar that can be read.
+
+    What lies between the headers is not read unless it is compressed: a member may be a tar itself.
+    """
+    first: list[tarfile.TarInfo] = []
+    with (
+        contextlib.suppress(tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError),
+        tarfile.open(tar) as archive,
+    ):
+        for member in itertools.islice(archive, _LOOKED_AT):
+            first.append(member)  # one by one: those before a damage count
     names = [member.name.removeprefix("./") for member in first if member.isreg()]
     pictures = {picture_key(name): name for name in names if is_picture(name)}
     labels = {picture_key(name): name for name in names if name.lower().endswith(_LABELS)}

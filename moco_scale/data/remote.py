@@ -1,7 +1,7 @@
 """Where files can be fetched from: HTTP, object stores, and commands that the user has allowed.
 
 A place is asked for a file by name, from some byte on, and gives its bytes or says what went wrong
-and whether trying again can help. It neither retries nor checks what it gets: `shard_cache` does.
+and whether trying again can help. It neither retries nor checks what it gets: `download` does.
 """
 
 from __future__ import annotations
@@ -22,18 +22,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
+from moco_scale.data.remote_addresses import PIPE, SCHEME, scrubbed, shown
 from moco_scale.errors import UserError
 
-PIPE = "pipe:"
 EXTRA = "pip install 'moco_scale[remote]'"
 _SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
 _CHUNK = 1 << 20
 _AUTHORIZATION = "Authorization"
-_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
-_USER = re.compile(r"//[^/\s]*@")  # up to the last @: a password may have one
-_SIGNATURE = re.compile(r"(://(?:\{[^{}]*\}|[^?#,])*?)/*[?#][^,]*")
-_SIGNATURE_IN_TEXT = re.compile(r"(://[^?#,\s'\"]*?)/*[?#][^,\s'\"]*")
-_HOST_IN_BRACKETS = re.compile(r"//([^/]*@)?\[[0-9a-fA-F:.%]*\]")
 # What may stand in a path or after its ?, a % of the user's own included.
 _SAFE = "/%:@!$&'()*+,;=~"
 # Statuses that tell of the moment rather than of the file.
@@ -107,37 +102,6 @@ class Place(ABC):
         return FileState()
 
 
-def is_remote(spec: str) -> bool:
-    """Whether a data set's name is an address."""
-    return spec.startswith(PIPE) or _SCHEME.match(spec) is not None
-
-
-def names_remote(spec: str) -> bool:
-    """Whether an address is part of it, as in a mixture of several data sets."""
-    return PIPE in spec or _SCHEME.search(spec) is not None
-
-
-def check_address(spec: str) -> None:
-    """UserError where an address is written as if what lies there could be listed or joined."""
-    if spec.startswith(PIPE):
-        return
-    if "::" in _HOST_IN_BRACKETS.sub("//", spec):
-        raise UserError(
-            f"--data-dir {shown(spec)}: sets that lie elsewhere are not joined by ::; name them as "
-            "a mixture, with a comma between them, or all tars by one pattern with braces"
-        )
-    _, _, below = spec.partition("://")[2].partition("/")
-    path, _, query = below.partition("?")
-    signs = [sign for sign in "*[" if sign in path]
-    if query.lower().endswith(".tar"):
-        signs.append("?")
-    if signs:
-        raise UserError(
-            f"--data-dir {shown(spec)}: what lies at an address is not listed, so {signs[0]} "
-            "stands for nothing there; name tars by braces, as in train-{000000..000099}.tar"
-        )
-
-
 def place(spec: str, allow_pipe: bool) -> Place:
     """What a user's address stands for; nothing is fetched yet.
 
@@ -145,24 +109,12 @@ def place(spec: str, allow_pipe: bool) -> Place:
     """
     if spec.startswith(PIPE):
         return CommandPlace(spec, allow_pipe)
-    match = _SCHEME.match(spec)
+    match = SCHEME.match(spec)
     if match is None:
         raise ValueError(f"{spec} is no address")
     if match[1].lower() in ("http", "https"):
         return HttpPlace(spec)
     return FsspecPlace(spec)
-
-
-def shown(spec: str) -> str:
-    """A data set's name for messages and logs: without passwords, and without what signs it."""
-    if spec.startswith(PIPE):
-        return scrubbed(spec)
-    return _SIGNATURE.sub(r"\1", _USER.sub("//", spec))
-
-
-def scrubbed(text: str) -> str:
-    """The same of text that may have addresses in it."""
-    return _SIGNATURE_IN_TEXT.sub(r"\1", _USER.sub("//", text))
 
 
 class HttpPlace(Place):

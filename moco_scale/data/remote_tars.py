@@ -22,7 +22,8 @@ from typing import NamedTuple
 from moco_scale.data import index_file
 from moco_scale.data.download import RemoteFile, state_of
 from moco_scale.data.progress import Progress
-from moco_scale.data.remote import FileState, Place, place, shown
+from moco_scale.data.remote import FileState, Place, place
+from moco_scale.data.remote_addresses import PIPE, shown
 from moco_scale.data.remote_shards import RemoteShards
 from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_path, version_of
 from moco_scale.data.scanned_index import alone, write_index
@@ -55,7 +56,7 @@ def is_remote_pattern(spec: str) -> bool:
     path = spec.partition("?")[0]
     below = path.partition("://")[2].partition("/")[2]
     is_tar = below.lower().endswith(".tar") or COMPRESSED_TAR.search(below) is not None
-    return not spec.startswith("pipe:") and ("{" in path or is_tar)
+    return not spec.startswith(PIPE) and ("{" in path or is_tar)
 
 
 def remote_tars(source: ShardSource) -> RemoteTars:
@@ -175,7 +176,7 @@ class _Indexing:
             name: {
                 "checksum": saved.checksum,
                 "version": saved.version,
-                "scan": str(scan_path(self._scans, self._address(name))),
+                "scan": str(self._scan_path(name)),
             }
             for name, saved in scans.items()
         }
@@ -192,7 +193,7 @@ class _Indexing:
         with ThreadPoolExecutor(_ASKERS) as askers:
             states = dict(zip(names, askers.map(self._state, names), strict=True))
         for name in names:
-            saved = load_scan(self._scans, self._address(name))
+            saved = load_scan(self._scan_path(name))
             if saved is not None and saved.state.same(states[name]):
                 scans[name] = saved
         missing = [name for name in names if name not in scans]
@@ -215,11 +216,12 @@ class _Indexing:
             self._stopped.set()
             pool.shutdown(cancel_futures=True)
 
-    def _address(self, name: str) -> str:
-        return f"{self._identity.partition('{')[0].rpartition('/')[0]}/{name}"
+    def _scan_path(self, name: str) -> Path:
+        folder = self._identity.partition("{")[0].rpartition("/")[0]
+        return scan_path(self._scans, f"{folder}/{name}")
 
     def _file(self, name: str, state: FileState) -> RemoteFile:
-        scan = str(scan_path(self._scans, self._address(name)))
+        scan = str(self._scan_path(name))
         return RemoteFile(name, state.bytes, version=version_of(state), scan=scan)
 
     def _state(self, name: str) -> FileState:
@@ -239,5 +241,5 @@ class _Indexing:
             digest = hashlib.file_digest(held, lambda: hashlib.blake2b(digest_size=16))  # type: ignore[arg-type, return-value]
             size = os.fstat(held.fileno()).st_size
         saved = SavedScan(scan, size, digest.hexdigest(), state)
-        save_scan(self._scans, self._address(name), saved)
+        save_scan(self._scan_path(name), saved)
         return saved

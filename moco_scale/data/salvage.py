@@ -13,10 +13,10 @@ import numpy as np
 
 from moco_scale.data.decode import DecodeError, decode_rgb
 from moco_scale.data.examine import key_before
+from moco_scale.data.sources import picture_kind
 from moco_scale.data.tar_scan import by_last_dot, picture_suffix
 
 _BLOCK = tarfile.BLOCKSIZE
-_SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"))
 
 
 class Salvaged(NamedTuple):
@@ -129,8 +129,8 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
 
 def _by_index(file: BinaryIO, offset: int, size: int, end: int) -> _Sample:
     """A picture that no whole header leads to."""
-    start = _bytes(file, offset, 4) if offset < end else b""
-    suffix = next((s for magic, s in _SIGNATURES if start.startswith(magic)), "jpg")
+    kind = picture_kind(_bytes(file, offset, 4)) if offset < end else ""
+    suffix = "jpg" if kind in ("jpeg", "") else kind
     key = key_before(file, offset) or f"at-byte-{offset:012d}"
     return _Sample(key, {suffix: (offset, size)})
 

@@ -42,10 +42,10 @@ def version_of(state: FileState) -> str:
     return hashlib.blake2b(json.dumps(state).encode(), digest_size=6).hexdigest()
 
 
-def load_scan(folder: Path, address: str) -> SavedScan | None:
+def load_scan(path: Path) -> SavedScan | None:
     """None: it was not saved, or is damaged."""
     try:
-        with np.load(scan_path(folder, address), allow_pickle=False) as found:
+        with np.load(path, allow_pickle=False) as found:
             said = json.loads(bytes(found["said"]))
             if said["format"] != _FORMAT:
                 return None
@@ -56,7 +56,7 @@ def load_scan(folder: Path, address: str) -> SavedScan | None:
         return None
 
 
-def save_scan(folder: Path, address: str, saved: SavedScan) -> None:
+def save_scan(path: Path, saved: SavedScan) -> None:
     """In the place of what is known of an earlier tar there. Raises OSError."""
     said = {
         "format": _FORMAT,
@@ -68,7 +68,7 @@ def save_scan(folder: Path, address: str, saved: SavedScan) -> None:
     content, scan = io.BytesIO(), saved.scan
     text = np.frombuffer(json.dumps(said).encode(), np.uint8)
     np.savez(content, offset=scan.offset, size=scan.size, label=scan.label, said=text)
-    write_once(scan_path(folder, address), content.getvalue())
+    write_once(path, content.getvalue())
 
 
 def scan_path(folder: Path, address: str) -> Path:

@@ -218,8 +218,9 @@ def write_index(
             )
             entry = [(name, sizes[name], len(scan.offset)) for name, scan in chosen]
             described = index_file.split_entry(split, rows, entry)
-            for shard in described["shards"]:
-                shard |= remarks[shard["name"]] if remarks is not None else {}
+            if remarks is not None:
+                for shard in described["shards"]:
+                    shard.update(remarks[shard["name"]])
             header["splits"][split] = described
             save_rows(folder / index_file.index_name(split), rows)
         write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1))

@@ -230,19 +230,22 @@ def _samples_in(source: Path) -> str:
 
     Raises UserError: it, or the tars in a folder without pictures, holds nothing else.
     """
-    tars, alone = [source], source.is_file()
-    if source.is_dir():
-        with contextlib.suppress(UserError, OSError):
-            found = None if holds_pictures(source) else list_shards(str(source))
-            if found is not None:
-                tars = [found.folder / name for names in found.splits.values() for name in names]
-                alone = True
-    if not alone:
+    tar = _first_tar(source) if source.is_dir() else source
+    if tar is None or not tar.is_file():
         return ""
-    seems = look_into(tars[0])
+    seems = look_into(tar)
     if seems.labelled and (source.is_dir() or not seems.folders):
         raise _are_samples(source, seems.labelled)
     return seems.labelled
+
+
+def _first_tar(folder: Path) -> Path | None:
+    """One of the tars that are all there is in a folder; None: there is something else."""
+    with contextlib.suppress(UserError, OSError):
+        found = None if holds_pictures(folder) else list_shards(str(folder))
+        if found is not None:
+            return found.folder / next(iter(found.splits.values()))[0]
+    return None
 
 
 def _are_samples(source: Path, labelled: str) -> UserError:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco_scale.data.download import Patience
-from moco_scale.data.remote import Place, place, shown
+from moco_scale.data.remote import Place, place
+from moco_scale.data.remote_addresses import shown
 from moco_scale.data.shard_cache import GB, ShardCache, cache_home
 
 CACHE_GB = 32.0

@@ -13,20 +13,10 @@ from moco_scale.data.mixed_shards import MixedShards
 from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
+from moco_scale.data.sources import picture_kind
 
 SAMPLE = 1000
 _NAMED = 5  # classes with most and with fewest pictures
-_SIGNATURES = {
-    b"\xff\xd8\xff": "jpeg",
-    b"\x89PNG": "png",
-    b"RIFF": "webp",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    b"II*\0": "tiff",
-    b"MM\0*": "tiff",
-    b"P5": "pgm",
-    b"P6": "ppm",
-}
 
 
 def summarise(spec: str) -> dict[str, Any]:
@@ -74,8 +64,7 @@ def _sampled(shards: Shards) -> dict[str, Any]:
     for place in places.tolist():
         data = shards.read(place)
         sizes.append(len(data))
-        start = bytes(data[:4])
-        formats[next((n for magic, n in _SIGNATURES.items() if start.startswith(magic)), "?")] += 1
+        formats[picture_kind(bytes(data[:4])) or "?"] += 1
         try:
             sides.append(picture_size(data))
         except DecodeError:

@@ -30,6 +30,17 @@ PICTURE_SUFFIXES = (
 )
 
 # by the bytes that such a file begins with
+_KINDS = {
+    b"\xff\xd8\xff": "jpeg",
+    b"\x89PNG": "png",
+    b"RIFF": "webp",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+    b"P5": "pgm",
+    b"P6": "ppm",
+}
 _COMPRESSED: dict[bytes, Callable[[Path], IO[bytes]]] = {
     b"\x1f\x8b": gzip.GzipFile,  # type: ignore[dict-item]
     b"BZh": bz2.BZ2File,
@@ -98,6 +109,12 @@ def holds_pictures(folder: Path) -> bool:
 
 def is_picture(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES
+
+
+def picture_kind(start: bytes) -> str:
+    """What a picture that begins with these bytes, at least four, is: "jpeg", "png", …; "": none
+    that is known."""
+    return next((kind for magic, kind in _KINDS.items() if start.startswith(magic)), "")
 
 
 def _parts(path: str) -> list[str] | None:

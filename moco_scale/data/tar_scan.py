@@ -84,6 +84,15 @@ def picture_key(name: str) -> str:
     return name if "/" in suffix or not stem else stem
 
 
+def key_in(header: bytes) -> str:
+    """The same from the header of its member; "" where that is none."""
+    try:
+        name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+    except tarfile.TarError:
+        return ""
+    return picture_key(name)
+
+
 def compressed(path: Path, start: bytes) -> str | None:
     """What to say about a file that begins with these bytes, None unless it is compressed."""
     for magic, tool in _COMPRESSED.items():
@@ -101,14 +110,13 @@ def _scan(tar: _Tar) -> ShardScan:
     seen: set[str] = set()
     without, suffixes = 0, set()
     own, part = "", ""
-    for key, sample in _samples(tar):
-        suffix = picture_suffix(sample)
-        samples = {key: sample}
-        dotted = next((member.name for s, member in sample.items() if _is_dotted(s)), "")
-        if dotted and suffix is not None:
+    for stem, members in _samples(tar):
+        samples = {stem: members}
+        dotted = next((member.name for s, member in members.items() if _is_dotted(s)), "")
+        if dotted and picture_suffix(members) is not None:
             part = part or dotted
         elif dotted:
-            samples = _of_their_own(tar, key, sample)
+            samples = _of_their_own(tar, stem, members, dotted)
             own = own or dotted
         for key, sample in samples.items():
             if key in seen:
@@ -182,10 +190,11 @@ def by_last_dot(sample: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
     return found
 
 
-def _of_their_own(tar: _Tar, key: str, sample: dict[str, _Member]) -> dict[str, dict[str, _Member]]:
-    """The samples of pictures whose names have several dots, such as photo_1.5.jpg."""
+def _of_their_own(
+    tar: _Tar, key: str, sample: dict[str, _Member], picture: str
+) -> dict[str, dict[str, _Member]]:
+    """The samples of pictures whose names have several dots, such as photo_1.5.jpg, the first."""
     parts = by_last_dot(sample)
-    picture = next(member.name for suffix, member in sample.items() if _is_dotted(suffix))
     for members in parts.values():
         if picture_suffix(members) is None:
             other = next(iter(members.values())).name

@@ -14,7 +14,7 @@ from remote_sets import batches, same, source_of
 
 from moco_scale import bad_pictures
 from moco_scale.config_rules import build
-from moco_scale.data import remote, shard_source
+from moco_scale.data import remote, remote_addresses, shard_source
 from moco_scale.data.download import Patience
 from moco_scale.data.mixed_shards import split_mixture
 from moco_scale.data.open_shards import open_shards
@@ -85,7 +85,7 @@ def test_nor_where_they_are_written_carelessly() -> None:
             "pipe:curl -s 'https://host/{}' | cat",
         ),
     ]:
-        assert remote.shown(spec) == said
+        assert remote_addresses.shown(spec) == said
     with pytest.raises(UserError, match=r"//host:x/y: .* port that is none") as caught:
         remote.place("http://me:secret@host:x/y", allow_pipe=False)
     assert "secret" not in str(caught.value)

@@ -21,6 +21,7 @@ from PIL import Image
 from moco_scale.__main__ import main
 from moco_scale.data import scanned_index, tar_scan
 from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.recognise import look_into
 from moco_scale.data.shard_list import expand_braces, list_shards
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.tar_scan import scan_tar
@@ -227,6 +228,25 @@ def test_making_shards_of_samples_would_lose_their_labels(
     made = tmp_path / "made"
     assert main(["shard", "--source", str(classes), "--out", str(made), "--workers", "1"]) == 0
     assert open_shards(made, "train").classes == ["ash", "oak"]
+
+
+def test_what_a_tar_of_tars_is_takes_no_reading_of_them(tmp_path: Path) -> None:
+    """As ILSVRC2012_img_train.tar is: 1000 tars in 138 GB."""
+    path = tmp_path / "classes.tar"
+    with path.open("wb") as file:
+        for number in range(30):
+            member = tarfile.TarInfo(f"n{number:08d}.tar")
+            member.size = 1 << 22
+            file.write(member.tobuf(tarfile.USTAR_FORMAT))
+            file.seek(member.size, os.SEEK_CUR)
+        file.write(bytes(2 * tarfile.BLOCKSIZE))
+
+    def read_so_far() -> int:
+        return int(Path("/proc/self/io").read_text().partition("rchar: ")[2].partition("\n")[0])
+
+    before = read_so_far()
+    assert not look_into(path).pictures
+    assert read_so_far() - before < 1 << 22
 
 
 def test_labels_that_are_names_are_one_list_for_all_splits(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""What a data set's name says of a place elsewhere, and how such a name is shown: as text alone."""
+
+from __future__ import annotations
+
+import re
+
+from moco_scale.errors import UserError
+
+PIPE = "pipe:"
+SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+_USER = re.compile(r"//[^/\s]*@")  # up to the last @: a password may have one
+_SIGNATURE = re.compile(r"(://(?:\{[^{}]*\}|[^?#,])*?)/*[?#][^,]*")
+_SIGNATURE_IN_TEXT = re.compile(r"(://[^?#,\s'\"]*?)/*[?#][^,\s'\"]*")
+_HOST_IN_BRACKETS = re.compile(r"//([^/]*@)?\[[0-9a-fA-F:.%]*\]")
+
+
+def is_remote(spec: str) -> bool:
+    """Whether a data set's name is an address."""
+    return spec.startswith(PIPE) or SCHEME.match(spec) is not None
+
+
+def names_remote(spec: str) -> bool:
+    """Whether an address is part of it, as in a mixture of several data sets."""
+    return PIPE in spec or SCHEME.search(spec) is not None
+
+
+def check_address(spec: str) -> None:
+    """UserError where an address is written as if what lies there could be listed or joined."""
+    if spec.startswith(PIPE):
+        return
+    if "::" in _HOST_IN_BRACKETS.sub("//", spec):
+        raise UserError(
+            f"--data-dir {shown(spec)}: sets that lie elsewhere are not joined by ::; name them as "
+            "a mixture, with a comma between them, or all tars by one pattern with braces"
+        )
+    _, _, below = spec.partition("://")[2].partition("/")
+    path, _, query = below.partition("?")
+    signs = [sign for sign in "*[" if sign in path]
+    if query.lower().endswith(".tar"):
+        signs.append("?")
+    if signs:
+        raise UserError(
+            f"--data-dir {shown(spec)}: what lies at an address is not listed, so {signs[0]} "
+            "stands for nothing there; name tars by braces, as in train-{000000..000099}.tar"
+        )
+
+
+def shown(spec: str) -> str:
+    """A data set's name for messages and logs: without passwords, and without what signs it."""
+    if spec.startswith(PIPE):
+        return scrubbed(spec)
+    return _SIGNATURE.sub(r"\1", _USER.sub("//", spec))
+
+
+def scrubbed(text: str) -> str:
+    """The same of text that may have addresses in it."""
+    return _SIGNATURE_IN_TEXT.sub(r"\1", _USER.sub("//", text))
