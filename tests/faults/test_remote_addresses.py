@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from http_folder import served
-from remote_sets import batches, same, source_of
+from remote_sets import HURRIED, batches, same, source_of
 
 from moco_scale import bad_pictures
 from moco_scale.config_rules import build
 from moco_scale.data import remote, remote_addresses, shard_source
-from moco_scale.data.download import Patience
 from moco_scale.data.mixed_shards import split_mixture
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.shard_source import ShardSource
@@ -25,8 +23,7 @@ from moco_scale.pretrain import Pretraining
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    patience = partial(Patience, first_wait=0.002, longest_wait=0.02)
-    monkeypatch.setattr(shard_source, "Patience", patience)
+    monkeypatch.setattr(shard_source, "Patience", HURRIED)
 
 
 def test_addresses_that_are_none_say_what_they_should_be(tmp_path: Path) -> None:

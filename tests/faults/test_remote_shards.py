@@ -10,7 +10,6 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ import pytest
 import torch
 from commands import TINY, forked
 from http_folder import served
-from remote_sets import AUG, WINDOW, batches, same, source_of
+from remote_sets import AUG, HURRIED, WINDOW, batches, same, source_of
 
 from moco_scale.command_line import parse
 from moco_scale.config import differences
 from moco_scale.data import fetch_ahead, remote, shard_source
-from moco_scale.data.download import Patience, RemoteFile
+from moco_scale.data.download import RemoteFile
 from moco_scale.data.fetch_ahead import NOWHERE, FetchAhead, Job, Lookahead, RemotePart, check_room
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.order import BatchPlan, Slices
@@ -39,8 +38,7 @@ from moco_scale.errors import UserError
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    patience = partial(Patience, first_wait=0.002, longest_wait=0.02)
-    monkeypatch.setattr(shard_source, "Patience", patience)
+    monkeypatch.setattr(shard_source, "Patience", HURRIED)
 
 
 def test_pictures_labels_and_identity_are_those_of_the_folder(

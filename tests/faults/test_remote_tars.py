@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from http_folder import FaultyFolder, served
-from remote_sets import batches, same
+from remote_sets import HURRIED, batches, same
 
 from moco_scale.data import remote_tars, shard_source
-from moco_scale.data.download import Patience
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.remote import FileState
 from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_path
@@ -25,8 +23,7 @@ from moco_scale.errors import UserError
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    patience = partial(Patience, first_wait=0.002, longest_wait=0.02)
-    monkeypatch.setattr(shard_source, "Patience", patience)
+    monkeypatch.setattr(shard_source, "Patience", HURRIED)
     monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path / "home"))
 
 

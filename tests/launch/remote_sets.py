@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from http_folder import FaultyFolder
 
 from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.download import Patience
 from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.shard_set import Shards
@@ -15,6 +17,8 @@ from moco_scale.data.shard_source import ShardSource
 
 AUG = AUGMENTATIONS["cifar"]
 WINDOW = 2
+# In the place of Patience where a test would wait between attempts.
+HURRIED = partial(Patience, first_wait=0.002, longest_wait=0.02)
 
 
 def source_of(server: FaultyFolder | str, cache: Path, size: float = 1.0) -> ShardSource:
