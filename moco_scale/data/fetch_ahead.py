@@ -31,7 +31,7 @@ import moco_scale
 from moco_scale.data.download import RemoteFile
 from moco_scale.data.order import BatchPlan, Indices, Plan
 from moco_scale.data.remote import Place
-from moco_scale.data.shard_cache import NoRoom, ShardCache, shard_path, size_text
+from moco_scale.data.shard_cache import NoRoom, ShardCache, gigabytes, shard_path
 from moco_scale.data.windows import window_of
 from moco_scale.errors import UserError
 
@@ -155,8 +155,8 @@ def check_room(parts: Sequence[RemotePart], plan: BatchPlan, in_flight: int) -> 
         needed = sum(_needed(part, plan, in_flight) for part in parts if part.cache == cache)
         if needed > cache.limit:
             raise UserError(
-                f"--shard-cache-size {size_text(cache.limit)} is too small for what is read at a "
-                f"time: it takes {size_text(needed)} at least. Give it more, or lower "
+                f"--shard-cache-size {gigabytes(cache.limit)} is too small for what is read at a "
+                f"time: it takes {gigabytes(needed)} at least. Give it more, or lower "
                 "--shuffle-window"
             )
 

@@ -46,7 +46,7 @@ def cache_home() -> Path:
     return Path(root)
 
 
-def size_text(size: int) -> str:
+def gigabytes(size: int) -> str:
     """Bytes in GB, for messages that speak of --shard-cache-size; rounded up, to three digits."""
     step = 10 ** max(0, len(str(size)) - 3)
     return f"{-(-size // step) * step / GB:.9f}".rstrip("0").rstrip(".") + " GB"
@@ -105,7 +105,7 @@ class ShardCache:
             except NoRoom:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"--shard-cache {self.root}: all {size_text(self.limit)} are in use, by "
+                        f"--shard-cache {self.root}: all {gigabytes(self.limit)} are in use, by "
                         "other runs perhaps; give this one a larger --shard-cache-size or a "
                         "--shard-cache of its own"
                     ) from None
@@ -137,8 +137,8 @@ class ShardCache:
         path = shard_path(folder, file)
         if (file.bytes or 0) > self.limit:
             raise UserError(
-                f"--shard-cache-size: {file.name} alone has {size_text(file.bytes or 0)}, the "
-                f"cache {size_text(self.limit)}"
+                f"--shard-cache-size: {file.name} alone has {gigabytes(file.bytes or 0)}, the "
+                f"cache {gigabytes(self.limit)}"
             )
         with self.explained():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ class ShardCache:
                 with contextlib.suppress(OSError):
                     free = shutil.disk_usage(self.root).free
                     raise UserError(
-                        f"--shard-cache {self.root}: the disk is full ({size_text(free)} free) and "
+                        f"--shard-cache {self.root}: the disk is full ({gigabytes(free)} free) and "
                         "no shard there can be removed. Free some, choose a folder on another "
                         "disk, or a smaller --shard-cache-size"
                     ) from None
