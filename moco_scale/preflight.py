@@ -68,14 +68,14 @@ def run(config: Config, alive: Callable[[], None] = lambda: None) -> None:
         UserError: something would keep the run from starting or from going on.
     """
     started = time.monotonic()
-    identity.require_alike(identity.of_run(config))
+    facts = identity.of_run(config)
+    identity.require_alike(facts)
     shards, plan = open_data(config, alive)
     resumed_from, free = _try_folder(RunFolder(config, shards.fingerprint))
     machines = distributed.gather_objects(look())
     share = config.optim.batch_size // distributed.world_size()
     needed = shared_memory_needed(share, config.data.image_size, config.run.num_workers)
     hosts = list(dict.fromkeys(machine.host for machine in machines))
-    facts = identity.of_run(config)
     versions = [f"{n} {v}" for n, v in facts.items() if _is_library(n)]
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(WATCHED)]
     start = f"goes on from {resumed_from}" if resumed_from else "starts at step 0"

@@ -56,7 +56,7 @@ class RunLock:
         """
         file = open(self.path, "a+")  # noqa: SIM115
         deadline: float | None = None
-        while not _locked(file):
+        while not _lock(file):
             file.seek(0)
             words = file.read().split()
             holder = f" (process {words[1]} on {words[0]})" if len(words) == 3 else ""
@@ -88,7 +88,8 @@ class RunLock:
             self._file.close()
 
 
-def _locked(file: TextIO) -> bool:
+def _lock(file: TextIO) -> bool:
+    """Lock a file for this process; False where another has it."""
     try:
         # A record lock: unlike flock's, it is not inherited by the processes that read data.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

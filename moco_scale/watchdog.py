@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -51,8 +52,8 @@ class Watch:
     and torch's flight recorder below `folder`, and ends with :data:`LOST_PEER`. An error of the
     network that ends the block is raised as :class:`PeerLost`, with the same explanation.
 
-    Beats go out twenty times in `timeout`, or every second where that is less often; with more than
-    400 ranks in as many seconds as there are 400s (2,048: every 5 s), whatever `timeout` is: three
+    Beats go out every second, or twenty times in `timeout` where that is more often; with more than
+    400 ranks as many seconds apart as there are 400s (2,048: 5 s), whatever `timeout` is: three
     small requests of each rank, 1,200 a second for the store. Rank 0 alone adds to that one
     request for all beats, while everything stands still.
 
@@ -185,9 +186,8 @@ class Watch:
     def _listen(self, ranks: range) -> None:
         known = [_key(rank) for rank in ranks if rank in self._heard]
         others = [_key(rank) for rank in ranks if rank not in self._heard]
-        if others and not self._store.check(
-            others
-        ):  # to get a key that is not there would wait for it
+        # To get a key that is not there would wait for it.
+        if others and not self._store.check(others):
             others = [key for key in others if self._store.check([key])]
         heard, now = dict(self._heard), time.monotonic()
         for text in self._store.multi_get(known + others):
@@ -237,7 +237,8 @@ class Watch:
         """Whether everybody's beats are to be read, and by this rank."""
         if self._still <= self._timeout / 2:
             return now - self._alarmed < self._search
-        if self._rank == 0 or self._still > self._patience + self._timeout:  # nobody else has
+        # Whoever should have read and spoken by then has not.
+        if self._rank == 0 or self._still > self._patience + self._timeout:
             return True
         return self._first_of_host and self._rank_0_missing(now, 0.15 * self._timeout) is not None
 
@@ -328,7 +329,7 @@ class Watch:
             everyone = self._world - 1
             self._wait_until(lambda: self._seen_by >= everyone, 3 * self._interval + 1)
 
-    def _wait_until(self, done: Any, seconds: float) -> None:
+    def _wait_until(self, done: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not done() and not self._broken and time.monotonic() < deadline:
             self._wake.set()

@@ -22,8 +22,8 @@
 #   DEEPSPEED    default: .venv/bin/deepspeed
 #   CONFIG       DeepSpeed's JSON; default: ds_configs/zero1.json
 #   INTERFACE    the network interface; see scripts/environment.sh.
-#   DS_ENV_FILE  variables for the processes on all hosts, NAME=VALUE a line; default: as DeepSpeed has
-#                it, .deepspeed_env in the home folder and in the checkout's.
+#   DS_ENV_FILE  variables for the processes on all hosts, NAME=VALUE a line; default: DeepSpeed's,
+#                .deepspeed_env in the home folder and in the checkout.
 #
 # The same command again goes on from the newest checkpoint. The status is 75 when a signal or
 # --max-time has stopped the run and all is saved. pdsh does not pass signals on: to stop an ssh
