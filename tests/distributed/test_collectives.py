@@ -357,24 +357,29 @@ def test_a_block_waits_for_its_own_ranks_alone() -> None:
     assert run_ranks(blocks_in_turn, 4, timeout=60) == [[1.0], [1.0], [5.0], [5.0]]
 
 
-def engine_groups(engine: str) -> list[bool]:
+def engine_groups(flags: tuple[str, ...]) -> list[bool]:
     """Whether each group that there is has the time-out of this program."""
     from torch.distributed import distributed_c10d
 
     distributed._timeout = timedelta(seconds=1234)
-    flags = {"fsdp": ["--engine", "fsdp", "--fsdp-shard-size", "2"]}
-    zero = ["--deepspeed", "ds_configs/zero1.json"]
     small = ["--dataset", "cifar10", "--batch-size", "8", "--bn-group-size", "2"]
-    config = command_line.parse([*small, *flags.get(engine, zero)])
+    config = command_line.parse([*small, *flags])
     moco = MoCo(build_encoder("resnet18", stem="cifar", dim=8, image_size=8))
     make_engine(config, moco, torch.device("cpu"))
     backends = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
     return [backend.options._timeout == timedelta(seconds=1234) for backend in backends]
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero1"])
-def test_an_engine_s_own_groups_wait_as_long_as_ours(engine: str) -> None:
-    for found in run_ranks(engine_groups, 4 if engine == "fsdp" else 2, engine):
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (4, ("--engine", "fsdp", "--fsdp-shard-size", "2")),
+        (2, ("--deepspeed", "ds_configs/zero1.json")),
+    ],
+    ids=["fsdp", "zero1"],
+)
+def test_an_engine_s_own_groups_wait_as_long_as_ours(world: int, flags: tuple[str, ...]) -> None:
+    for found in run_ranks(engine_groups, world, flags):
         assert len(found) > 1 and all(found)
 
 

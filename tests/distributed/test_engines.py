@@ -1,99 +1,38 @@
 """Every engine does the same steps as plain PyTorch in one process, in every precision."""
 
-import json
 import math
-import os
 import runpy
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import REPOSITORY
 from harness import run_ranks
+from small_engines import ALPHA, BATCH, DIM, ENCODERS, MOMENTUM, RATE, SIZE, engine_around
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from moco_scale import distributed
-from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
+from moco_scale.batchnorm import set_groups
 from moco_scale.encoders import Encoder
-from moco_scale.engines.base import Engine, EngineSettings, clip_
-from moco_scale.errors import UserError
+from moco_scale.engines.base import EngineSettings, clip_
 from moco_scale.infonce import Negatives, infonce
-from moco_scale.loss_scale import LossScale, LossScaling
+from moco_scale.loss_scale import LossScaling
 from moco_scale.moco import MoCo
-from moco_scale.vit import MoCoViT, ViTShape
 
 pytestmark = pytest.mark.timeout(600)
 
 ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 SHARDED = ("fsdp", "zero3")
-BATCH, SIZE, DIM, GROUP = 8, 12, 16, 4
-RATE, MOMENTUM, ALPHA = 0.05, 0.9, 0.9
-CPU = torch.device("cpu")
+GROUP = 4
 
 
 def slow_unless(quick: bool) -> list[pytest.MarkDecorator]:
     return [] if quick else [pytest.mark.slow]
 
 
-def small_encoder() -> Encoder:
-    """A stem and two residual blocks: what a ResNet has, small enough for emulated half floats."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        stem = (nn.Conv2d(3, 8, 3, stride=2, bias=False), GroupedBatchNorm2d(8), nn.ReLU())
-        blocks = [BasicBlock(8, 8, norm_layer=GroupedBatchNorm2d) for _ in range(2)]
-        backbone = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return Encoder(backbone, nn.Linear(8, DIM), 8)
-
-
-def engine_around(
-    kind: str,
-    moco: MoCo,
-    settings: EngineSettings,
-    zero: dict[str, Any] | None = None,
-    device: torch.device = CPU,
-) -> Engine:
-    if kind.startswith("zero"):
-        from moco_scale.deepspeed_config import read_configuration
-        from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
-
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump({"zero_optimization": {"stage": int(kind[4:]), **(zero or {})}}, file)
-            file.flush()
-            read = read_configuration(
-                file.name,
-                batch_size=BATCH,
-                world=distributed.world_size(),
-                precision=settings.precision,
-                clip_norm=settings.clip_norm,
-                parts=settings.parts,
-                parameters=sum(p.numel() for p in moco.query.parameters()),
-                overlap=False,
-                compiled=settings.compile,
-            )
-        made = ShardedDeepSpeedEngine if kind == "zero3" else DeepSpeedEngine
-        return made(moco, settings, device, read.configuration)
-    from moco_scale.engines.ddp import DDPEngine
-    from moco_scale.engines.fsdp import FSDPEngine
-
-    return (DDPEngine if kind == "ddp" else FSDPEngine)(moco, settings, device)
-
-
 def cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in tensors.items()}
-
-
-def small_transformer() -> Encoder:
-    """A transformer of two blocks on patches of four pixels; its first layer stays as drawn."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(6)
-        backbone = MoCoViT(ViTShape(4, 16, 2, 4), SIZE, train_patch_embedding=False)
-        return Encoder(backbone, nn.Linear(16, DIM), 16)
-
-
-ENCODERS = {"resnet": small_encoder, "vit": small_transformer}
 
 
 def train(
@@ -320,9 +259,9 @@ def test_fp16_leaves_out_what_overflows_and_goes_on(reference: dict[str, Any], k
     scaling = LossScaling(initial=2.0**24, window=3)
     ways = partial(train, precision="fp16", scaling=scaling, overexposed=0, group=2, parts=2)
     results = run_ranks(ways, 2, kind, 9)
+    assert not math.isfinite(results[0]["losses"][0])
     for got in results:
         skipped = got["applied"].index(True)
-        assert not math.isfinite(results[0]["losses"][0])
         assert 0 < skipped < 9, got["scales"]
         assert got["frozen"] == [True] * got["applied"].count(False)
         halvings = [2.0 ** (24 - i) for i in range(skipped + 1)]
@@ -342,8 +281,8 @@ def test_half_precision_differs_by_its_rounding_alone(
 ) -> None:
     results = run_ranks(partial(train, precision=precision), 2, kind, 5)
     losses = torch.tensor([r["losses"] for r in results], dtype=torch.float64).mean(0)
-    # Derived there; the network and the temperature are the same.
-    table = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "engines.py"))
+    # The bounds are derived there, for as many layers and the same temperature.
+    table = runpy.run_path(str(REPOSITORY / "scripts" / "engines.py"))
     assert losses.tolist() == pytest.approx(reference["losses"], abs=table["loss_bound"](precision))
     assert results[0]["applied"] == [True] * 5
     bound = table["movement_bound"](precision)
@@ -388,132 +327,3 @@ def test_the_key_encoder_is_an_exact_average(kind: str, precision: str) -> None:
     for error in run_ranks(average_for_long, 2, kind, precision):
         print(f"{kind} {precision}: {error:.1e}")
         assert error < 1e-3
-
-
-def test_the_loss_scale_grows_back_and_survives_a_checkpoint() -> None:
-    scale = LossScale(LossScaling(initial=8.0, window=2, minimum=2.0))
-    moves = []
-    for applied in (True, False, False, False, True, True, True):
-        scale.update(applied)
-        moves.append(scale.value)
-    assert moves == [8.0, 4.0, 2.0, 2.0, 2.0, 4.0, 4.0]
-    assert scale.skipped == 3
-    other = LossScale(LossScaling(window=2))
-    other.load(scale.state())
-    other.update(True)
-    assert other.value == 8.0
-    shorter = LossScale(LossScaling(window=1000))
-    shorter.load(torch.tensor([8.0, 1500.0], dtype=torch.float64))  # of a run whose window was 2000
-    shorter.update(True)
-    assert shorter.value == 16.0
-
-
-def test_gradients_are_unscaled_and_checked_in_every_element() -> None:
-    scale = LossScale(LossScaling(initial=4.0))
-    fine = [torch.tensor([4.0, -8.0]), torch.tensor([]), torch.tensor(1e38)]
-    assert scale.unscale(fine)
-    assert fine[0].tolist() == [1.0, -2.0]
-    for bad in (float("inf"), float("-inf"), float("nan")):
-        assert not scale.unscale([torch.ones(3), torch.tensor([0.0, bad])])
-
-
-def on_the_only_gpu_in_sight() -> tuple[list[str], dict[str, str | None]]:
-    """GPUs that DeepSpeed addresses in the fourth process of a host that sees one GPU alone."""
-    from deepspeed.accelerator import get_accelerator
-
-    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-    os.environ.update(dict.fromkeys(names, "3"))
-    accelerator, addressed = get_accelerator(), []
-
-    def device_name(number: int | str | None = None) -> str:
-        addressed.extend([str(number)] if str(number).isdigit() else [])
-        return "cpu"
-
-    accelerator.set_device, accelerator.device_name = device_name, device_name
-    moco = MoCo(small_encoder())
-    engine_around("zero3", moco, EngineSettings(MOMENTUM, 1e-4), device=torch.device("cuda", 0))
-    return addressed, {name: os.environ.get(name) for name in names}
-
-
-def test_deepspeed_uses_the_only_gpu_that_a_scheduler_shows() -> None:
-    ((addressed, after),) = run_ranks(on_the_only_gpu_in_sight, 1)
-    assert addressed and set(addressed) == {"0"}
-    assert set(after.values()) == {"3"}  # others ask who is the first on a host
-
-
-def refusals(contents: list[dict[str, Any]], folder: str) -> list[str]:
-    """What is said of DeepSpeed files whose values only DeepSpeed itself looks at."""
-    from moco_scale.deepspeed_config import read_configuration
-    from moco_scale.engines.deepspeed import check_configuration
-
-    said = []
-    for content in contents:
-        path = Path(folder) / "ds.json"
-        path.write_text(json.dumps(content))
-        read = read_configuration(
-            str(path),
-            batch_size=8,
-            world=1,
-            precision="fp32",
-            clip_norm=0.0,
-            parts=1,
-            parameters=1000,
-            overlap=False,
-            compiled=False,
-        )
-        try:
-            check_configuration(str(path), read.configuration)
-            said.append("")
-        except UserError as error:
-            said.append(str(error))
-    return said
-
-
-def test_what_deepspeed_refuses_is_a_users_error(tmp_path: Path) -> None:
-    wrong = {
-        "zero_optimization.reduce_bucket_size 'big'": {
-            "zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}
-        },
-        "zero_optimization.stagee 3": {"zero_optimization": {"stagee": 3}},
-        "elasticity": {"elasticity": {"enabled": True}},
-        "tensorboard.enabled 'perhaps'": {"tensorboard": {"enabled": "perhaps"}},
-        "comms_logger 3": {"comms_logger": 3},
-    }
-    (said,) = run_ranks(refusals, 1, [{}, *wrong.values()], str(tmp_path))
-    assert said[0] == ""
-    for name, message in zip(wrong, said[1:], strict=True):
-        assert message.startswith(f"DeepSpeed configuration {tmp_path}/ds.json: ")
-        assert name in message
-
-
-def order_of_gathers(of_its_own: bool) -> list[str]:
-    """What the stream that gathers waits for after a step and after the average."""
-    from moco_scale.engines.deepspeed import GATHERS
-
-    moco = MoCo(small_encoder())
-    engine = engine_around("zero3", moco, EngineSettings(MOMENTUM, 1e-4))
-    offload = engine._optimizer.parameter_offload  # type: ignore[attr-defined]
-    assert hasattr(offload, GATHERS)  # DeepSpeed still calls it so
-    done: list[str] = []
-
-    class Stream:
-        def wait_stream(self, other: "Stream") -> None:
-            done.append("waits" if other is not self else "for itself")
-
-        def synchronize(self) -> None:
-            done.append("stops")
-
-    setattr(offload, GATHERS, Stream() if of_its_own else None)
-    setattr(torch.cuda, "current_stream", lambda device: Stream())  # noqa: B010
-    (query,) = engine.query(torch.ones(4, 3, SIZE, SIZE))
-    engine.backward(query[:, 0].mean())
-    engine.device = torch.device("cuda", 0)
-    engine.step(RATE)
-    done.append("step")
-    engine.ema(ALPHA)
-    return done
-
-
-def test_stage_3_gathers_what_was_written_last() -> None:
-    assert run_ranks(order_of_gathers, 1, True) == [["waits", "step", "waits"]]
-    assert run_ranks(order_of_gathers, 1, False) == [["stops", "step", "stops"]]

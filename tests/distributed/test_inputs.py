@@ -25,10 +25,6 @@ def started(flags: list[str], ahead: bool) -> Pretraining:
     return run
 
 
-def batches(run: Pretraining) -> Iterator[ViewBatch]:
-    return run.loader(STEPS)
-
-
 def flags_of(shards: Path, out: Path, *more: str) -> list[str]:
     return [*TINY, "--data-dir", str(shards), "--output-dir", str(out), *more]
 
@@ -37,7 +33,7 @@ def seen(flags: list[str], ahead: bool) -> list[list[Tensor]]:
     """All inputs of each step on this rank: query views in two parts, key views, a way back."""
     run = started(flags, ahead)
     steps = []
-    for batch in run.inputs.ahead(batches(run)):
+    for batch in run.inputs.ahead(run.loader(STEPS)):
         inputs, half = run.inputs.take(batch), len(batch.index) // 2
         tensors = [*inputs.queries(slice(0, half)), *inputs.queries(slice(half, 2 * half))]
         for term in range(len(run.inputs.terms)):
@@ -66,7 +62,7 @@ def test_one_batch_is_made_ahead_and_no_more(tiny_shards: Path, tmp_path: Path) 
     read: list[int] = []
 
     def counted() -> Iterator[ViewBatch]:
-        for batch in batches(run):
+        for batch in run.loader(STEPS):
             read.append(batch.step)
             yield batch
 
@@ -80,7 +76,7 @@ def test_one_batch_is_made_ahead_and_no_more(tiny_shards: Path, tmp_path: Path) 
 
 def train(run: Pretraining, steps: int) -> None:
     run.engine.moco.train()
-    for batch in run.inputs.ahead(batches(run)):
+    for batch in run.inputs.ahead(run.loader(STEPS)):
         run.train_step(batch)
         run.step += 1
         if run.step == steps:
@@ -131,7 +127,7 @@ def order_of_messages(flags: list[str]) -> tuple[bool, list[str]]:
         patch.setattr(distributed.PendingRows, "wait", noted("exchanged", wait))
         patch.setattr(run.engine, "query", noted("queries", query))
         run.engine.moco.train()
-        run.train_step(next(batches(run)))
+        run.train_step(next(run.loader(STEPS)))
     return run.inputs.alone, happened
 
 
@@ -193,7 +189,7 @@ def trained_on_a_gpu(flags: list[str], ahead: bool) -> dict[str, Tensor]:
     """Weights, statistics and queue after a few steps."""
     run = started(flags, ahead)
     run.engine.moco.train()
-    for batch in run.inputs.ahead(batches(run)):
+    for batch in run.inputs.ahead(run.loader(STEPS)):
         run.train_step(batch)
         run.step += 1
     torch.cuda.synchronize()

@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from commands import TINY, Ranks, forked, forked_ranks
+from commands import TINY, Ranks, before_each_call, forked, forked_ranks
 
 from moco_scale.data.reader import ViewBatch
 from moco_scale.encoders import build_encoder
 from moco_scale.errors import LOST_PEER
+from moco_scale.pretrain import Pretraining
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -55,10 +56,10 @@ def job(data: Path, out: Path, *how: object, ranks: int = 2) -> AbstractContextM
     return forked_ranks(*flags, ranks=ranks, prepare=break_at, prepare_args=how)
 
 
-def said(run: Ranks, rank: int) -> str:
+def said(run: Ranks, rank: int, program: str = "train.py") -> str:
     """The line in which a rank says why it stops."""
     # Not at the beginning of a line: torch's warnings may be there, written piece by piece.
-    lines = re.findall(rf"train\.py: rank {rank} on {HOST} stops.*", run.output())
+    lines = re.findall(rf"{re.escape(program)}: rank {rank} on {HOST} stops.*", run.output())
     assert len(lines) == 1, run.output()
     assert "Traceback" not in run.output()
     return lines[0]
@@ -158,29 +159,23 @@ def test_a_rank_that_an_evaluation_loses(
         if how == "frozen":
             psutil.Process(run.processes[1].pid).resume()
             assert run.status(1) == LOST_PEER, run.output()
-    line = rf"eval\.py: rank 0 on {HOST} stops.*rank 1 on {HOST} has not been heard of since .*"
-    (said,) = re.findall(line, run.output())
-    assert said.endswith("last was in phase evaluation"), said
-    assert "Traceback" not in run.output()
+    line = said(run, 0, "eval.py")
+    assert f"rank 1 on {HOST} has not been heard of since " in line
+    assert line.endswith("last was in phase evaluation"), line
     assert not (tmp_path / "out" / "results.json").exists()
 
 
 def go_astray(what: str, step: int, rank: int) -> None:
     """Let one rank's state differ from the others' before a step."""
-    from moco_scale.pretrain import Pretraining
 
-    train_step = Pretraining.train_step
-
-    def astray(self: Pretraining, batch: ViewBatch) -> None:
-        if batch.step + 1 == step and self.rank == rank:
+    def lead_astray(run: Pretraining, batch: ViewBatch) -> None:
+        if batch.step + 1 == step and run.rank == rank:
             if what == "queue pointer":
-                self.queue.pointer += 1
+                run.queue.pointer += 1
             else:
-                key = self.engine.replicated()["key"]
-                torch._foreach_mul_(key, 1.001)
-        train_step(self, batch)
+                torch._foreach_mul_(run.engine.replicated()["key"], 1.001)
 
-    Pretraining.train_step = astray  # type: ignore[method-assign]
+    before_each_call("moco_scale.pretrain", "Pretraining.train_step", lead_astray)
 
 
 @pytest.mark.parametrize(

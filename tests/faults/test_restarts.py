@@ -7,9 +7,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import pytest
-from commands import BIN, LIMIT, REPOSITORY, TINY, forked, free_port, kill_tree
+from commands import BIN, LIMIT, REPOSITORY, TINY, forked, free_port, kill_tree, rank_process
 from hosts import Host, Started
 from test_resume import assert_same_run
 
@@ -21,15 +20,6 @@ SAVING = ("--checkpoint-freq", 1, "--keep-checkpoints", 1)
 LONG = ("--epochs", 4)  # 16 steps: not done before the signal comes, however busy the machine is
 # More than a healthy rank is kept from a busy machine's cores.
 PATIENCE = ("--hang-timeout", 15)
-
-
-def rank_process(launcher: int, rank: int) -> psutil.Process:
-    """The process of a rank that a launcher has started."""
-    for process in psutil.Process(launcher).children(recursive=True):
-        named = process.name().startswith("python") and process.environ().get("RANK") == str(rank)
-        if named and "train.py" in process.cmdline():
-            return process
-    raise LookupError(f"no process of rank {rank}")
 
 
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
@@ -136,7 +126,7 @@ def test_a_frozen_rank_of_another_host(
 ) -> None:
     started = torchrun(hosts, tiny_shards, tmp_path)
     started[0].wait_for("step 3/")
-    started[1].rank_process(3).send_signal(signal.SIGSTOP)
+    rank_process(started[1].process.pid, 3).send_signal(signal.SIGSTOP)
     first, second = (each.wait() for each in started)
     assert first.status != 0 and second.status != 0
     said = reasons(first.output + second.output)

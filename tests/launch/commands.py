@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import runpy
 import signal
@@ -53,6 +54,20 @@ class Outcome(NamedTuple):
 
     status: int
     output: str
+
+
+def flags_for(data: Path, out: Path) -> tuple[object, ...]:
+    """Flags of a tiny run on these shards that is written there."""
+    return (*TINY, "--data-dir", data, "--output-dir", out)
+
+
+def assert_refused(run: Outcome, *words: object) -> None:
+    """A user's error: status 2 and one message without a traceback, in which the words are."""
+    assert run.status == 2, run.output
+    assert "Traceback" not in run.output, run.output
+    assert run.output.count("error: ") == 1, run.output
+    for word in words:
+        assert str(word) in run.output, f"no {str(word)!r} in:\n{run.output}"
 
 
 def make_shards(source: Path, out: Path, *flags: str) -> Path:
@@ -198,6 +213,29 @@ def _run_script(
         runpy.run_path(str(REPOSITORY / script), run_name="__main__")
 
 
+def before_each_call(module: str, function: str, action: Callable[..., None]) -> None:
+    """In this process from now on, call ``action`` with a function's arguments before it.
+
+    For what :func:`forked` calls to `prepare` a process.
+
+    Args:
+        module: where the function is looked up.
+        function: its name there; of a method ``"Class.method"``.
+        action: may raise, or end the process, in the function's place.
+    """
+    owner: Any = importlib.import_module(module)
+    *path, name = function.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        action(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, both)
+
+
 def command(launcher: str, *arguments: object, processes: int = 2) -> list[str]:
     """The command line that starts ``train.py`` (of the checkout, which must be the cwd)."""
     argv = [str(argument) for argument in arguments]
@@ -279,6 +317,16 @@ def kill_tree(pid: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
     psutil.wait_procs(family[1:], timeout=60)
+
+
+def rank_process(launcher: int, rank: int) -> psutil.Process:
+    """The process of ``train.py`` that a launcher has started for a rank."""
+    for process in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            python = "train.py" in process.cmdline() and process.name().startswith("python")
+            if python and process.environ().get("RANK") == str(rank):
+                return process
+    raise LookupError(f"{launcher} has no process of rank {rank}")
 
 
 def flags(**values: object) -> Sequence[str]:

@@ -27,6 +27,7 @@ from commands import LIMIT, REPOSITORY, Outcome, kill_tree
 INTERFACE = "eth0"
 NAMES = ("host-a", "host-b")
 ADDRESSES = ("10.73.0.1", "10.73.0.2")
+# What two_hosts raises where the kernel, or a container, does not let it do something.
 _REFUSALS = (OSError, ValueError, AssertionError, subprocess.SubprocessError, psutil.Error)
 _PROGRAMS = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 
@@ -141,15 +142,6 @@ class Started:
                 raise AssertionError(f"{self.host.name} never said {text!r}:\n{output}")
             time.sleep(0.05)
         return output
-
-    def rank_process(self, rank: int, script: str = "train.py") -> psutil.Process:
-        """The process of a rank that this command, a launcher, has started."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                python = script in process.cmdline() and process.name().startswith("python")
-                if python and process.environ().get("RANK") == str(rank):
-                    return process
-        raise LookupError(f"no process of rank {rank} on {self.host.name}")
 
 
 def wait_all(started: Sequence[Started], limit: float = LIMIT) -> list[Outcome]:

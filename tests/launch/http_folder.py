@@ -78,12 +78,13 @@ class FaultyFolder:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         probe = asked is not None and asked[2] == "0"
+        what = f"probe of {name}" if probe else name
         with self._lock:
-            attempt = self._attempts[f"{name} {probe}"]
-            self._attempts[f"{name} {probe}"] += 1
+            attempt = self._attempts[what]
+            self._attempts[what] += 1
             authorization = handler.headers.get("Authorization", "")
             self.requests.append(Request(name, start, query, authorization, probe))
-        fault = self.fault(f"probe of {name}" if probe else name, attempt)
+        fault = self.fault(what, attempt)
         path = self.folder / name
         if fault == "silent":
             self.stopping.wait()

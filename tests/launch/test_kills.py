@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import TINY, forked
+from commands import TINY, before_each_call, forked
 from test_resume import assert_same_run, steps_of_checkpoints
+
+from moco_scale.pretrain import Pretraining
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -19,18 +21,14 @@ FLAGS = (*TINY, "--epochs", STEPS // 4, "--checkpoint-freq", 1, "--keep-checkpoi
 
 def die_after(seconds: float, victims: tuple[int, ...]) -> None:
     """kill -9 this process so long after its training has begun, if it is one of the victims."""
-    from moco_scale.pretrain import Pretraining
 
-    run = Pretraining.run
-
-    def doomed(self: Pretraining) -> None:
-        if self.rank in victims:
+    def doom(run: Pretraining) -> None:
+        if run.rank in victims:
             killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
             killer.daemon = True
             killer.start()
-        run(self)
 
-    Pretraining.run = doomed  # type: ignore[method-assign]
+    before_each_call("moco_scale.pretrain", "Pretraining.run", doom)
 
 
 def test_killed_at_thirty_random_moments(tiny_shards: Path, tmp_path: Path) -> None:

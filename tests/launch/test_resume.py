@@ -1,20 +1,31 @@
 """Killed at any moment and started again by the same command, a run ends as if nothing happened."""
 
-import importlib
 import json
 import os
 import random
 import signal
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import TINY, ZERO1, Outcome, forked, killed_when, launched, make_shards
+from commands import (
+    TINY,
+    ZERO1,
+    Outcome,
+    before_each_call,
+    forked,
+    killed_when,
+    launched,
+    make_shards,
+)
 from torch import Tensor
 
 from moco_scale import checkpoint
 from moco_scale.cli import STOPPED_EARLY
+from moco_scale.data.reader import ViewBatch
+from moco_scale.pretrain import Pretraining
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -30,18 +41,12 @@ CRASHES = {
 
 def die_in(module: str, function: str, text: str) -> None:
     """kill -9 this process and its workers where a function is called with such an argument."""
-    owner = importlib.import_module(module)
-    *path, name = function.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    original = getattr(owner, name)
 
-    def replacement(*args: Any, **kwargs: Any) -> Any:
+    def die(*args: Any, **kwargs: Any) -> None:
         if any(text in str(a) for a in args):
             os.killpg(0, signal.SIGKILL)
-        return original(*args, **kwargs)
 
-    setattr(owner, name, replacement)
+    before_each_call(module, function, die)
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
@@ -245,36 +250,28 @@ def test_moved_pictures_are_the_same_pictures(
 
 def signal_at(step: int, rank: int, *numbers: int) -> None:
     """Let this process send itself signals in the given step, if it is that rank."""
-    from moco_scale.pretrain import Pretraining
 
-    original = Pretraining.train_step
-
-    def train_step(self: Pretraining, batch: Any) -> None:
-        if self.step + 1 == step and self.rank == rank:
+    def send(run: Pretraining, batch: ViewBatch) -> None:
+        if run.step + 1 == step and run.rank == rank:
             for number in numbers:
                 os.kill(os.getpid(), number)
-        original(self, batch)
 
-    Pretraining.train_step = train_step  # type: ignore[method-assign]
+    before_each_call("moco_scale.pretrain", "Pretraining.train_step", send)
 
 
-def end_in_evaluation(count: int, how: str, rank: int = 0) -> None:
-    """Let something happen to this process in its count-th kNN evaluation, if it is that rank."""
-    from moco_scale.evaluation.knn import KnnMonitor
+def end_in_evaluation(call: int, how: str, rank: int = 0) -> None:
+    """Let something happen to this process in its n-th kNN evaluation, if it is that rank."""
+    calls = count(1)
 
-    measure, calls = KnnMonitor.measure, [0]
-
-    def measured(self: KnnMonitor, *args: Any, **kwargs: Any) -> dict[str, float]:
-        calls[0] += 1
-        if calls[0] == count and int(os.environ.get("RANK", "0")) == rank:
+    def end(*args: Any, **kwargs: Any) -> None:
+        if next(calls) == call and int(os.environ.get("RANK", "0")) == rank:
             if how == "kill":
                 os.killpg(0, signal.SIGKILL)
             if how == "raise":
                 raise ZeroDivisionError("in the evaluation")
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(self, *args, **kwargs)
 
-    KnnMonitor.measure = measured  # type: ignore[method-assign]
+    before_each_call("moco_scale.evaluation.knn", "KnnMonitor.measure", end)
 
 
 def test_an_evaluation_that_fails_loses_nothing(tiny_shards: Path, tmp_path: Path) -> None:
@@ -311,8 +308,6 @@ def test_an_evaluation_that_fails_loses_nothing(tiny_shards: Path, tmp_path: Pat
 
 def die_when_saved(step: int) -> None:
     """kill -9 this process as soon as the checkpoint of a step is complete."""
-    from moco_scale import checkpoint
-
     original = checkpoint.save
 
     def save(folder: Path, *args: Any) -> None:

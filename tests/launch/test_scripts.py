@@ -92,7 +92,7 @@ class Stage:
 
     def run(self, script: str, *arguments: object, **variables: object) -> int:
         """A script's status; it finds the programs before all others."""
-        outside = ("SLURM", "RANK", "WORLD", "LOCAL", "MASTER", "NCCL", "GLOO", "OMP", "PET_")
+        outside = (*WATCHED, "SLURM", "LOCAL", "NCCL", "GLOO", "OMP", "PET_")
         env = {k: v for k, v in os.environ.items() if not k.startswith(outside)}
         env |= {"PATH": f"{self.programs}:{env['PATH']}", "CALLS": str(self.folder)}
         env |= {name: str(value) for name, value in variables.items()}

@@ -186,7 +186,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         (
             {"zero_optimization": {"stage": 3, key: value}},
             "fp32",
-            (f"zero_optimization.{key}", "re"),
+            (f"zero_optimization.{key}", "remove it"),
         )
         for key, value in (
             ("zero_quantized_weights", True),

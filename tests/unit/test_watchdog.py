@@ -1,5 +1,6 @@
 """Who reads signs of life, who decides, and when: ranks and their store in one process."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Clock:
 
 
 class Job:
-    """Four ranks on each of two hosts, whose threads take turns, once in an interval."""
+    """Ranks, four to a host, whose threads take turns, once in an interval."""
 
     def __init__(self, patch: pytest.MonkeyPatch, timeout: float, world: int = 8) -> None:
         self.clock = Clock()
@@ -71,9 +72,8 @@ class Job:
 
     def _end(self, rank: int, text: str) -> None:
         self.ended[rank] = self.clock.now, text
-        self.store.values.setdefault(
-            "verdict", f'{{"text": "{text}", "ended": false, "folder": "hangs"}}'
-        )
+        verdict = {"text": text, "ended": False, "folder": "hangs"}
+        self.store.values.setdefault("verdict", json.dumps(verdict))
 
     def run(self, seconds: float) -> dict[int, tuple[float, str]]:
         """Let time pass; when each rank ended, and why."""
@@ -138,8 +138,7 @@ def test_a_store_that_is_slow_makes_nobody_silent(monkeypatch: pytest.MonkeyPatc
 
 def test_many_ranks_have_time_for_their_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(monkeypatch, 6.0, world=2048)
-    (watch,) = {(watch._interval, watch._timeout) for watch in job.watches}
-    assert watch == (5.12, 102.4)
+    assert {(watch._interval, watch._timeout) for watch in job.watches} == {(5.12, 102.4)}
     job = Job(monkeypatch, 600.0, world=8)
     assert {(watch._interval, watch._timeout) for watch in job.watches} == {(1.0, 600.0)}
 

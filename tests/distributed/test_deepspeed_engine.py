@@ -1,0 +1,119 @@
+"""DeepSpeed's own matters: the GPU it addresses, what it refuses, what gathering waits for."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from small_engines import ALPHA, MOMENTUM, RATE, SIZE, engine_around, small_encoder
+
+from moco_scale.engines.base import EngineSettings
+from moco_scale.errors import UserError
+from moco_scale.moco import MoCo
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def on_the_only_gpu_in_sight() -> tuple[list[str], dict[str, str | None]]:
+    """GPUs that DeepSpeed addresses in the fourth process of a host that sees one GPU alone."""
+    from deepspeed.accelerator import get_accelerator
+
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    os.environ.update(dict.fromkeys(names, "3"))
+    accelerator, addressed = get_accelerator(), []
+
+    def device_name(number: int | str | None = None) -> str:
+        addressed.extend([str(number)] if str(number).isdigit() else [])
+        return "cpu"
+
+    accelerator.set_device, accelerator.device_name = device_name, device_name
+    moco = MoCo(small_encoder())
+    engine_around("zero3", moco, EngineSettings(MOMENTUM, 1e-4), device=torch.device("cuda", 0))
+    return addressed, {name: os.environ.get(name) for name in names}
+
+
+def test_deepspeed_uses_the_only_gpu_that_a_scheduler_shows() -> None:
+    ((addressed, after),) = run_ranks(on_the_only_gpu_in_sight, 1)
+    assert addressed and set(addressed) == {"0"}
+    assert set(after.values()) == {"3"}  # others ask who is the first on a host
+
+
+def refusals(contents: list[dict[str, Any]], folder: str) -> list[str]:
+    """What is said of DeepSpeed files whose values only DeepSpeed itself looks at."""
+    from moco_scale.deepspeed_config import read_configuration
+    from moco_scale.engines.deepspeed import check_configuration
+
+    said = []
+    for content in contents:
+        path = Path(folder) / "ds.json"
+        path.write_text(json.dumps(content))
+        read = read_configuration(
+            str(path),
+            batch_size=8,
+            world=1,
+            precision="fp32",
+            clip_norm=0.0,
+            parts=1,
+            parameters=1000,
+            overlap=False,
+            compiled=False,
+        )
+        try:
+            check_configuration(str(path), read.configuration)
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_deepspeed_refuses_is_a_users_error(tmp_path: Path) -> None:
+    wrong = {
+        "zero_optimization.reduce_bucket_size 'big'": {
+            "zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}
+        },
+        "zero_optimization.stagee 3": {"zero_optimization": {"stagee": 3}},
+        "elasticity": {"elasticity": {"enabled": True}},
+        "tensorboard.enabled 'perhaps'": {"tensorboard": {"enabled": "perhaps"}},
+        "comms_logger 3": {"comms_logger": 3},
+    }
+    (said,) = run_ranks(refusals, 1, [{}, *wrong.values()], str(tmp_path))
+    assert said[0] == ""
+    for name, message in zip(wrong, said[1:], strict=True):
+        assert message.startswith(f"DeepSpeed configuration {tmp_path}/ds.json: ")
+        assert name in message
+
+
+def order_of_gathers(of_its_own: bool) -> list[str]:
+    """What the stream that gathers waits for after a step and after the average."""
+    from moco_scale.engines.deepspeed import GATHERS
+
+    moco = MoCo(small_encoder())
+    engine = engine_around("zero3", moco, EngineSettings(MOMENTUM, 1e-4))
+    offload = engine._optimizer.parameter_offload  # type: ignore[attr-defined]
+    assert hasattr(offload, GATHERS)  # DeepSpeed still calls it so
+    done: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: "Stream") -> None:
+            done.append("waits" if other is not self else "for itself")
+
+        def synchronize(self) -> None:
+            done.append("stops")
+
+    setattr(offload, GATHERS, Stream() if of_its_own else None)
+    setattr(torch.cuda, "current_stream", lambda device: Stream())  # noqa: B010
+    (query,) = engine.query(torch.ones(4, 3, SIZE, SIZE))
+    engine.backward(query[:, 0].mean())
+    engine.device = torch.device("cuda", 0)
+    engine.step(RATE)
+    done.append("step")
+    engine.ema(ALPHA)
+    return done
+
+
+def test_stage_3_gathers_what_was_written_last() -> None:
+    assert run_ranks(order_of_gathers, 1, True) == [["waits", "step", "waits"]]
+    assert run_ranks(order_of_gathers, 1, False) == [["stops", "step", "stops"]]
