@@ -15,6 +15,7 @@ from moco_scale.errors import (
     RankError,
     StoppedEarly,
     UserError,
+    first_line,
     is_peer_gone,
 )
 from moco_scale.launchers import rank_of
@@ -54,7 +55,7 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
         # A traceback here would bury the message of the process that caused it.
         print(
             f"{name}: rank {_rank()} stops too: another process ended, for the reason it gave, or "
-            f"the network failed ({str(error).strip().splitlines()[0]})",
+            f"the network failed ({first_line(error)})",
             file=sys.stderr,
             flush=True,
         )

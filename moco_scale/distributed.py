@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from moco_scale.allocator import keep_freed_memory
-from moco_scale.errors import RankError, UserError
+from moco_scale.errors import RankError, UserError, first_line
 from moco_scale.interfaces import name_interface
 from moco_scale.launchers import complete_environment, gpu_of, why_not_met
 from moco_scale.restarts import name_of_start
@@ -91,7 +91,7 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
         met = dist.PrefixStore("default_pg", _store)
         dist.init_process_group(backend, timeout=_timeout, store=met, rank=number, world_size=world)
     except RuntimeError as error:
-        why = why_not_met(os.environ, str(error).splitlines()[0])
+        why = why_not_met(os.environ, first_line(error))
         if why is None:
             raise
         raise RankError(UserError(why), number) from error

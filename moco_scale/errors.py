@@ -53,3 +53,8 @@ class RankError(UserError):
 
     def __init__(self, error: UserError, rank: int) -> None:
         super().__init__(f"rank {rank} on {socket.gethostname()}: {error}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -192,8 +192,9 @@ class RunFolder:
 
     def last_good(self) -> str:
         """The newest complete checkpoint, for people; what is not finite is never saved."""
-        saved = self.checkpoints()
+        # Asked first: what ends meanwhile is among those that are listed.
         coming = f"; {self._newest} is being written" if self._saver.busy else ""
+        saved = self.checkpoints()
         return (str(saved[-1]) if saved else "none") + coming
 
     def checkpoints(self) -> list[Path]:

@@ -79,7 +79,7 @@ def _turn(
     action: Callable[[Callable[[], None]], T], mine: bool, alive: Callable[[], None]
 ) -> T | None:
     if distributed.world_size() == 1:
-        return action(alive)
+        return action(alive) if mine else None
     if not mine:
         _until_all_are_done(lambda wait: (False, 0), alive)
         return None

@@ -34,6 +34,7 @@ from moco_scale.errors import (
     RankError,
     StoppedEarly,
     UserError,
+    first_line,
     is_peer_gone,
 )
 from moco_scale.timing import Phases
@@ -137,7 +138,7 @@ class Watch:
                 self._wake.wait(self._interval)
                 self._wake.clear()
         except Exception as error:  # once broken, a connection of torch's store stays so
-            self._broken = _first_line(error)
+            self._broken = first_line(error)
 
     def _talk(self) -> None:
         begun = time.monotonic()
@@ -313,7 +314,7 @@ class Watch:
                     return found
         if self._verdict is not None:
             return str(self._verdict["text"])
-        return rank_0 or f"another process ended, or the network failed ({_first_line(error)})"
+        return rank_0 or f"another process ended, or the network failed ({first_line(error)})"
 
     # The end.
 
@@ -373,7 +374,3 @@ def _is_mine(error: BaseException) -> bool:
 
 def _key(rank: int) -> str:
     return f"beat/{rank}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

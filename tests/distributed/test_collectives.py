@@ -294,6 +294,17 @@ def test_turns_are_taken_by_rank_0_then_one_of_each_host_then_the_others(ranks: 
         assert failed == "a defect of rank 0"
 
 
+def test_one_process_has_one_turn() -> None:
+    taken: list[int] = []
+
+    def action(gets_on: Callable[[], None]) -> str:
+        taken.append(1)
+        return "done"
+
+    assert together.in_turn(action) == "done"
+    assert taken == [1]
+
+
 def test_one_process_keeps_its_own_error() -> None:
     error = RankError(UserError("a picture"), 0)
     assert together.first_error(error) is error

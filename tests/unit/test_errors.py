@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from moco_scale.errors import is_peer_gone
+from moco_scale.errors import first_line, is_peer_gone
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, "
 PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] "
@@ -71,3 +71,8 @@ def test_what_the_network_says_of_others(error: RuntimeError) -> None:
 )
 def test_what_is_a_fault_of_one_s_own(error: Exception) -> None:
     assert not is_peer_gone(error)
+
+
+def test_an_error_that_says_nothing_is_named_by_its_kind() -> None:
+    assert first_line(dist.DistNetworkError("")) == "DistNetworkError"
+    assert first_line(RuntimeError("\n timed out\nat rank 1")) == "timed out"

@@ -306,6 +306,35 @@ def test_a_partial_copy_of_a_checkpoint_does_not_stand_in_for_it(tmp_path: Path)
     assert checkpoint.load(run.checkpoints()[0])["x"].item() == 1
 
 
+def cut_short(value: Any, file: Any) -> None:
+    """torch.save on a disk that is full."""
+    file.write(b"half")
+    try:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4 vs 0")
+
+
+def test_a_full_disk_where_the_model_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = folder(tmp_path)
+    run.prepare()
+    run.begin(0)
+    save(run, 1)
+    assert run.is_current(1) and not run.is_current(2)
+    model = ({"x": torch.tensor(2.0)}, {"x": "model.y.z"}, {"step": 2, "epoch": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", cut_short)
+        with pytest.raises(UserError, match=r"cannot write .*current.pth: No space left on device"):
+            run.write_current(*model)
+    assert run.is_current(1)
+    run.write_current(*model)
+    assert run.is_current(2)
+    (tmp_path / "current.pth").write_bytes(b"damaged")
+    assert not run.is_current(2)
+
+
 def test_a_full_disk_after_the_checkpoint_keeps_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,14 +342,6 @@ def test_a_full_disk_after_the_checkpoint_keeps_the_checkpoint(
     run.prepare()
     run.begin(0)
     save(run, 1)
-
-    def cut_short(value: Any, file: Any) -> None:
-        file.write(b"half")
-        try:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:  # what torch.save makes of it
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4 vs 0")
-
     monkeypatch.setattr(torch, "save", cut_short)
     monkeypatch.setattr(run_folder.checkpoint, "save", lambda folder, *_: folder.mkdir())
     with pytest.raises(UserError, match="No space left on device; checkpoint step-00000002"):
