@@ -19,6 +19,7 @@ from moco_scale.errors import (
     is_peer_gone,
 )
 from moco_scale.launchers import rank_of
+from moco_scale.messages import say
 
 STOPPED_EARLY = 75
 """Status of a run that stopped early and can go on: EX_TEMPFAIL of sysexits.h."""
@@ -35,29 +36,27 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
         return action() or 0
     except UserError as error:
         if isinstance(error, RankError):  # which says whose it is
-            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+            say(f"{name}: error: {error}")
         elif _speaks():
-            print(f"{name}: error: {_who()}{error}", file=sys.stderr, flush=True)
+            say(f"{name}: error: {_who()}{error}")
         return 2
     except StoppedEarly as stop:
         if _rank() == 0:
-            print(f"{name}: {stop}", file=sys.stderr, flush=True)
+            say(f"{name}: {stop}")
         return STOPPED_EARLY
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        say(f"{name}: interrupted")
         return 130
     except PeerLost as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        say(f"{name}: {error}")
         return LOST_PEER
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_peer_gone(error):
             raise
         # A traceback here would bury the message of the process that caused it.
-        print(
+        say(
             f"{name}: rank {_rank()} stops too: another process ended, for the reason it gave, or "
-            f"the network failed ({first_line(error)})",
-            file=sys.stderr,
-            flush=True,
+            f"the network failed ({first_line(error)})"
         )
         return LOST_PEER
     except BrokenPipeError:
@@ -87,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         if _rank() == 0:
             super().error(message)
         # No other may have this error: a file, a variable or a typing mistake of one host alone.
-        print(f"{self.prog}: error: {_who()}{message}", file=sys.stderr, flush=True)
+        say(f"{self.prog}: error: {_who()}{message}")
         sys.exit(2)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moco_scale.messages import say
 
 LOSS, WEIGHTS, GRADIENTS = KINDS = ("its loss", "the weights after it", "its gradients")
 
@@ -73,11 +74,9 @@ class FiniteWatch:
             return 0
         kind = 0 if bad_loss else 1 if bad_weights else 2
         if not self._bad_before:
-            print(
+            say(
                 f"rank {self._rank} on {socket.gethostname()}: step {step} is not finite: "
-                f"{KINDS[kind]}; last good checkpoint: {self._last_good()}",
-                file=sys.stderr,
-                flush=True,
+                f"{KINDS[kind]}; last good checkpoint: {self._last_good()}"
             )
         self._bad_before = True
         return (3 - kind << 30) + self._rank  # a loss before what follows from it

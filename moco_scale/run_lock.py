@@ -6,13 +6,13 @@ import fcntl
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from moco_scale.errors import UserError
+from moco_scale.messages import say
 
 LEASE = 120.0
 """Seconds that another host's lock is waited for: that of an NFS client that died ends with its
@@ -63,11 +63,9 @@ class RunLock:
             elsewhere = bool(holder) and words[0] != self._host
             if elsewhere and deadline is None:
                 deadline = self._clock() + LEASE
-                print(
+                say(
                     f"--output-dir {self.path.parent} is locked by another host{holder}; if that "
-                    f"one has died, its lock ends within two minutes: waiting",
-                    file=sys.stderr,
-                    flush=True,
+                    f"one has died, its lock ends within two minutes: waiting"
                 )
             if deadline is None or not elsewhere or self._clock() >= deadline:
                 file.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from moco_scale import distributed
 from moco_scale.errors import UserError
+from moco_scale.messages import say
 
 
 class BackgroundSaver:
@@ -77,11 +77,9 @@ class BackgroundSaver:
             # All ranks meet a UserError; one of them says it.
             if distributed.is_main() or not isinstance(error, UserError):
                 what = str(error) if isinstance(error, UserError) else repr(error)
-                print(
+                say(
                     f"rank {distributed.rank()}: saving has failed, so the run is about to stop: "
-                    f"{what}",
-                    file=sys.stderr,
-                    flush=True,
+                    f"{what}"
                 )
 
     @property

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from moco_scale import distributed
 from moco_scale.errors import RankError, UserError
+from moco_scale.messages import say
 
 
 class Telemetry:
@@ -55,7 +56,7 @@ class Telemetry:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""

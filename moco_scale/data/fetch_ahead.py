@@ -34,6 +34,7 @@ from moco_scale.data.remote import Place
 from moco_scale.data.shard_cache import NoRoom, ShardCache, gigabytes, shard_path
 from moco_scale.data.windows import window_of
 from moco_scale.errors import UserError
+from moco_scale.messages import say
 
 _FETCHERS = 4
 _REST = 30.0  # seconds for which a shard that cannot be had is left to those who read it
@@ -133,11 +134,9 @@ class FetchAhead:
     def _replace(self, status: int, step: int) -> None:
         if not self._said:
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-            print(
+            say(
                 f"the process that fetches shards ahead died ({how}; most often for want of "
-                "memory) and is started again; until then readers fetch for themselves",
-                file=sys.stderr,
-                flush=True,
+                "memory) and is started again; until then readers fetch for themselves"
             )
         self._said, self._not_before = True, time.monotonic() + _RESTARTS_APART
         self.close()

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moco_scale.messages import say
+
 _LINE_SECONDS = 10.0
 _listeners: list[Callable[[], None]] = []
 
@@ -57,5 +59,5 @@ class Progress:
             self._bar.update(count)
         elif time.monotonic() >= self._quiet_until:
             line = f"{self._label}: {self._count} of {self._total} {self._unit}"
-            print(line, file=sys.stderr, flush=True)
+            say(line)
             self._quiet_until = time.monotonic() + _LINE_SECONDS

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from moco_scale.data.shard_list import ShardList
 from moco_scale.data.tar_scan import ShardScan, dots_problem, scan_tar
 from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
+from moco_scale.messages import say
 
 FOLDER = ".moco_scale-index"
 _RULES = b"2"  # by which pictures and labels are found: an index made by others is made again
@@ -143,7 +143,7 @@ def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[No
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(waiting, file=sys.stderr, flush=True)
+                say(waiting)
                 _lock_in_the_end(file, works_in)
         yield
 
@@ -250,7 +250,7 @@ def write_index(
             f"the labels are not used: {why_none}. Pretraining needs none, kNN and linear "
             "evaluation do"
         )
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    say("\n".join(lines))
 
 
 def _scan_all(spec: str, folder: Path, names: list[str]) -> list[ShardScan]:

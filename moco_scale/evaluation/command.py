@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from moco_scale.evaluation.features import LeftOut, Pixels, Pretrained, load_pre
 from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.files import read_json, write_atomically
+from moco_scale.messages import say
 from moco_scale.timing import EVALUATION, Phases
 from moco_scale.watchdog import Watch
 
@@ -95,12 +95,10 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
     weights = {"weights in --pretrained-model": pretrained.fingerprint}
     identity.require_alike(weights, "give all of them the same file")
     if distributed.is_main():
-        print(
+        say(
             f"{args.protocol} evaluation of the {args.encoder} encoder in {pretrained.path} "
             f"(epoch {pretrained.epoch}, step {pretrained.step}), "
-            f"{distributed.world_size()} process(es) on {distributed.device().type}",
-            file=sys.stderr,
-            flush=True,
+            f"{distributed.world_size()} process(es) on {distributed.device().type}"
         )
     if isinstance(test, KnnMonitor):
         measured = _run_knn(args, test, pretrained)

@@ -24,6 +24,7 @@ from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Shards
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.errors import UserError
+from moco_scale.messages import say
 
 T = TypeVar("T")
 Encode = Callable[[Tensor], Tensor]
@@ -254,11 +255,9 @@ class LeftOut:
         if new and distributed.is_main():
             shown = [f"{b.shard} (key {b.key}): {b.reason}" for b in list(new.values())[:_SHOWN]]
             more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
-            print(
+            say(
                 f"{len(new)} of the {len(shards)} {shards.split} pictures cannot be decoded and "
-                f"{'is' if len(new) == 1 else 'are'} left out: {'; '.join(shown)}{more}",
-                file=sys.stderr,
-                flush=True,
+                f"{'is' if len(new) == 1 else 'are'} left out: {'; '.join(shown)}{more}"
             )
         self.places = {bad.sample for bad in met}
 
@@ -388,4 +387,4 @@ def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
         yield item
         if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
             said = time.monotonic()
-            print(f"{label}: {done}/{total} batches", file=sys.stderr, flush=True)
+            say(f"{label}: {done}/{total} batches")

@@ -43,6 +43,7 @@ from moco_scale.evaluation.features import (
     progress,
 )
 from moco_scale.evaluation.linear_config import LinearConfig
+from moco_scale.messages import say
 
 
 class LinearEvaluation:
@@ -349,7 +350,7 @@ class LinearEvaluation:
 
     def _say(self, text: str) -> None:
         if distributed.is_main():
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def _save(self) -> None:
         state = {

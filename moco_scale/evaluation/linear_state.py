@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from moco_scale import together
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, save_atomically
+from moco_scale.messages import say
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -80,10 +80,8 @@ def _read(
         raise UserError(
             f"{path} belongs to another linear evaluation, which is not finished:\n{lines}\n{away}"
         )
-    print(
+    say(
         f"{path} is of another linear evaluation, which is finished; this one takes its place:\n"
-        f"{lines}",
-        file=sys.stderr,
-        flush=True,
+        f"{lines}"
     )
     return None
