@@ -66,7 +66,10 @@ def build_encoder(
 ) -> Encoder:
     """Build an encoder whose initial weights are a function of the seed alone.
 
-    The global random generator is left as it was.
+    A ResNet has the weights that torchvision's ``resnetNN(num_classes=dim)`` has after
+    ``torch.manual_seed(seed)``. What that has not (the ``mlp`` head's first layer, a 3x3 or a wider
+    stem) is drawn after it, as the official code does: a run of ours and one of another code base
+    can begin at the same weights. The global random generator is left as it was.
 
     Args:
         model: one of :data:`MODELS`.
@@ -103,27 +106,37 @@ def build_encoder(
             )
         else:
             block, layers = RESNETS[model]
-            backbone = _WideResNet(block, layers, width, stem)
+            backbone = _WideResNet(block, layers, width, stem, dim)
             feature_dim = 512 * block.expansion * width
-        return Encoder(backbone, _head(head, feature_dim, dim), feature_dim)
+            return Encoder(backbone, _head(head, backbone.take_projection()), feature_dim)
+        return Encoder(backbone, _head(head, nn.Linear(feature_dim, dim)), feature_dim)
 
 
 class _WideResNet(ResNet):
     """torchvision's ResNet with every channel count multiplied, the stem's included."""
 
-    def __init__(self, block: Block, layers: list[int], width: int, stem: str) -> None:
+    def __init__(
+        self, block: Block, layers: list[int], width: int, stem: str, num_classes: int
+    ) -> None:
         self.channel_multiplier = width
-        super().__init__(block, layers, num_classes=1, norm_layer=GroupedBatchNorm2d)
+        super().__init__(block, layers, num_classes=num_classes, norm_layer=GroupedBatchNorm2d)
         channels = 64 * width
         if stem == "cifar":
             # Initialised as any nn.Conv2d, not as torchvision's ResNet: so is the official demo's.
             self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()  # type: ignore[assignment]
-        else:
+        elif width > 1:
             self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.bn1 = GroupedBatchNorm2d(channels)
+        if width > 1:
+            self.bn1 = GroupedBatchNorm2d(channels)
+            self.fc = nn.Linear(512 * block.expansion * width, num_classes)
+
+    def take_projection(self) -> nn.Linear:
+        """Its last layer, [B, feature_dim] -> [B, num_classes], which it no longer has then."""
+        projection = self.fc
         self.fc = nn.Identity()  # type: ignore[assignment]
+        return projection
 
     def _make_layer(
         self, block: Block, planes: int, blocks: int, stride: int = 1, dilate: bool = False
@@ -133,11 +146,10 @@ class _WideResNet(ResNet):
         return super()._make_layer(block, planes * self.channel_multiplier, blocks, stride, dilate)
 
 
-def _head(kind: str, feature_dim: int, dim: int) -> nn.Module:
+def _head(kind: str, last: nn.Linear) -> nn.Module:
+    """The head that ends in ``last``, [B, feature_dim] -> [B, dim]."""
     if kind == "linear":
-        return nn.Linear(feature_dim, dim)
+        return last
     if kind == "mlp":
-        return nn.Sequential(
-            nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim)
-        )
+        return nn.Sequential(nn.Linear(last.in_features, last.in_features), nn.ReLU(), last)
     raise UserError(f"--head {kind}: choose one of {', '.join(HEADS)}")

@@ -130,6 +130,30 @@ def test_initial_weights_are_a_function_of_the_seed_alone() -> None:
     assert drawn and all(not torch.equal(first[name], other[name]) for name in drawn)
 
 
+@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
+def test_initial_weights_are_torchvisions_own_for_the_seed(model: str) -> None:
+    torch.manual_seed(5)
+    theirs = torchvision.models.get_model(model, weights=None, num_classes=16).state_dict()
+    projection = {"weight": theirs.pop("fc.weight"), "bias": theirs.pop("fc.bias")}
+    for head, last in (("linear", "head."), ("mlp", "head.2.")):
+        ours = build_encoder(model, head=head, dim=16, seed=5).state_dict()
+        for name, value in theirs.items():
+            assert torch.equal(ours["backbone." + name], value), name
+        for name, value in projection.items():
+            assert torch.equal(ours[last + name], value), name
+
+
+def test_initial_weights_of_the_cifar_stem_are_the_official_demos() -> None:
+    """There the first layer is replaced after the whole network has been drawn."""
+    torch.manual_seed(5)
+    theirs = torchvision.models.resnet18(num_classes=16)
+    stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    ours = build_encoder("resnet18", stem="cifar", dim=16, seed=5).state_dict()
+    assert torch.equal(ours["backbone.conv1.weight"], stem.weight)
+    assert torch.equal(ours["backbone.layer4.1.conv2.weight"], theirs.layer4[1].conv2.weight)
+    assert torch.equal(ours["head.weight"], theirs.fc.weight)
+
+
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     build_encoder("resnet18", seed=3)
