@@ -15,6 +15,7 @@ import numpy as np
 
 from moco_scale.data import index_file
 from moco_scale.data.fetch_ahead import RemotePart
+from moco_scale.data.header_check import IndexedTars, check_headers, rows_of_shard, tar_problem
 from moco_scale.data.index_file import shard_command
 from moco_scale.data.order import Order
 from moco_scale.data.shard_set import Place
@@ -44,6 +45,7 @@ class IndexedShards:
         selection: np.ndarray | None = None,
         index_dir: Path | None = None,
         name: str = "",
+        changed: list[int] | None = None,
     ) -> None:
         entry = header["splits"][split]
         self.data_dir = data_dir
@@ -69,6 +71,8 @@ class IndexedShards:
         #: int32 [N], read-only, with gaps: a column of the shared map; -1 = unlabelled
         self.labels: np.ndarray = self._rows["label"].view()
         self.labels.setflags(write=False)
+        #: of each shard, the time of change (ns) at which it was right; None: need not be watched
+        self._changed = changed
         self._maps: dict[int, mmap.mmap] = {}
         self._max_maps = _max_open_maps()
 
@@ -88,7 +92,8 @@ class IndexedShards:
 
         Raises UserError: no such folder; not a folder of shards (an ImageFolder or a tar: the
         message has the command that makes shards of it); no such split; a shard is missing or has
-        another size than the index says; an index that is damaged or of another version.
+        another size than the index says, or is damaged, or holds no pictures where the index has
+        some (see `moco_scale.data.header_check`); an index that is damaged or of another version.
         """
         data_dir = Path(data_dir)
         header = index_file.read_header(data_dir, index_dir or data_dir)
@@ -99,8 +104,15 @@ class IndexedShards:
                 f"source that has {split!r} pictures (python -m moco_scale shard --help)."
             )
         rows = index_file.read_rows(index_dir or data_dir, split, header)
-        _check_shards(data_dir, header["splits"][split])
-        return cls(data_dir, split, header, rows, None, index_dir, name)
+        entry = header["splits"][split]
+        paths = [data_dir / shard["name"] for shard in entry["shards"]]
+        changed = [
+            _check_shard(path, shard["bytes"], len(paths))
+            for path, shard in zip(paths, entry["shards"], strict=True)
+        ]
+        if index_dir is None:  # an index elsewhere was made of the tars as they are
+            check_headers(IndexedTars(data_dir, split, entry["checksum"], paths, changed, rows))
+        return cls(data_dir, split, header, rows, None, index_dir, name, changed)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -117,7 +129,7 @@ class IndexedShards:
     def read(self, i: int) -> memoryview:
         """The encoded bytes of picture i, not copied: a view into the mapped tar.
 
-        Raises UserError when the shard has gone or changed its size since the index was made.
+        Raises UserError when the shard has gone, or another one has come in its place.
         """
         shard, offset, size = self._locate(i)
         mapped = self._maps.get(shard)
@@ -196,6 +208,7 @@ class IndexedShards:
             self._selected(indices),
             self.index_dir,
             self.name,
+            self._changed,
         )
 
     def _selected(self, indices: np.ndarray) -> np.ndarray:
@@ -208,13 +221,13 @@ class IndexedShards:
         return indices if self._selection is None else self._selection[indices]
 
     def __getstate__(self) -> tuple[Any, ...]:
-        where = self.index_dir, self.name
+        where = self.index_dir, self.name, self._changed
         return self.data_dir, self.split, self._header, self._selection, *where
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        data_dir, split, header, selection, index_dir, name = state
+        data_dir, split, header, selection, index_dir, *more = state
         rows = index_file.map_rows(index_dir, split)
-        self.__init__(data_dir, split, header, rows, selection, index_dir, name)  # type: ignore[misc]
+        self.__init__(data_dir, split, header, rows, selection, index_dir, *more)  # type: ignore[misc]
 
     def _locate(self, i: int) -> tuple[int, int, int]:
         """(shard, offset, size) of picture i."""
@@ -227,14 +240,24 @@ class IndexedShards:
         path, size = self._path(shard), self._shards[shard][1]
         try:
             with path.open("rb") as file:
-                actual = os.fstat(file.fileno()).st_size
-                if actual != size:  # mapped all the same, reading it could kill the process
-                    raise UserError(_wrong_size(path, actual, size))
+                status = os.fstat(file.fileno())
+                if status.st_size != size:  # mapped all the same, reading it could kill the process
+                    raise UserError(_wrong_size(path, status.st_size, size))
+                self._watch(shard, path, status.st_mtime_ns)
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
             raise UserError(f"Cannot read shard {path}: {open_failure(error)}.") from error
         self._keep(shard, mapped)
         return mapped
+
+    def _watch(self, shard: int, path: Path, changed: int) -> None:
+        """UserError: a file that came in the place of a shard is not what the index says."""
+        if self._changed is None or changed == self._changed[shard]:
+            return
+        problem = tar_problem(path, rows_of_shard(self._all_rows, shard))
+        if problem is not None:
+            raise UserError(f"{path} was changed while it was in use. {problem}")
+        self._changed[shard] = changed
 
     def _keep(self, shard: int, mapped: mmap.mmap) -> None:
         if len(self._maps) >= self._max_maps:
@@ -251,15 +274,13 @@ def _max_open_maps() -> int:
     return max(8, min(4096, soft // 4))
 
 
-def _check_shards(data_dir: Path, entry: Mapping[str, Any]) -> None:
-    """All shards of a split present, each with its recorded size: a stat a shard."""
-    for shard in entry["shards"]:
-        _check_shard(data_dir / shard["name"], shard["bytes"], len(entry["shards"]))
+def _check_shard(path: Path, size: int, of: int) -> int:
+    """The time of change, in nanoseconds, of one of so many shards.
 
-
-def _check_shard(path: Path, size: int, of: int) -> None:
+    Raises UserError: it is not there, or has another size.
+    """
     try:
-        actual = path.stat().st_size
+        status = path.stat()
     except FileNotFoundError:
         raise UserError(
             f"Shard {path} is missing ({of} belong to this split). "
@@ -267,8 +288,9 @@ def _check_shard(path: Path, size: int, of: int) -> None:
         ) from None
     except OSError as error:
         raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
-    if actual != size:
-        raise UserError(_wrong_size(path, actual, size))
+    if status.st_size != size:
+        raise UserError(_wrong_size(path, status.st_size, size))
+    return status.st_mtime_ns
 
 
 def _wrong_size(path: Path, actual: int, expected: int) -> str:

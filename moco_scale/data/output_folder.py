@@ -12,11 +12,15 @@ from pathlib import Path
 from types import TracebackType
 
 from moco_scale.data.index_file import INDEX_JSON, PARTIAL
+from moco_scale.data.index_place import FOLDER
 from moco_scale.errors import UserError
 
 LEFT_OUT = "left_out.jsonl"
 _REPLACED = ".replaced-"
-_OURS = re.compile(r"(train|val)-\d{6,}\.tar|(train|val)-index\.npy|index\.json|left_out\.jsonl")
+_OURS = re.compile(
+    r"(train|val)-\d{6,}\.tar|(train|val)-index\.npy|index\.json|left_out\.jsonl|"
+    + re.escape(FOLDER)
+)
 
 
 class OutputFolder:

@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 from moco_scale.data import index_file
 from moco_scale.data.download import RemoteFile, state_of
+from moco_scale.data.index_place import alone
 from moco_scale.data.progress import Progress
 from moco_scale.data.remote import FileState, Place, place
 from moco_scale.data.remote_addresses import PIPE, shown
 from moco_scale.data.remote_shards import RemoteShards
 from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_path, version_of
-from moco_scale.data.scanned_index import alone, write_index
+from moco_scale.data.scanned_index import write_index
 from moco_scale.data.shard_cache import cache_home, shard_path, write_once
 from moco_scale.data.shard_list import COMPRESSED_TAR, expand_braces, splits_of
 from moco_scale.data.shard_source import ShardSource

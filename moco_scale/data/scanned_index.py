@@ -1,41 +1,33 @@
 """The index of shards that were written elsewhere: made on first use, kept, and found again.
 
-It lies in ``.moco_scale-index/KEY/`` beside the tars or, where that cannot be written, in
-``$XDG_CACHE_HOME/moco_scale/index/KEY/`` (``~/.cache`` by default; ``$MOCO_SCALE_CACHE`` stands
-before both), in the format of `moco_scale.data.index`. KEY is a hash of the tars' names and of
-their sizes and times of change, so a tar that was replaced is noticed and all are scanned again.
+It lies in a folder KEY of one of the two places of `moco_scale.data.index_place`, in the format of
+`moco_scale.data.index`. KEY is a hash of the tars' names and of their sizes and times of change, so
+a tar that was replaced is noticed and all are scanned again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moco_scale.data import index, index_file
-from moco_scale.data.pool import BrokenProcessPool, in_order
-from moco_scale.data.progress import Progress, gets_on
-from moco_scale.data.shard_cache import cache_home
+from moco_scale.data.index_place import alone, can_write, places, read_tars
 from moco_scale.data.shard_list import ShardList
 from moco_scale.data.tar_scan import ShardScan, dots_problem, scan_tar
 from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
 from moco_scale.messages import say
 
-FOLDER = ".moco_scale-index"
 _RULES = b"2"  # by which pictures and labels are found: an index made by others is made again
-_MOST_WORKERS = 32
 _MOST_CLASSES = 1 << 20
-_POLL = 0.2  # seconds between looks at a lock
 
 
 class _Key(NamedTuple):
@@ -61,12 +53,12 @@ def open_scanned(spec: str, shards: ShardList, split: str) -> index.IndexedShard
             f"{', '.join(sorted(shards.splits))}."
         )
     key, sizes = _key(shards)
-    near, far = shards.folder / FOLDER, _cache_folder(shards.folder)
+    near, far = places(shards.folder)
     for place in (near, far):
         found = _open(spec, shards, split, key.folder(place))
         if found is not None:
             return found
-    writable = [place for place in (near, far) if _can_write(place)]
+    writable = [place for place in (near, far) if can_write(place)]
     if not writable:
         raise UserError(
             f"The index of {spec} can be written neither to {near} nor to {far}. Name a folder "
@@ -112,60 +104,10 @@ def _key(shards: ShardList) -> tuple[_Key, dict[str, int]]:
     return _Key(names.hexdigest(), state.hexdigest()), sizes
 
 
-def _cache_folder(folder: Path) -> Path:
-    """Where the index of the tars of a folder goes that cannot be written."""
-    of = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
-    return cache_home() / "index" / of
-
-
-def _can_write(place: Path) -> bool:
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / f".{os.getpid()}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[None]:
-    """One process at a time, on file systems that can lock; elsewhere work may be done twice, and
-    whole files replace each other.
-
-    works_in: a folder that shows, by files that come, that the process waited for gets on.
-    """
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):
-            file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
-            held.callback(os.close, file)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(waiting)
-                _lock_in_the_end(file, works_in)
-        yield
-
-
-def _lock_in_the_end(file: int, works_in: Path | None) -> None:
-    before = -1
-    while True:
-        time.sleep(_POLL)
-        with contextlib.suppress(FileNotFoundError):
-            now = -1 if works_in is None else works_in.stat().st_mtime_ns
-            if now != before:
-                gets_on()
-            before = now
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-
-
 def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) -> None:
     started = time.monotonic()
-    names = [name for members in shards.splits.values() for name in members]
-    scans = _scan_all(spec, shards.folder, names)
+    tars = [shards.folder / name for members in shards.splits.values() for name in members]
+    scans = read_tars(scan_tar, tars, f"indexing {spec}")
     write_index(spec, shards.splits, scans, sizes, folder, started)
 
 
@@ -251,21 +193,6 @@ def write_index(
             "evaluation do"
         )
     say("\n".join(lines))
-
-
-def _scan_all(spec: str, folder: Path, names: list[str]) -> list[ShardScan]:
-    workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS, -(-len(names) // 4))
-    scans = []
-    try:
-        with Progress(f"indexing {spec}", len(names), "shards") as progress:
-            for _, scan in in_order(scan_tar, [folder / name for name in names], workers):
-                scans.append(scan)
-                progress.add(1)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"A process that indexed {spec} was killed, probably for want of memory."
-        ) from error
-    return scans
 
 
 def find_classes(scans: Sequence[tuple[str, ShardScan]]) -> tuple[list[str], str]:

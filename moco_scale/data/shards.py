@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moco_scale.data import index_file
+from moco_scale.data.header_check import IndexedTars, note_checked
 from moco_scale.data.layout import Listing, Picture
 from moco_scale.data.output_folder import LEFT_OUT, size_text, sync
 from moco_scale.data.pool import BrokenProcessPool, in_order
@@ -118,7 +119,12 @@ def write_shards(
         with write_errors(folder):
             np.save(folder / index_file.index_name(split), rows, allow_pickle=False)
             sync(folder / index_file.index_name(split))
-        header["splits"][split] = index_file.split_entry(split, rows, shards, checksums)
+        entry = index_file.split_entry(split, rows, shards, checksums)
+        header["splits"][split] = entry
+        paths = [folder / name for name, _, _ in shards]
+        changed = [path.stat().st_mtime_ns for path in paths]
+        with write_errors(folder):
+            note_checked(IndexedTars(folder, split, entry["checksum"], paths, changed, rows))
         written.append(Written(split, len(rows), len(shards), sum(size for _, size, _ in shards)))
     header["made"] = {**(made or {}), "seed": seed, "left_out": len(listing.left_out)}
     with write_errors(folder):

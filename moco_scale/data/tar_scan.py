@@ -78,6 +78,19 @@ def scan_tar(path: Path) -> ShardScan:
         raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
 
 
+def member_places(path: Path) -> set[tuple[int, int]]:
+    """(offset, size) of each file in a tar, whatever it is.
+
+    Raises UserError as `scan_tar` does: the file cannot be read, is truncated or no tar; a header
+    is damaged.
+    """
+    try:
+        with _Tar(path) as tar:
+            return {(member.offset, member.size) for member in tar.members()}
+    except OSError as error:
+        raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
+
+
 def picture_key(name: str) -> str:
     """The key of the sample whose picture has this name in the tar."""
     stem, _, suffix = name.rpartition(".")

@@ -8,7 +8,7 @@ import pytest
 from harness import run_ranks
 
 from moco_scale import together
-from moco_scale.data import scanned_index, tar_scan
+from moco_scale.data import index_place, scanned_index, tar_scan
 from moco_scale.data.index_file import INDEX_JSON
 from moco_scale.data.open_shards import open_shards
 from moco_scale.errors import UserError
@@ -32,7 +32,7 @@ def scans(folder: Path) -> tuple[int, int, str, str]:
         return tar_scan.scan_tar(path)
 
     scanned_index.scan_tar = counted
-    scanned_index._MOST_WORKERS = 1
+    index_place.MOST_WORKERS = 1
     try:
         shards = together.in_turn(partial(open_shards, folder, "train"))
     except UserError as error:

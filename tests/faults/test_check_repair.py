@@ -109,14 +109,18 @@ def contents(shards: Path, split: str = "train") -> list[tuple[bytes, int]]:
     return [(bytes(pictures.read(i)), int(pictures.labels[i])) for i in range(len(pictures))]
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def test_what_is_whole_is_left_alone(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    before = files(shards)
     assert main(["shard", "--check", str(shards), "--workers", "2"]) == 0
     said = capsys.readouterr().out
     assert "40 pictures in 5 shards read and decoded" in said and "is whole" in said
     assert main(["shard", "--repair", str(shards)]) == 0
     assert "nothing to repair" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    assert files(shards) == before
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -126,13 +130,13 @@ def test_damage_is_found_and_what_can_be_kept_is_kept(
     before, val = contents(shards), contents(shards, "val")
     fingerprint = IndexedShards.open(shards).fingerprint
     lost = damage(shards)
-    damaged = {path.name: path.read_bytes() for path in shards.iterdir()}
+    damaged = files(shards)
     check = ["shard", "--check", str(shards), "--workers", "1"]
     found = main(check)
     said = capsys.readouterr().out
     assert found == 1
     assert "DAMAGED" in said and f"shard --repair {shards}" in said
-    assert {path.name: path.read_bytes() for path in shards.iterdir()} == damaged
+    assert files(shards) == damaged
     assert main(["shard", "--repair", str(shards), "--workers", "1"]) == 0
     said = capsys.readouterr().out
     assert contents(shards) == [item for i, item in enumerate(before) if i not in lost]
@@ -146,7 +150,7 @@ def test_damage_is_found_and_what_can_be_kept_is_kept(
     assert ("nothing is lost" in said) == (not lost)
     assert main(check) == 0, capsys.readouterr().out
     # Nothing of the user's is gone: what was there is there under this or another name.
-    now = [path.read_bytes() for path in shards.iterdir()]
+    now = list(files(shards).values())
     assert all(content in now for content in damaged.values())
     names_lost = damage in (no_rows_and_no_header, damaged_header)
     assert ("names of the 2 classes were in index.json" in said) == names_lost
@@ -235,10 +239,10 @@ def test_a_set_of_which_nothing_is_left_is_refused_and_left_as_it_was(
 ) -> None:
     for tar in shards.glob("val-*.tar"):
         tar.write_bytes(b"")
-    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    before = files(shards)
     assert main(["shard", "--repair", str(shards), "--workers", "1"]) == 2
     assert "Nothing of the val pictures" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    assert files(shards) == before
 
 
 def test_flags_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import webdataset
 from foreign_sets import ALL, contents, expected, foreign_set, picture, samples, write_tar
 
 from moco_scale.__main__ import main
-from moco_scale.data import scanned_index, tar_scan
+from moco_scale.data import index_place, scanned_index, tar_scan
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.recognise import look_into
 from moco_scale.data.shard_list import expand_braces, list_shards
@@ -37,7 +37,7 @@ def test_a_folder_of_tars_is_indexed_on_first_use(
     assert "indexed 24 pictures in 5 shards" in capfd.readouterr().err
     assert has_split(foreign, "val")
     assert not has_split(foreign, "test")
-    assert list((foreign / scanned_index.FOLDER).glob("*/index.json"))
+    assert list((foreign / index_place.FOLDER).glob("*/index.json"))
 
     def never(path: Path) -> None:
         raise AssertionError(f"{path} was scanned again")
@@ -199,14 +199,14 @@ def test_a_shard_that_changes_is_noticed(foreign: Path) -> None:
     assert len(open_shards(foreign, "train")) == 21
     changed.unlink()
     assert len(open_shards(foreign, "train")) == 16
-    folders = [path for path in (foreign / scanned_index.FOLDER).iterdir() if path.is_dir()]
+    folders = [path for path in (foreign / index_place.FOLDER).iterdir() if path.is_dir()]
     # One for each list of names, and none for what a shard was before.
     assert len(folders) == 3
 
 
 def test_a_damaged_index_is_made_again(foreign: Path) -> None:
     open_shards(foreign, "train")
-    (index,) = (foreign / scanned_index.FOLDER).glob("*/train-index.npy")
+    (index,) = (foreign / index_place.FOLDER).glob("*/train-index.npy")
     index.write_bytes(index.read_bytes()[:-8])
     assert contents(open_shards(foreign, "train")) == ALL
 
@@ -214,7 +214,7 @@ def test_a_damaged_index_is_made_again(foreign: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(
     foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (foreign / scanned_index.FOLDER).touch()  # no folder can be made here, not even by root
+    (foreign / index_place.FOLDER).touch()  # no folder can be made here, not even by root
     monkeypatch.delenv("MOCO_SCALE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shards = open_shards(foreign, "train")
@@ -237,7 +237,7 @@ def _open_and_report(folder: Path, gate: Any, results: Any) -> None:
         return scan_tar(path)
 
     scanned_index.scan_tar = counted
-    scanned_index._MOST_WORKERS = 1
+    index_place.MOST_WORKERS = 1
     gate.wait()
     results.put((len(open_shards(folder, "train")), len(scanned)))
 

@@ -15,6 +15,7 @@ import pytest
 
 from moco_scale.__main__ import main
 from moco_scale.data import index, index_file
+from moco_scale.data.header_check import IndexedTars, note_checked
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.index_file import INDEX_DTYPE, has_split
 from moco_scale.errors import UserError
@@ -132,6 +133,9 @@ def test_an_index_of_a_million_is_mapped_not_read(tmp_path: Path) -> None:
     entry = index_file.split_entry("train", rows, [("train-000000.tar", 10240, len(rows))])
     header = {"format": index_file.FORMAT, "version": 1, "classes": [], "splits": {"train": entry}}
     (tmp_path / "index.json").write_text(json.dumps(header))
+    tar = tmp_path / "train-000000.tar"
+    changed = [tar.stat().st_mtime_ns]
+    note_checked(IndexedTars(tmp_path, "train", entry["checksum"], [tar], changed, rows))
     shards = IndexedShards.open(tmp_path)
     assert len(shards) == 1_000_000
     array: Any = shards._rows

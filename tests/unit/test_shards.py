@@ -42,7 +42,8 @@ def on_disk(folder: Path) -> dict[bytes, str]:
 
 
 def files(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
+    found = sorted(path for path in folder.glob(pattern) if path.is_file())
+    return {path.name: path.read_bytes() for path in found}
 
 
 def pack(folder: Path, tar: Path, name: str) -> Path:
@@ -75,7 +76,13 @@ def test_every_picture_is_written_once_unchanged_with_its_class(
     names = {path.name for path in out.iterdir()}
     train = {f"train-{i:06d}.tar" for i in range(5)}
     val = {f"val-{i:06d}.tar" for i in range(3)}
-    assert names == train | val | {"train-index.npy", "val-index.npy", "index.json"}
+    index = {"train-index.npy", "val-index.npy", "index.json", ".moco_scale-index"}
+    assert names == train | val | index
+    # The first start need not read what was just written.
+    assert {p.name for p in (out / ".moco_scale-index").iterdir()} == {
+        "train-checked.json",
+        "val-checked.json",
+    }
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 

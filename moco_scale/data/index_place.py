@@ -1,0 +1,100 @@
+"""Finding out what tars hold, one process of all at a time, and where it is kept.
+
+Beside the tars, in ``.moco_scale-index/``, or where that cannot be written in
+``$XDG_CACHE_HOME/moco_scale/index/`` (``~/.cache`` by default; ``$MOCO_SCALE_CACHE`` stands before
+both).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from moco_scale.data.pool import BrokenProcessPool, in_order
+from moco_scale.data.progress import Progress, gets_on
+from moco_scale.data.shard_cache import cache_home
+from moco_scale.errors import UserError
+from moco_scale.messages import say
+
+FOLDER = ".moco_scale-index"
+MOST_WORKERS = 32
+_POLL = 0.2  # seconds between looks at a lock
+
+Tar = TypeVar("Tar")
+Found = TypeVar("Found")
+
+
+def places(folder: Path) -> tuple[Path, Path]:
+    """For the tars of a folder: beside them, and where it goes if that cannot be written."""
+    of = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
+    return folder / FOLDER, cache_home() / "index" / of
+
+
+def can_write(place: Path) -> bool:
+    """Whether a file can be made there; makes the folder."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        probe = place / f".{os.getpid()}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[None]:
+    """One process at a time, on file systems that can lock; elsewhere work may be done twice, and
+    whole files replace each other.
+
+    works_in: a folder that shows, by files that come, that the process waited for gets on.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+            held.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(waiting)
+                _lock_in_the_end(file, works_in)
+        yield
+
+
+def _lock_in_the_end(file: int, works_in: Path | None) -> None:
+    before = -1
+    while True:
+        time.sleep(_POLL)
+        with contextlib.suppress(FileNotFoundError):
+            now = -1 if works_in is None else works_in.stat().st_mtime_ns
+            if now != before:
+                gets_on()
+            before = now
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+
+
+def read_tars(read: Callable[[Tar], Found], tars: Sequence[Tar], label: str) -> list[Found]:
+    """What `read` finds in each tar, by processes that share the work.
+
+    tars: what `read` is given for each of them. label: of the progress bar: "indexing data".
+
+    Raises UserError: one of the processes was killed; what `read` raises.
+    """
+    workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS, -(-len(tars) // 4))
+    found = []
+    try:
+        with Progress(label, len(tars), "shards") as progress:
+            for _, result in in_order(read, tars, workers):
+                found.append(result)
+                progress.add(1)
+    except BrokenProcessPool as error:
+        raise UserError(f"{label}: a process was killed, probably for want of memory.") from error
+    return found
