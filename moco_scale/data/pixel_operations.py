@@ -97,9 +97,8 @@ def hue(x: Tensor, turns: Tensor) -> Tensor:
     return x
 
 
-_PARTS = 1 << 24  # what weights are given in
-# What halves lack (see `blur`): more than what rounding in fp32 adds, and little against a value.
-_MISSING = 2.0**-14
+_ONE = 1 << 24  # a weight of 1, in the parts that PIL counts weights in
+_MIDDLE = 128
 
 
 def box_reach(sigma: float) -> int:
@@ -110,46 +109,66 @@ def box_reach(sigma: float) -> int:
 def box_weights(sigmas: Params, reach: int | None = None) -> Params:
     """PIL's Gaussian is three box filters in a row, here the box of each: float32 [n, reach + 1].
 
-    Column d is the weight of the pixels at distance d; a sigma of 0 leaves every pixel as it is.
-    Without `reach`, it is the one of the largest sigma. The outermost weight is a fraction of the
-    inner ones, chosen so that the variance is exact (Gwosdek et al., "Theoretical foundations of
-    Gaussian convolution by extended box filtering", SSVM 2011, equations 7, 11 and 14). All are
-    whole multiples of 1 / _PARTS, as PIL's are: they add up to 1 or a little less.
+    Column d is the weight of the pixels at distance d, in whole parts of 1 / 2**24; a sigma of 0
+    leaves every pixel as it is. Without `reach`, it is the one of the largest sigma. The outermost
+    weight is a fraction of the inner ones, chosen so that the variance is exact (Gwosdek et al.,
+    "Theoretical foundations of Gaussian convolution by extended box filtering", SSVM 2011,
+    equations 7, 11 and 14). Rounded where PIL rounds, they add up to 1 or a few parts less.
     """
-    variance = np.asarray(sigmas, dtype=np.float64)[:, None] ** 2 / 3
-    inner = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+    variance = np.square(np.asarray(sigmas, dtype=np.float32)[:, None]) / 3
+    length = np.sqrt(12 * variance.astype(np.float64) + 1).astype(np.float32)
+    inner = np.floor((length - 1) / 2)
     edge = (2 * inner + 1) * (inner * (inner + 1) - 3 * variance)
-    edge /= 6 * (variance - (inner + 1) ** 2)
-    distance = np.arange(int(inner.max(initial=0)) + 2 if reach is None else reach + 1)
-    within = np.rint(_PARTS / (2 * (inner + edge) + 1))
-    outermost = np.maximum((_PARTS - (2 * inner + 1) * within) // 2, 0)
-    weights = within * (distance <= inner) + outermost * (distance == inner + 1)
-    return (weights / _PARTS).astype(np.float32)
+    edge /= 6 * (variance - np.square(inner + 1))
+    radius = inner + edge
+    whole = np.floor(radius).astype(np.int64)
+    within = np.floor(np.float32(_ONE) / (2 * radius + 1)).astype(np.int64)
+    outermost = (_ONE - (2 * whole + 1) * within) // 2
+    distance = np.arange(int(whole.max(initial=0)) + 2 if reach is None else reach + 1)
+    weights = within * (distance <= whole) + outermost * (distance == whole + 1)
+    return weights.astype(np.float32)
 
 
 def blur(x: Tensor, weights: Tensor) -> Tensor:
-    """Gaussian blur as in PIL: rounded after each box, the border pixels repeated.
-
-    PIL rounds halves up, but hardly ever has any where its weights add up to less than 1: what
-    should be a half is then a little less. At sigma = 1 that is every sixth pixel.
-    """
-    whole = weights[:, 0] + 2 * weights[:, 1:].sum(1)  # exact: multiples of 1 / _PARTS
-    half = torch.where(whole < 1, 0.5 - _MISSING, 0.5)[:, None, None, None]
+    """Gaussian blur as in PIL, to the bit: rounded after each box, the border pixels repeated."""
+    parts = weights.to(torch.int32)[:, :, None, None, None]
+    # Around 128, so that all sums stay within 32 bits with a sign; what that takes from a sum, and
+    # the half that rounds, are put back in one number a sample.
+    whole = parts[:, :1] + 2 * parts[:, 1:].sum(1, keepdim=True, dtype=torch.int32)
+    offset = ((whole - _ONE) * _MIDDLE + _ONE // 2)[:, 0]
+    pixels = x.sub_(_MIDDLE).to(torch.int32)
+    total, sides = torch.empty_like(pixels), torch.empty_like(pixels)
     for dim in (3, 3, 3, 2, 2, 2):
-        x = _box_blur(x, weights[:, :, None, None, None], half, dim)
-    return x
+        torch.mul(pixels, parts[:, 0], out=total).add_(offset)
+        for distance in range(1, weights.shape[1]):
+            total.addcmul_(_both_sides(pixels, distance, dim, sides), parts[:, distance])
+        pixels, total = total.bitwise_right_shift_(24), pixels
+    return x.copy_(pixels).add_(_MIDDLE)
 
 
-def _box_blur(x: Tensor, weights: Tensor, half: Tensor, dim: int) -> Tensor:
-    total, length = x * weights[:, 0], x.shape[dim]
-    for distance in range(1, weights.shape[1]):
-        share, edge = x * weights[:, distance], min(distance, length)
-        inside = length - edge
-        total.narrow(dim, edge, inside).add_(share.narrow(dim, 0, inside))
-        total.narrow(dim, 0, inside).add_(share.narrow(dim, edge, inside))
-        total.narrow(dim, 0, edge).add_(share.narrow(dim, 0, 1))
-        total.narrow(dim, inside, edge).add_(share.narrow(dim, length - 1, 1))
-    return total.add_(half).floor_()
+def _both_sides(x: Tensor, distance: int, dim: int, out: Tensor) -> Tensor:
+    """The sum of the two pixels at a distance from each, those of the border repeated."""
+    length = x.shape[dim]
+    inside = length - 2 * distance
+    if inside <= 0:
+        places = torch.arange(length, device=x.device)
+        before, after = (
+            (places - distance).clamp_(min=0),
+            (places + distance).clamp_(max=length - 1),
+        )
+        return torch.add(x.index_select(dim, before), x.index_select(dim, after), out=out)
+    for at, count, left, right in (
+        (0, distance, x.narrow(dim, 0, 1), x.narrow(dim, distance, distance)),
+        (distance, inside, x.narrow(dim, 0, inside), x.narrow(dim, 2 * distance, inside)),
+        (
+            distance + inside,
+            distance,
+            x.narrow(dim, inside, distance),
+            x.narrow(dim, length - 1, 1),
+        ),
+    ):
+        torch.add(left, right, out=out.narrow(dim, at, count))
+    return out
 
 
 def solarize(x: Tensor, threshold: Tensor) -> Tensor:
