@@ -77,7 +77,7 @@ group=16  # of 16 images a step: all processes; with four, a part of them
 shared=("$python" scripts/engines.py --device "$device" --worlds $most --handovers)
 
 if [ -n "$tiny" ]; then
-    check tests 300 "$python" -m pytest -q tests/unit/test_augment.py -k "gpu or graph or forms or solarize"
+    check tests 300 "$python" -m pytest -q tests/unit/test_augment.py -k "gpu or graph or pil_to_the_bit or solarize"
     check engines 300 "$python" scripts/engines.py --device "$device" --worlds $worlds --engines fsdp --precisions fp32 --handovers
     if [ $most -gt 1 ]; then
         check spanning 300 "${shared[@]}" --engines ddp --precisions fp32 --bn-group-size $group
