@@ -121,7 +121,7 @@ def scan_cost(folder: Path, shards: int) -> tuple[float, float]:
             file.write(bytes(2 * tarfile.BLOCKSIZE))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(3):
-        for spent, read in zip(times, (scan_tar, member_places), strict=True):
+        for spent, read in ((times[0], scan_tar), (times[1], member_places)):
             start = time.process_time()
             for shard in range(shards):
                 assert read(folder / f"{shard}.tar")

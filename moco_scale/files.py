@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 keeps them."""
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file by new content; a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_atomically(path: Path, content: str | bytes, *, alone: bool = True) -> None:
+    """Replace a file by new content; a reader sees the old file or the new one, never a part.
+
+    alone: nobody else writes it at the same time.
+    """
+    temporary = path.with_name(f".{path.name}.{'tmp' if alone else secrets.token_hex(8)}")
     data = content.encode() if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as file:

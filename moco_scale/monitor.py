@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -79,7 +79,9 @@ class Monitor:
 
     @cached_property
     def _splits(self) -> Splits:
-        return open_splits(self.run.config.source, self.run.shards)
+        """Of all ranks, which ask for them together."""
+        opened = partial(open_splits, self.run.config.source, self.run.shards)
+        return together.in_turn(opened, self.run.phases.alive)
 
     def _make_evaluation(self) -> KnnMonitor | None:
         config = self.run.config
@@ -88,7 +90,8 @@ class Monitor:
             if unlabelled is None:
                 bank, queries = bank_and_queries(self._splits, MAX_BANK, MAX_QUERIES)
         except UserError as error:
-            raise UserError(f"{error}; or train without kNN evaluations: --knn-freq 0") from None
+            text = str(error).rstrip(".")
+            raise UserError(f"{text}. Or train without kNN evaluations: --knn-freq 0") from None
         if unlabelled is not None:
             why = unlabelled.why_unlabelled
             self.telemetry.say(

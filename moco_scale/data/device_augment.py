@@ -170,7 +170,9 @@ class StaticAugment:
         self.aug = aug
         self.mean, self.std = tuple(mean), tuple(std)
         self._reach = pixels.box_reach(aug.blur_sigma[1]) if aug.blur_p else 0
-        self._run = torch.compile(self.apply, dynamic=False) if compiled else self.apply
+        self._run = (
+            torch.compile(self.apply, dynamic=False, fullgraph=True) if compiled else self.apply
+        )
 
     def __call__(self, crops: Tensor, params: Params | Tensor) -> Tensor:
         """`crops` uint8 [B, 3, S, S], `params` float32 [B, COLUMNS] on the host, as drawn.

@@ -63,6 +63,7 @@ class Examined(NamedTuple):
     bad: frozenset[int]  # offsets of pictures that cannot be decoded or lie outside
     pictures: int  # that can be decoded
     findings: list[Finding]
+    unreadable: bool = False  # it is there, and the system does not let it be read
 
 
 class Folder(NamedTuple):
@@ -203,7 +204,7 @@ def examine(expected: Expected) -> Examined:
         return Examined(expected, -1, "", None, frozenset(), 0, [_missing(expected)])
     except OSError as error:
         wrong(f"cannot be read: {error.strerror or error}")
-        return Examined(expected, -1, "", None, frozenset(), 0, findings)
+        return Examined(expected, -1, "", None, frozenset(), 0, findings, unreadable=True)
     good = len(places) - len(bad)
     return Examined(expected, size, checksum, scan, frozenset(bad), good, findings)
 

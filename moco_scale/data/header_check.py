@@ -3,14 +3,15 @@
 Reading goes by the index, so a damaged header, or a tar in the place of another one of its size,
 would be noticed late or never. The headers are therefore compared with the index at the first
 start, and again whenever a tar's time of change is not what it was: ``SPLIT-checked.json``, in one
-of the places of `moco_scale.data.index_place`, holds the times at which they were found right.
+of the places of `moco_scale.data.index_place`, holds the times at which they were found right (of a
+tar several, because copies on the disks of several hosts may share the place).
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,11 @@ import numpy as np
 from moco_scale.data.index_place import FOLDER, alone, can_write, places, read_tars
 from moco_scale.data.tar_scan import member_places
 from moco_scale.errors import UserError
-from moco_scale.files import write_atomically
+from moco_scale.files import open_failure, write_atomically
 from moco_scale.messages import say
+
+_MOST_TIMES = 16
+_MOST_NAMED = 6
 
 
 class IndexedTars(NamedTuple):
@@ -37,10 +41,10 @@ class IndexedTars(NamedTuple):
     """INDEX_DTYPE, in the order of the tars."""
 
 
-def rows_of_shard(rows: np.ndarray, number: int) -> np.ndarray:
-    """Those of one shard, of the rows of an index, which are in the order of the shards."""
-    first, last = np.searchsorted(rows["shard"], [number, number + 1])
-    return rows[first:last]
+class _Problem(NamedTuple):
+    text: str
+    damaged: bool
+    """And not only unreadable for now."""
 
 
 def check_headers(tars: IndexedTars) -> None:
@@ -48,35 +52,50 @@ def check_headers(tars: IndexedTars) -> None:
 
     One process of those that share the place reads, in parallel processes; others wait for it.
 
-    Raises UserError: a tar is damaged, or has no picture where the index has one.
+    Raises UserError: a tar cannot be read, is damaged, or has no picture where the index has one.
     """
     near, far = places(tars.folder)
-    if any(not _unknown(tars, place) for place in (near, far)):
+    if not _unknown(tars, near, far):
         return
     place = next((place for place in (near, far) if can_write(place)), None)
     if place is None:
-        say(f"{tars.folder}: what is checked now cannot be noted, neither in {near} nor in {far}")
-        _read(tars, range(len(tars.paths)))
+        say(
+            f"{tars.folder}: each process reads the headers of the shards at each start, because "
+            f"neither in {near} nor in {far} it can be noted that they are right. Name a folder "
+            "that can be written in the environment variable MOCO_SCALE_CACHE"
+        )
+        _raise(tars, _read(tars, _unknown(tars, near, far)))
         return
     waiting = f"{tars.folder}: another process reads the headers of its shards; waiting"
     with alone(place / f"{tars.split}-checked.lock", waiting):
-        unknown = _unknown(tars, place)
-        if unknown:
-            _read(tars, unknown)
-            _note(tars, place)
+        unknown = _unknown(tars, near, far)
+        if not unknown:
+            return
+        problems = _read(tars, unknown)
+        try:
+            _note(tars, place, problems)
+        except OSError as error:
+            say(
+                f"{tars.folder}: that its shards are right cannot be noted in {place} "
+                f"({error.strerror or error}): they are read again at the next start"
+            )
+        _raise(tars, problems)
 
 
 def note_checked(tars: IndexedTars) -> None:
     """Note that the headers are right, who has written them: the first start need not read them."""
     place = tars.folder / FOLDER
     place.mkdir(exist_ok=True)
-    _note(tars, place)
+    _note(tars, place, {})
 
 
-def tar_problem(path: Path, rows: np.ndarray) -> str | None:
-    """What is wrong with a tar whose pictures are these rows of the index; None: nothing."""
+def tar_problem(path: Path, rows: np.ndarray, file: int | None = None) -> str | None:
+    """What is wrong with a tar whose pictures are these rows of the index; None: nothing.
+
+    file: its descriptor, where it is open. Raises OSError: it cannot be read.
+    """
     try:
-        there = member_places(path)
+        there = member_places(path, file)
     except UserError as error:
         return str(error)
     for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
@@ -89,38 +108,81 @@ def tar_problem(path: Path, rows: np.ndarray) -> str | None:
     return None
 
 
+def rows_of_shard(rows: np.ndarray, number: int) -> np.ndarray:
+    """Those of one shard, of the rows of an index, which are in the order of the shards."""
+    first, last = np.searchsorted(rows["shard"], [number, number + 1])
+    return rows[first:last]
+
+
+def _noted(tars: IndexedTars, place: Path) -> list[list[int]]:
+    """Of each tar, the times of change at which it was found right, by the note in a place."""
+    nothing: list[list[int]] = [[] for _ in tars.paths]
+    try:
+        noted = json.loads((place / _note_name(tars.split)).read_bytes())
+        if noted["index"] != tars.checksum or len(noted["right"]) != len(nothing):
+            return nothing
+        return [[int(time) for time in times] for times in noted["right"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return nothing
+
+
 def _note_name(split: str) -> str:
     return f"{split}-checked.json"
 
 
-def _note(tars: IndexedTars, place: Path) -> None:
-    content = {"index": tars.checksum, "changed": list(tars.changed)}
-    write_atomically(place / _note_name(tars.split), json.dumps(content))
+def _note(tars: IndexedTars, place: Path, problems: Mapping[int, _Problem]) -> None:
+    """Add the times of all tars but those with problems to the note in a place."""
+    right = _noted(tars, place)
+    for number, (times, time) in enumerate(zip(right, tars.changed, strict=True)):
+        if number not in problems and time not in times:
+            right[number] = [*times, time][-_MOST_TIMES:]
+    content = json.dumps({"index": tars.checksum, "right": right})
+    write_atomically(place / _note_name(tars.split), content, alone=False)
 
 
-def _unknown(tars: IndexedTars, place: Path) -> list[int]:
-    """Numbers of the tars that were not found right as they are, by what is noted in a place."""
-    everything = list(range(len(tars.paths)))
-    try:
-        noted = json.loads((place / _note_name(tars.split)).read_bytes())
-        if noted["index"] != tars.checksum or len(noted["changed"]) != len(everything):
-            return everything
-        return [i for i in everything if noted["changed"][i] != tars.changed[i]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return everything
+def _unknown(tars: IndexedTars, *noted_in: Path) -> list[int]:
+    """Numbers of the tars that were not found right as they are now."""
+    notes = [_noted(tars, place) for place in noted_in]
+    return [
+        number
+        for number, time in enumerate(tars.changed)
+        if not any(time in noted[number] for noted in notes)
+    ]
 
 
-def _read(tars: IndexedTars, numbers: Sequence[int]) -> None:
+def _read(tars: IndexedTars, numbers: Sequence[int]) -> dict[int, _Problem]:
+    """What is wrong with tars, by number."""
     starts = np.searchsorted(tars.rows["shard"], np.arange(len(tars.paths) + 1))
     work = [(tars.paths[i], tars.rows[starts[i] : starts[i + 1]]) for i in numbers]
-    for problem in read_tars(_problem, work, f"reading the headers of {tars.folder}"):
-        if problem is not None:
-            folder = shlex.quote(str(tars.folder))
-            raise UserError(
-                f"{problem} What is still good can be kept with: python -m moco_scale shard "
-                f"--repair {folder}"
-            )
+    found = read_tars(_problem, work, f"reading the headers of {tars.folder}")
+    return {
+        number: problem
+        for number, problem in zip(numbers, found, strict=True)
+        if problem is not None
+    }
 
 
-def _problem(tar: tuple[Path, np.ndarray]) -> str | None:
-    return tar_problem(*tar)
+def _problem(tar: tuple[Path, np.ndarray]) -> _Problem | None:
+    try:
+        text = tar_problem(*tar)
+    except OSError as error:
+        return _Problem(f"Cannot read shard {tar[0]}: {open_failure(error)}.", False)
+    return None if text is None else _Problem(text, True)
+
+
+def _raise(tars: IndexedTars, problems: Mapping[int, _Problem]) -> None:
+    """UserError, if there are any."""
+    if not problems:
+        return
+    first, *others = problems
+    text = problems[first].text
+    if others:
+        names = ", ".join(tars.paths[number].name for number in others[:_MOST_NAMED])
+        many = f"{names}{', …' * (len(others) > _MOST_NAMED)}"
+        text += f" Nor are {len(others)} other shards what they should be: {many}."
+    if any(problem.damaged for problem in problems.values()):
+        text += (
+            " `python -m moco_scale shard --repair "
+            f"{shlex.quote(str(tars.folder))}` keeps what is still good."
+        )
+    raise UserError(text)

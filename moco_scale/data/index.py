@@ -84,11 +84,13 @@ class IndexedShards:
         *,
         index_dir: Path | None = None,
         name: str = "",
+        indexed: Mapping[str, int] | None = None,
     ) -> IndexedShards:
         """Open a split and check that all its shards are there with the size they should have.
 
         index_dir: where the index lies, if not beside the shards; these may then lie anywhere, at
-        paths relative to data_dir. name: for messages; data_dir by default.
+        paths relative to data_dir. name: for messages; data_dir by default. indexed: of each shard,
+        the time of change (ns) that it had when the index was made; without, it is looked at.
 
         Raises UserError: no such folder; not a folder of shards (an ImageFolder or a tar: the
         message has the command that makes shards of it); no such split; a shard is missing or has
@@ -110,7 +112,9 @@ class IndexedShards:
             _check_shard(path, shard["bytes"], len(paths))
             for path, shard in zip(paths, entry["shards"], strict=True)
         ]
-        if index_dir is None:  # an index elsewhere was made of the tars as they are
+        if indexed is not None:
+            changed = [indexed[shard["name"]] for shard in entry["shards"]]
+        else:
             check_headers(IndexedTars(data_dir, split, entry["checksum"], paths, changed, rows))
         return cls(data_dir, split, header, rows, None, index_dir, name, changed)
 
@@ -243,18 +247,18 @@ class IndexedShards:
                 status = os.fstat(file.fileno())
                 if status.st_size != size:  # mapped all the same, reading it could kill the process
                     raise UserError(_wrong_size(path, status.st_size, size))
-                self._watch(shard, path, status.st_mtime_ns)
+                self._watch(shard, path, file.fileno(), status.st_mtime_ns)
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
             raise UserError(f"Cannot read shard {path}: {open_failure(error)}.") from error
         self._keep(shard, mapped)
         return mapped
 
-    def _watch(self, shard: int, path: Path, changed: int) -> None:
+    def _watch(self, shard: int, path: Path, file: int, changed: int) -> None:
         """UserError: a file that came in the place of a shard is not what the index says."""
         if self._changed is None or changed == self._changed[shard]:
             return
-        problem = tar_problem(path, rows_of_shard(self._all_rows, shard))
+        problem = tar_problem(path, rows_of_shard(self._all_rows, shard), file)
         if problem is not None:
             raise UserError(f"{path} was changed while it was in use. {problem}")
         self._changed[shard] = changed

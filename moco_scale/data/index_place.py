@@ -13,11 +13,12 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from moco_scale.data.pool import BrokenProcessPool, in_order
-from moco_scale.data.progress import Progress, gets_on
+from moco_scale.data.progress import Progress, gets_on, heard_by
 from moco_scale.data.shard_cache import cache_home
 from moco_scale.errors import UserError
 from moco_scale.messages import say
@@ -32,7 +33,7 @@ Found = TypeVar("Found")
 
 def places(folder: Path) -> tuple[Path, Path]:
     """For the tars of a folder: beside them, and where it goes if that cannot be written."""
-    of = hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()
+    of = hashlib.blake2b(os.fsencode(os.path.abspath(folder)), digest_size=8).hexdigest()
     return folder / FOLDER, cache_home() / "index" / of
 
 
@@ -53,7 +54,8 @@ def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[No
     """One process at a time, on file systems that can lock; elsewhere work may be done twice, and
     whole files replace each other.
 
-    works_in: a folder that shows, by files that come, that the process waited for gets on.
+    Who waits gets on as long as the other one does, which shows by the lock's time of change, and
+    in `works_in`, a folder, by files that come.
     """
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
@@ -64,16 +66,23 @@ def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[No
             except BlockingIOError:
                 say(waiting)
                 _lock_in_the_end(file, works_in)
+            held.enter_context(heard_by(partial(_touch, file)))
         yield
 
 
+def _touch(file: int) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(file)
+
+
 def _lock_in_the_end(file: int, works_in: Path | None) -> None:
-    before = -1
+    before: tuple[int, int] | None = None
     while True:
         time.sleep(_POLL)
         with contextlib.suppress(FileNotFoundError):
-            now = -1 if works_in is None else works_in.stat().st_mtime_ns
-            if now != before:
+            files = -1 if works_in is None else works_in.stat().st_mtime_ns
+            now = files, os.fstat(file).st_mtime_ns
+            if before is not None and now != before:
                 gets_on()
             before = now
         with contextlib.suppress(BlockingIOError):

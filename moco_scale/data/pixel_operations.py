@@ -5,8 +5,8 @@ included, on float tensors that hold whole numbers from 0 to 255, so that a view
 depend on the batch it is computed in.
 
 An operation takes `x`, float32 [n, 3, H, W], which it may change in place, and one row of numbers
-for each sample. Products and sums are separate calls on purpose: fused ones round differently in
-the vectorised part of a loop and in its rest.
+for each sample. Products and sums of fractions are separate calls on purpose: fused ones round
+differently in the vectorised part of a loop and in its rest.
 """
 
 from __future__ import annotations
@@ -137,38 +137,26 @@ def blur(x: Tensor, weights: Tensor) -> Tensor:
     whole = parts[:, :1] + 2 * parts[:, 1:].sum(1, keepdim=True, dtype=torch.int32)
     offset = ((whole - _ONE) * _MIDDLE + _ONE // 2)[:, 0]
     pixels = x.sub_(_MIDDLE).to(torch.int32)
-    total, sides = torch.empty_like(pixels), torch.empty_like(pixels)
+    total = torch.empty_like(pixels)
     for dim in (3, 3, 3, 2, 2, 2):
         torch.mul(pixels, parts[:, 0], out=total).add_(offset)
         for distance in range(1, weights.shape[1]):
-            total.addcmul_(_both_sides(pixels, distance, dim, sides), parts[:, distance])
+            _add_both_sides(total, pixels, parts[:, distance], distance, dim)
         pixels, total = total.bitwise_right_shift_(24), pixels
     return x.copy_(pixels).add_(_MIDDLE)
 
 
-def _both_sides(x: Tensor, distance: int, dim: int, out: Tensor) -> Tensor:
-    """The sum of the two pixels at a distance from each, those of the border repeated."""
-    length = x.shape[dim]
-    inside = length - 2 * distance
-    if inside <= 0:
-        places = torch.arange(length, device=x.device)
-        before, after = (
-            (places - distance).clamp_(min=0),
-            (places + distance).clamp_(max=length - 1),
-        )
-        return torch.add(x.index_select(dim, before), x.index_select(dim, after), out=out)
-    for at, count, left, right in (
-        (0, distance, x.narrow(dim, 0, 1), x.narrow(dim, distance, distance)),
-        (distance, inside, x.narrow(dim, 0, inside), x.narrow(dim, 2 * distance, inside)),
-        (
-            distance + inside,
-            distance,
-            x.narrow(dim, inside, distance),
-            x.narrow(dim, length - 1, 1),
-        ),
+def _add_both_sides(total: Tensor, x: Tensor, weight: Tensor, distance: int, dim: int) -> None:
+    """Add the two pixels at a distance from each, with a weight, those of the border repeated."""
+    length, edge = x.shape[dim], min(distance, x.shape[dim])
+    inside = length - edge
+    for at, count, others in (
+        (edge, inside, x.narrow(dim, 0, inside)),
+        (0, inside, x.narrow(dim, edge, inside)),
+        (0, edge, x.narrow(dim, 0, 1)),
+        (inside, edge, x.narrow(dim, length - 1, 1)),
     ):
-        torch.add(left, right, out=out.narrow(dim, at, count))
-    return out
+        total.narrow(dim, at, count).addcmul_(others, weight)
 
 
 def solarize(x: Tensor, threshold: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def repair(path: Path, workers: int) -> int:
     """Repair a folder of shards, where there is something to repair. Returns 0.
 
     Raises:
-        UserError: there are no shards, nothing of a split can be kept, or something cannot be
-            written; the folder is then as it was.
+        UserError: there are no shards, one is there and cannot be read, nothing of a split can be
+            kept, or something cannot be written; the folder is then as it was.
     """
     folder = list_folder(path)
     found = list(examine_all(folder, workers, f"examining {path}"))
@@ -54,6 +54,12 @@ def repair(path: Path, workers: int) -> int:
         if not folder.indexed:
             print("it has no index of its own and needs none: --data-dir makes one on first use")
         return 0
+    for _, examined in found:
+        if examined.unreadable:
+            raise UserError(
+                f"{examined.findings[-1]}. Its pictures would be lost, so nothing was changed: see "
+                "that it can be read, or move it away if it is to be given up."
+            )
     lost: list[LeftOut] = []
     splits: dict[str, list[_Shard]] = {split: [] for split in folder.splits}
     try:

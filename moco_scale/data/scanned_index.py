@@ -52,10 +52,10 @@ def open_scanned(spec: str, shards: ShardList, split: str) -> index.IndexedShard
             f"{spec} has no split {split!r}; by their names its tars are: "
             f"{', '.join(sorted(shards.splits))}."
         )
-    key, sizes = _key(shards)
+    key, sizes, changed = _key(shards)
     near, far = places(shards.folder)
     for place in (near, far):
-        found = _open(spec, shards, split, key.folder(place))
+        found = _open(spec, shards, split, key.folder(place), changed)
         if found is not None:
             return found
     writable = [place for place in (near, far) if can_write(place)]
@@ -66,31 +66,35 @@ def open_scanned(spec: str, shards: ShardList, split: str) -> index.IndexedShard
         )
     place = writable[0]
     with alone(place / f"{key.names}.lock", f"{spec}: another process makes the index; waiting"):
-        found = _open(spec, shards, split, key.folder(place))
+        found = _open(spec, shards, split, key.folder(place), changed)
         if found is not None:
             return found
         _build(spec, shards, sizes, key.folder(place))
         for old in place.glob(f"{key.names}-*"):  # of the tars as they were before
             if old != key.folder(place):
                 shutil.rmtree(old, ignore_errors=True)
-        found = _open(spec, shards, split, key.folder(place))
+        found = _open(spec, shards, split, key.folder(place), changed)
     if found is None:
         raise UserError(f"The index of {spec} was written to {place}, and cannot be read there.")
     return found
 
 
-def _open(spec: str, shards: ShardList, split: str, folder: Path) -> index.IndexedShards | None:
+def _open(
+    spec: str, shards: ShardList, split: str, folder: Path, changed: Mapping[str, int]
+) -> index.IndexedShards | None:
     """None: there is no index, or it is damaged, which making it again puts right."""
     try:
-        return index.IndexedShards.open(shards.folder, split, index_dir=folder, name=spec)
+        return index.IndexedShards.open(
+            shards.folder, split, index_dir=folder, name=spec, indexed=changed
+        )
     except UserError:
         return None
 
 
-def _key(shards: ShardList) -> tuple[_Key, dict[str, int]]:
-    """The key, and the size of each tar."""
+def _key(shards: ShardList) -> tuple[_Key, dict[str, int], dict[str, int]]:
+    """The key, and of each tar size and time of change (ns)."""
     names, state = hashlib.blake2b(digest_size=8), hashlib.blake2b(_RULES, digest_size=8)
-    sizes: dict[str, int] = {}
+    sizes, changed = dict[str, int](), dict[str, int]()
     for split, members in sorted(shards.splits.items()):
         for name in members:
             path = shards.folder / name
@@ -98,10 +102,10 @@ def _key(shards: ShardList) -> tuple[_Key, dict[str, int]]:
                 status = path.stat()
             except OSError as error:
                 raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
-            sizes[name] = status.st_size
+            sizes[name], changed[name] = status.st_size, status.st_mtime_ns
             names.update(os.fsencode(f"{split}\0{name}\0"))
             state.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-    return _Key(names.hexdigest(), state.hexdigest()), sizes
+    return _Key(names.hexdigest(), state.hexdigest()), sizes, changed
 
 
 def _build(spec: str, shards: ShardList, sizes: dict[str, int], folder: Path) -> None:
@@ -165,7 +169,7 @@ def write_index(
                     shard.update(remarks[shard["name"]])
             header["splits"][split] = described
             save_rows(folder / index_file.index_name(split), rows)
-        write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1))
+        write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1), alone=False)
         sync_folder(folder)
     except OSError as error:
         raise UserError(

@@ -2,7 +2,7 @@
 
 What is written is a function of the pictures, their names and the seed: the order follows from a
 hash of (seed, split, name), each shard is one task, and the tar headers hold no date and no user.
-So any number of workers writes the same bytes.
+So any number of workers writes the same tars and the same index.
 """
 
 from __future__ import annotations

@@ -78,17 +78,14 @@ def scan_tar(path: Path) -> ShardScan:
         raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
 
 
-def member_places(path: Path) -> set[tuple[int, int]]:
+def member_places(path: Path, file: int | None = None) -> set[tuple[int, int]]:
     """(offset, size) of each file in a tar, whatever it is.
 
-    Raises UserError as `scan_tar` does: the file cannot be read, is truncated or no tar; a header
-    is damaged.
+    file: its descriptor, where it is open. Raises UserError as `scan_tar` does: it is truncated or
+    no tar; a header is damaged. Raises OSError: it cannot be read.
     """
-    try:
-        with _Tar(path) as tar:
-            return {(member.offset, member.size) for member in tar.members()}
-    except OSError as error:
-        raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
+    with _Tar(path, file) as tar:
+        return {(member.offset, member.size) for member in tar.members()}
 
 
 def picture_key(name: str) -> str:
@@ -247,9 +244,9 @@ _AGAIN = "Fetch it again, or make it again."
 class _Tar:
     """Reads a tar's headers one after the other."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: int | None = None) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY) if file is None else os.dup(file)
         self._bytes = os.fstat(self._file).st_size
         self._start, self._window = 0, b""
         if hasattr(os, "posix_fadvise"):  # or the kernel would read the pictures too

@@ -23,7 +23,7 @@ from moco_scale.errors import UserError
 from moco_scale.evaluation import linear
 from moco_scale.evaluation.command_line import KNN_K, KNN_T, parse
 from moco_scale.evaluation.features import LeftOut, Pixels, Pretrained, load_pretrained
-from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, open_splits
+from moco_scale.evaluation.knn import KnnMonitor, Splits, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.files import read_json, write_atomically
 from moco_scale.messages import say
@@ -83,15 +83,19 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
     # Which may index them.
     train = together.in_turn(partial(open_shards, _source(args), "train"), alive)
 
-    def prepare() -> tuple[dict[str, Any], Pretrained, KnnMonitor | Shards]:
+    def prepare() -> tuple[dict[str, Any], Pretrained]:
         earlier = _prepare(folder) if distributed.is_main() else {}
         pretrained = load_pretrained(args.pretrained_model, args.encoder)
         _require_agreement(args, pretrained)
-        if args.protocol == "knn":
-            return earlier, pretrained, _knn(args, pretrained, train)
-        return earlier, pretrained, open_shards(_source(args), "val")
+        return earlier, pretrained
 
-    earlier, pretrained, test = together.agree(prepare)
+    earlier, pretrained = together.agree(prepare)
+    test: KnnMonitor | Shards
+    if args.protocol == "knn":
+        splits = together.in_turn(partial(open_splits, _source(args), train), alive)
+        test = together.agree(partial(_knn, args, pretrained, splits))
+    else:
+        test = together.in_turn(partial(open_shards, _source(args), "val"), alive)
     weights = {"weights in --pretrained-model": pretrained.fingerprint}
     identity.require_alike(weights, "give all of them the same file")
     if distributed.is_main():
@@ -195,8 +199,7 @@ def _source(args: argparse.Namespace) -> ShardSource:
     )
 
 
-def _knn(args: argparse.Namespace, pretrained: Pretrained, train: Shards) -> KnnMonitor:
-    splits = open_splits(_source(args), train)
+def _knn(args: argparse.Namespace, pretrained: Pretrained, splits: Splits) -> KnnMonitor:
     bank, queries = bank_and_queries(splits, max_bank=args.knn_bank, seed=args.rng_seed)
     return KnnMonitor(
         bank,

@@ -155,18 +155,24 @@ class Splits(NamedTuple):
     """None: there is no such split."""
 
 
-def open_splits(data_dir: str | Path | ShardSource, train: Shards | None = None) -> Splits:
+def open_splits(
+    data_dir: str | Path | ShardSource,
+    train: Shards | None = None,
+    gets_on: Callable[[], None] | None = None,
+) -> Splits:
     """Both splits of a set of shards, each opened once.
 
     Args:
         data_dir: folder of shards.
         train: its train split, where that is open already.
+        gets_on: as `open_shards` has it.
 
     Raises:
         UserError: they cannot be opened.
     """
-    train = open_shards(data_dir, "train") if train is None else train
-    return Splits(train, open_shards(data_dir, "val") if has_split(data_dir, "val") else None)
+    train = open_shards(data_dir, "train", gets_on) if train is None else train
+    there = has_split(data_dir, "val")
+    return Splits(train, open_shards(data_dir, "val", gets_on) if there else None)
 
 
 def unlabelled_split(splits: Splits) -> Shards | None:

@@ -1,21 +1,27 @@
 """Tars that are not those their index was made of: found at the start, and read once for it."""
 
+import errno
+import fcntl
+import multiprocessing
 import os
+import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from harness import run_ranks
 
 from moco_scale import together
 from moco_scale.__main__ import main
-from moco_scale.data import header_check, index_place
+from moco_scale.data import examine, header_check, index_place
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.tar_scan import member_places
+from moco_scale.data.tar_scan import ShardScan, member_places, scan_tar
 from moco_scale.errors import UserError
 
 
@@ -32,9 +38,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of tars whose headers were read."""
     names: list[str] = []
 
-    def counted(path: Path) -> set[tuple[int, int]]:
+    def counted(path: Path, file: int | None = None) -> set[tuple[int, int]]:
         names.append(path.name)
-        return member_places(path)
+        return member_places(path, file)
 
     monkeypatch.setattr(header_check, "member_places", counted)
     return names
@@ -75,8 +81,7 @@ def test_a_damaged_header_is_named_at_the_start_and_can_be_repaired(
             IndexedShards.open(folder)
         message = str(caught.value)
         assert f"Shard {tar} is damaged: the header at byte {at}" in message
-        command = f"shard --repair {folder}"
-        assert message.endswith(command)
+        assert f"`python -m moco_scale shard --repair {folder}` keeps what" in message
     assert main(["shard", "--repair", str(folder)]) == 0
     assert everything(IndexedShards.open(folder)) == before
 
@@ -108,12 +113,133 @@ def test_a_note_of_another_index_or_a_damaged_one_counts_for_nothing(
 ) -> None:
     note = folder / index_place.FOLDER / "train-checked.json"
     whole = note.read_text()
-    for content in ("", "[]", "{}", '{"index": 1, "changed": 2}', whole.replace("[", "[0, ")):
+    others = ("", "[]", "{}", '{"index": 1, "right": 2}', whole.replace("[[", "[[], ["))
+    for content in (*others, whole.replace('"right": [', '"right": [3, ')):
         read.clear()
         note.write_text(content)
         IndexedShards.open(folder)
         assert len(read) == 4
         assert note.read_text() == whole
+
+
+def test_all_that_is_wrong_is_named_and_the_rest_is_not_read_again(
+    folder: Path, read: list[str]
+) -> None:
+    for tar in folder.glob("*.tar"):
+        os.utime(tar, (1, 1))
+    middle_header(folder / "train-000001.tar")
+    size_kept(folder / "train-000003.tar")
+    for expected in (4, 2):
+        read.clear()
+        with pytest.raises(UserError) as caught:
+            IndexedShards.open(folder)
+        assert f"Shard {folder}/train-000001.tar is damaged" in str(caught.value)
+        assert "Nor are 1 other shards what they should be: train-000003.tar." in str(caught.value)
+        assert len(read) == expected
+
+
+def test_copies_with_other_times_share_a_note(folder: Path, read: list[str]) -> None:
+    for time in (1, 2, 1, 2):
+        for tar in folder.glob("*.tar"):
+            os.utime(tar, (time, time))
+        IndexedShards.open(folder)
+    assert len(read) == 8
+
+
+def test_a_tar_that_cannot_be_read_is_no_damaged_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.utime(folder / "train-000002.tar", (1, 1))
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.setattr(header_check, "member_places", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError) as caught:
+        IndexedShards.open(folder)
+    assert str(caught.value) == f"Cannot read shard {folder}/train-000002.tar: Permission denied."
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_repairing_gives_up_nothing_that_cannot_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train-000002.tar").chmod(0)
+    before = (folder / "train-index.npy").read_bytes()
+    assert main(["shard", "--repair", str(folder)]) == 2
+    assert "train-000002.tar: cannot be read: Permission denied" in capsys.readouterr().err
+    assert (folder / "train-index.npy").read_bytes() == before
+
+
+def test_repairing_gives_up_nothing_that_fails_while_it_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (folder / "train-index.npy").read_bytes()
+    middle_header(folder / "train-000000.tar")
+
+    def broken(path: Path) -> ShardScan:
+        if path.name == "train-000002.tar":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return scan_tar(path)
+
+    monkeypatch.setattr(examine, "scan_tar", broken)
+    assert main(["shard", "--repair", str(folder), "--workers", "1"]) == 2
+    assert (
+        "train-000002.tar: cannot be read: Input/output error. Its pict" in capsys.readouterr().err
+    )
+    assert (folder / "train-index.npy").read_bytes() == before
+
+
+def test_a_full_disk_under_the_note_stops_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.utime(folder / "train-000002.tar", (1, 1))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(header_check, "write_atomically", full)
+    assert len(IndexedShards.open(folder)) == 32
+    assert "No space left on device): they are read again" in capsys.readouterr().err
+
+
+def _open_often(folder: Path, gate: Any, results: Any) -> None:
+    try:
+        for _ in range(20):
+            gate.wait()
+            shutil.rmtree(folder / index_place.FOLDER, ignore_errors=True)
+            gate.wait()
+            IndexedShards.open(folder)
+        results.put("")
+    except BaseException as error:
+        gate.abort()
+        results.put(repr(error))
+
+
+def test_where_nothing_can_be_locked_processes_do_not_disturb_each_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(index_place, "MOST_WORKERS", 1)
+    context = multiprocessing.get_context("fork")
+    gate, results = context.Barrier(4), context.SimpleQueue()
+    processes = [
+        context.Process(target=_open_often, args=(folder, gate, results)) for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    assert [results.get() for _ in processes] == [""] * 4
+    for process in processes:
+        process.join()
+
+
+def test_shards_that_replace_others_are_known(
+    folder: Path, read: list[str], picture_folder: Path
+) -> None:
+    options = ["--source", str(picture_folder), "--out", str(folder), "--overwrite"]
+    assert main(["shard", *options, "--workers", "1"]) == 0
+    assert len(IndexedShards.open(folder)) == 24
+    assert read == []
 
 
 def test_a_folder_that_cannot_be_written_is_noted_in_the_cache(
@@ -133,7 +259,8 @@ def test_a_folder_that_cannot_be_written_is_noted_in_the_cache(
     monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path / "file"))
     IndexedShards.open(folder)
     assert len(read) == 8
-    assert "cannot be noted, neither in" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "each process reads the headers" in said and "MOCO_SCALE_CACHE" in said
     middle_header(folder / "train-000000.tar")
     with pytest.raises(UserError, match="is damaged"):
         IndexedShards.open(folder)
@@ -156,13 +283,32 @@ def test_a_tar_replaced_during_a_run_is_named_by_who_opens_it(
     assert read == ["train-000002.tar", "train-000000.tar"]
 
 
+def test_copies_of_the_pictures_watch_too(folder: Path) -> None:
+    whole = IndexedShards.open(folder)
+    part = pickle.loads(pickle.dumps(whole.subset(np.arange(31, -1, -1))))
+    size_kept(folder / "train-000003.tar")
+    with pytest.raises(UserError, match=r"train-000003.tar was changed while it was in use"):
+        part.read(0)
+
+
+def test_a_tar_without_an_index_that_is_replaced_during_a_run_is_named(folder: Path) -> None:
+    (folder / "index.json").unlink()
+    mixed = open_shards(f"{folder}:1,{folder}:1", "train")
+    shards = open_shards(folder, "train")
+    size_kept(folder / "train-000003.tar")
+    for pictures in (mixed, shards):
+        assert len(pictures.read(0)) > 0
+        with pytest.raises(UserError, match=r"train-000003.tar was changed while it was in use"):
+            pictures.read(len(pictures) - 1)
+
+
 def opened(folder: Path) -> tuple[int, list[str], str]:
     """Pictures, tars read by this rank, error."""
     names: list[str] = []
 
-    def counted(path: Path) -> set[tuple[int, int]]:
+    def counted(path: Path, file: int | None = None) -> set[tuple[int, int]]:
         names.append(path.name)
-        return member_places(path)
+        return member_places(path, file)
 
     header_check.member_places = counted
     index_place.MOST_WORKERS = 1

@@ -1,6 +1,6 @@
 """The CIFAR-10 demo of MoCo written out in plain torch, for the losses of its epochs.
 
-    python benchmarks/plain_demo.py PICTURES [--per-class N] [--epochs N] [--of N] [--seed N] …
+    python scripts/plain_demo.py PICTURES [--per-class N] [--epochs N] [--of N] [--seed N] …
 
 What a run of this package is compared with where no figures are published: one process,
 torchvision's network and transforms on PIL images, torch's DataLoader, nn.BatchNorm2d applied to
