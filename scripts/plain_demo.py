@@ -1,17 +1,22 @@
 """The CIFAR-10 demo of MoCo written out in plain torch, for the losses of its epochs.
 
-    python scripts/plain_demo.py PICTURES [--per-class N] [--epochs N] [--of N] [--seed N] …
+    python scripts/plain_demo.py PICTURES [--step plain|package] [--seed N] [--epochs N] [--of N] …
 
 What a run of this package is compared with where no figures are published: one process,
 torchvision's network and transforms on PIL images, torch's DataLoader, nn.BatchNorm2d applied to
-parts of the batch, the queue as one matrix, cross-entropy over concatenated logits. Nothing of the
-package is imported. Two seeds show how much such a run differs from itself.
+parts of the batch, the queue as one matrix, cross-entropy over concatenated logits, and every draw
+from torch's one generator. With ``--step plain`` nothing of the package is imported. Two seeds show
+how much such a run differs from itself.
+
+``--step package`` has the same pictures, crops, colours, order, shuffles, first weights and first
+queue, and the package's encoders, BatchNorm, queue, loss, averaging and optimizer in between: what
+is left of a difference is the step's.
 
 PICTURES is a folder of train/CLASS/*; the first --per-class files of each class, by name, are the
 training set. --epochs of a cosine over --of epochs are run.
 
 Prints a line an epoch and, as its last line, one JSON object: ``losses``, the mean of each epoch,
-and ``seed``, ``seconds``, ``torch``, ``torchvision``.
+and ``step``, ``seed``, ``seconds``, ``torch``, ``torchvision``.
 """
 
 from __future__ import annotations
@@ -21,9 +26,11 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -34,7 +41,11 @@ from torchvision import transforms
 from torchvision.models import resnet18
 
 DIM, QUEUE, MOMENTUM, TEMPERATURE = 128, 4096, 0.99, 0.1
+SGD_MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+Step = Callable[[Tensor, Tensor, Tensor, float], float]
+"""From queries' and keys' pictures, the keys' shuffle and the learning rate to the loss."""
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
@@ -80,9 +91,81 @@ def encoder(splits: int) -> nn.Module:
     return net
 
 
+class PlainStep:
+    """The step as the demo describes it."""
+
+    def __init__(self, net: nn.Module, queue: Tensor, args: argparse.Namespace) -> None:
+        """queue: unit columns [DIM, QUEUE]."""
+        self.query, self.queue, self.place = net, queue, 0
+        self.key = copy.deepcopy(net).requires_grad_(False)
+        self.optimizer = torch.optim.SGD(
+            net.parameters(), 0.0, momentum=SGD_MOMENTUM, weight_decay=WEIGHT_DECAY
+        )
+        half = args.precision == "bf16"
+        self.autocast = partial(torch.autocast, queue.device.type, torch.bfloat16, half)
+
+    def __call__(self, ours: Tensor, theirs: Tensor, shuffle: Tensor, lr: float) -> float:
+        with torch.no_grad():
+            for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                key.mul_(MOMENTUM).add_(query, alpha=1 - MOMENTUM)
+            with self.autocast():
+                k = F.normalize(self.key(theirs[shuffle]).float(), dim=1)
+            k = k[shuffle.argsort()]
+        with self.autocast():
+            q = F.normalize(self.query(ours).float(), dim=1)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue], dim=1) / TEMPERATURE
+        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.queue[:, self.place : self.place + len(k)] = k.T
+        self.place = (self.place + len(k)) % QUEUE
+        return loss.item()
+
+
+class PackageStep:
+    """The same by the package's parts."""
+
+    def __init__(self, net: nn.Module, queue: Tensor, args: argparse.Namespace) -> None:
+        from moco_scale.batchnorm import set_groups
+        from moco_scale.encoders import build_encoder
+        from moco_scale.engines.base import EngineSettings
+        from moco_scale.engines.ddp import DDPEngine
+        from moco_scale.moco import MoCo
+        from moco_scale.queue import KeyQueue
+
+        query = build_encoder("resnet18", stem="cifar", dim=DIM, seed=args.seed)
+        expected = net.state_dict()
+        for name, value in query.state_dict().items():
+            theirs = expected[name.removeprefix("backbone.").replace("head.", "fc.")]
+            if not torch.equal(value, theirs.cpu()):
+                raise AssertionError(f"{name} does not begin where the plain network's does")
+        device = queue.device
+        moco = MoCo(query).to(device)
+        set_groups(moco, args.batch_size // args.bn_splits, args.batch_size)
+        settings = EngineSettings(SGD_MOMENTUM, WEIGHT_DECAY, precision=args.precision)
+        self.engine = DDPEngine(moco, settings, device)
+        self.queue = KeyQueue(QUEUE, DIM, args.seed, device)
+        self.queue.keys.copy_(queue.T)
+
+    def __call__(self, ours: Tensor, theirs: Tensor, shuffle: Tensor, lr: float) -> float:
+        (query,) = self.engine.query(ours, part=0)
+        keys = self.engine.key(theirs[shuffle])[shuffle.argsort()]
+        images = np.arange(len(keys))  # which nothing is asked about
+        loss = self.queue.contrast(query, keys, TEMPERATURE, images).loss.mean()
+        self.engine.backward(loss)
+        if not self.engine.step(lr):
+            raise AssertionError("a step was left out")
+        self.engine.ema(MOMENTUM)
+        self.queue.enqueue(keys)
+        return loss.item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("pictures", type=Path, help="a folder of train/CLASS/*")
+    parser.add_argument("--step", choices=("plain", "package"), default="plain")
     parser.add_argument("--per-class", type=int, default=1000, help="pictures (1000)")
     parser.add_argument("--epochs", type=int, default=8, help="so many are run (8)")
     parser.add_argument("--of", type=int, default=8, help="epochs of the cosine (8)")
@@ -96,42 +179,25 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    query_net = encoder(args.bn_splits).to(device).to(memory_format=torch.channels_last)
-    key_net = copy.deepcopy(query_net).requires_grad_(False)
+    net = encoder(args.bn_splits).to(device).to(memory_format=torch.channels_last)
     queue = F.normalize(torch.randn(DIM, QUEUE, device=device), dim=0)
-    optimizer = torch.optim.SGD(query_net.parameters(), args.lr, momentum=0.9, weight_decay=5e-4)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, args.precision == "bf16")
+    kind = PlainStep if args.step == "plain" else PackageStep
+    step: Step = kind(net, queue, args)
     data = Pairs(args.pictures, args.per_class)
     loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True)
-    losses, place, start = list[float](), 0, time.monotonic()
+    losses, start = list[float](), time.monotonic()
     for epoch in range(1, args.epochs + 1):
         lr = args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.of))
-        optimizer.param_groups[0]["lr"] = lr
         found = []
-        for ours, theirs in loader:
-            ours = ours.to(device, memory_format=torch.channels_last)
-            theirs = theirs.to(device, memory_format=torch.channels_last)
-            with torch.no_grad():
-                for key, query in zip(key_net.parameters(), query_net.parameters(), strict=True):
-                    key.mul_(MOMENTUM).add_(query, alpha=1 - MOMENTUM)
-                shuffled = torch.randperm(len(theirs), device=device)
-                with autocast():
-                    k = F.normalize(key_net(theirs[shuffled]).float(), dim=1)
-                k = k[shuffled.argsort()]
-            with autocast():
-                q = F.normalize(query_net(ours).float(), dim=1)
-            logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], dim=1) / TEMPERATURE
-            loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            queue[:, place : place + len(k)] = k.T
-            place = (place + len(k)) % QUEUE
-            found.append(loss.item())
+        for pair in loader:
+            ours, theirs = (x.to(device, memory_format=torch.channels_last) for x in pair)
+            shuffle = torch.randperm(len(theirs), device=device)
+            found.append(step(ours, theirs, shuffle, lr))
         losses.append(sum(found) / len(found))
         print(f"epoch {epoch}: mean loss {losses[-1]:.4f}, lr {lr:.5f}", flush=True)
     result = {
         "losses": [round(loss, 4) for loss in losses],
+        "step": args.step,
         "seed": args.seed,
         "seconds": round(time.monotonic() - start, 1),
         "torch": torch.__version__,
