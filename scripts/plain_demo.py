@@ -1,6 +1,6 @@
 """The CIFAR-10 demo of MoCo written out in plain torch, for the losses of its epochs.
 
-    python scripts/plain_demo.py PICTURES [--step plain|package] [--seed N] [--epochs N] [--of N] …
+    python scripts/plain_demo.py PICTURES [--step plain|package] [--knn] [--seed N] [--epochs N] …
 
 What a run of this package is compared with where no figures are published: one process,
 torchvision's network and transforms on PIL images, torch's DataLoader, nn.BatchNorm2d applied to
@@ -13,10 +13,12 @@ queue, and the package's encoders, BatchNorm, queue, loss, averaging and optimiz
 is left of a difference is the step's.
 
 PICTURES is a folder of train/CLASS/*; the first --per-class files of each class, by name, are the
-training set. --epochs of a cosine over --of epochs are run.
+training set. --epochs of a cosine over --of epochs are run. With --knn, each epoch ends with a
+weighted kNN (k = 200, T = 0.1, on the 128-d output) of all of val/CLASS/* in the training set.
 
 Prints a line an epoch and, as its last line, one JSON object: ``losses``, the mean of each epoch,
-and ``step``, ``seed``, ``seconds``, ``torch``, ``torchvision``.
+``knn``, top-1 in percent before training and after each epoch, and ``step``, ``seed``, ``seconds``,
+``torch``, ``torchvision``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -44,17 +45,23 @@ DIM, QUEUE, MOMENTUM, TEMPERATURE = 128, 4096, 0.99, 0.1
 SGD_MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
-Step = Callable[[Tensor, Tensor, Tensor, float], float]
-"""From queries' and keys' pictures, the keys' shuffle and the learning rate to the loss."""
+
+def pictures_of(folder: Path, per_class: int | None) -> tuple[list[Image.Image], Tensor]:
+    """The first pictures of each class, and int64 labels."""
+    pictures, labels = list[Image.Image](), list[int]()
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    for label, of in enumerate(classes):
+        for path in sorted(of.iterdir())[:per_class]:
+            pictures.append(Image.open(path).convert("RGB"))
+            labels.append(label)
+    return pictures, torch.tensor(labels)
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
     """Two views of each picture."""
 
-    def __init__(self, folder: Path, per_class: int) -> None:
-        classes = sorted(path for path in (folder / "train").iterdir() if path.is_dir())
-        files = [path for of in classes for path in sorted(of.iterdir())[:per_class]]
-        self.pictures = [Image.open(path).convert("RGB") for path in files]
+    def __init__(self, pictures: list[Image.Image]) -> None:
+        self.pictures = pictures
         self.view = transforms.Compose(
             [
                 transforms.RandomResizedCrop(32),
@@ -84,6 +91,42 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return torch.cat([super(SplitBatchNorm, self).forward(p) for p in x.chunk(self.splits)])
 
 
+class Neighbours:
+    """The demo's kNN: pictures of val among those of train."""
+
+    def __init__(self, folder: Path, per_class: int, device: torch.device) -> None:
+        self.whole = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+        self.bank, self.labels = pictures_of(folder / "train", per_class)
+        self.queries, self.truth = pictures_of(folder / "val", None)
+        self.device = device
+
+    @torch.no_grad()
+    def top1(self, net: nn.Module, half: bool) -> float:
+        """In percent, of a network, which is left in training mode."""
+        net.eval()
+        bank, queries = (
+            self._features(net, self.bank, half),
+            self._features(net, self.queries, half),
+        )
+        net.train()
+        right, classes = 0, int(self.labels.max()) + 1
+        for query, truth in zip(queries.split(500), self.truth.split(500), strict=True):
+            weight, place = (query @ bank.T).topk(min(200, len(bank)))
+            votes = torch.zeros(len(query), classes)
+            votes.scatter_add_(1, self.labels[place], (weight / 0.1).exp())
+            right += int((votes.argmax(1) == truth).sum())
+        return 100 * right / len(self.truth)
+
+    def _features(self, net: nn.Module, pictures: list[Image.Image], half: bool) -> Tensor:
+        found = []
+        for start in range(0, len(pictures), 500):
+            x = torch.stack([self.whole(picture) for picture in pictures[start : start + 500]])
+            x = x.to(self.device, memory_format=torch.channels_last)
+            with torch.autocast(self.device.type, torch.bfloat16, half):
+                found.append(F.normalize(net(x).float(), dim=1).cpu())
+        return torch.cat(found)
+
+
 def encoder(splits: int) -> nn.Module:
     net = resnet18(num_classes=DIM, norm_layer=partial(SplitBatchNorm, splits=splits))
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -92,7 +135,8 @@ def encoder(splits: int) -> nn.Module:
 
 
 class PlainStep:
-    """The step as the demo describes it."""
+    """The step as the demo describes it: from the queries' pictures, the keys', their shuffle and
+    the learning rate to the loss."""
 
     def __init__(self, net: nn.Module, queue: Tensor, args: argparse.Namespace) -> None:
         """queue: unit columns [DIM, QUEUE]."""
@@ -143,6 +187,7 @@ class PackageStep:
                 raise AssertionError(f"{name} does not begin where the plain network's does")
         device = queue.device
         moco = MoCo(query).to(device)
+        self.query = moco.query
         set_groups(moco, args.batch_size // args.bn_splits, args.batch_size)
         settings = EngineSettings(SGD_MOMENTUM, WEIGHT_DECAY, precision=args.precision)
         self.engine = DDPEngine(moco, settings, device)
@@ -164,7 +209,7 @@ class PackageStep:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("pictures", type=Path, help="a folder of train/CLASS/*")
+    parser.add_argument("pictures", type=Path, help="a folder of train/CLASS/* and val/CLASS/*")
     parser.add_argument("--step", choices=("plain", "package"), default="plain")
     parser.add_argument("--per-class", type=int, default=1000, help="pictures (1000)")
     parser.add_argument("--epochs", type=int, default=8, help="so many are run (8)")
@@ -174,6 +219,7 @@ def main() -> None:
     parser.add_argument("--bn-splits", type=int, default=8, help="parts of a batch (8)")
     parser.add_argument("--lr", type=float, default=0.015)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--knn", action="store_true", help="a kNN after each epoch")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -182,10 +228,19 @@ def main() -> None:
     net = encoder(args.bn_splits).to(device).to(memory_format=torch.channels_last)
     queue = F.normalize(torch.randn(DIM, QUEUE, device=device), dim=0)
     kind = PlainStep if args.step == "plain" else PackageStep
-    step: Step = kind(net, queue, args)
-    data = Pairs(args.pictures, args.per_class)
+    step = kind(net, queue, args)
+    data = Pairs(pictures_of(args.pictures / "train", args.per_class)[0])
     loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True)
-    losses, start = list[float](), time.monotonic()
+    neighbours = Neighbours(args.pictures, args.per_class, device) if args.knn else None
+    losses, knn, start = list[float](), list[float](), time.monotonic()
+
+    def measured() -> str:
+        if neighbours is None:
+            return ""
+        knn.append(neighbours.top1(step.query, args.precision == "bf16"))
+        return f", kNN {knn[-1]:.2f} %"
+
+    print(f"before training{measured()}", flush=True)
     for epoch in range(1, args.epochs + 1):
         lr = args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.of))
         found = []
@@ -194,9 +249,10 @@ def main() -> None:
             shuffle = torch.randperm(len(theirs), device=device)
             found.append(step(ours, theirs, shuffle, lr))
         losses.append(sum(found) / len(found))
-        print(f"epoch {epoch}: mean loss {losses[-1]:.4f}, lr {lr:.5f}", flush=True)
+        print(f"epoch {epoch}: mean loss {losses[-1]:.4f}, lr {lr:.5f}{measured()}", flush=True)
     result = {
         "losses": [round(loss, 4) for loss in losses],
+        "knn": [round(top1, 2) for top1 in knn],
         "step": args.step,
         "seed": args.seed,
         "seconds": round(time.monotonic() - start, 1),
