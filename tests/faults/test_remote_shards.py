@@ -260,7 +260,7 @@ def test_an_object_store(tiny_shards: Path, tmp_path: Path) -> None:
 
     fsspec.register_implementation("pinned", Pinned, clobber=True)
     store = fsspec.filesystem("memory")
-    for path in tiny_shards.iterdir():
+    for path in filter(Path.is_file, tiny_shards.iterdir()):
         store.pipe(f"/bucket/set/{path.name}", path.read_bytes())
     try:
         far = open_shards(ShardSource("pinned://bucket/set", str(tmp_path)), "train")
