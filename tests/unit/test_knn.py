@@ -258,7 +258,7 @@ class TestMonitor:
     ) -> None:
         assert knn.unlabelled_split(knn.open_splits(shards_of_pictures)) is None
 
-        def opened(data_dir: Path, split: str) -> IndexedShards:
+        def opened(data_dir: Path, split: str, *_: object) -> IndexedShards:
             shards = IndexedShards.open(data_dir, split)
             if split == "val":
                 shards.labels = np.full_like(shards.labels, -1)
