@@ -19,12 +19,12 @@ NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 keeps them."""
 
 
-def write_atomically(path: Path, content: str | bytes, *, alone: bool = True) -> None:
+def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) -> None:
     """Replace a file by new content; a reader sees the old file or the new one, never a part.
 
-    alone: nobody else writes it at the same time.
+    shared: others may write it at the same time; the last one's remains.
     """
-    temporary = path.with_name(f".{path.name}.{'tmp' if alone else secrets.token_hex(8)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8) if shared else 'tmp'}")
     data = content.encode() if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as file:

@@ -222,6 +222,9 @@ def main() -> None:
     parser.add_argument("--knn", action="store_true", help="a kNN after each epoch")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    for split in ("train", "val") if args.knn else ("train",):
+        if not (args.pictures / split).is_dir():
+            parser.error(f"{args.pictures} has no folder {split}/ of CLASS/*")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -102,8 +102,7 @@ def list_folder(path: Path) -> Folder:
                 rows: list[np.ndarray | None] = [None] * len(shards)
                 try:
                     every = index_file.read_rows(path, split, header)
-                    starts = np.searchsorted(every["shard"], np.arange(1, len(shards)))
-                    rows = list(np.split(every, starts))
+                    rows = list(index_file.rows_by_shard(every, len(shards)))
                 except UserError as error:
                     problems.append(str(error))
                 splits[split] = [

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco_scale.data.index_place import FOLDER, alone, can_write, places, read_tars
+from moco_scale.data.index_file import rows_by_shard
+from moco_scale.data.index_place import FOLDER, alone, first_writable, places, read_tars
 from moco_scale.data.tar_scan import member_places
 from moco_scale.errors import UserError
 from moco_scale.files import open_failure, write_atomically
@@ -57,12 +58,12 @@ def check_headers(tars: IndexedTars) -> None:
     near, far = places(tars.folder)
     if not _unknown(tars, near, far):
         return
-    place = next((place for place in (near, far) if can_write(place)), None)
+    place = first_writable(near, far)
     if place is None:
         say(
             f"{tars.folder}: each process reads the headers of the shards at each start, because "
-            f"neither in {near} nor in {far} it can be noted that they are right. Name a folder "
-            "that can be written in the environment variable MOCO_SCALE_CACHE"
+            f"that they are right can be noted neither in {near} nor in {far}. Name a folder that "
+            "can be written in the environment variable MOCO_SCALE_CACHE"
         )
         _raise(tars, _read(tars, _unknown(tars, near, far)))
         return
@@ -108,12 +109,6 @@ def tar_problem(path: Path, rows: np.ndarray, file: int | None = None) -> str | 
     return None
 
 
-def rows_of_shard(rows: np.ndarray, number: int) -> np.ndarray:
-    """Those of one shard, of the rows of an index, which are in the order of the shards."""
-    first, last = np.searchsorted(rows["shard"], [number, number + 1])
-    return rows[first:last]
-
-
 def _noted(tars: IndexedTars, place: Path) -> list[list[int]]:
     """Of each tar, the times of change at which it was found right, by the note in a place."""
     nothing: list[list[int]] = [[] for _ in tars.paths]
@@ -137,7 +132,7 @@ def _note(tars: IndexedTars, place: Path, problems: Mapping[int, _Problem]) -> N
         if number not in problems and time not in times:
             right[number] = [*times, time][-_MOST_TIMES:]
     content = json.dumps({"index": tars.checksum, "right": right})
-    write_atomically(place / _note_name(tars.split), content, alone=False)
+    write_atomically(place / _note_name(tars.split), content, shared=True)
 
 
 def _unknown(tars: IndexedTars, *noted_in: Path) -> list[int]:
@@ -152,8 +147,8 @@ def _unknown(tars: IndexedTars, *noted_in: Path) -> list[int]:
 
 def _read(tars: IndexedTars, numbers: Sequence[int]) -> dict[int, _Problem]:
     """What is wrong with tars, by number."""
-    starts = np.searchsorted(tars.rows["shard"], np.arange(len(tars.paths) + 1))
-    work = [(tars.paths[i], tars.rows[starts[i] : starts[i + 1]]) for i in numbers]
+    rows = rows_by_shard(tars.rows, len(tars.paths))
+    work = [(tars.paths[i], rows[i]) for i in numbers]
     found = read_tars(_problem, work, f"reading the headers of {tars.folder}")
     return {
         number: problem
@@ -178,8 +173,9 @@ def _raise(tars: IndexedTars, problems: Mapping[int, _Problem]) -> None:
     text = problems[first].text
     if others:
         names = ", ".join(tars.paths[number].name for number in others[:_MOST_NAMED])
-        many = f"{names}{', …' * (len(others) > _MOST_NAMED)}"
-        text += f" Nor are {len(others)} other shards what they should be: {many}."
+        more = len(others) - _MOST_NAMED
+        many = f"{names} and {more} more" if more > 0 else names
+        text += f" Not right either: {many}."
     if any(problem.damaged for problem in problems.values()):
         text += (
             " `python -m moco_scale shard --repair "

@@ -15,7 +15,7 @@ import numpy as np
 
 from moco_scale.data import index_file
 from moco_scale.data.fetch_ahead import RemotePart
-from moco_scale.data.header_check import IndexedTars, check_headers, rows_of_shard, tar_problem
+from moco_scale.data.header_check import IndexedTars, check_headers, tar_problem
 from moco_scale.data.index_file import shard_command
 from moco_scale.data.order import Order
 from moco_scale.data.shard_set import Place
@@ -258,7 +258,8 @@ class IndexedShards:
         """UserError: a file that came in the place of a shard is not what the index says."""
         if self._changed is None or changed == self._changed[shard]:
             return
-        problem = tar_problem(path, rows_of_shard(self._all_rows, shard), file)
+        rows = self._all_rows[self._all_rows["shard"] == shard]
+        problem = tar_problem(path, rows, file)
         if problem is not None:
             raise UserError(f"{path} was changed while it was in use. {problem}")
         self._changed[shard] = changed

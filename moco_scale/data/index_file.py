@@ -200,6 +200,11 @@ def read_rows(index_dir: Path, split: str, header: Mapping[str, Any]) -> np.ndar
     return rows
 
 
+def rows_by_shard(rows: np.ndarray, shards: int) -> list[np.ndarray]:
+    """The rows of an index, which are in the order of its shards, for each of so many shards."""
+    return np.split(rows, np.searchsorted(rows["shard"], np.arange(1, shards)))
+
+
 _MAKE_AGAIN = "Make the shards again with python -m moco_scale shard --overwrite …"
 
 

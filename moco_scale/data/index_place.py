@@ -37,8 +37,12 @@ def places(folder: Path) -> tuple[Path, Path]:
     return folder / FOLDER, cache_home() / "index" / of
 
 
-def can_write(place: Path) -> bool:
-    """Whether a file can be made there; makes the folder."""
+def first_writable(*folders: Path) -> Path | None:
+    """The first folder in which a file can be made, which then exists."""
+    return next((folder for folder in folders if _can_write(folder)), None)
+
+
+def _can_write(place: Path) -> bool:
     try:
         place.mkdir(parents=True, exist_ok=True)
         probe = place / f".{os.getpid()}.probe"

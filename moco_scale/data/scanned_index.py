@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moco_scale.data import index, index_file
-from moco_scale.data.index_place import alone, can_write, places, read_tars
+from moco_scale.data.index_place import alone, first_writable, places, read_tars
 from moco_scale.data.shard_list import ShardList
 from moco_scale.data.tar_scan import ShardScan, dots_problem, scan_tar
 from moco_scale.errors import UserError
@@ -58,13 +58,13 @@ def open_scanned(spec: str, shards: ShardList, split: str) -> index.IndexedShard
         found = _open(spec, shards, split, key.folder(place), changed)
         if found is not None:
             return found
-    writable = [place for place in (near, far) if can_write(place)]
-    if not writable:
+    writable = first_writable(near, far)
+    if writable is None:
         raise UserError(
             f"The index of {spec} can be written neither to {near} nor to {far}. Name a folder "
             "that can be written in the environment variable MOCO_SCALE_CACHE."
         )
-    place = writable[0]
+    place = writable
     with alone(place / f"{key.names}.lock", f"{spec}: another process makes the index; waiting"):
         found = _open(spec, shards, split, key.folder(place), changed)
         if found is not None:
@@ -169,7 +169,7 @@ def write_index(
                     shard.update(remarks[shard["name"]])
             header["splits"][split] = described
             save_rows(folder / index_file.index_name(split), rows)
-        write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1), alone=False)
+        write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1), shared=True)
         sync_folder(folder)
     except OSError as error:
         raise UserError(

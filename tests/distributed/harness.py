@@ -84,6 +84,28 @@ def run_ranks(
     return results
 
 
+def in_processes(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``function(*args, gate)`` returned in so many forks of this process, in any order.
+
+    They are no ranks of a group. gate: a barrier that all of them may wait at, as they all do
+    before they begin. A function must return, whatever happens.
+    """
+    context = multiprocessing.get_context("fork")
+    gate, results = context.Barrier(count), context.SimpleQueue()
+
+    def run() -> None:
+        gate.wait()
+        results.put(function(*args, gate))
+
+    processes = [context.Process(target=run) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return found
+
+
 def _join(processes: list[Any], deadline: float) -> set[int]:
     """Wait for all; kill what still runs at the deadline or a while after one failed."""
     running = dict(enumerate(processes))

@@ -1,7 +1,6 @@
 """Shards that were written elsewhere: which are a set, and their index."""
 
 import gzip
-import multiprocessing
 import os
 import shutil
 import tarfile
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import webdataset
 from foreign_sets import ALL, contents, expected, foreign_set, picture, samples, write_tar
+from harness import in_processes
 
 from moco_scale.__main__ import main
 from moco_scale.data import index_place, scanned_index, tar_scan
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(
         open_shards(foreign, "train")
 
 
-def _open_and_report(folder: Path, gate: Any, results: Any) -> None:
+def _opened(folder: Path, gate: Any) -> tuple[int, int]:
     scanned: list[Path] = []
 
     def counted(path: Path) -> tar_scan.ShardScan:
@@ -238,19 +238,9 @@ def _open_and_report(folder: Path, gate: Any, results: Any) -> None:
 
     scanned_index.scan_tar = counted
     index_place.MOST_WORKERS = 1
-    gate.wait()
-    results.put((len(open_shards(folder, "train")), len(scanned)))
+    return len(open_shards(folder, "train")), len(scanned)
 
 
 def test_one_of_many_processes_scans(foreign: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    gate, results = context.Barrier(4), context.SimpleQueue()
-    ranks = [
-        context.Process(target=_open_and_report, args=(foreign, gate, results)) for _ in range(4)
-    ]
-    for rank in ranks:
-        rank.start()
-    found = [results.get() for _ in ranks]
-    for rank in ranks:
-        rank.join()
+    found = in_processes(4, _opened, foreign)
     assert sorted(found) == [(20, 0), (20, 0), (20, 0), (20, 5)]
