@@ -1,0 +1,122 @@
+"""JSON from outside, turned into values of a schema or refused by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
+
+from moco_scale.errors import UserError
+from moco_scale.untrusted.text import printable
+
+_SHOWN_PROBLEMS = 5
+
+
+class Document(BaseModel):
+    """Base of every schema: values keep their type, numbers are finite, it cannot be changed.
+
+    Keys that a schema does not name are dropped: a later version may write more.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class DocumentError(UserError):
+    """A document that is too large, no JSON, or not what its schema says. Names all that is wrong."""
+
+
+D = TypeVar("D", bound=Document)
+
+
+def parse_json(content: bytes, what: str) -> Any:
+    """Parse JSON of any shape.
+
+    Args:
+        content: UTF-8; a byte-order mark is passed over.
+        what: names the document in messages, with its place.
+
+    Raises:
+        DocumentError: it is no JSON, is nested too deeply (200 levels), or holds NaN or Infinity.
+    """
+    try:
+        return from_json(content.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
+    except ValueError as error:
+        raise DocumentError(f"{what} is not valid JSON: {printable(error)}") from None
+
+
+def parse_document(content: bytes, schema: type[D], what: str) -> D:
+    """Parse JSON of a schema.
+
+    Raises:
+        DocumentError: as :func:`parse_json`, or it does not fit the schema; says where.
+    """
+    return check(parse_json(content, what), schema, what)
+
+
+def check(value: Any, schema: type[D], what: str) -> D:
+    """Turn plain values into those of a schema.
+
+    Raises:
+        DocumentError: they do not fit; names each place, five at most.
+    """
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        shown = [_problem(each) for each in found[:_SHOWN_PROBLEMS]]
+        if len(found) > len(shown):
+            shown.append(f"{len(found) - len(shown)} more")
+        raise DocumentError(f"{what}: {'; '.join(shown)}") from None
+
+
+def _problem(error: Any) -> str:
+    place = ".".join(printable(part, 60) for part in error["loc"])
+    text = printable(str(error["msg"]).removeprefix("Value error, "))
+    return f"{place}: {text}" if place else text
+
+
+def read_bounded(path: str | Path, limit: int, what: str) -> bytes:
+    """Read a whole file of at most ``limit`` bytes.
+
+    Raises:
+        DocumentError: it has more; it is no regular file.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        # One byte more shows that there is more; the size that a file claims may be another.
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise DocumentError(f"{what} {path} has more than {limit:,} bytes, which none needs")
+    return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes to is empty instead of waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_json(path: str | Path, limit: int, what: str) -> Any:
+    """Read a JSON file of any shape.
+
+    Raises:
+        DocumentError: it is missing or unreadable, too large, or no JSON.
+    """
+    try:
+        content = read_bounded(path, limit, what)
+    except OSError as error:
+        raise DocumentError(f"{what} {path}: {error.strerror or error}") from None
+    except ValueError as error:  # a zero byte in the path
+        raise DocumentError(f"{what} {printable(path)}: {error}") from None
+    return parse_json(content, f"{what} {path}")
+
+
+def read_document(path: str | Path, schema: type[D], limit: int, what: str) -> D:
+    """Read a JSON file of a schema.
+
+    Raises:
+        DocumentError: as :func:`read_json`, or it does not fit the schema.
+    """
+    return check(read_json(path, limit, what), schema, f"{what} {path}")

@@ -1,0 +1,24 @@
+"""How much of each document from outside is read, in bytes unless a name says otherwise.
+
+Compared before anything is allocated. Each is far above what a real document has.
+"""
+
+from __future__ import annotations
+
+KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
+
+INDEX_JSON = 64 * MB
+"""index.json: 1,282 shards of ImageNet take 0.2 MB."""
+META_JSON = 16 * MB
+"""meta.json of a checkpoint: some 20 kB."""
+SETTINGS_JSON = 4 * MB
+"""A user's own JSON: a DeepSpeed file, a hostfile's sibling, a results file."""
+
+DOCUMENT_SECONDS = 120.0
+"""A small document (an index, headers) has arrived whole within this time, or is given up."""
+
+SAMPLES = 1 << 40
+SHARD_BYTES = 1 << 50
+"""Largest numbers of samples and bytes that an index may claim: sums of them fit 64 bits."""
+NAME_BYTES = 255
+"""A component of a path, in UTF-8: the limit of every file system in use."""

@@ -1,0 +1,86 @@
+"""Names from outside, which become paths only inside the folder they are meant for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from moco_scale.errors import UserError
+from moco_scale.untrusted.limits import NAME_BYTES
+from moco_scale.untrusted.text import printable
+
+_MADE_HERE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def component_problem(name: str) -> str | None:
+    """Say why a name is no single component of a path; None: it is one."""
+    if not name or name in (".", ".."):
+        return "is no name of a file"
+    if "/" in name or "\0" in name:
+        return "has a / or a zero byte"
+    try:
+        encoded = name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    if len(encoded) > NAME_BYTES:
+        return f"has more than {NAME_BYTES} bytes"
+    return None
+
+
+def relative_problem(name: str) -> str | None:
+    """Say why a name is no path below a folder (``a/b.tar``); None: it is one."""
+    parts = name.split("/")
+    if len(parts) > 32:
+        return "has more than 32 folders"
+    return next((problem for problem in map(component_problem, parts) if problem), None)
+
+
+def _component(name: str) -> str:
+    if problem := component_problem(name):
+        raise ValueError(f"{printable(name, 80)!r} {problem}")
+    return name
+
+
+def _relative(name: str) -> str:
+    if problem := relative_problem(name):
+        raise ValueError(f"{printable(name, 80)!r} {problem}")
+    return name
+
+
+def _made_here(name: str) -> str:
+    if len(name) > NAME_BYTES or not _MADE_HERE.fullmatch(name):
+        raise ValueError(
+            f"{printable(name, 80)!r}: letters, digits, dot, dash and underscore are allowed"
+        )
+    return name
+
+
+Component = Annotated[str, AfterValidator(_component)]
+"""Schema type: one component of a path."""
+RelativePath = Annotated[str, AfterValidator(_relative)]
+"""Schema type: components joined by ``/``, none of them ``..``, not absolute."""
+PlainName = Annotated[str, AfterValidator(_made_here)]
+"""Schema type: a name of the alphabet that this program itself uses."""
+
+
+def inside(folder: Path, name: str, what: str) -> Path:
+    """Return ``folder/name``, resolved, where that is inside the folder.
+
+    Args:
+        folder: that it must not leave, by ``..`` or by a link.
+        name: relative path from outside.
+        what: names it in the message.
+
+    Raises:
+        UserError: it would lie elsewhere.
+    """
+    problem = relative_problem(name)
+    if problem is None:
+        path = folder / name
+        if path.resolve().is_relative_to(folder.resolve()):
+            return path
+        problem = "leads out of the folder"
+    raise UserError(f"{what} {printable(name)!r} {problem}: it has to lie inside {folder}")

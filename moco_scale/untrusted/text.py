@@ -1,0 +1,49 @@
+"""Foreign text (names, messages of servers, values of files) made fit for terminal, log and JSON."""
+
+from __future__ import annotations
+
+import unicodedata
+
+SHOWN = 200
+"""Characters of a foreign text that a message shows."""
+
+# Control, format (bidirectional marks too), surrogate, private, unassigned; line and paragraph
+# separators. What would move a cursor, forge a line, or fail to encode.
+_UNSHOWABLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+
+
+def printable(value: object, limit: int = SHOWN) -> str:
+    r"""Return foreign text as one line that any terminal, log and UTF-8 file can hold.
+
+    Whatever does not print becomes an escape: ``\x1b``, ``\n``, ``\u2028``; a byte that is not
+    UTF-8 (a surrogate of ``surrogateescape``) becomes ``\xe9``. Ordinary text is unchanged.
+
+    Args:
+        value: text, bytes (read as UTF-8), or anything with a ``str``.
+        limit: characters of the result at most; what is cut is marked by an ellipsis.
+    """
+    if isinstance(value, bytes):
+        text = value[: 4 * limit].decode("utf-8", "surrogateescape")
+    else:
+        text = str(value)
+    # Escapes only lengthen, so what stands beyond the limit is never shown.
+    shown = "".join(map(_escaped, text[: limit + 1]))
+    return shown if len(shown) <= limit else shown[: max(0, limit - 1)] + "…"
+
+
+def printable_lines(value: object, limit: int = 4000) -> str:
+    """Do the same for a text of several lines: its line feeds stay."""
+    text = str(value)[: limit + 1]
+    shown = "\n".join(printable(line, limit) for line in text.split("\n"))
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _escaped(character: str) -> str:
+    if " " <= character <= "~":
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that surrogateescape let through
+        return f"\\x{code - 0xDC00:02x}"
+    if unicodedata.category(character) in _UNSHOWABLE:
+        return character.encode("unicode_escape").decode("ascii")
+    return character
