@@ -15,7 +15,7 @@ TRAIN_PER_CLASS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo cifar10 test test-hosts test-slow lint format engines bench clean
+.PHONY: help setup demo cifar10 test test-hosts test-slow fuzz lint format engines bench clean
 
 help: ## print this
 	@echo "usage: make TARGET    (PYTHON=$(PYTHON) makes $(VENV))"
@@ -48,6 +48,10 @@ test-hosts: $(STAMP) ## runs across two hosts (network namespaces, so root): lau
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+fuzz: $(STAMP) ## every parser of foreign files, an hour each (SECONDS=3600)
+	@set -e; for name in $$($(BIN)/python tests/fuzz/fuzzing.py --list); do \
+	    $(BIN)/python tests/fuzz/fuzzing.py $$name --seconds $(or $(SECONDS),3600); done
 
 lint: $(STAMP) ## ruff and mypy, changing nothing
 	$(BIN)/ruff check

@@ -25,7 +25,7 @@ class Document(BaseModel):
 
 
 class DocumentError(UserError):
-    """A document that is too large, no JSON, or not what its schema says. Names all that is wrong."""
+    """A document that is too large, no JSON, or not what its schema says; names all of it."""
 
 
 D = TypeVar("D", bound=Document)

@@ -1,15 +1,9 @@
-"""Foreign text (names, messages of servers, values of files) made fit for terminal, log and JSON."""
+"""Foreign text (names, messages of servers, values of files) made fit to be shown and kept."""
 
 from __future__ import annotations
 
-import unicodedata
-
 SHOWN = 200
 """Characters of a foreign text that a message shows."""
-
-# Control, format (bidirectional marks too), surrogate, private, unassigned; line and paragraph
-# separators. What would move a cursor, forge a line, or fail to encode.
-_UNSHOWABLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
 
 def printable(value: object, limit: int = SHOWN) -> str:
@@ -39,11 +33,9 @@ def printable_lines(value: object, limit: int = 4000) -> str:
 
 
 def _escaped(character: str) -> str:
-    if " " <= character <= "~":
+    if character.isprintable():  # no control, direction mark, separator of lines, surrogate
         return character
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that surrogateescape let through
         return f"\\x{code - 0xDC00:02x}"
-    if unicodedata.category(character) in _UNSHOWABLE:
-        return character.encode("unicode_escape").decode("ascii")
-    return character
+    return character.encode("unicode_escape").decode("ascii")
