@@ -31,6 +31,7 @@ from moco_scale.demo.output_folder import SUMMARY
 from moco_scale.errors import UserError
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
 from moco_scale.files import write_atomically
+from moco_scale.untrusted.metrics import records
 
 _OWN_FLAGS = {
     "data_dir": "the shards are made here, from the pictures",
@@ -293,8 +294,7 @@ def run_step(name: str, command: list[str], environment: dict[str, str]) -> None
 
 def initial_knn(metrics: Path) -> float | None:
     """The kNN top-1 that training logged for the encoder it started from; None: it did not look."""
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in records(metrics):
         if "knn_top1_initial" in record:
             return float(record["knn_top1_initial"])
     return None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,8 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moco_scale.errors import UserError
+from moco_scale.untrusted import metrics
+from moco_scale.untrusted.text import printable
+
+# Titles and names of classes come from outside: a $ in them is no formula.
+matplotlib.rcParams["text.parse_math"] = False
 
 INK = "#333333"
+_LARGEST = 1e30  # value that is drawn: axes overflow long before a float does
 _FAINT = "#9a9a9a"
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#1f6fb4", "#d9730d", "#2e8b57", "#7b5ea7"
 _STYLE: dict[str, Any] = {"linewidth": 1.6}
@@ -23,7 +29,7 @@ _TITLE: dict[str, Any] = {"fontsize": 11, "color": INK, "loc": "left"}
 
 
 def report(
-    metrics: str | Path,
+    path: str | Path,
     out: str | Path,
     *,
     title: str = "",
@@ -35,7 +41,7 @@ def report(
     logged twice count once (the later line), values that are not finite are left out.
 
     Args:
-        metrics: ``metrics.jsonl``.
+        path: of ``metrics.jsonl``.
         out: PNG to write.
         title: above the curves, such as recipe and data set.
         chance_loss: of guessing, ln(1 + K) for each term of the loss; default: the metrics'
@@ -44,11 +50,11 @@ def report(
     Raises:
         UserError: the metrics cannot be read or the picture cannot be written.
     """
-    records = _read(Path(metrics))
+    records = _read(Path(path))
     figure = Figure(figsize=(10, 6.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(title, fontsize=13, color=INK)
+        figure.suptitle(printable(title), fontsize=13, color=INK)
     axes = figure.subplots(2, 2)
     for axis in axes.flat:
         _plain(axis)
@@ -68,16 +74,9 @@ def report(
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        by_step = {record["step"]: record for record in metrics.records(path)}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    by_step: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            by_step[int(record["step"])] = record
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a killed run
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -99,7 +98,7 @@ def _curve(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[f
     x, y = [], []
     for record in records:
         value = record.get(key)
-        if isinstance(value, int | float) and math.isfinite(value):
+        if isinstance(value, int | float) and abs(value) < _LARGEST:  # NaN is not
             x.append(record["step"] / scale)
             y.append(float(value))
     return x, y

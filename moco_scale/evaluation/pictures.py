@@ -19,6 +19,7 @@ from moco_scale.data.shard_set import Pictures
 from moco_scale.evaluation.curves import INK, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract
 from moco_scale.evaluation.knn import Splits, bank_and_queries
+from moco_scale.untrusted.text import printable
 
 __all__ = ["nearest", "neighbours", "neighbours_sheet", "report"]
 
@@ -86,7 +87,12 @@ def neighbours(
     start = name_width + 0.1
     if title:
         figure.text(
-            start / total_width, 1 - 0.12 / total_height, title, va="top", fontsize=12, color=INK
+            start / total_width,
+            1 - 0.12 / total_height,
+            printable(title),
+            va="top",
+            fontsize=12,
+            color=INK,
         )
     heading("query", start, 1)
     for row in range(rows):
@@ -126,7 +132,7 @@ def _legend(figure: Figure, left: float, width: float, height: float) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 14 else name[:13] + "…"
+    return printable(name, 14)
 
 
 def _picture(axis: Axes, picture: Tensor, frame: str | None) -> None:

@@ -14,6 +14,11 @@ META_JSON = 16 * MB
 SETTINGS_JSON = 4 * MB
 """A user's own JSON: a DeepSpeed file, a hostfile's sibling, a results file."""
 
+LINE = 1 * MB
+"""A line of metrics.jsonl or of another list: a record takes some 600 bytes."""
+STEPS = 1 << 53
+"""Largest number of a step, an epoch or an image: whole as a float too."""
+
 DOCUMENT_SECONDS = 120.0
 """A small document (an index, headers) has arrived whole within this time, or is given up."""
 

@@ -113,6 +113,30 @@ def test_missing_metrics_and_unwritable_picture(tmp_path: Path) -> None:
         pictures.report(metrics, tmp_path / "no-such-folder" / "report.png")
 
 
+def test_records_that_others_wrote_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd: Any = [
+        *({"step": s} for s in ("8", -1, 2**60, 1.5, None, [9])),
+        *({"step": 6, "epoch": e} for e in ("x", -1, None)),
+        {"step": 7, "loss": "x", "lr": 10**400, "knn_top1": [1], "chance_loss": "y"},
+        *(17, [], "text", {}),
+    ]
+    tail = "\xff\u2028\n" + "[" * 5000 + "\n" + "x" * 3_000_000
+    axes = drawn([*records(6), *odd], tmp_path, monkeypatch, tail=tail)
+    assert len(points(axes["contrastive"], 0)) == 6
+
+
+def test_names_of_classes_are_neither_formulas_nor_codes(tmp_path: Path) -> None:
+    gray = torch.full((2, 1, 3, 8, 8), 128, dtype=torch.uint8)
+    classes = ["$\\frac{$", "\x1b[2J\udce9" + "a" * 20_000]
+    for title in classes:
+        pictures.neighbours(
+            gray[:, 0], [0, 1], [("x", gray, [[0], [1]])], tmp_path / "n.png", classes=classes,
+            title=title,
+        )  # fmt: skip
+
+
 def test_smoothing_is_a_centred_mean_that_keeps_the_ends() -> None:
     assert curves._smoothed([1.0, 2.0, 6.0, 2.0], 3) == pytest.approx([1.5, 3.0, 10 / 3, 4.0])
 
