@@ -7,8 +7,8 @@ loss. Compared are the losses and kNN of ``metrics.jsonl`` and every tensor of t
 that A wrote in the middle of an epoch, and has to end where A does that resumes it too.
 
 Each tree is run with this Python, so both need the libraries that are installed here. It takes
-some twenty minutes on two cores; ``--only ddp`` runs the cells whose name begins so. The last line is
-one JSON object: ``cells``, pairs of runs compared, and ``different``, those that are not alike.
+some twenty minutes on two cores; ``--only ddp`` runs the cells whose name begins so. The last line
+is one JSON object: ``cells``, pairs of runs compared, and ``different``, those not alike.
 """
 
 from __future__ import annotations
