@@ -23,6 +23,7 @@ from moco_scale.data.shard_cache import SHARDS, ShardCache, shard_path, write_on
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.workers import closing
 from moco_scale.errors import UserError
+from moco_scale.own_folders import without_links
 
 _ATTEMPTS = 3  # to fetch an index that is whole and fits the rest
 
@@ -120,7 +121,7 @@ def open_remote(source: ShardSource, split: str) -> RemoteShards:
             header = _parsed(content, place)
             if split not in header["splits"]:
                 break
-            folder = cache.root / _folder_name(name, content)
+            folder = cache.home / _folder_name(name, content)
             rows = _rows(place, cache, folder, split, header, content)
             return RemoteShards(folder, split, header, rows, None, name, folder, place, cache)
         except _DamagedError as damage:
@@ -185,8 +186,8 @@ def _rows(
     """The rows of the index, which one process fetches unless they are in the folder."""
     path = folder / index_file.index_name(split)
     with cache.explained():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
+        cache.make(folder)
+        with open(folder / ".lock", "a", opener=without_links) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
                 with contextlib.suppress(UserError):

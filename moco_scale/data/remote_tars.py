@@ -125,7 +125,7 @@ class _Indexing:
         http = source.spec.lower().startswith("http")
         self._identity = self._name if http else source.spec
         self._key = hashlib.blake2b(self._identity.encode(), digest_size=8).hexdigest()
-        self.folder = source.cache.root / f"tars-{self._key}"
+        self.folder = source.cache.home / f"tars-{self._key}"
         self._home = cache_home() / "index"
         self._scans = self._home / "scans"
         self._stamp = self._home / f"remote-{self._key}.checked"

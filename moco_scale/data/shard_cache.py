@@ -1,14 +1,16 @@
-"""A folder of fetched shards, bounded in size and shared by all processes of a machine.
+"""A folder of fetched shards, bounded in size and shared by all processes of a user on a machine.
 
-``ROOT/SET/shards/NAME`` is a whole and checked shard; ``.NAME.BYTES.partial`` beside it is one on
-its way, BYTES being the room that is kept for it. Locks are ``flock``'s, which end with the
-process that holds them:
+``HOME/SET/shards/NAME`` is a whole and checked shard; ``.NAME.BYTES.partial`` beside it is one on
+its way, BYTES being the room that is kept for it. HOME is ``ROOT/moco_scale-shards-UID``: several
+users may name one ROOT, in which each has a folder of his own, and whatever else lies in ROOT is
+nobody's to count or remove. HOME and each SET carry a marker; nothing without it is touched. Locks
+are ``flock``'s, which end with the process that holds them:
 
 - who fetches holds its partial file exclusively, so that two never fetch one shard;
 - who reads holds the shard shared, for as long as it is mapped (a mapping keeps the file's
   descriptor, and with it the lock);
 - who makes room removes only what it can lock exclusively, the least recently used first;
-- ``ROOT/.lock`` is held for the moment in which room is counted and made.
+- ``HOME/.lock`` is held for the moment in which room is counted and made.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import errno
 import fcntl
 import io
 import os
+import re
 import shutil
-import tempfile
+import stat
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterator
@@ -29,10 +32,15 @@ from pathlib import Path
 from moco_scale.data.download import Patience, RemoteFile, Stopped, download, never
 from moco_scale.data.remote import Place
 from moco_scale.errors import UserError
-from moco_scale.files import NO_LOCKS
+from moco_scale.files import NO_LOCKS, write_atomically
+from moco_scale.messages import say
+from moco_scale.own_folders import ForeignFolderError, make_own, opened, without_links
 
 SHARDS = "shards"
-_PARTIAL = ".partial"
+MARKER = ".moco_scale-shards"
+_PARTIAL = re.compile(r"\..+\.(\d{1,18})\.partial", re.DOTALL)
+_NONE_OF_OURS = (ForeignFolderError, FileNotFoundError, PermissionError)
+_EARLIER = re.compile(r".+-[0-9a-f]{16}")  # sets of a cache as earlier versions laid it out
 _POLL = 0.05  # seconds between looks at what another process does
 GB = 10**9
 
@@ -54,8 +62,10 @@ def gigabytes(size: int) -> str:
 
 def shard_path(folder: Path, file: RemoteFile) -> Path:
     """Where a shard of a set is kept; its name may have folders in it."""
-    version = f".{file.version}" if file.version else ""
-    return folder / SHARDS / (urllib.parse.quote(file.name, safe="") + version)
+    parts = (file.name, file.version) if file.version else (file.name,)
+    name = ".".join(urllib.parse.quote(part, safe="") for part in parts)
+    # A dot at the beginning is that of a partial file, or of the folder above.
+    return folder / SHARDS / (f"%2E{name[1:]}" if name.startswith(".") else name)
 
 
 class NoRoom(Exception):
@@ -67,14 +77,43 @@ class ShardCache:
     """Files that lie elsewhere, kept in a folder of at most so many bytes.
 
     Args:
-        root: the folder; made when needed.
-        limit: bytes of all that is in it.
+        root: the folder that the user names; made when needed.
+        limit: bytes of all that is in this user's part of it.
         patience: with places that fail, and for room that others take.
     """
 
     root: Path
     limit: int
     patience: Patience = field(default_factory=Patience)
+
+    @property
+    def home(self) -> Path:
+        """This user's part of the folder, which holds the sets."""
+        return self.root / f"moco_scale-shards-{os.geteuid()}"
+
+    def make(self, folder: Path) -> None:
+        """Make the folder of a set, which lies in `home`.
+
+        Raises OSError: it cannot be made, or what is there is not this program's and this user's.
+        """
+        if not self.root.is_dir():
+            with contextlib.suppress(FileExistsError):  # a file, as the next line finds
+                self.root.mkdir(parents=True, exist_ok=True)
+        if make_own(self.home, MARKER):
+            self._say_what_is_left()
+        make_own(folder, MARKER)
+        make_own(folder / SHARDS)
+
+    def _say_what_is_left(self) -> None:
+        """Of versions that had no marker and put sets beside each other into the folder."""
+        left = [found.parent for found in self.root.glob(f"*/{SHARDS}")]
+        left = sorted(folder for folder in left if _EARLIER.fullmatch(folder.name))
+        if left:
+            say(
+                f"--shard-cache {self.root}: {len(left)} folder(s) there, such as {left[0]}, seem "
+                "to be of an earlier version; they are neither used nor counted nor removed, so "
+                "delete them if you do not need them"
+            )
 
     def hold(
         self,
@@ -96,6 +135,8 @@ class ShardCache:
             Stopped: `stopped` became true.
         """
         deadline = time.monotonic() + self.patience.give_up
+        with self.explained():
+            self.make(folder)
         while True:
             held = self._open_whole(folder, file)
             if held is not None:
@@ -141,8 +182,8 @@ class ShardCache:
                 f"cache {gigabytes(self.limit)}"
             )
         with self.explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{file.bytes or 0}{_PARTIAL}")
+            self.make(folder)
+            partial = path.with_name(f".{path.name}.{file.bytes or 0}.partial")
             sink = self._claim(partial, path, stopped)
             if sink is None:
                 return
@@ -163,8 +204,13 @@ class ShardCache:
         path = shard_path(folder, file)
         with contextlib.ExitStack() as stack, self.explained():
             try:
-                held = stack.enter_context(io.FileIO(path, "r"))
+                held = stack.enter_context(io.FileIO(path, "r", opener=without_links))
             except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                path.unlink(missing_ok=True)  # a link, by another hand
                 return None
             fcntl.flock(held, fcntl.LOCK_SH)
             status = os.fstat(held.fileno())
@@ -209,34 +255,58 @@ class ShardCache:
 
     def _evict(self, keep: Collection[Path], enough: Callable[[int, int], bool]) -> tuple[int, int]:
         """Remove the least recently used until `enough(used, removed)`; returns these two."""
-        with open(self.root / ".lock", "w") as lock:
+        with open(self.home / ".lock", "a", opener=without_links) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             used, candidates = self._inventory()
             removed = 0
             for _, size, path in candidates:
                 if enough(used, removed):
                     break
-                if path not in keep and _remove_unless_used(path):
+                if path not in keep and self._remove_unless_used(path):
                     used, removed = used - size, removed + size
         return used, removed
 
     def _inventory(self) -> tuple[int, list[tuple[int, int, Path]]]:
         """Bytes here or announced, and what could be removed (last use, bytes, path), by age."""
         used, found = 0, []
-        for folder in self.root.glob(f"*/{SHARDS}"):
-            for entry in os.scandir(folder):
-                path = Path(entry.path)
-                try:
-                    status = entry.stat()
-                    announced = _announced(path)
-                except FileNotFoundError:
-                    continue
-                if announced is not None:
-                    used += max(announced, status.st_size)
-                else:
-                    used += status.st_size
-                    found.append((status.st_mtime_ns, status.st_size, path))
+        for name in os.listdir(self.home):
+            # What has no marker, or is a link, is none of ours.
+            with contextlib.suppress(*_NONE_OF_OURS), self._shards_of(name) as folder:
+                for entry in os.scandir(folder):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat(follow_symlinks=False)
+                        if not stat.S_ISREG(status.st_mode):
+                            continue
+                        announced = _announced(folder, entry.name)
+                        used += max(announced or 0, status.st_size)
+                        if announced is None:
+                            path = self.home / name / SHARDS / entry.name
+                            found.append((status.st_mtime_ns, status.st_size, path))
         return used, sorted(found)
+
+    @contextlib.contextmanager
+    def _shards_of(self, name: str) -> Iterator[int]:
+        """A descriptor of the shards of a set. Raises OSError: it is none of ours."""
+        with (
+            opened(self.home, MARKER) as home,
+            opened(name, MARKER, home) as folder,
+            opened(SHARDS, at=folder) as shards,
+        ):
+            yield shards
+
+    def _remove_unless_used(self, path: Path) -> bool:
+        """Raises OSError: it cannot be removed."""
+        try:
+            with (
+                self._shards_of(path.parent.parent.name) as folder,
+                _open_to_lock(folder, path.name) as file,
+            ):
+                if not _locked(file):
+                    return False
+                os.unlink(path.name, dir_fd=folder)
+        except FileNotFoundError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -257,9 +327,11 @@ class ShardCache:
                     f"--shard-cache {self.root}: this file system has no locks ({error.strerror}), "
                     "as many of networks have none; name a folder on a local disk of each node"
                 ) from None
+            advice = "choose another folder"
+            if self.root.is_dir() and not os.access(self.root, os.W_OK):
+                advice = "let its owner open it to all who are to use it (chmod 1777), or " + advice
             raise UserError(
-                f"--shard-cache {self.root} cannot be used: {error.strerror or error}; choose "
-                "another folder"
+                f"--shard-cache {self.root} cannot be used: {error.strerror or error}; {advice}"
             ) from None
 
 
@@ -267,7 +339,7 @@ class _Sink(io.FileIO):
     """A partial file. When the disk is full, shards make way for it."""
 
     def __init__(self, path: Path, make_way: Callable[[], int]) -> None:
-        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+        super().__init__(without_links(str(path), os.O_RDWR | os.O_CREAT), "r+")
         self._make_way = make_way
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
@@ -309,47 +381,28 @@ def _locked(file: io.FileIO) -> bool:
     return True
 
 
-def _open_to_lock(path: Path) -> io.FileIO:
+def _open_to_lock(folder: int, name: str) -> io.FileIO:
     """To be locked for this process alone, for which a network's file system (NFS) wants to write.
 
-    Another user's file cannot be opened so; a local disk locks it all the same.
+    folder: a descriptor of it.
     """
-    try:
-        return io.FileIO(path, "r+")
-    except PermissionError:
-        return io.FileIO(path, "r")
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    return io.FileIO(os.open(name, flags, dir_fd=folder), "r+")
 
 
-def _remove_unless_used(path: Path) -> bool:
-    try:
-        with _open_to_lock(path) as file:
-            if not _locked(file):
-                return False
-            path.unlink()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _announced(path: Path) -> int | None:
+def _announced(folder: int, name: str) -> int | None:
     """Bytes of a shard that somebody is fetching; None for a whole one, and for one that was left
     by a process that has ended."""
-    if not path.name.endswith(_PARTIAL):
+    partial = _PARTIAL.fullmatch(name)
+    if partial is None:
         return None
-    with _open_to_lock(path) as file:
+    with _open_to_lock(folder, name) as file:
         if _locked(file):
             return None
-    return int(path.name.removesuffix(_PARTIAL).rpartition(".")[2])
+    return int(partial.group(1))
 
 
 def write_once(path: Path, content: bytes) -> None:
     """A file that appears whole, whoever else writes it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, content, shared=True)

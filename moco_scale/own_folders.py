@@ -1,0 +1,146 @@
+"""Folders that this program made: told by owner and marker, and never reached through a link.
+
+Others may write where such a folder lies (``/dev/shm``, a scratch disk, a shared cache), and its
+name can be foreseen: what stands there may be a link, or somebody else's folder. Nothing in it is
+then read, written or removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class ForeignFolderError(OSError):
+    """What has the name of a folder of this program's is something else; ``strerror`` says what."""
+
+    def __init__(self, folder: str | Path, what: str) -> None:
+        super().__init__(errno.EACCES, f"{folder} {what}")
+
+
+def make_own(folder: Path, marker: str = "", mode: int = 0o777) -> bool:
+    """Make a folder of this program's unless it is there; whether this process has made it.
+
+    Args:
+        folder: that is to be; its parent exists.
+        marker: a file in it by which it is known again; an empty folder without it is given it.
+        mode: of a new folder, less what the umask forbids.
+
+    Raises:
+        ForeignFolderError: what is there is no folder, another user's, or has no marker.
+        OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(mode)
+        made = True
+    except FileExistsError:
+        made = False
+    at = open_own(folder)
+    try:
+        # Who makes a folder marks it before anything else is put there.
+        if marker and not _is_marked(at, marker):
+            if os.listdir(at) and not _is_marked(at, marker):
+                raise ForeignFolderError(folder, f"was not made by this program: no {marker} in it")
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(marker, NEW_FILE, 0o666, dir_fd=at))
+    finally:
+        os.close(at)
+    return made
+
+
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+"""Flags of a file that nobody has made yet; a link there is an error."""
+
+
+def open_own(folder: str | Path, marker: str = "", at: int | None = None) -> int:
+    """A descriptor of a folder of this program's, through which its files are safely reached.
+
+    Args:
+        folder: path; relative to ``at`` if that is given.
+        marker: as of :func:`make_own`.
+        at: descriptor of the folder that it lies in.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ForeignFolderError: what is there is something else.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(folder, _FOLDER, dir_fd=at)
+    except OSError as error:
+        # A link is ENOTDIR here, ELOOP elsewhere.
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise ForeignFolderError(folder, "is a file or a link, and no folder") from None
+        raise
+    try:
+        if not _is_mine(descriptor):
+            raise ForeignFolderError(folder, "belongs to another user")
+        if marker and not _is_marked(descriptor, marker):
+            raise ForeignFolderError(folder, f"was not made by this program: no {marker} in it")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextlib.contextmanager
+def opened(folder: str | Path, marker: str = "", at: int | None = None) -> Iterator[int]:
+    """:func:`open_own` for as long as the ``with`` block lasts."""
+    descriptor = open_own(folder, marker, at)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def remove_own(folder: Path, names: Collection[str]) -> None:
+    """Remove those files of a folder of this program's, and the folder if nothing else is in it.
+
+    Raises:
+        OSError: as of :func:`open_own`; a file cannot be removed.
+    """
+    with opened(folder) as at:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=at)
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
+
+
+def without_links(path: str, flags: int) -> int:
+    """An ``opener`` for :func:`open` that fails where the path is a link."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _is_mine(folder: int) -> bool:
+    owner = os.fstat(folder).st_uid
+    if owner == os.geteuid():
+        return True
+    # Some file systems give all files one owner (NFS of root's, CIFS, FUSE): that of a new one too.
+    name = f".owner-{secrets.token_hex(8)}"
+    try:
+        probe = os.open(name, NEW_FILE, 0o600, dir_fd=folder)
+    except OSError:
+        return False
+    try:
+        return os.fstat(probe).st_uid == owner
+    finally:
+        os.close(probe)
+        os.unlink(name, dir_fd=folder)
+
+
+def _is_marked(folder: int, marker: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(marker, dir_fd=folder, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
