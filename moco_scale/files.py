@@ -8,7 +8,7 @@ import os
 import resource
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -27,7 +27,7 @@ def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) 
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8) if shared else 'tmp'}")
     data = content.encode() if isinstance(content, str) else content
     try:
-        with open(temporary, "wb") as file:
+        with _anew(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -41,7 +41,7 @@ def save_atomically(path: Path, value: Any) -> None:
     """``torch.save`` to a file that appears whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _anew(temporary) as file:
             torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())
@@ -49,6 +49,12 @@ def save_atomically(path: Path, value: Any) -> None:
     except (OSError, RuntimeError):
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _anew(path: Path) -> BinaryIO:
+    """A new file in the place of what a killed process, or somebody's link, left there."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
 
 
 def sync_folder(path: Path) -> None:

@@ -37,12 +37,13 @@ def make_own(folder: Path, marker: str = "", mode: int = 0o777) -> bool:
         ForeignFolderError: what is there is no folder, another user's, or has no marker.
         OSError: it cannot be made.
     """
-    try:
-        folder.mkdir(mode)
-        made = True
-    except FileExistsError:
-        made = False
-    at = open_own(folder)
+    made, at = False, -1
+    while at < 0:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode)
+            made = True
+        with contextlib.suppress(FileNotFoundError):  # somebody has just removed it
+            at = open_own(folder)
     try:
         # Who makes a folder marks it before anything else is put there.
         if marker and not _is_marked(at, marker):

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from moco_scale.data.progress import Progress, gets_on, heard_by
 from moco_scale.data.shard_cache import cache_home
 from moco_scale.errors import UserError
 from moco_scale.messages import say
+from moco_scale.own_folders import NEW_FILE, without_links
 
 FOLDER = ".moco_scale-index"
 MOST_WORKERS = 32
@@ -45,8 +47,8 @@ def first_writable(*folders: Path) -> Path | None:
 def _can_write(place: Path) -> bool:
     try:
         place.mkdir(parents=True, exist_ok=True)
-        probe = place / f".{os.getpid()}.probe"
-        probe.touch()
+        probe = place / f".{secrets.token_hex(8)}.probe"
+        os.close(os.open(probe, NEW_FILE, 0o666))
         probe.unlink()
     except OSError:
         return False
@@ -63,7 +65,7 @@ def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[No
     """
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
-            file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+            file = without_links(str(lock), os.O_CREAT | os.O_RDWR)
             held.callback(os.close, file)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

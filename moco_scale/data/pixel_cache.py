@@ -7,6 +7,9 @@ made, so that a full disk or memory is a message at the start and not a bus erro
 
 Whoever uses the folder holds a shared lock on its file "used". To make, check or remove it takes an
 exclusive lock on "changing", and to remove it also one on "used", which nobody else holds then.
+
+The folder's name can be foreseen, and others may write where it lies: it is used only if it is a
+folder and this user's, is closed to others, and nothing but the files named here is ever removed.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import shutil
 import zlib
@@ -31,11 +33,17 @@ from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
 from moco_scale.errors import UserError
 from moco_scale.files import NO_LOCKS, write_atomically
+from moco_scale.own_folders import ForeignFolderError, make_own, remove_own, without_links
+from moco_scale.untrusted.documents import DocumentError, read_document
+from moco_scale.untrusted.limits import META_JSON
+from moco_scale.untrusted.pixel_cache import PixelCacheMeta
 
 RAM = "ram"
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "moco_scale-pixels-"
 _FORMAT = 1
+_CONTENT = ("meta.json", "table.npy", "pixels", "done")
+_ALL = (*_CONTENT, ".meta.json.tmp", "used", "changing")
 _TABLE_DTYPE = np.dtype([("offset", "<u8"), ("height", "<u4"), ("width", "<u4")])
 _PROBES = 512  # pictures from whose sizes a set that is far too large is refused at once
 _SPARE = 0.9  # share of a disk's free space that may be taken
@@ -73,16 +81,18 @@ class PixelCache:
                 "what was fetched, and --cache the pictures of local shards"
             )
         parent = SHARED_MEMORY if place == RAM else Path(place)
-        name = f"{PREFIX}{os.getuid()}-{shards.fingerprint[:24]}"
+        mine = f"{PREFIX}{os.geteuid()}-"
+        name = f"{mine}{shards.fingerprint[:24]}"
         try:
             parent.mkdir(parents=True, exist_ok=True)
             if place == RAM:
-                for left in parent.glob(f"{PREFIX}{os.getuid()}-*"):
+                for left in parent.glob(f"{mine}*"):
                     if left.name != name:
-                        _remove_unused(left)
+                        with contextlib.suppress(ForeignFolderError):
+                            _remove_unused(left)
             with _changing(parent / name):
                 _make_unless_whole(parent / name, shards, place)
-                used = (parent / name / "used").open("a+b")
+                used = _opened(parent / name / "used", "a+b")
                 fcntl.flock(used, fcntl.LOCK_SH)  # NFS: only of a file that can be read
                 cache = cls(parent / name)
         except OSError as error:
@@ -112,7 +122,8 @@ class PixelCache:
         if used is None:
             return
         used.close()
-        with contextlib.suppress(OSError):  # somebody removed it, or its disk is full
+        # Somebody removed it, or its disk is full.
+        with contextlib.suppress(OSError, DocumentError):
             if self._passing:
                 _remove_unused(self.folder)
             else:
@@ -130,19 +141,23 @@ class PixelCache:
 
 
 def _mapped(path: Path) -> npt.NDArray[np.uint8]:
-    # numpy's memmap class makes every access slower.
-    return np.asarray(np.memmap(path, np.uint8, mode="r+"))
+    with _opened(path, "r+b") as file:
+        # numpy's memmap class makes every access slower.
+        return np.asarray(np.memmap(file, np.uint8, mode="r+"))
+
+
+def _opened(path: Path, mode: str) -> IO[bytes]:
+    """A file of the folder; not through a link."""
+    return open(path, mode, opener=without_links)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
 def _changing(folder: Path) -> Iterator[None]:
     """While nobody else makes, checks or removes the folder, which is made if need be."""
     while True:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise PermissionError(errno.EACCES, "it belongs to another user", str(folder))
+        make_own(folder, mode=0o700)
         try:
-            lock = (folder / "changing").open("a+b")
+            lock = _opened(folder / "changing", "a+b")
         except FileNotFoundError:  # removed in between
             continue
         with lock:
@@ -160,32 +175,42 @@ def _remove_unused(folder: Path) -> None:
     """Remove the folder unless somebody uses it."""
     with (
         _changing(folder),
-        (folder / "used").open("a+b") as lock,
+        _opened(folder / "used", "a+b") as lock,
         contextlib.suppress(BlockingIOError),
     ):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
+        remove_own(folder, _ALL)
 
 
-def _meta(folder: Path, shards: Shards) -> dict[str, Any]:
-    """What must agree for the pixels to be those that decoding would give."""
-    return {
-        "format": _FORMAT,
-        "fingerprint": shards.fingerprint,
-        "decoders": [version("simplejpeg"), version("pillow")],
-        "sizes": {name: os.path.getsize(folder / name) for name in ("table.npy", "pixels", "done")},
-        "table": zlib.crc32((folder / "table.npy").read_bytes()),
-    }
+def _meta(folder: Path, shards: Shards, boot: str, complete: bool) -> PixelCacheMeta:
+    """Of these pictures and the files that are there. Raises OSError: one is missing."""
+    return PixelCacheMeta(
+        format=_FORMAT,
+        fingerprint=shards.fingerprint,
+        decoders=[version("simplejpeg"), version("pillow")],
+        sizes={name: os.path.getsize(folder / name) for name in _CONTENT[1:]},
+        table=zlib.crc32((folder / "table.npy").read_bytes()),
+        boot=boot,
+        complete=complete,
+    )
+
+
+def _read_meta(folder: Path) -> PixelCacheMeta:
+    return read_document(folder / "meta.json", PixelCacheMeta, META_JSON, "the cache's")
+
+
+def _write_meta(folder: Path, meta: PixelCacheMeta) -> None:
+    write_atomically(folder / "meta.json", meta.model_dump_json(indent=1))
 
 
 def _make_unless_whole(folder: Path, shards: Shards, place: str) -> None:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        found = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, DocumentError):
+        found = _read_meta(folder)
         # After a crash of the machine a mark may have reached the disk before its pixels.
-        trusted = found.pop("complete") or found["boot"] == _boot() != ""
-        if trusted and found == _meta(folder, shards) | {"boot": found["boot"]}:
+        trusted = found.complete or found.boot == _boot() != ""
+        if trusted and found == _meta(folder, shards, found.boot, found.complete):
             return
-    for name in ("meta.json", "table.npy", "pixels", "done"):
+    for name in _CONTENT:
         (folder / name).unlink(missing_ok=True)
     _make(folder, shards, place)
 
@@ -204,27 +229,28 @@ def _make(folder: Path, shards: Shards, place: str) -> None:
         table["offset"][1:] = np.cumsum(sizes)[:-1]
         total = int(sizes.sum())
         _require_room(total + count, total, folder, shards, place)
-        np.save(folder / "table.npy", table)
+        with (folder / "table.npy").open("xb") as file:
+            np.save(file, table)
         for name, size in (("pixels", max(total, 1)), ("done", count)):
-            with (folder / name).open("wb") as file:
+            with (folder / name).open("xb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
+        _write_meta(folder, _meta(folder, shards, _boot(), complete=False))
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_own(folder, _ALL)
         raise
-    meta = _meta(folder, shards) | {"boot": _boot(), "complete": False}
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=1))
 
 
 def _mark_if_complete(folder: Path) -> None:
     """Once everything is decoded get it to the disk, where it can be trusted from then on."""
     with _changing(folder):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["complete"] or not np.fromfile(folder / "done", np.uint8).all():
+        meta = _read_meta(folder)
+        if meta.complete or not np.fromfile(folder / "done", np.uint8).all():
             return
         for name in ("pixels", "done", "table.npy"):
             with (folder / name).open("rb") as file:
                 os.fsync(file.fileno())
-        write_atomically(folder / "meta.json", json.dumps(meta | {"complete": True}, indent=1))
+        _write_meta(folder, meta.model_copy(update={"complete": True}))
 
 
 def _sizes(shards: Shards, pictures: Any) -> Iterator[tuple[int, int]]:
@@ -273,4 +299,6 @@ def _reason(error: OSError, parent: Path) -> str:
         return f"no room left in {parent}"
     if error.errno in NO_LOCKS:
         return f"{parent} has no locks ({error.strerror}); name a folder on a local disk"
+    if isinstance(error, ForeignFolderError):
+        return f"{error.strerror}; name another folder, or have that removed"
     return f"cannot use {error.filename or parent}: {error.strerror or error}"

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 
@@ -226,3 +227,122 @@ def test_a_folder_without_locks_is_an_error(
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(UserError, match=r"--cache .* has no locks .*; name a folder on a local"):
         PixelCache.open(shards, str(tmp_path))
+
+
+NAMES = ("meta.json", "pixels", "done", "table.npy", "used", "changing")
+
+
+def of_the_user(folder: Path) -> dict[str, str]:
+    """A folder with files of all names that a cache has; the files and what is in them."""
+    folder.mkdir()
+    for name in (*NAMES, "thesis"):
+        (folder / name).write_text(f"my {name}")
+    return content(folder)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def shared_memory(shards: Shards, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place of a cache in memory, which is this folder."""
+    monkeypatch.setattr(pixel_cache, "SHARED_MEMORY", folder)
+    cache = PixelCache.open(shards, "ram")
+    place = cache.folder
+    cache.close()
+    assert not place.exists()
+    return place
+
+
+@pytest.mark.parametrize("what", ["link", "dangling link", "file", "fifo", "another user's"])
+def test_a_stranger_in_the_place_of_the_cache_is_refused_and_left_alone(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    mine = tmp_path / "mine"
+    before = of_the_user(mine)
+    (tmp_path / "shm").mkdir()
+    place = shared_memory(shards, tmp_path / "shm", monkeypatch)
+    if what == "link":
+        place.symlink_to(mine)
+    elif what == "dangling link":
+        place.symlink_to(tmp_path / "to be made")
+    elif what == "file":
+        place.write_text("")
+    elif what == "fifo":
+        os.mkfifo(place)
+    else:
+        if os.geteuid():
+            pytest.skip("to make another user's folder takes root")
+        place.mkdir()
+        os.chown(place, 12345, 12345)
+    for spec in ("ram", str(tmp_path / "shm")):
+        with pytest.raises(UserError, match=rf"--cache {spec}: .*{place.name} .*; name another"):
+            PixelCache.open(shards, spec)
+    assert content(mine) == before
+    assert not (tmp_path / "to be made").exists()
+    assert os.path.lexists(place)
+
+
+@pytest.mark.parametrize("what", ["link", "dangling link", "file"])
+def test_strangers_among_what_killed_runs_left_are_left_alone(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    mine = tmp_path / "mine"
+    before = of_the_user(mine)
+    (tmp_path / "shm").mkdir()
+    place = shared_memory(shards, tmp_path / "shm", monkeypatch)
+    other = place.with_name(place.name[:-4] + "beef")
+    if what == "file":
+        other.write_text("")
+    else:
+        other.symlink_to(mine if what == "link" else tmp_path / "nothing")
+    shared_memory(shards, tmp_path / "shm", monkeypatch)
+    assert os.path.lexists(other)
+    assert content(mine) == before
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_inside_the_cache_are_not_followed(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "shm").mkdir()
+    place = shared_memory(shards, tmp_path / "shm", monkeypatch)
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    place.mkdir()
+    (place / name).symlink_to(mine)
+    with contextlib.suppress(UserError):
+        PixelCache.open(shards, "ram").close()
+    assert mine.read_text() == "mine"
+
+
+def test_only_its_own_files_are_removed(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_cache, "SHARED_MEMORY", tmp_path)
+    cache = PixelCache.open(shards, "ram")
+    (cache.folder / "thesis").write_text("mine")
+    cache.close()
+    assert content(cache.folder) == {"thesis": "mine"}
+
+
+def test_it_is_closed_to_others(shards: Shards, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        cache = PixelCache.open(shards, str(tmp_path / "cache"))
+    finally:
+        os.umask(before)
+    assert cache.folder.stat().st_mode & 0o077 == 0
+    cache.close()
+
+
+@pytest.mark.parametrize("meta", ["[]", "{", '{"boot": 3}', "[" * 100_000, "{}", "\x00"])
+def test_a_damaged_note_makes_it_anew(shards: Shards, tmp_path: Path, meta: str) -> None:
+    cache = PixelCache.open(shards, str(tmp_path))
+    cache.put(0, decode_rgb(shards.read(0)))
+    (cache.folder / "meta.json").write_text(meta)
+    cache.close()
+    again = PixelCache.open(shards, str(tmp_path))
+    assert again.filled == 0
+    again.close()

@@ -1,0 +1,23 @@
+"""``meta.json`` of a folder of decoded pictures."""
+
+from __future__ import annotations
+
+from moco_scale.untrusted.documents import Document
+
+
+class PixelCacheMeta(Document):
+    """What must agree for its pixels to be those that decoding would give, and be on the disk."""
+
+    format: int
+    fingerprint: str
+    """Of the pictures."""
+    decoders: list[str]
+    """Versions of the libraries that decode."""
+    sizes: dict[str, int]
+    """Bytes of each file."""
+    table: int
+    """CRC-32 of the table of places."""
+    boot: str
+    """Of the machine, when this was written; "" where that is not known."""
+    complete: bool
+    """Everything is decoded, and was on the disk before this was written."""
