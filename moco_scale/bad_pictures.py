@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from moco_scale import distributed, together
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import ViewBatch
 from moco_scale.errors import UserError
-from moco_scale.files import write_atomically
+from moco_scale.messages import say
+from moco_scale.side_files import SideFile, json_line, keep_lines, record_of
 
 FILE = "bad_samples.jsonl"
 FEWEST = 10
@@ -47,26 +47,32 @@ class BadPictures:
         self._found: list[tuple[int, int, BadSample]] = []
         self._by_shard: Counter[str] = Counter()
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, file: SideFile) -> None:
         """Take up the list of a run that is resumed at a step; all ranks call it.
 
-        Raises:
-            UserError: the list cannot be read or written.
+        Args:
+            step: the last that was run.
+            file: the list, which rank 0 adds to.
         """
+        self._file = file
         records = together.on_main(lambda: self._up_to(step))
         self._known = {record["sample"] for record in records}
         self._by_shard = Counter(record["shard"] for record in records)
 
     def _up_to(self, step: int) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
+        records: list[dict[str, Any]] = []
+
+        def wanted(line: bytes) -> bool:
+            record = _record(line)
+            if record is None or record["step"] > step:
+                return False
+            records.append(record)
+            return True
+
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            records = [r for r in map(_record, lines) if r is not None and r["step"] <= step]
-            if len(records) != len(lines):
-                write_atomically(self.path, "".join(map(_line, records)))
+            keep_lines(self.path, wanted)
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror or error}") from error
+            say(f"{self.path}: {error.strerror or error}; training goes on")
         return records
 
     def note(self, batch: ViewBatch) -> None:
@@ -82,8 +88,7 @@ class BadPictures:
             Lines for the log.
 
         Raises:
-            UserError: the list cannot be written, or more pictures are bad than may be; on every
-                rank.
+            UserError: more pictures are bad than may be; on every rank.
         """
         count = torch.tensor([len(self._found)])
         if not int(distributed.sum_(count)):
@@ -96,19 +101,11 @@ class BadPictures:
                 new[bad.sample] = {**bad._asdict(), "step": when, "epoch": epoch}
         self._known |= new.keys()
         self._by_shard.update(record["shard"] for record in new.values())
-        together.on_main(lambda: self._append(list(new.values())))
+        if distributed.is_main():
+            for record in new.values():
+                self._file.add(json_line(record))
         self._check(step)
         return self._lines(list(new.values()))
-
-    def _append(self, records: Sequence[dict[str, Any]]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(_line, records)))
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror or error}; the checkpoints are "
-                "untouched: make room, then start again"
-            ) from error
 
     def _check(self, step: int) -> None:
         bad, read = len(self._known), min(step * self._batch, self._total)
@@ -142,15 +139,10 @@ class BadPictures:
         return text + (f", and {rest} more shards" if rest > 0 else "")
 
 
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    """A line of the list; None for one that a kill cut short."""
-    try:
-        record = json.loads(line)
-    except ValueError:
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of the list; None for one that a kill cut short, or that is something else."""
+    record = record_of(line)
+    known = {"sample": int, "shard": str, "step": int}
+    if record is None or not all(isinstance(record.get(n), t) for n, t in known.items()):
         return None
-    known = isinstance(record, dict) and {"sample", "shard", "step"} <= record.keys()
-    return record if known else None
+    return record

@@ -296,6 +296,8 @@ class Monitor:
     def finish(self) -> None:
         """Pictures of the finished run: its curves, and what its encoder finds similar.
 
+        One that cannot be drawn is said: the model is there, and the same command draws it.
+
         Raises:
             StoppedEarly: as :meth:`log`; the same command draws them.
         """
@@ -303,29 +305,43 @@ class Monitor:
         run.phases.enter(FINISH)
         title = picture_title(config, len(run.shards))
         preset = config.preset
-        together.on_main(
-            lambda: pictures.report(run.folder.metrics, out / "report.png", title=title)
-        )
-        before = run.initial_encoder().to(run.device)
-        pictures.neighbours_sheet(
-            chosen_output(before, "features"),
-            chosen_output(self._query(), "features"),
-            self._splits,
-            out / "neighbours.png",
-            image_size=config.data.image_size,
-            resize_ratio=preset.resize_ratio,
-            mean=preset.mean,
-            std=preset.std,
-            num_workers=config.run.num_workers,
-            autocast=PRECISIONS[config.run.precision],
-            title=title,
-            left_out=self._left_out,
-            between=self._go_on,
-        )
+
+        def report() -> None:
+            run.folder.hold()
+            pictures.report(run.folder.metrics, out / "report.png", title=title)
+
+        def neighbours() -> None:
+            before = run.initial_encoder().to(run.device)
+            pictures.neighbours_sheet(
+                chosen_output(before, "features"),
+                chosen_output(self._query(), "features"),
+                self._splits,
+                out / "neighbours.png",
+                image_size=config.data.image_size,
+                resize_ratio=preset.resize_ratio,
+                mean=preset.mean,
+                std=preset.std,
+                num_workers=config.run.num_workers,
+                autocast=PRECISIONS[config.run.precision],
+                title=title,
+                left_out=self._left_out,
+                between=self._go_on,
+            )
+
+        made = ["current.pth"]
+        for name, draw in (
+            ("report.png", lambda: together.on_main(lambda: pictures.drawn(report))),
+            ("neighbours.png", neighbours),
+        ):
+            try:
+                draw()
+                made.append(name)
+            except UserError as error:
+                self.telemetry.say(f"without {name}, which the same command draws: {error}")
         ended = "done"
         if run.step < run.total_steps:
             ended = (
                 f"stopped after step {run.step} of {run.total_steps} (--max-steps); the same "
                 "command without it goes on"
             )
-        self.telemetry.say(f"{ended}: {out}/current.pth, report.png, neighbours.png")
+        self.telemetry.say(f"{ended}: {out}/{', '.join(made)}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moco_scale import distributed, identity, numerics, timing, together
+from moco_scale.bad_pictures import FILE as BAD_PICTURES
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.batchnorm import set_groups, spans_ranks
 from moco_scale.config import Config
@@ -261,12 +262,12 @@ class Pretraining:
             StoppedEarly: a signal or ``--max-time`` ended it; its state is saved.
         """
         dropped = self.folder.begin(self.step)
-        telemetry = Telemetry(self.folder.path, self.total_steps, self.step)
+        telemetry = Telemetry(self.folder, self.total_steps, self.step)
         request = StopRequest(3600 * self.config.run.max_time, self._started)
         monitor = Monitor(self, telemetry, request)
         try:
             monitor.announce(dropped)
-            self.bad.begin(self.step)
+            self.bad.begin(self.step, telemetry.side_file(BAD_PICTURES))
             with request as stop:
                 monitor.log_resumed(self._unlogged)
                 if self.step < self.last_step:

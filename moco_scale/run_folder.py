@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,13 +15,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moco_scale import checkpoint, distributed, together
+from moco_scale import checkpoint, distributed, metrics_file, together
 from moco_scale.config import Config, differences
 from moco_scale.config_rules import check_shuffle_group
-from moco_scale.errors import UserError
+from moco_scale.errors import StoppedEarly, UserError
 from moco_scale.files import failure_reason, save_atomically, write_atomically
+from moco_scale.messages import say
 from moco_scale.run_lock import RunLock
 from moco_scale.saver import BackgroundSaver
+from moco_scale.side_files import SideFile
 
 T = TypeVar("T")
 _STEP = re.compile(r"step-(\d{8,})")
@@ -38,8 +41,9 @@ class RunFolder:
 
     def __init__(self, config: Config, data_fingerprint: str) -> None:
         self.path = Path(config.run.output_dir)
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / metrics_file.NAME
         self.current = self.path / "current.pth"
+        self._config_file = self.path / "config.json"
         self.config, self._fingerprint = config, data_fingerprint
         self.lock = RunLock(self.path / ".lock")
         self._saver, self._newest = BackgroundSaver(config.run.async_save), ""
@@ -54,8 +58,21 @@ class RunFolder:
             UserError: the folder cannot be written, is not the same one for all ranks, holds
                 another run, or ``--resume`` names something that is not there or does not agree
                 with the flags.
+            StoppedEarly: a run on another host writes there.
         """
         shuffled = _shuffled_here(self.config)
+
+        def claim() -> StoppedEarly | None:
+            try:
+                self._claim()
+            except StoppedEarly as error:
+                return error
+            return None
+
+        busy = together.on_main(lambda: self._writing(claim))
+        if busy is not None:
+            raise busy
+        # What is there is looked at when nobody else can change it any more.
         start, self.config = together.on_main(
             lambda: self._writing(lambda: self._prepare(shuffled))
         )
@@ -82,12 +99,16 @@ class RunFolder:
                 "choose another folder or fix its permissions"
             ) from error
 
-    def _prepare(self, shuffled: int) -> tuple[Path | None, Config]:
+    def _claim(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output-dir {self.path} is a file; name a folder")
-        start = self._resume_from(self.config.run.resume)
+        if self.config.run.resume not in ("auto", "none"):
+            _named(self.config.run.resume)  # of a mistake here nothing is made
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock.claim()
+
+    def _prepare(self, shuffled: int) -> tuple[Path | None, Config]:
+        start = self._resume_from(self.config.run.resume)
         meta = {} if start is None else checkpoint.read_meta(start)
         if shuffled:
             # What the run began with, whatever a node holds now.
@@ -102,9 +123,48 @@ class RunFolder:
     def _begin(self, step: int) -> int:
         for left in (self.path / "checkpoints").glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)  # of a process killed while saving
+        try:
+            self._write_config()
+        except OSError as error:
+            if not self._config_file.is_file():
+                raise  # a new run, which has nothing to lose yet
+            say(
+                f"cannot write {self._config_file}: {error.strerror}; it stays as it was, and "
+                "training goes on"
+            )
+        try:
+            return metrics_file.forget_after(self.metrics, step)
+        except OSError as error:
+            say(
+                f"cannot rewrite {self.metrics}: {error.strerror}; steps that are run again will "
+                "be in it twice, and training goes on"
+            )
+            return 0
+
+    def _write_config(self) -> None:
         content = {**self.config.flat(), "data_fingerprint": self._fingerprint}
-        write_atomically(self.path / "config.json", json.dumps(content, indent=1) + "\n")
-        return self.forget_metrics_after(step)
+        write_atomically(self._config_file, json.dumps(content, indent=1) + "\n")
+
+    def hold(self) -> None:
+        """Before rank 0 writes: see that the folder is this run's, made again if it was removed.
+
+        Raises:
+            UserError: another run has taken it.
+            OSError: it cannot be made.
+        """
+        if self.lock.hold():
+            say(
+                f"--output-dir {self.path} was removed under this run: it is made again, without "
+                "what was in it"
+            )
+            with contextlib.suppress(OSError):
+                self._write_config()
+
+    def side_file(
+        self, name: str, warn: Callable[[str], None] = say, head: bytes = b""
+    ) -> SideFile:
+        """A file that rank 0 adds to while it trains."""
+        return SideFile(self.path / name, head, self.hold, warn)
 
     def _require_shared(self) -> None:
         """Each rank writes a part of every checkpoint: all have to see what rank 0 sees."""
@@ -144,12 +204,7 @@ class RunFolder:
                     "it, choose another --output-dir, or move the folder away"
                 )
             return None
-        named = Path(wish)
-        if (named / "checkpoints").is_dir():
-            inside = complete_checkpoints(named)
-            if not inside:
-                raise UserError(f"--resume {wish}: the run in it has no complete checkpoint")
-            named = inside[-1]
+        named = _named(wish)
         checkpoint.verify(named)
         newer = [c for c in own if c.resolve() != named.resolve() and _step_of(c) > _step_of(named)]
         foreign = [c for c in own if named.resolve().parent != c.resolve().parent]
@@ -242,8 +297,13 @@ class RunFolder:
                 for n, t in copies.items()
                 if n in rows or checkpoint.owner(n) == distributed.rank()
             }
+            together.agree(hold, group)
             checkpoint.save(folder, owned, meta, group, rows)
             together.agree(lambda: publish(copies) if distributed.is_main() else None, group)
+
+        def hold() -> None:
+            if distributed.is_main():
+                self._writing(self.hold)
 
         def publish(copies: dict[str, Tensor]) -> None:
             try:
@@ -330,28 +390,7 @@ class RunFolder:
 
     def is_logged(self, step: int) -> bool:
         """Whether the metrics have a line of this step; all ranks call it."""
-
-        def look() -> bool:
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
-            return any(_step_in(line) == step for line in lines)
-
-        return together.on_main(lambda: self.metrics.exists() and look())
-
-    def forget_metrics_after(self, step: int) -> int:
-        """Drop metric lines of steps that will be run again; returns how many were dropped."""
-        if not self.metrics.exists():
-            return 0
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        # The last line of a killed run may be cut short.
-        kept = [
-            line.rstrip("\n") + "\n"
-            for line in lines
-            for of in [_step_in(line)]
-            if of is not None and of <= step
-        ]
-        if kept != lines:
-            write_atomically(self.metrics, "".join(kept))
-        return len(lines) - len(kept)
+        return together.on_main(lambda: metrics_file.has_step(self.metrics, step))
 
 
 def _content(file: Path) -> str:
@@ -377,11 +416,16 @@ def _is_kept(folder: Path) -> bool:
         return True  # damaged: no reason to stop a run, and for people to look at
 
 
-def _step_in(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+def _named(wish: str) -> Path:
+    """The checkpoint that ``--resume`` names, itself or by its run. Raises UserError: none."""
+    named = Path(wish)
+    if (named / "checkpoints").is_dir():
+        inside = complete_checkpoints(named)
+        if not inside:
+            raise UserError(f"--resume {wish}: the run in it has no complete checkpoint")
+        named = inside[-1]
+    checkpoint.read_meta(named)
+    return named
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

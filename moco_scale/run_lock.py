@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from moco_scale.errors import UserError
+from moco_scale.errors import StoppedEarly, UserError
 from moco_scale.messages import say
 
 LEASE = 120.0
@@ -46,12 +48,17 @@ class RunLock:
         # Told apart from what an earlier run has left there.
         self.mark = f"{host} {os.getpid()} {secrets.token_hex(8)}\n"
         self._file: TextIO | None = None
+        self._alone = threading.Lock()  # who saves in the background asks too
 
     def claim(self) -> None:
         """Take it; of another host's, wait a while whether it is that of one that has died.
 
+        What was known of the folder before may be out of date afterwards.
+
         Raises:
-            UserError: another run has it.
+            UserError: another run on this host has it.
+            StoppedEarly: one on another host still has it: it may be saving, so that the same
+                command finds the folder free later.
             OSError: the file cannot be written.
         """
         file = open(self.path, "a+")  # noqa: SIM115
@@ -67,18 +74,56 @@ class RunLock:
                     f"--output-dir {self.path.parent} is locked by another host{holder}; if that "
                     f"one has died, its lock ends within two minutes: waiting"
                 )
-            if deadline is None or not elsewhere or self._clock() >= deadline:
+            if not elsewhere or (deadline is not None and self._clock() >= deadline):
                 file.close()
-                raise UserError(
-                    f"--output-dir {self.path.parent} is being written by another run{holder}; "
-                    "wait until that has ended, or choose another folder"
+                busy = f"--output-dir {self.path.parent} is being written by another run{holder}; "
+                if deadline is None:
+                    raise UserError(busy + "wait until that has ended, or choose another folder")
+                raise StoppedEarly(
+                    f"{busy}waited {LEASE:.0f} s; the same command goes on once that has ended"
                 )
             self._sleep(_PAUSE)
+        self._take(file)
+
+    def _take(self, file: TextIO) -> None:
         self._file = file
         file.truncate(0)
         file.write(self.mark)
         file.flush()
         os.fsync(file.fileno())
+
+    def hold(self) -> bool:
+        """See that the folder is still this run's; make it again where somebody has removed it.
+
+        Called before anything is written there. Whether it was made again.
+
+        Raises:
+            UserError: another run has taken the folder meanwhile.
+            OSError: it cannot be made.
+        """
+        with self._alone:
+            if self._file is None or self._is_there(self._file):
+                return False
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a+")  # noqa: SIM115
+            file.seek(0)
+            if not _lock(file) or file.read() not in ("", self.mark):
+                file.close()
+                raise UserError(
+                    f"--output-dir {self.path.parent} was removed under this run, and is another "
+                    "run's now"
+                )
+            self._file.close()
+            self._take(file)
+            return True
+
+    def _is_there(self, file: TextIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+                return False
+            raise
 
     def release(self) -> None:
         """Let other runs write there."""

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import io
+import os
+import socket
 import sys
 import time
 import warnings
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from moco_scale import distributed
-from moco_scale.errors import RankError, UserError
+from moco_scale import distributed, metrics_file
 from moco_scale.messages import say
+from moco_scale.side_files import SideFile, json_line
+from moco_scale.untrusted.text import printable
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.utils.tensorboard import summary
+
+if TYPE_CHECKING:
+    from moco_scale.run_folder import RunFolder
 
 
 class Telemetry:
     """Reports of one run; does nothing on ranks other than 0.
+
+    None of them ends a run: what cannot be written is said, once, and training goes on.
 
     Args:
         folder: the run's output folder; None only prints.
@@ -28,21 +41,20 @@ class Telemetry:
         first_step: steps already done, when resuming.
     """
 
-    def __init__(self, folder: Path | None, total_steps: int, first_step: int) -> None:
-        self._active = distributed.is_main()
-        self._log: TextIO | None = None
-        self._metrics: TextIO | None = None
-        self._board: Any = None
+    def __init__(self, folder: RunFolder | None, total_steps: int, first_step: int) -> None:
+        self._active, self._folder = distributed.is_main(), folder
+        self._files: dict[str, SideFile] = {}
         self._bar: tqdm[Any] | None = None
         if not self._active:
             return
         if folder is not None:
-            # Line-buffered: what was logged survives a kill.
-            self._log, self._metrics = (
-                open(folder / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-                for name in ("log.txt", "metrics.jsonl")
-            )
-            self._board = _summary_writer(folder / "tensorboard", first_step)
+            now, host = f"{time.time():010.0f}", socket.gethostname()
+            events = f"events.out.tfevents.{now}.{host}.{os.getpid()}"
+            self._files = {
+                _LOG: folder.side_file(_LOG, self._show),
+                _METRICS: folder.side_file(_METRICS, self.say),
+                _BOARD: folder.side_file(f"{_BOARD}/{events}", self.say, _first(first_step + 1)),
+            }
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False
@@ -52,7 +64,17 @@ class Telemetry:
         """One line for people."""
         if not self._active:
             return
-        self._write(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+        self._add(_LOG, line.encode("utf-8", "backslashreplace"))
+        self._show(text)
+
+    def side_file(self, name: str) -> SideFile:
+        """One more file in the run's folder; what becomes of it is said here."""
+        assert self._folder is not None
+        self._files[name] = self._folder.side_file(name, self.say)
+        return self._files[name]
+
+    def _show(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
@@ -72,11 +94,9 @@ class Telemetry:
         """
         if not self._active:
             return
-        self._write(self._metrics, json.dumps(record) + "\n")
-        if self._board is not None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(name, value, record["step"])
+        self._add(_METRICS, json_line(record))
+        scalars = {name: value for name, value in record.items() if isinstance(value, float)}
+        self._plot(record["step"], *(summary.scalar(*item) for item in scalars.items()))
         self.say(line)
         if self._bar is not None:
             self._bar.set_postfix_str(
@@ -85,44 +105,55 @@ class Telemetry:
                 f"data {record['data_wait_fraction']:.0%}"
             )
 
-    def _write(self, file: TextIO | None, text: str) -> None:
-        if file is None:
-            return
-        try:
-            file.write(text)
-        except OSError as error:
-            problem = UserError(
-                f"cannot write {file.name}: {error.strerror}; the checkpoints are untouched: "
-                "make room, then start again"
-            )
-            raise RankError(problem, distributed.rank()) from error
-
     def hyper_parameters(self, values: dict[str, Any]) -> None:
         """The configuration, as a table in TensorBoard."""
-        if self._board is not None:
-            rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
-            self._board.add_text("hyper-parameters", f"| flag | value |\n| --- | --- |\n{rows}", 0)
+        rows = "\n".join(f"| {name} | {printable(value)} |" for name, value in values.items())
+        table = f"| flag | value |\n| --- | --- |\n{rows}"
+        self._plot(0, summary.text("hyper-parameters", table))
 
     def image(self, name: str, picture: Tensor, step: int) -> None:
         """A picture for TensorBoard: float [3, H, W] in [0, 1]."""
-        if self._board is not None:
-            self._board.add_image(name, picture.clamp(0, 1), step)
+        if self._active:
+            self._plot(step, summary.image(name, picture.clamp(0, 1)))
+
+    def _plot(self, step: int, *parts: Summary) -> None:
+        values = [value for part in parts for value in part.value]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._add(_BOARD, _event(event))
+
+    def _add(self, name: str, entry: bytes) -> None:
+        if name in self._files:
+            self._files[name].add(entry)
 
     def close(self) -> None:
+        """Write what could not be written before, and say what is lost."""
         if self._bar is not None:
             self._bar.close()
-        for sink in (self._log, self._metrics, self._board):
-            if sink is not None:
-                with contextlib.suppress(OSError):  # a full disk has been reported already
-                    sink.close()
+            self._bar = None
+        for name in sorted(self._files, key=lambda name: name == _LOG):  # the log is told of losses
+            self._files[name].close()
 
 
-def _summary_writer(folder: Path, first_step: int) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from torch.utils.tensorboard import SummaryWriter
-    # Curves of steps that will be run again disappear.
-    return SummaryWriter(str(folder), purge_step=first_step + 1)
+_LOG, _METRICS, _BOARD = "log.txt", metrics_file.NAME, "tensorboard"
+
+
+def _event(event: Event) -> bytes:
+    """As a record of TensorBoard's file."""
+    content = io.BytesIO()
+    RecordWriter(content).write(event.SerializeToString())
+    return content.getvalue()
+
+
+def _first(step: int) -> bytes:
+    """What a file of TensorBoard's begins with; curves of steps that will be run again disappear.
+
+    step: the first that will be run.
+    """
+    now, version = time.time(), "brain.Event:2"
+    start = SessionLog(status=SessionLog.START)
+    return _event(Event(wall_time=now, file_version=version)) + _event(
+        Event(wall_time=now, step=step, session_log=start)
+    )
 
 
 class Meters:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moco_scale.errors import UserError
+from moco_scale.errors import UserError, first_line
+from moco_scale.files import write_atomically
 from moco_scale.untrusted import metrics
 from moco_scale.untrusted.text import printable
 
@@ -218,10 +222,24 @@ def save(figure: Figure, out: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = out.with_name(f".{out.name}.tmp")
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
     try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(out)
+        write_atomically(out, content.getvalue())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def drawn(draw: Callable[[], None]) -> None:
+    """Draw a picture; whatever goes wrong, nobody waits for who draws, and nothing ends for it.
+
+    Raises:
+        UserError: it could not be drawn.
+    """
+    try:
+        draw()
+    except UserError:
+        raise
+    except Exception as error:
+        traceback.print_exception(error)  # a defect: where it is helps to mend it
+        raise UserError(f"{type(error).__name__}: {first_line(error)}") from error

@@ -16,12 +16,12 @@ from torch import Tensor
 from moco_scale import together
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
-from moco_scale.evaluation.curves import INK, report, save
+from moco_scale.evaluation.curves import INK, drawn, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract
 from moco_scale.evaluation.knn import Splits, bank_and_queries
 from moco_scale.untrusted.text import printable
 
-__all__ = ["nearest", "neighbours", "neighbours_sheet", "report"]
+__all__ = ["drawn", "nearest", "neighbours", "neighbours_sheet", "report"]
 
 _RIGHT, _WRONG = "#2e9e4f", "#d1453b"
 
@@ -236,7 +236,7 @@ def neighbours_sheet(
             title=title,
         )
 
-    together.on_main(draw)
+    together.on_main(lambda: drawn(draw))
 
 
 def _varied(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

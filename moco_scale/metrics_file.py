@@ -1,0 +1,36 @@
+"""``metrics.jsonl``: a line of JSON for each step that was logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moco_scale.side_files import keep_lines, read_lines, record_of
+
+NAME = "metrics.jsonl"
+
+
+def has_step(path: Path, step: int) -> bool:
+    """Whether there is a line of a step; False where the file cannot be read."""
+    try:
+        return any(_step_in(line) == step for line in read_lines(path))
+    except OSError:
+        return False
+
+
+def forget_after(path: Path, step: int) -> int:
+    """Drop lines of later steps, which will run again, and damaged ones; how many were dropped.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+
+    def wanted(line: bytes) -> bool:
+        of = _step_in(line)
+        return of is not None and of <= step
+
+    return keep_lines(path, wanted)
+
+
+def _step_in(line: bytes) -> int | None:
+    step = (record_of(line) or {}).get("step")
+    return step if isinstance(step, int) else None

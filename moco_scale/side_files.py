@@ -1,0 +1,174 @@
+"""Files beside the model, which a run can do without: logs, metrics, curves, lists."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moco_scale.errors import UserError
+from moco_scale.files import write_atomically
+from moco_scale.messages import say
+
+_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+_WAITING = 4 << 20  # bytes that are kept until they can be written
+
+
+def _nothing() -> None:
+    return None
+
+
+class SideFile:
+    """A file that a run adds to, whole entries at a time; where it cannot, training goes on.
+
+    That is said once. What could not be written is kept, up to 4 MB of it, and written when the
+    file can be; an entry of which a part was written is cut off before anything else is added. The
+    file is opened for each entry: it may be removed, or its disk come back, meanwhile.
+
+    Args:
+        path: the file; its folder is made if only that one is missing.
+        head: what a new file begins with.
+        before: called before each attempt; an OSError or a UserError of it is that of the file.
+        warn: says a line to people.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        head: bytes = b"",
+        before: Callable[[], None] = _nothing,
+        warn: Callable[[str], None] = say,
+    ) -> None:
+        self.path = path
+        self._head, self._before, self._warn = head, before, warn
+        self._waiting: deque[bytes] = deque()
+        self._lost = 0
+        self._said: set[str] = set()
+        # While all of an entry is not known to be written: which file, and what of it is whole.
+        self._torn: tuple[tuple[int, int], int] | None = None
+
+    def add(self, entry: bytes) -> None:
+        """Write an entry, after those that are waiting, or keep it until that is possible."""
+        self._waiting.append(entry)
+        problem = self._try()
+        if problem is None:
+            if self._said:
+                self._say_once(
+                    "again", f"{self.path} can be written again; {self._losses() or 'all is there'}"
+                )
+            return
+        while len(self._waiting) > 1 and sum(map(len, self._waiting)) > _WAITING:
+            self._waiting.popleft()
+            self._lost += 1
+        self._say_once(
+            "failed",
+            f"cannot write {self.path}: {problem}; training goes on, and what belongs there is "
+            "written once that is possible",
+        )
+
+    def close(self) -> None:
+        """Write what is waiting, and say what is lost; nothing may be added afterwards."""
+        if self._waiting and self._try() is not None:
+            self._lost += len(self._waiting)
+            self._waiting.clear()
+        if self._lost:
+            self._say_once("lost", f"{self.path}: {self._losses()}")
+
+    def _losses(self) -> str:
+        return f"{self._lost} entries that could not be written are lost" if self._lost else ""
+
+    def _say_once(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._warn(text)
+
+    def _try(self) -> str | None:
+        """Write what is waiting; why that failed, None if it did not."""
+        try:
+            self._before()
+            with contextlib.suppress(FileExistsError):
+                self.path.parent.mkdir()
+            self._write(b"".join(self._waiting))
+        except OSError as error:
+            return error.strerror or str(error)
+        except UserError as error:
+            return str(error)
+        self._waiting.clear()
+        return None
+
+    def _write(self, data: bytes) -> None:
+        file = os.open(self.path, _FLAGS, 0o666)
+        try:
+            status = os.fstat(file)
+            place, size = (status.st_dev, status.st_ino), status.st_size
+            if self._torn is not None and self._torn[0] == place and self._torn[1] < size:
+                size = self._torn[1]
+                os.ftruncate(file, size)
+            self._torn = place, size
+            rest = memoryview(data if size else self._head + data)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+        finally:
+            os.close(file)  # which is where a network's file system says that it is full
+        self._torn = None
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    r"""JSON as people read it, whose strings hold nothing that moves a cursor or ends a line.
+
+    What does not print is escaped as JSON has it: control characters, U+2028, and the surrogates
+    of names that are not UTF-8, which the reader gets back.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def json_line(value: Any) -> bytes:
+    """An entry of a file of JSON lines."""
+    return json_text(value).encode() + b"\n"
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a file, each with its line feed but perhaps the last; only that ends a line.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return re.findall(rb"[^\n]*\n|[^\n]+", path.read_bytes())
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of JSON; None for one that a kill has cut, or of something else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> int:
+    """Drop all lines of a file but those that are wanted; how many were dropped.
+
+    Where they are at its end, as those of steps that will run again are, no room is needed.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    if not path.exists():
+        return 0
+    lines = read_lines(path)
+    kept = [line for line in lines if wanted(line)]
+    whole = [line if line.endswith(b"\n") else line + b"\n" for line in kept]
+    if whole == lines[: len(whole)]:
+        if len(whole) < len(lines):
+            os.truncate(path, sum(map(len, whole)))
+    else:
+        write_atomically(path, b"".join(whole))
+    return len(lines) - len(kept)
