@@ -129,6 +129,7 @@ class RunLock:
         """Let other runs write there."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 def _lock(file: TextIO) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from moco_scale import checkpoint, run_folder, run_lock
+from moco_scale import checkpoint, run_folder, run_lock, side_files
 from moco_scale.config_rules import build
 from moco_scale.errors import StoppedEarly, UserError
 from moco_scale.run_folder import RunFolder
@@ -371,3 +372,129 @@ def test_what_is_being_written_is_not_yet_good(
     free.set()
     run.settle()
     assert run.last_good() == str(run.checkpoints()[1])
+
+
+def waits_while(run: RunFolder, then: Callable[[], None], lease: float = 30.0) -> None:
+    """Let a run, on a host of its own, wait by a clock that its waiting alone moves on."""
+    clock = Clock(lease, then)
+    run.lock = RunLock(run.lock.path, "node8", lambda: clock.now, clock.sleep)
+
+
+@pytest.mark.parametrize("wish", ["auto", "none", "path"])
+def test_what_is_resumed_from_is_chosen_after_the_wait(tmp_path: Path, wish: str) -> None:
+    """While it waits the other run saves once more, drops the checkpoint before, and ends."""
+    first = folder(tmp_path, keep_checkpoints=1)
+    first.prepare()
+    if wish != "none":
+        save(first, 3)
+    first.release()
+    resume = str(tmp_path) if wish == "path" else wish
+    run = folder(tmp_path, resume=resume)
+    with locked_by(tmp_path / ".lock", "node7 123 0123456789abcdef\n") as other:
+
+        def go_on_and_end() -> None:
+            save(first, 5)
+            other.kill()
+            other.wait()
+
+        waits_while(run, go_on_and_end)
+        if wish == "none":
+            assert "--resume none" in refusal(run)
+        else:
+            assert run.prepare() == tmp_path / "checkpoints" / "step-00000005"
+    assert steps(run) == [5]
+
+
+def test_a_run_elsewhere_that_does_not_end_may_be_gone_on_with_later(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    with locked_by(tmp_path / ".lock", "node7 123 0123456789abcdef\n"):
+        waits_while(run, lambda: None)
+        with pytest.raises(StoppedEarly, match="the same command goes on once that has ended"):
+            run.prepare()
+
+
+def test_a_folder_that_was_removed_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs" / "out"
+    run = folder(out)
+    run.prepare()
+    run.begin(0)
+    save(run, 1)
+    shutil.rmtree(tmp_path / "runs")
+    log = run.side_file("log.txt")
+    log.add(b"on we go\n")
+    save(run, 2)
+    assert steps(run) == [2] and (out / "log.txt").read_text() == "on we go\n"
+    assert json.loads((out / "config.json").read_text())["recipe"] == "cifar10"
+    said = capsys.readouterr().err
+    assert said.count("was removed under this run") == 1
+    # It is locked as before (which reading the lock would end, in this process).
+    lines = [
+        "from pathlib import Path",
+        "from moco_scale.run_lock import RunLock",
+        f"RunLock(Path({str(out / '.lock')!r})).claim()",
+    ]
+    other = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert "is being written by another run" in other.stderr
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_folder_that_another_run_has_taken_is_left_to_it(
+    tmp_path: Path, ended: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run = folder(out)
+    run.prepare()
+    shutil.rmtree(out)
+    out.mkdir()
+    with locked_by(out / ".lock", "node7 123 0123456789abcdef\n") as other:
+        if ended:
+            other.kill()
+            other.wait()
+        log = run.side_file("log.txt")
+        log.add(b"of the first\n")
+        with pytest.raises(UserError, match="was removed under this run, and is another run's now"):
+            save(run, 1)
+        assert [p.name for p in out.iterdir()] == [".lock"]
+        assert (out / ".lock").read_text() == "node7 123 0123456789abcdef\n"
+    assert "another run's now; training goes on" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_again_is_an_error(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "out"
+    run = folder(out)
+    run.prepare()
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match=f"--output-dir {out} cannot be written: "):
+        save(run, 1)
+
+
+def fails(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"step": 1}\n{"st\n'])
+def test_a_full_disk_does_not_keep_a_run_from_going_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: bytes,
+) -> None:
+    """A rewrite needs room only where more than the end is dropped."""
+    run = folder(tmp_path)
+    run.prepare()
+    run.begin(0)
+    save(run, 1)
+    run.metrics.write_bytes(damage + b'{"step": 1}\n{"step": 2}\n')
+    run.release()
+    again = folder(tmp_path, print_freq=3)
+    again.prepare()
+    monkeypatch.setattr(run_folder, "write_atomically", fails)
+    monkeypatch.setattr(side_files, "write_atomically", fails)
+    again.begin(1)
+    said = capsys.readouterr().err
+    assert "config.json: No space left on device; it stays as it was" in said
+    assert ("cannot rewrite" in said) == bool(damage)
+    assert damage or run.metrics.read_bytes() == b'{"step": 1}\n'
