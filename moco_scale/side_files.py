@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -139,8 +140,10 @@ def read_lines(path: Path) -> list[bytes]:
     """The lines of a file, each with its line feed but perhaps the last; only that ends a line.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or has no end.
     """
+    if not path.is_file() and path.exists():
+        raise OSError(errno.EINVAL, "it is no regular file")
     return re.findall(rb"[^\n]*\n|[^\n]+", path.read_bytes())
 
 

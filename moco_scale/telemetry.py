@@ -114,7 +114,7 @@ class Telemetry:
     def image(self, name: str, picture: Tensor, step: int) -> None:
         """A picture for TensorBoard: float [3, H, W] in [0, 1]."""
         if self._active:
-            self._plot(step, summary.image(name, picture.clamp(0, 1)))
+            self._plot(step, summary.image(name, picture.clamp(0, 1), dataformats="CHW"))
 
     def _plot(self, step: int, *parts: Summary) -> None:
         values = [value for part in parts for value in part.value]

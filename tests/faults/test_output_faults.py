@@ -1,6 +1,7 @@
 """Output that cannot be written or gone on from: one message, and what was saved stays."""
 
 import errno
+import json
 import os
 import re
 import resource
@@ -117,6 +118,53 @@ def test_a_save_that_fails_beside_the_loop_stops_all_ranks_soon(
     assert not list((tmp_path / "checkpoints").glob("*step-*"))
     # Known after step 3, heard by all after step 4, where the next save would have been due.
     assert re.findall(r"step (\d+)/8", run.output) == ["1", "2", "3"], run.output
+
+
+def test_logs_that_cannot_be_written_end_nothing(tiny_shards: Path, tmp_path: Path) -> None:
+    """Their disk is full, or something stands in the way of each."""
+    for name in ("log.txt", "metrics.jsonl"):
+        (tmp_path / name).symlink_to("/dev/full")
+    (tmp_path / "tensorboard").write_text("")
+    for name in ("report.png", "neighbours.png"):
+        (tmp_path / name).mkdir()
+    run = forked(*flags_for(tiny_shards, tmp_path), "--max-steps", 3, "--print-freq", 1)
+    assert run.status == 0 and "Traceback" not in run.output, run.output
+    for name in ("log.txt", "metrics.jsonl", "tensorboard/events"):
+        assert run.output.count(f"cannot write {tmp_path}/{name}") == 1, run.output
+        assert re.search(rf"{tmp_path}/{name}\S*: \d+ entries .* are lost", run.output), run.output
+    for name in ("report.png", "neighbours.png"):
+        assert f"without {name}, which the same command draws: cannot" in run.output
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+
+def remove_folder(out: str) -> None:
+    """Remove the folder of a run after its second step."""
+
+    def remove(run: Pretraining, batch: ViewBatch) -> None:
+        if batch.step == 2 and run.rank == 0:
+            run.folder.settle()  # what is being written would fail
+            shutil.rmtree(out)
+
+    before_each_call("moco_scale.pretrain", "Pretraining.train_step", remove)
+
+
+def test_a_folder_that_is_removed_under_a_run(tiny_shards: Path, tmp_path: Path) -> None:
+    """The run makes it again and goes on; what follows can be resumed from."""
+    out = tmp_path / "runs" / "out"
+    flags = (*flags_for(tiny_shards, out), "--checkpoint-freq", 1, "--print-freq", 1)
+    run = forked(
+        *(*flags, "--max-steps", 3), ranks=2, prepare=remove_folder, prepare_args=(str(out.parent),)
+    )
+    assert run.status == 0 and "Traceback" not in run.output, run.output
+    assert run.output.count(f"--output-dir {out} was removed under this run") == 1, run.output
+    assert {p.name for p in out.iterdir()} == {
+        *(".lock", "checkpoints", "config.json", "current.pth", "log.txt", "metrics.jsonl"),
+        *("neighbours.png", "report.png", "tensorboard"),
+    }
+    run = forked(*flags, "--max-steps", 4, ranks=2)
+    assert run.status == 0 and "at step 3" in run.output, run.output
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [3, 4]
 
 
 def limit_files(size: int) -> None:
