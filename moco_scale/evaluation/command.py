@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,17 +19,14 @@ from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.errors import UserError
-from moco_scale.evaluation import linear
+from moco_scale.evaluation import linear, results
 from moco_scale.evaluation.command_line import KNN_K, KNN_T, parse
 from moco_scale.evaluation.features import LeftOut, Pixels, Pretrained, load_pretrained
 from moco_scale.evaluation.knn import KnnMonitor, Splits, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
-from moco_scale.files import read_json, write_atomically
 from moco_scale.messages import say
 from moco_scale.timing import EVALUATION, Phases
 from moco_scale.watchdog import Watch
-
-RESULTS = "results.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,13 +79,14 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
     # Which may index them.
     train = together.in_turn(partial(open_shards, _source(args), "train"), alive)
 
-    def prepare() -> tuple[dict[str, Any], Pretrained]:
-        earlier = _prepare(folder) if distributed.is_main() else {}
+    def prepare() -> Pretrained:
+        if distributed.is_main():
+            results.require_usable(folder)
         pretrained = load_pretrained(args.pretrained_model, args.encoder)
         _require_agreement(args, pretrained)
-        return earlier, pretrained
+        return pretrained
 
-    earlier, pretrained = together.agree(prepare)
+    pretrained = together.agree(prepare)
     test: KnnMonitor | Shards
     if args.protocol == "knn":
         splits = together.in_turn(partial(open_splits, _source(args), train), alive)
@@ -118,7 +115,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
         "step": pretrained.step,
         "seconds": round(time.monotonic() - started, 1),
     }
-    together.on_main(lambda: _finish(folder, earlier, result))
+    together.on_main(lambda: _finish(folder, result))
     return result
 
 
@@ -133,45 +130,15 @@ def _require_agreement(args: argparse.Namespace, pretrained: Pretrained) -> None
             )
 
 
-def _prepare(folder: Path) -> dict[str, Any]:
-    """Make the folder, see that it can be written, and read the results it holds."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {folder} is a file; name a folder")
-    probe = folder / ".written"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--output-dir {folder} cannot be written: {error.strerror}; "
-            "choose another folder or fix its permissions"
-        ) from None
-    path = folder / RESULTS
-    if not path.exists():
-        return {}
-    content = read_json(path, "--output-dir holds")
-    earlier = content.get("all") if isinstance(content, dict) else None
-    if not isinstance(earlier, dict):
-        raise UserError(f"{path} is no result of eval.py; choose another --output-dir")
-    return earlier
-
-
-def _finish(folder: Path, earlier: dict[str, Any], result: dict[str, Any]) -> None:
-    """``results.json``: this result, and under ``all`` the newest of every protocol."""
-    results = {**earlier, result["variant"]: result}
-    try:
-        text = json.dumps({**result, "all": results}, indent=1)
-        write_atomically(folder / RESULTS, text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {folder / RESULTS}: {error.strerror}") from None
+def _finish(folder: Path, result: dict[str, Any]) -> None:
+    results.add(folder, result)
     best = f" (best epoch {result['best_epoch']})" if "best_epoch" in result else ""
     missing = sum(result.get("left_out", {}).values())
     without = f"; without {missing} pictures that cannot be decoded" if missing else ""
     last = f", last epoch {result['last_top1']:.2f} %" if "last_top1" in result else ""
     print(
         f"{result['variant']}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-        f"{best}{last}{without}; {folder / RESULTS}",
+        f"{best}{last}{without}; {folder / results.NAME}",
         flush=True,
     )
 

@@ -1,0 +1,84 @@
+"""``results.json``: what evaluations of one folder have found, whoever writes it beside whom."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from moco_scale.data.index_place import alone
+from moco_scale.errors import UserError
+from moco_scale.files import write_atomically
+from moco_scale.messages import say
+from moco_scale.side_files import json_text
+from moco_scale.untrusted.documents import DocumentError, read_document
+from moco_scale.untrusted.limits import SETTINGS_JSON
+from moco_scale.untrusted.results import Results
+
+NAME = "results.json"
+
+
+def require_usable(folder: Path) -> None:
+    """Make the folder, see that it can be written, and that the results it holds can be added to.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir {folder} is a file; name a folder")
+    probe = folder / f".written-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {folder} cannot be written: {error.strerror}; "
+            "choose another folder or fix its permissions"
+        ) from None
+    try:
+        _read(folder / NAME)
+    except DocumentError as error:
+        raise UserError(
+            f"{error}: no result of eval.py, or damaged; move it away, or choose another "
+            "--output-dir"
+        ) from None
+
+
+def add(folder: Path, result: dict[str, Any]) -> None:
+    """Write a result, and under ``all`` the newest of each ``variant``, those of others too.
+
+    What is there now counts: others may have finished since this one began. What is damaged is
+    kept under another name.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = folder / NAME
+    with alone(folder / f".{NAME}.lock", f"{path}: another evaluation writes it; waiting"):
+        try:
+            try:
+                earlier = _read(path)
+            except DocumentError as error:
+                kept = _free_name(path)
+                os.rename(path, kept)
+                say(f"{error}: it is kept as {kept.name}, and begun anew")
+                earlier = {}
+            results = {**earlier, result["variant"]: result}
+            text = json_text({**result, "all": results}, indent=1)
+            write_atomically(path, text + "\n", shared=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    return read_document(path, Results, SETTINGS_JSON, "--output-dir holds").all
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (kept := path.with_name(f"{path.name}.kept-{number}")).exists():
+        number += 1
+    return kept
