@@ -18,10 +18,10 @@ from torch import Tensor
 from moco_scale import checkpoint, distributed, metrics_file, together
 from moco_scale.config import Config, differences
 from moco_scale.config_rules import check_shuffle_group
-from moco_scale.errors import StoppedEarly, UserError
+from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, save_atomically, write_atomically
 from moco_scale.messages import say
-from moco_scale.run_lock import RunLock
+from moco_scale.run_lock import RunLock, claim_for_all
 from moco_scale.saver import BackgroundSaver
 from moco_scale.side_files import SideFile
 
@@ -62,16 +62,8 @@ class RunFolder:
         """
         shuffled = _shuffled_here(self.config)
 
-        def claim() -> StoppedEarly | None:
-            try:
-                self._claim()
-            except StoppedEarly as error:
-                return error
-            return None
-
-        busy = together.on_main(lambda: self._writing(claim))
-        if busy is not None:
-            raise busy
+        together.on_main(lambda: self._writing(self._make))
+        claim_for_all(self.lock)
         # What is there is looked at when nobody else can change it any more.
         start, self.config = together.on_main(
             lambda: self._writing(lambda: self._prepare(shuffled))
@@ -99,13 +91,12 @@ class RunFolder:
                 "choose another folder or fix its permissions"
             ) from error
 
-    def _claim(self) -> None:
+    def _make(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output-dir {self.path} is a file; name a folder")
         if self.config.run.resume not in ("auto", "none"):
             _named(self.config.run.resume)  # of a mistake here nothing is made
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock.claim()
 
     def _prepare(self, shuffled: int) -> tuple[Path | None, Config]:
         start = self._resume_from(self.config.run.resume)

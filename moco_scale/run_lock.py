@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from moco_scale import together
 from moco_scale.errors import StoppedEarly, UserError
 from moco_scale.messages import say
 
@@ -130,6 +131,27 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def claim_for_all(lock: RunLock) -> None:
+    """Rank 0 takes a lock for all ranks, which all call this.
+
+    Raises:
+        UserError, StoppedEarly: as :meth:`RunLock.claim`, on every rank; it cannot be written.
+    """
+
+    def claim() -> StoppedEarly | None:
+        try:
+            lock.claim()
+        except StoppedEarly as error:
+            return error
+        except OSError as error:
+            raise UserError(f"{lock.path} cannot be written: {error.strerror}") from error
+        return None
+
+    busy = together.on_main(claim)
+    if busy is not None:
+        raise busy
 
 
 def _lock(file: TextIO) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from moco_scale.data.progress import Progress
 from moco_scale.data.shard_list import list_shards
 from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, scan_tar
 from moco_scale.errors import UserError
+from moco_scale.side_files import read_lines, record_of
 
 _CHUNK = 1 << 22
 
@@ -132,14 +132,14 @@ def _dropped(folder: Path) -> dict[str, frozenset[str]]:
     """By shard: keys of pictures that a repair left out of the index and in the tar."""
     found: dict[str, set[str]] = {}
     try:
-        lines = (folder / LEFT_OUT).read_text(encoding="utf-8").splitlines()
+        lines = read_lines(folder / LEFT_OUT)
     except OSError:
         return {}
     for line in lines:
-        try:
-            shard, _, key = json.loads(line)["name"].partition(":")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        name = (record_of(line) or {}).get("name")
+        if not isinstance(name, str):
             continue
+        shard, _, key = name.partition(":")
         found.setdefault(shard, set()).add(key)
     return {shard: frozenset(keys) for shard, keys in found.items()}
 

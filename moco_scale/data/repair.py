@@ -7,7 +7,6 @@ replaced stays beside it under another name.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +24,7 @@ from moco_scale.data.shard_file import write_errors
 from moco_scale.data.tar_scan import ShardScan
 from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
+from moco_scale.side_files import json_line, json_text
 
 _TEMPORARY = ".repaired-"
 _MOST_NAMED = 6
@@ -188,13 +188,11 @@ def _put_in_place(
             shutil.copy2(folder.path / name, backups[-1])
     if lost:
         file = folder.path / LEFT_OUT
-        before = file.read_text(encoding="utf-8") if file.exists() else ""
-        lines = (json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in lost)
-        write_atomically(file, before + "".join(lines))
+        before = file.read_bytes() if file.exists() else b""
+        write_atomically(file, before + b"".join(json_line(entry._asdict()) for entry in lost))
     for split, of_split in rows.items():
         save_rows(folder.path / index_file.index_name(split), of_split)
-    text = json.dumps(header, indent=1, ensure_ascii=False)
-    write_atomically(folder.path / index_file.INDEX_JSON, text)
+    write_atomically(folder.path / index_file.INDEX_JSON, json_text(header, indent=1))
     sync_folder(folder.path)
     return backups
 

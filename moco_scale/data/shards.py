@@ -8,7 +8,6 @@ So any number of workers writes the same tars and the same index.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tarfile
@@ -35,6 +34,7 @@ from moco_scale.data.shard_file import (
     write_shard,
 )
 from moco_scale.errors import UserError
+from moco_scale.side_files import json_line, json_text
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,8 @@ def write_shards(
     header["made"] = {**(made or {}), "seed": seed, "left_out": len(listing.left_out)}
     with write_errors(folder):
         if listing.left_out:
-            lines = (json.dumps(entry._asdict(), ensure_ascii=False) for entry in listing.left_out)
-            _write_text(folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
-        _write_text(
-            folder / index_file.INDEX_JSON, json.dumps(header, indent=1, ensure_ascii=False)
-        )
+            _write(folder / LEFT_OUT, b"".join(json_line(e._asdict()) for e in listing.left_out))
+        _write(folder / index_file.INDEX_JSON, json_text(header, indent=1).encode())
     return written
 
 
@@ -199,6 +196,6 @@ def _check_room(listing: Listing, folder: Path) -> None:
         )
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
     sync(path)

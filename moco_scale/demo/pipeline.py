@@ -5,6 +5,7 @@ process of its own and prints its command line.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -31,7 +32,10 @@ from moco_scale.demo.output_folder import SUMMARY
 from moco_scale.errors import UserError
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
 from moco_scale.files import write_atomically
+from moco_scale.untrusted.documents import read_document
+from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.untrusted.metrics import records
+from moco_scale.untrusted.results import Accuracy
 
 _OWN_FLAGS = {
     "data_dir": "the shards are made here, from the pictures",
@@ -294,14 +298,16 @@ def run_step(name: str, command: list[str], environment: dict[str, str]) -> None
 
 def initial_knn(metrics: Path) -> float | None:
     """The kNN top-1 that training logged for the encoder it started from; None: it did not look."""
-    for record in records(metrics):
-        if "knn_top1_initial" in record:
-            return float(record["knn_top1_initial"])
+    with contextlib.suppress(OSError):  # training goes on without it
+        for record in records(metrics):
+            value = record.get("knn_top1_initial")
+            if isinstance(value, int | float):
+                return float(value)
     return None
 
 
 def _result(folder: Path) -> float:
-    return float(json.loads((folder / "results.json").read_text(encoding="utf-8"))["top1"])
+    return read_document(folder / "results.json", Accuracy, SETTINGS_JSON, "the result").top1
 
 
 def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:

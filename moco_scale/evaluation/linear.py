@@ -44,6 +44,7 @@ from moco_scale.evaluation.features import (
 )
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.messages import say
+from moco_scale.run_lock import RunLock, claim_for_all
 
 
 class LinearEvaluation:
@@ -65,7 +66,8 @@ class LinearEvaluation:
 
     Raises:
         UserError: unlabelled pictures, a batch that does not fit, a folder that holds another
-            evaluation, damaged state.
+            evaluation or into which one of this kind writes, damaged state.
+        StoppedEarly: one of this kind on another host writes there.
     """
 
     def __init__(
@@ -126,6 +128,9 @@ class LinearEvaluation:
             "encoder": pretrained.described,
             **{f"{s.split} pictures": f"{len(s)} in {s.name}" for s in (train, val)},
         }
+        # Two of one kind in a folder would write each other's state.
+        self._lock = RunLock(folder / f".{self.variant}.lock")
+        claim_for_all(self._lock)
         state = linear_state.load(self.state_path, self.identity, self.described, resume)
         if state is not None:
             self.classifier.load_state_dict(state["classifier"])

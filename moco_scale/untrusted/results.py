@@ -12,3 +12,10 @@ class Results(Document):
 
     all: dict[str, dict[str, Any]]
     """The newest result of each kind of evaluation."""
+
+
+class Accuracy(Document):
+    """What a demo relies on."""
+
+    top1: float
+    """Of the evaluation that was written last, in percent."""

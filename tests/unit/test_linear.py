@@ -244,7 +244,10 @@ class TestFolderWithState:
         with pytest.raises(UserError, match="No space left"):
             linear_state.save(folder / "linear-official.pth", {})
         assert (folder / "linear-official.pth").read_bytes() == before
-        assert [p.name for p in folder.iterdir()] == ["linear-official.pth"]
+        assert {p.name for p in folder.iterdir()} == {
+            "linear-official.pth",
+            ".linear-official.lock",
+        }
 
 
 def test_schedules() -> None:
