@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moco_scale.side_files import keep_lines, read_lines, record_of
+from moco_scale.side_files import keep_lines, record_of
+from moco_scale.untrusted.metrics import records
 
 NAME = "metrics.jsonl"
 
@@ -12,7 +13,7 @@ NAME = "metrics.jsonl"
 def has_step(path: Path, step: int) -> bool:
     """Whether there is a line of a step; False where the file cannot be read."""
     try:
-        return any(_step_in(line) == step for line in read_lines(path))
+        return any(record["step"] == step for record in records(path))
     except OSError:
         return False
 

@@ -7,22 +7,19 @@ import math
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from moco_scale.errors import UserError, first_line
 from moco_scale.files import write_atomically
+from moco_scale.matplotlib_home import matplotlib_home
 from moco_scale.untrusted import metrics
 from moco_scale.untrusted.text import printable
 
-# Titles and names of classes come from outside: a $ in them is no formula.
-matplotlib.rcParams["text.parse_math"] = False
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#333333"
 _LARGEST = 1e30  # value that is drawn: axes overflow long before a float does
@@ -55,8 +52,7 @@ def report(
         UserError: the metrics cannot be read or the picture cannot be written.
     """
     records = _read(Path(path))
-    figure = Figure(figsize=(10, 6.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(10, 6.4), dpi=120, layout="constrained")
     if title:
         figure.suptitle(printable(title), fontsize=13, color=INK)
     axes = figure.subplots(2, 2)
@@ -74,6 +70,20 @@ def report(
         for axis in axes.flat:
             axis.set_xlim(-0.02 * max(places), 1.02 * max(places))
     save(figure, Path(out))
+
+
+def new_figure(**options: Any) -> Figure:
+    """A figure for files; who draws none needs no matplotlib."""
+    with matplotlib_home():
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+    # Titles and names of classes come from outside: a $ in them is no formula.
+    matplotlib.rcParams["text.parse_math"] = False
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -109,6 +119,8 @@ def _curve(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[f
 
 
 def _plain(axis: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from moco_scale import together
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
-from moco_scale.evaluation.curves import INK, drawn, report, save
+from moco_scale.evaluation.curves import INK, drawn, new_figure, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract
 from moco_scale.evaluation.knn import Splits, bank_and_queries
 from moco_scale.untrusted.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["drawn", "nearest", "neighbours", "neighbours_sheet", "report"]
 
@@ -63,8 +65,7 @@ def neighbours(
     cell, name_width, top = 0.92, 0.09 * max((len(_short(n)) for n in names), default=0), 0.85
     gap = 0.3  # of a cell, between the groups
     width = name_width + cell * (1 + gap + sum(w + gap for w in wide)) + 0.2
-    figure = Figure(figsize=(width, rows * cell + top + 0.35), dpi=120)
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(width, rows * cell + top + 0.35), dpi=120)
     total_width, total_height = figure.get_size_inches()
 
     def place(row: int, left: float) -> Axes:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moco_scale.matplotlib_home import matplotlib_home
 from moco_scale.planner.plan import GIB, Plan
 
 
 def draw(plans: list[Plan], path: Path) -> None:
     """Write a PNG with a bar for each plan."""
-    import matplotlib
+    with matplotlib_home():
+        import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), constrained_layout=True)
     places = list(range(len(plans)))
