@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from moco_scale import together
 from moco_scale.batchnorm import statistics_kept
 from moco_scale.encoders import BLOCKS
+from moco_scale.errors import UserError
 from moco_scale.moco import MoCo
+from moco_scale.own_folders import make_own
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
@@ -32,6 +38,7 @@ def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
             BatchNorm's running statistics then stay as the first pass left them.
     """
     if compiled:
+        together.agree(own_compile_cache)
         # All blocks of a class share one limit, and each shape, with gradients and without, in
         # each part of a step and recomputed, is a graph.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
@@ -46,6 +53,31 @@ def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
                 )
             if forward is not block.forward:
                 block.forward = forward  # type: ignore[method-assign]
+
+
+def own_compile_cache() -> None:
+    """Let compiled programs be kept in a folder of this user's, unless the user names one.
+
+    By itself torch takes ``torchinductor_NAME`` there, and runs what it finds in it, even if
+    somebody else has made that.
+
+    Raises:
+        UserError: the folder is somebody else's, or cannot be made.
+    """
+    if _COMPILE_CACHE in os.environ:
+        return
+    folder = Path(tempfile.gettempdir()) / f"moco_scale-compiled-{os.geteuid()}"
+    try:
+        make_own(folder, mode=0o700)
+    except OSError as error:
+        raise UserError(
+            f"--compile keeps its programs in {folder}: {error.strerror or error}; name another "
+            f"folder in the environment variable {_COMPILE_CACHE}"
+        ) from None
+    os.environ[_COMPILE_CACHE] = str(folder)
+
+
+_COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def _recompute_contexts() -> tuple[Any, Any]:
