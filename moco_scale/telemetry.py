@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -76,14 +77,16 @@ class Telemetry:
 
     def _show(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal has gone
+                self._bar.write(text, file=sys.stderr)
         else:
             say(text)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
 
     def record(self, record: dict[str, Any], line: str) -> None:
         """One logged step: a line for people, an object for machines, scalars for TensorBoard.
@@ -99,11 +102,12 @@ class Telemetry:
         self._plot(record["step"], *(summary.scalar(*item) for item in scalars.items()))
         self.say(line)
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {record['loss']:.3f} of {record['chance_loss']:.2f}, lr {record['lr']:.2g}, "
-                f"{record['images_per_second']:.0f} images/s, "
-                f"data {record['data_wait_fraction']:.0%}"
-            )
+            with contextlib.suppress(OSError):
+                self._bar.set_postfix_str(
+                    f"loss {record['loss']:.3f} of {record['chance_loss']:.2f}, "
+                    f"lr {record['lr']:.2g}, {record['images_per_second']:.0f} images/s, "
+                    f"data {record['data_wait_fraction']:.0%}"
+                )
 
     def hyper_parameters(self, values: dict[str, Any]) -> None:
         """The configuration, as a table in TensorBoard."""
@@ -128,7 +132,8 @@ class Telemetry:
     def close(self) -> None:
         """Write what could not be written before, and say what is lost."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._bar = None
         for name in sorted(self._files, key=lambda name: name == _LOG):  # the log is told of losses
             self._files[name].close()

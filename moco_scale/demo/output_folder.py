@@ -8,6 +8,9 @@ from typing import Any
 from moco_scale.config import differences
 from moco_scale.errors import UserError
 from moco_scale.files import write_atomically
+from moco_scale.untrusted.demo import DemoSettings
+from moco_scale.untrusted.documents import DocumentError, read_document
+from moco_scale.untrusted.limits import SETTINGS_JSON
 
 MARKER = ".moco_scale-demo"
 """The file that says: this folder was made by a demo."""
@@ -27,12 +30,13 @@ def claim(out: Path) -> None:
     try:
         if out.is_dir() and any(out.iterdir()):
             marker = out / MARKER
-            if not (marker.is_file() and marker.read_text(encoding="utf-8") == REPLACEABLE):
+            if not _is_replaceable(marker):
                 raise UserError(
                     f"--output-dir {out} holds files that no demo made; "
                     "name another folder, or move them away"
                 )
-            shutil.rmtree(out)
+            shutil.rmtree(out.resolve())  # a link keeps pointing to what it points to
+            out.resolve().mkdir()
         out.mkdir(parents=True, exist_ok=True)
         (out / MARKER).write_text(REPLACEABLE, encoding="utf-8")
     except OSError as error:
@@ -67,14 +71,14 @@ def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]
         saved = _settings_in(marker)
         if saved is None:
             raise UserError(f"--output-dir {out} holds something else; {away}")
-        lines = differences(saved["pictures"] | saved["train"], pictures | train)
+        lines = differences(saved.pictures | saved.train, pictures | train)
         trained = (out / "current.pth").exists() or any(out.glob("checkpoints/step-*"))
         if lines and trained:
             what = "\n".join(lines)
             raise UserError(f"--output-dir {out} holds a run with other settings:\n{what}\n{away}")
         if (out / SUMMARY).exists():
             raise UserError(f"--output-dir {out} holds a finished run; {away}")
-        if saved["pictures"] != pictures:
+        if saved.pictures != pictures:
             for name in _MADE_BEFORE_TRAINING:
                 shutil.rmtree(out / name, ignore_errors=True)
         _mark(marker, pictures, train)
@@ -83,20 +87,24 @@ def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]
     return True
 
 
+def _is_replaceable(marker: Path) -> bool:
+    """Whether a folder is marked as a demo's, by a file that is no link."""
+    expected = REPLACEABLE.encode()
+    if marker.is_symlink() or not marker.is_file() or marker.stat().st_size != len(expected):
+        return False
+    return marker.read_bytes() == expected
+
+
 def _mark(marker: Path, pictures: dict[str, Any], train: dict[str, Any]) -> None:
     text = json.dumps({"pictures": pictures, "train": train}, indent=1, sort_keys=True)
     write_atomically(marker, text + "\n")
 
 
-def _settings_in(marker: Path) -> dict[str, dict[str, Any]] | None:
+def _settings_in(marker: Path) -> DemoSettings | None:
     """What :func:`_mark` wrote; None where there is nothing of that kind."""
     if not marker.is_file():
         return None
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError:
+        return read_document(marker, DemoSettings, SETTINGS_JSON, "the demo's")
+    except DocumentError:
         return None
-    if not isinstance(content, dict):
-        return None
-    whole = all(isinstance(content.get(name), dict) for name in ("pictures", "train"))
-    return content if whole else None
