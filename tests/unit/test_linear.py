@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,6 +250,29 @@ class TestFolderWithState:
             "linear-official.pth",
             ".linear-official.lock",
         }
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from moco_scale.run_lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.claim()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_of_a_kind_do_not_write_one_folder(shards: Path, tmp_path: Path) -> None:
+    lock = tmp_path / ".linear-official.lock"
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"--output-dir {tmp_path} is being written by another"):
+            evaluation(shards, tmp_path)
+        other.kill()
+    evaluation(shards, tmp_path)
 
 
 def test_schedules() -> None:
