@@ -15,6 +15,11 @@ from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import ViewBatch
 from moco_scale.errors import UserError
 from moco_scale.files import write_atomically
+from moco_scale.messages import say
+from moco_scale.untrusted.bad_sample import BadSampleLine
+from moco_scale.untrusted.documents import DocumentError, parse_document
+from moco_scale.untrusted.limits import LIST_LINE
+from moco_scale.untrusted.text import printable
 
 FILE = "bad_samples.jsonl"
 FEWEST = 10
@@ -53,21 +58,32 @@ class BadPictures:
         Raises:
             UserError: the list cannot be read or written.
         """
-        records = together.on_main(lambda: self._up_to(step))
-        self._known = {record["sample"] for record in records}
-        self._by_shard = Counter(record["shard"] for record in records)
+        self._known, self._by_shard = together.on_main(lambda: self._up_to(step))
 
-    def _up_to(self, step: int) -> list[dict[str, Any]]:
+    def _up_to(self, step: int) -> tuple[set[int], Counter[str]]:
+        """Samples and counts of shards in the list; what came later leaves it."""
+        known, by_shard = set[int](), Counter[str]()
         if not self.path.exists():
-            return []
+            return known, by_shard
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            records = [r for r in map(_record, lines) if r is not None and r["step"] <= step]
-            if len(records) != len(lines):
-                write_atomically(self.path, "".join(map(_line, records)))
+            kept, lines, foreign = list[bytes](), 0, 0
+            with self.path.open("rb") as file:
+                # One by one, and by line feeds alone: names have other ends of lines in them.
+                while line := file.readline(LIST_LINE):
+                    lines += 1
+                    entry = _entry(line)
+                    foreign += entry is None and line.endswith(b"\n")
+                    if entry is not None and entry.step <= step:
+                        kept.append(line)
+                        known.add(entry.sample)
+                        by_shard[printable(entry.shard)] += 1
+            if foreign:
+                say(f"{self.path}: {foreign} lines are no entries of this list and leave it")
+            if len(kept) != lines:
+                write_atomically(self.path, b"".join(kept))
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
-        return records
+        return known, by_shard
 
     def note(self, batch: ViewBatch) -> None:
         """What this rank met in a batch."""
@@ -95,7 +111,7 @@ class BadPictures:
             if bad.sample not in self._known | new.keys():
                 new[bad.sample] = {**bad._asdict(), "step": when, "epoch": epoch}
         self._known |= new.keys()
-        self._by_shard.update(record["shard"] for record in new.values())
+        self._by_shard.update(printable(record["shard"]) for record in new.values())
         together.on_main(lambda: self._append(list(new.values())))
         self._check(step)
         return self._lines(list(new.values()))
@@ -123,8 +139,8 @@ class BadPictures:
 
     def _lines(self, new: Sequence[dict[str, Any]]) -> list[str]:
         lines = [
-            f"cannot decode sample {r['sample']} in {r['shard']}"
-            + (f" (key {r['key']})" if r["key"] else "")
+            f"cannot decode sample {r['sample']} in {printable(r['shard'])}"
+            + (f" (key {printable(r['key'])})" if r["key"] else "")
             + f": {r['reason']}; sample {r['replacement']} is seen in its place"
             for r in new[:_SAID]
         ]
@@ -146,11 +162,11 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _record(line: str) -> dict[str, Any] | None:
-    """A line of the list; None for one that a kill cut short."""
-    try:
-        record = json.loads(line)
-    except ValueError:
+def _entry(line: bytes) -> BadSampleLine | None:
+    """What a line of the list says; None of one that a kill cut short, or that is none."""
+    if not line.endswith(b"\n"):
         return None
-    known = isinstance(record, dict) and {"sample", "shard", "step"} <= record.keys()
-    return record if known else None
+    try:
+        return parse_document(line, BadSampleLine, "a line")
+    except DocumentError:
+        return None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moco_scale.data.examine import examine_all, list_folder
 from moco_scale.data.output_folder import size_text
+from moco_scale.untrusted.text import printable, printable_lines
 
 _MOST_SHOWN = 100
 
@@ -19,9 +20,9 @@ def check(path: Path, workers: int) -> int:
     Raises:
         UserError: there are no shards.
     """
-    folder = list_folder(path)
+    folder, shown = list_folder(path), printable(path, 4096)
     if not folder.indexed:
-        print(f"{path} has no index of its own: only what the tars say can be checked", flush=True)
+        print(f"{shown} has no index of its own: only what the tars say can be checked", flush=True)
     findings = [f"index: {problem}" for problem in folder.problems]
     pictures, read, shards, damaged = 0, 0, 0, 0
     for _, examined in examine_all(folder, workers, f"checking {path}"):
@@ -31,7 +32,7 @@ def check(path: Path, workers: int) -> int:
         damaged += bool(examined.findings)
         findings += map(str, examined.findings)
     for line in findings[:_MOST_SHOWN]:
-        print(line)
+        print(printable_lines(line))
     if len(findings) > _MOST_SHOWN:
         print(f"and {len(findings) - _MOST_SHOWN} more")
     print(
@@ -39,13 +40,13 @@ def check(path: Path, workers: int) -> int:
         f"{size_text(read)}"
     )
     if not findings:
-        print(f"{path} is whole")
+        print(f"{shown} is whole")
         return 0
     parts = ["its index"] * bool(folder.problems)
     parts += [f"{damaged} of its {shards} shards"] * bool(damaged)
     print(
-        f"{path} is DAMAGED: {' and '.join(parts)}. "
+        f"{shown} is DAMAGED: {' and '.join(parts)}. "
         "Copy what is damaged again from where it was made, or keep what can be kept with: "
-        f"python -m moco_scale shard --repair {path}"
+        f"python -m moco_scale shard --repair {shown}"
     )
     return 1

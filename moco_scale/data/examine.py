@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,13 @@ from moco_scale.data.output_folder import LEFT_OUT
 from moco_scale.data.pool import BrokenProcessPool, in_order
 from moco_scale.data.progress import Progress
 from moco_scale.data.shard_list import list_shards
-from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, scan_tar
+from moco_scale.data.shard_set import Place
+from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, open_shard, scan_tar, shard_shown
 from moco_scale.errors import UserError
+from moco_scale.untrusted.documents import DocumentError, parse_document, read_bounded
+from moco_scale.untrusted.left_out import LeftOutLine
+from moco_scale.untrusted.limits import INDEX_JSON, LIST_LINE, PICTURE_FILE
+from moco_scale.untrusted.text import printable
 
 _CHUNK = 1 << 22
 
@@ -28,13 +34,11 @@ class Finding(NamedTuple):
     shard: str
     offset: int
     """Of the picture; -1: the shard as a whole."""
-    key: str
+    key: str  # this and the problem are fit to be shown
     problem: str
 
     def __str__(self) -> str:
-        place = self.shard
-        if self.offset >= 0:
-            place += f" at byte {self.offset}" + (f" (key {self.key})" if self.key else "")
+        place = printable(self.shard) if self.offset < 0 else Place(*self[:3])
         return f"{place}: {self.problem}"
 
 
@@ -91,7 +95,7 @@ def list_folder(path: Path) -> Folder:
     indexed = file.exists() or any(path.glob("*-index.npy"))
     if file.exists():
         try:
-            header = index_file.parse_header(file.read_bytes(), file)
+            header = index_file.parse_header(read_bounded(file, INDEX_JSON, "The index"), file)
         except (UserError, OSError) as error:
             problems.append(str(error))
         else:
@@ -131,16 +135,11 @@ def list_folder(path: Path) -> Folder:
 def _dropped(folder: Path) -> dict[str, frozenset[str]]:
     """By shard: keys of pictures that a repair left out of the index and in the tar."""
     found: dict[str, set[str]] = {}
-    try:
-        lines = (folder / LEFT_OUT).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    for line in lines:
-        try:
-            shard, _, key = json.loads(line)["name"].partition(":")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-        found.setdefault(shard, set()).add(key)
+    with contextlib.suppress(OSError), (folder / LEFT_OUT).open("rb") as file:
+        while line := file.readline(LIST_LINE):
+            with contextlib.suppress(DocumentError):
+                shard, _, key = parse_document(line, LeftOutLine, "a line").name.partition(":")
+                found.setdefault(shard, set()).add(key)
     return {shard: frozenset(keys) for shard, keys in found.items()}
 
 
@@ -168,7 +167,7 @@ def examine(expected: Expected) -> Examined:
         findings.append(Finding(expected.name, offset, key, problem))
 
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_shard(path), "rb") as file:
             size, digest = 0, hashlib.blake2b(digest_size=16)
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
@@ -178,7 +177,7 @@ def examine(expected: Expected) -> Examined:
             try:
                 scan = scan_tar(path)
             except UserError as error:
-                wrong(str(error).removeprefix(f"Shard {path} "))
+                wrong(str(error).removeprefix(f"{shard_shown(path)} "))
             if scan is not None and scan.odd and expected.is_labelled():
                 wrong(f"holds {scan.odd}")
                 scan = None  # the index knows the labels: the tar can be made again
@@ -201,6 +200,9 @@ def examine(expected: Expected) -> Examined:
                         wrong("a picture that the index does not have", offset, key)
     except FileNotFoundError:
         return Examined(expected, -1, "", None, frozenset(), 0, [_missing(expected)])
+    except UserError as error:
+        wrong(str(error).removeprefix(f"{shard_shown(path)} "))
+        return Examined(expected, -1, "", None, frozenset(), 0, findings, unreadable=True)
     except OSError as error:
         wrong(f"cannot be read: {error.strerror or error}")
         return Examined(expected, -1, "", None, frozenset(), 0, findings, unreadable=True)
@@ -235,17 +237,27 @@ def _problem(file: Any, offset: int, length: int, end: int) -> str | None:
     """Why a picture cannot be decoded, None when it can."""
     if offset + length > end:
         return f"cut off: the file ends at byte {end}"
+    if length > PICTURE_FILE:
+        return f"has {length:,} bytes, more than any image"
     file.seek(offset)
     data = file.read(length)
     try:
         decode_rgb(data)
     except DecodeError as error:
         zeros = bool(data) and not any(data)
-        return f"cannot be decoded: {'nothing but zeros' if zeros else error}"
+        return f"cannot be decoded: {'nothing but zeros' if zeros else printable(error)}"
     return None
 
 
 def key_before(file: Any, offset: int) -> str:
     """The key in the header before a picture, "" where there is no header."""
+    return key_in(header_before(file, offset))
+
+
+def header_before(file: Any, offset: int) -> bytes:
+    """The block before a picture, which should be its header; b"" where there is none."""
+    if offset < BLOCK:
+        return b""
     file.seek(offset - BLOCK)
-    return key_in(file.read(BLOCK))
+    block: bytes = file.read(BLOCK)
+    return block

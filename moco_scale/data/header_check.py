@@ -23,6 +23,9 @@ from moco_scale.data.tar_scan import member_places
 from moco_scale.errors import UserError
 from moco_scale.files import open_failure, write_atomically
 from moco_scale.messages import say
+from moco_scale.untrusted.documents import DocumentError, read_document
+from moco_scale.untrusted.header_note import HeaderNote
+from moco_scale.untrusted.limits import HEADER_NOTE
 
 _MOST_TIMES = 16
 _MOST_NAMED = 6
@@ -96,29 +99,35 @@ def tar_problem(path: Path, rows: np.ndarray, file: int | None = None) -> str | 
     file: its descriptor, where it is open. Raises OSError: it cannot be read.
     """
     try:
-        there = member_places(path, file)
+        offsets, sizes = member_places(path, file)
     except UserError as error:
         return str(error)
-    for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
-        if (offset, size) not in there:
-            return (
-                f"Shard {path} is not the one that its index was made of: the index has a picture "
-                f"of {size} bytes at byte {offset}, the tar has none there. Copy it again from "
-                "where the shards were made, or make them again."
-            )
-    return None
+    place = np.searchsorted(offsets, rows["offset"])
+    there = place < len(offsets)
+    there[there] = (offsets[place[there]] == rows["offset"][there]) & (
+        sizes[place[there]] == rows["size"][there]
+    )
+    if there.all():
+        return None
+    first = rows[int(np.flatnonzero(~there)[0])]
+    return (
+        f"Shard {path} is not the one that its index was made of: the index has a picture of "
+        f"{first['size']} bytes at byte {first['offset']}, the tar has none there. Copy it again "
+        "from where the shards were made, or make them again."
+    )
 
 
 def _noted(tars: IndexedTars, place: Path) -> list[list[int]]:
     """Of each tar, the times of change at which it was found right, by the note in a place."""
     nothing: list[list[int]] = [[] for _ in tars.paths]
     try:
-        noted = json.loads((place / _note_name(tars.split)).read_bytes())
-        if noted["index"] != tars.checksum or len(noted["right"]) != len(nothing):
-            return nothing
-        return [[int(time) for time in times] for times in noted["right"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        path = place / _note_name(tars.split)
+        noted = read_document(path, HeaderNote, HEADER_NOTE, "the note")
+    except DocumentError:
         return nothing
+    if noted.index != tars.checksum or len(noted.right) != len(nothing):
+        return nothing
+    return noted.right
 
 
 def _note_name(split: str) -> str:

@@ -14,6 +14,7 @@ from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.sources import picture_kind
+from moco_scale.untrusted.text import printable
 
 SAMPLE = 1000
 _NAMED = 5  # classes with most and with fewest pictures
@@ -89,18 +90,18 @@ def _spread(values: np.ndarray) -> list[int]:
 
 def print_summary(found: dict[str, Any]) -> None:
     """The same for people."""
-    print(found["path"])
+    print(printable(found["path"], 4096))
     made = found["made"]
     if made.get("by"):
-        print(f"  made by {made['by']} from {made.get('source')}")
+        print(f"  made by {printable(made['by'])} from {printable(made.get('source'))}")
     for split, part in found["splits"].items():
-        count = part["shards"]
+        count, name = part["shards"], printable(split, 60)
         print(
-            f"  {split}: {part['pictures']:,} pictures in {count:,} shard{'s' * (count != 1)}, "
+            f"  {name}: {part['pictures']:,} pictures in {count:,} shard{'s' * (count != 1)}, "
             f"{size_text(part['bytes'])}"
         )
-        for name, text in _lines(part):
-            print(f"    {name:14}{text}")
+        for title, text in _lines(part):
+            print(f"    {title:14}{text}")
 
 
 def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
@@ -128,7 +129,7 @@ def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("UNREADABLE", f"{part['unreadable']} of {sampled}: see shard --check"))
     counts = part["per_class"]
     if not part["classes"]:
-        why = part["why_unlabelled"]
+        why = printable(part["why_unlabelled"], 400)
         reason = f"the labels are not used: {why}" if why else "the pictures have no labels"
         return [*lines, ("classes", f"none: {reason}")]
     order = sorted(range(len(counts)), key=lambda c: -counts[c])
@@ -137,7 +138,7 @@ def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("classes", f"{len(counts)}, of {each} pictures each"))
 
     def named(some: list[int]) -> str:
-        return ", ".join(f"{part['classes'][c]} {counts[c]}" for c in some)
+        return ", ".join(f"{printable(part['classes'][c], 60)} {counts[c]}" for c in some)
 
     if len(counts) <= 2 * _NAMED:
         lines.append(("", named(order)))

@@ -262,7 +262,7 @@ def gone(path: Path) -> None:
         (no_samples, "empty tar"),
         (no_pictures, "holds no picture: its 1 samples have cls, txt"),
         (same_key, "the key '000000' twice"),
-        (same_name, r"1\.JPG twice"),
+        (same_name, r"1\.JPG beside 1\.jpg"),
         (no_tar, "is not a tar"),
         (zipped, "gunzip"),
         (two_in_one, "goes on after its end"),
