@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 from moco_scale.data.sources import is_picture
 from moco_scale.data.tar_scan import picture_key, split_name
 from moco_scale.untrusted.limits import TAR_LOOKED_INTO
-from moco_scale.untrusted.tar_headers import FILE, Member, NoTarError, TarError, TarHeaders
+from moco_scale.untrusted.tar_headers import FILE, FOLDER, Member, NoTarError, TarError, TarHeaders
 from moco_scale.untrusted.text import printable
 
 _LOOKED_AT = 64
@@ -51,7 +51,9 @@ def look_into(tar: Path) -> Seems:
     both = next((key for key in pictures if key in labels), None)
     labelled = "" if both is None else printable(f"{pictures[both]} and {labels[both]}")
     folders = any("/" in name for name in pictures.values())
-    unusable = damaged or (bool(names) and not any(split_name(name)[0] for name in names))
+    links = any(m.kind not in (FILE, FOLDER) and is_picture(m.name) for m in first)
+    nameless = bool(names) and not any(split_name(name)[0] for name in names)
+    unusable = damaged or links or nameless
     return Seems(bool(pictures), folders, labelled, unusable)
 
 

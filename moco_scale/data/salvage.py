@@ -15,6 +15,7 @@ import numpy as np
 from moco_scale.data.decode import DecodeError, decode_rgb
 from moco_scale.data.examine import header_before
 from moco_scale.data.sources import picture_kind
+from moco_scale.data.tar_labels import LABEL_SUFFIXES
 from moco_scale.data.tar_scan import KEY_SHOWN, by_last_dot, picture_suffix, raw_key_in, split_name
 from moco_scale.untrusted.limits import PICTURE_FILE
 from moco_scale.untrusted.tar_headers import BLOCK, parse_header
@@ -67,7 +68,8 @@ def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
                     lost.append((shown, "its picture is not to be found"))
                 continue
             offset, size = sample.members[picture]
-            if labelled and "cls" not in sample.members and offset not in labels:
+            has_label = offset in labels or not sample.members.keys().isdisjoint(LABEL_SUFFIXES)
+            if labelled and not has_label:
                 lost.append((shown, "its label is not to be found"))
                 continue
             if offset + size > end:
