@@ -13,7 +13,6 @@ from moco_scale.data.random import permutation
 from moco_scale.data.shard_set import Shards
 from moco_scale.errors import UserError
 from moco_scale.files import write_atomically
-from moco_scale.untrusted.text import printable
 
 COLUMNS, ROWS = 8, 8
 _TILE, _GAP, _CAPTION, _MARGIN, _TITLE, _NAMES = 132, 10, 16, 24, 56, 170
@@ -45,7 +44,7 @@ def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
     draw = ImageDraw.Draw(sheet)
     large, middle, small = (ImageFont.load_default(size) for size in (19, 14, 11))
     classes = f", {len(shards.classes)} classes" if shards.classes else ""
-    title = f"{printable(shards.name)}   {shards.split}: {len(shards):,} pictures{classes}"
+    title = f"{shards.name}   {shards.split}: {len(shards):,} pictures{classes}"
     draw.text((_MARGIN, _MARGIN), title, _INK, large, anchor="lm")
     for row, (name, count, places) in enumerate(rows):
         top = _TITLE + row * step
@@ -111,7 +110,6 @@ def _tile(
 
 
 def _fitted(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    text = printable(text)  # of which more than so much never fits
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

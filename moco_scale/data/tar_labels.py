@@ -69,13 +69,14 @@ class TarLabels:
             label = _json_label(text) if suffix == "json" else _text_label(text)
             if label == -1:
                 return
-            kind = type(label)
-            self._first.setdefault(kind, f"{printable(repr(label), _SHOWN)} in {printable(member)}")
-            if len(self._first) == 2:
-                self.odd = (
-                    f"labels that are numbers, {self._first[int]}, and others that are names, "
-                    f"{self._first[str]}"
-                )
+            if type(label) not in self._first:
+                first = f"{printable(repr(label), _SHOWN)} in {printable(member)}"
+                self._first[type(label)] = first
+                if len(self._first) == 2:
+                    self.odd = (
+                        f"labels that are numbers, {self._first[int]}, and others that are names, "
+                        f"{self._first[str]}"
+                    )
             if isinstance(label, str):
                 label = self._names.setdefault(label, len(self._names))
                 if label >= CLASSES:

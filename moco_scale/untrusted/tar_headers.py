@@ -21,7 +21,6 @@ FILE, FOLDER, LINK, OTHER = "file", "folder", "link", "special file"
 """Kinds of members."""
 
 _ZEROS = bytes(BLOCK)
-_OCTAL = re.compile(rb"[0-7]{1,12}")
 _FILES = b"0\x007"
 _WITHOUT_CONTENT = b"123456"  # links, devices, folders and pipes: whatever their size says
 _LINKS = b"12"
@@ -48,6 +47,7 @@ class Header(NamedTuple):
     kind: bytes
     """The type flag, one byte."""
     link: str
+    """Of a link, where it leads."""
 
 
 class Member(NamedTuple):
@@ -87,15 +87,16 @@ def parse_header(block: bytes) -> Header:
     if block[257:263] == b"ustar\0":  # GNU's own format keeps other things there
         prefix = block[345:500].partition(b"\0")[0]
         name = prefix + b"/" + name if prefix else name
-    link = block[157:257].partition(b"\0")[0]
-    return Header(_text(name), size, block[156:157], _text(link))
+    kind = block[156:157]
+    link = _text(block[157:257].partition(b"\0")[0]) if kind in _LINKS else ""
+    return Header(_text(name), size, kind, link)
 
 
 def _octal(field: bytes) -> int:
     digits = field.lstrip(b"\0 ").partition(b"\0")[0].rstrip(b" ")
     if not digits:
         return 0
-    if not _OCTAL.fullmatch(digits):
+    if not digits.isdigit():  # int would take a sign, "0o" and underscores
         raise ValueError("a number in it is none")
     return int(digits, 8)
 
@@ -173,7 +174,8 @@ class TarHeaders:
             if kind == b"S":
                 raise self._sparse(name)
             yield Member(name, body, size, _kind(kind, name), link)
-            said, pending = _Said(), False
+            if pending:
+                said, pending = _Said(), False
 
     def _parse(self, block: bytes, at: int) -> Header:
         try:
