@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from harness import in_processes, run_ranks
 
@@ -32,7 +33,9 @@ def folder(tiny_shards: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def counted(names: list[str], path: Path, file: int | None = None) -> set[tuple[int, int]]:
+def counted(
+    names: list[str], path: Path, file: int | None = None
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     names.append(path.name)
     return member_places(path, file)
 
@@ -113,7 +116,8 @@ def test_a_note_of_another_index_or_a_damaged_one_counts_for_nothing(
     note = folder / index_place.FOLDER / "train-checked.json"
     whole = note.read_text()
     others = ("", "[]", "{}", '{"index": 1, "right": 2}', whole.replace("[[", "[[], ["))
-    for content in (*others, whole.replace('"right": [', '"right": [3, ')):
+    hostile = ("[" * 10_000, whole.replace("[[", "[[Infinity, "), whole.replace("[[", "[[1e40, "))
+    for content in (*others, *hostile, whole.replace('"right": [', '"right": [3, ')):
         read.clear()
         note.write_text(content)
         IndexedShards.open(folder)

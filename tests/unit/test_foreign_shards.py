@@ -102,6 +102,18 @@ def test_braces() -> None:
     for bad, word in (("a{1..", "brace"), ("a{3..1}", "backwards"), ("a}", "brace")):
         with pytest.raises(UserError, match=word):
             expand_braces(bad)
+    for many in ("{0..99999999999}", "{0..9999}{0..9999}", "{a,b}" * 60, "{a,b}" * 3000):
+        with pytest.raises(UserError, match="more than 1,048,576 names"):
+            expand_braces(many)
+
+
+def test_a_name_of_a_tar_that_is_no_text_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-caf\udce9.tar", samples(0, 1))
+    with pytest.raises(UserError, match=r"train-caf\\xe9\.tar: this name is not UTF-8"):
+        open_shards(tmp_path, "train")
+    folder = tmp_path / "caf\udce9"  # that of a folder above is no part of an index
+    write_tar(folder / "0.tar", samples(0, 1))
+    assert len(open_shards(folder, "train")) == len(open_shards(folder, "train")) == 1
 
 
 def test_a_shard_that_braces_name_is_missing(foreign: Path) -> None:

@@ -64,12 +64,42 @@ def test_labels_that_are_names_are_one_list_for_all_splits(tmp_path: Path) -> No
         ({"label": 3.0}, 3),
         ({"label": "3.0"}, 3),
         ({"label": -1}, -1),
+        ({"label": -5}, -1),
+        ({"label": "+0007."}, 7),
+        ({"label": 1e5}, 100_000),
+        ({"label": 2**31 - 1}, 2**31 - 1),
+        ({"score": float("nan"), "label": 1}, 1),
+        ({"caption": "cut in a \ud83d", "label": 1}, 1),
     ],
 )
 def test_fields_of_json(tmp_path: Path, content: Any, label: int) -> None:
     members = [("a.jpg", picture(0)), ("a.json", json.dumps(content).encode())]
     scan = scan_tar(write_tar(tmp_path / "0.tar", members))
     assert (scan.label.tolist(), scan.names, scan.odd) == ([label], [], "")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "label"),
+    [
+        ("cls", struct.pack("<q", 7), 7),
+        ("cls", struct.pack("<q", -1), -1),
+        ("cls", b"\xef\xbb\xbf3\r\n", 3),
+        ("CLS", b"-0", 0),
+        ("json", b'\xef\xbb\xbf{"label": 3}\r\n', 3),
+        ("cls", "e\u0301cole".encode(), "\xe9cole"),  # composed in another way, the same name
+        ("cls", b"airplane", "airplane"),
+        ("cls", b"1e5", "1e5"),
+        ("cls", b"1_000", "1_000"),
+        ("cls", "\u0661".encode(), "\u0661"),
+    ],
+)
+def test_labels_as_other_programs_write_them(
+    tmp_path: Path, suffix: str, content: bytes, label: int | str
+) -> None:
+    members = [("a.jpg", picture(0)), (f"a.{suffix}", content)]
+    scan = scan_tar(write_tar(tmp_path / "0.tar", members))
+    assert scan.odd == ""
+    assert label == (scan.names[scan.label[0]] if scan.names else scan.label[0])
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -107,6 +137,16 @@ ODD_LABELS = {
     "no JSON": ("json", b'{"label": ', r"9\.json, which is not JSON"),
     "empty": ("cls", b" \n", r"9\.cls, whose label is empty"),
     "binary": ("cls", b"\x80\x03K\x01.", r"9\.cls, which is not text"),
+    "beyond 64 bits": ("cls", b"9" * 30, "whose label 9999999.* is no class"),
+    "thousands of digits": ("cls", b"9" * 9000, "whose label 9999999.* is no class"),
+    "digits beyond floats": ("json", b'{"label": 1e999}', "whose label inf is no class"),
+    "binary beyond": ("cls", b"\xff\xff\xff\xff\0\0\0\0", "whose label 4294967295 is no class"),
+    "deep": ("json", b"[" * 100_000, r"9\.json, which is not JSON \(nested too deeply\)"),
+    "a zero byte": ("cls", b"oa\0k", r"9\.cls, which is not text"),
+    "a long name": ("cls", b"a" * 20_000, r"9\.cls, whose label has 20,000 characters"),
+    "half a character": ("json", b'{"label": "\\udce9"}', r"whose label '\\udce9' is not text"),
+    "16 MB": ("json", b'{"label": "' + b"a" * (1 << 24), r"9\.json, which is too large"),
+    "a megabyte": ("cls", b"a" * (1 << 20), r"9\.cls, which is too large"),
     "name": ("cls", b"oak", r"labels that are numbers, 1 in 000010\.cls, and others .*'oak' in 9"),
 }
 
