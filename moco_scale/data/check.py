@@ -6,7 +6,6 @@ from pathlib import Path
 
 from moco_scale.data.examine import examine_all, list_folder
 from moco_scale.data.output_folder import size_text
-from moco_scale.untrusted.text import printable, printable_lines
 
 _MOST_SHOWN = 100
 
@@ -20,9 +19,9 @@ def check(path: Path, workers: int) -> int:
     Raises:
         UserError: there are no shards.
     """
-    folder, shown = list_folder(path), printable(path, 4096)
+    folder = list_folder(path)
     if not folder.indexed:
-        print(f"{shown} has no index of its own: only what the tars say can be checked", flush=True)
+        print(f"{path} has no index of its own: only what the tars say can be checked", flush=True)
     findings = [f"index: {problem}" for problem in folder.problems]
     pictures, read, shards, damaged = 0, 0, 0, 0
     for _, examined in examine_all(folder, workers, f"checking {path}"):
@@ -32,7 +31,7 @@ def check(path: Path, workers: int) -> int:
         damaged += bool(examined.findings)
         findings += map(str, examined.findings)
     for line in findings[:_MOST_SHOWN]:
-        print(printable_lines(line))
+        print(line)
     if len(findings) > _MOST_SHOWN:
         print(f"and {len(findings) - _MOST_SHOWN} more")
     print(
@@ -40,13 +39,13 @@ def check(path: Path, workers: int) -> int:
         f"{size_text(read)}"
     )
     if not findings:
-        print(f"{shown} is whole")
+        print(f"{path} is whole")
         return 0
     parts = ["its index"] * bool(folder.problems)
     parts += [f"{damaged} of its {shards} shards"] * bool(damaged)
     print(
-        f"{shown} is DAMAGED: {' and '.join(parts)}. "
+        f"{path} is DAMAGED: {' and '.join(parts)}. "
         "Copy what is damaged again from where it was made, or keep what can be kept with: "
-        f"python -m moco_scale shard --repair {shown}"
+        f"python -m moco_scale shard --repair {path}"
     )
     return 1

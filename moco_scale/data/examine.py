@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +20,7 @@ from moco_scale.data.shard_list import list_shards
 from moco_scale.data.shard_set import Place
 from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, open_shard, scan_tar, shard_shown
 from moco_scale.errors import UserError
-from moco_scale.untrusted.documents import DocumentError, parse_document, read_bounded
-from moco_scale.untrusted.left_out import LeftOutLine
-from moco_scale.untrusted.limits import INDEX_JSON, LIST_LINE, PICTURE_FILE
+from moco_scale.untrusted.limits import PICTURE_FILE
 from moco_scale.untrusted.text import printable
 
 _CHUNK = 1 << 22
@@ -38,8 +36,9 @@ class Finding(NamedTuple):
     problem: str
 
     def __str__(self) -> str:
-        place = printable(self.shard) if self.offset < 0 else Place(*self[:3])
-        return f"{place}: {self.problem}"
+        if self.offset < 0:
+            return f"{printable(self.shard)}: {self.problem}"
+        return f"{Place(self.shard, self.offset, self.key)}: {self.problem}"
 
 
 class Expected(NamedTuple):
@@ -95,7 +94,7 @@ def list_folder(path: Path) -> Folder:
     indexed = file.exists() or any(path.glob("*-index.npy"))
     if file.exists():
         try:
-            header = index_file.parse_header(read_bounded(file, INDEX_JSON, "The index"), file)
+            header = index_file.parse_header(file.read_bytes(), file)
         except (UserError, OSError) as error:
             problems.append(str(error))
         else:
@@ -135,11 +134,16 @@ def list_folder(path: Path) -> Folder:
 def _dropped(folder: Path) -> dict[str, frozenset[str]]:
     """By shard: keys of pictures that a repair left out of the index and in the tar."""
     found: dict[str, set[str]] = {}
-    with contextlib.suppress(OSError), (folder / LEFT_OUT).open("rb") as file:
-        while line := file.readline(LIST_LINE):
-            with contextlib.suppress(DocumentError):
-                shard, _, key = parse_document(line, LeftOutLine, "a line").name.partition(":")
-                found.setdefault(shard, set()).add(key)
+    try:
+        lines = (folder / LEFT_OUT).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            shard, _, key = json.loads(line)["name"].partition(":")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        found.setdefault(shard, set()).add(key)
     return {shard: frozenset(keys) for shard, keys in found.items()}
 
 

@@ -51,7 +51,7 @@ def repair(path: Path, workers: int) -> int:
     folder = list_folder(path)
     found = list(examine_all(folder, workers, f"examining {path}"))
     if not folder.problems and not any(examined.findings for _, examined in found):
-        print(f"{printable(path, 4096)} is whole: nothing to repair")
+        print(f"{path} is whole: nothing to repair")
         if not folder.indexed:
             print("it has no index of its own and needs none: --data-dir makes one on first use")
         return 0
@@ -85,15 +85,12 @@ def repair(path: Path, workers: int) -> int:
 def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | None:
     """What becomes of a shard; None when nothing of it is left."""
     expected = examined.expected
-    name = expected.name
-    shown = printable(name)
+    name = printable(expected.name)
     before = len(lost)
 
     def lose(place: str, reason: str) -> None:
         # Fit to be shown, and to be found again by who examines the repaired folder.
-        lost.append(
-            LeftOut(printable(split), f"{printable(name, 4096)}:{place}", printable(reason))
-        )
+        lost.append(LeftOut(printable(split), f"{name}:{place}", printable(reason)))
 
     if examined.scan is not None:
         keep = np.array([o not in examined.bad for o in examined.scan.offset.tolist()], dtype=bool)
@@ -102,16 +99,16 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
             lose(keys[offset].key, keys[offset].problem)
         if len(lost) > before:
             print(
-                f"{shown}: left out of the index, because they cannot be decoded: "
+                f"{name}: left out of the index, because they cannot be decoded: "
                 f"{len(lost) - before} of {len(keep)} pictures; the tar stays as it is"
             )
-        return _Shard(name, examined, examined.scan, keep, None)
+        return _Shard(expected.name, examined, examined.scan, keep, None)
     wanted = 0 if expected.rows is None else len(expected.rows)
     reason = examined.findings[0].problem
     if examined.bytes < 0:
         for offset in [] if expected.rows is None else expected.rows["offset"].tolist():
             lose(f"byte {offset}", "the shard is not there")
-        print(f"{shown} {reason}: {wanted} pictures are lost; copy it again to have them")
+        print(f"{name} {reason}: {wanted} pictures are lost; copy it again to have them")
         return None
     new = expected.path.with_name(f"{expected.path.name}{_TEMPORARY}{os.getpid()}")
     kept = salvage(expected.path, new, expected.rows)
@@ -119,13 +116,15 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
         lose(place, why)
     of = f" of {wanted}" if wanted else ""
     what = reason.partition(". ")[0].rstrip(".")
-    print(f"{shown} {what}: {kept.kept}{of} pictures are kept in a new tar")
+    print(f"{name} {what}: {kept.kept}{of} pictures are kept in a new tar")
     if not kept.kept:
         return None
-    after = examine(Expected(new, name))
+    after = examine(Expected(new, expected.name))
     if after.scan is None or after.bad:
         raise UserError(f"{new} was not written as it should be: {after.findings[0]}")
-    return _Shard(name, after, after.scan, np.ones(len(after.scan.offset), dtype=bool), new)
+    return _Shard(
+        expected.name, after, after.scan, np.ones(len(after.scan.offset), dtype=bool), new
+    )
 
 
 def _index(
@@ -136,7 +135,7 @@ def _index(
     classes, why_none = find_classes(everything)
     place = {name: i for i, name in enumerate(classes)}
     if why_none:
-        print(f"the labels are not used: {printable(why_none, 400)}")
+        print(f"the labels are not used: {why_none}")
     names = folder.classes if folder.classes is not None and not why_none else classes
     if len(names) < len(classes):
         raise UserError(
@@ -193,15 +192,13 @@ def _put_in_place(
             shutil.copy2(folder.path / name, backups[-1])
     if lost:
         file = folder.path / LEFT_OUT
-        before = file.read_bytes() if file.exists() else b""
-        if before and not before.endswith(b"\n"):
-            before += b"\n"
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
         lines = (json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in lost)
-        write_atomically(file, before + "".join(lines).encode())
+        write_atomically(file, before + "".join(lines))
     for split, of_split in rows.items():
         save_rows(folder.path / index_file.index_name(split), of_split)
-    # ASCII alone: what an index says of how it was made may hold anything.
-    write_atomically(folder.path / index_file.INDEX_JSON, json.dumps(header, indent=1))
+    text = json.dumps(header, indent=1, ensure_ascii=False)
+    write_atomically(folder.path / index_file.INDEX_JSON, text)
     sync_folder(folder.path)
     return backups
 
@@ -219,8 +216,8 @@ def _conclude(
     folder: Folder, header: dict[str, Any], lost: list[LeftOut], backups: list[Path]
 ) -> None:
     for split, entry in header["splits"].items():
-        count, name = len(entry["shards"]), printable(split)
-        print(f"{name}: {entry['samples']} pictures in {count} shard{'s' * (count != 1)} are kept")
+        count = len(entry["shards"])
+        print(f"{split}: {entry['samples']} pictures in {count} shard{'s' * (count != 1)} are kept")
     if folder.indexed and folder.classes is None and header["classes"]:
         print(
             f"the names of the {len(header['classes'])} classes were in {index_file.INDEX_JSON}, "
@@ -228,13 +225,13 @@ def _conclude(
         )
     if lost:
         print(
-            f"lost: {len(lost)} pictures, listed in {printable(folder.path / LEFT_OUT, 4096)}. A "
-            "run that was started with all of them cannot be resumed with fewer: for that, copy "
-            "the damaged files again, or use them as they were with --bad-samples skip"
+            f"lost: {len(lost)} pictures, listed in {folder.path / LEFT_OUT}. A run that was "
+            "started with all of them cannot be resumed with fewer: for that, copy the damaged "
+            "files again, or use them as they were with --bad-samples skip"
         )
     else:
         print("nothing is lost")
     if backups:
-        names = [printable(path.relative_to(folder.path)) for path in backups[:_MOST_NAMED]]
+        names = [str(backup.relative_to(folder.path)) for backup in backups[:_MOST_NAMED]]
         more = f" and {len(backups) - _MOST_NAMED} more" if len(backups) > _MOST_NAMED else ""
         print(f"what was replaced is kept as {', '.join(names)}{more}")

@@ -146,7 +146,7 @@ def write_index(
         "classes": classes,
         "splits": {},
         "made": {
-            "scanned": printable(spec, 4096),
+            "scanned": spec,
             "without_picture": sum(s.without_picture for s in scans),
             "unlabelled": why_none,
         },

@@ -72,22 +72,8 @@ def list_shards(spec: str) -> ShardList | None:
     folder = Path(os.path.abspath(spec)) if os.path.isdir(spec) else absolute[0].parent
     splits: dict[str, list[str]] = {}
     for split, path in zip(splits_of(spec, absolute, folder), absolute, strict=True):
-        name = os.path.relpath(path, folder)
-        if not _is_text(name):
-            raise UserError(
-                f"{printable(path, 4096)}: this name is not UTF-8, and an index, which is JSON, "
-                "cannot hold it; rename it (convmv -f latin1 -t utf8 does many at once)"
-            )
-        splits.setdefault(split, []).append(name)
+        splits.setdefault(split, []).append(os.path.relpath(path, folder))
     return ShardList(folder, splits)
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -43,6 +43,7 @@ def summarise(spec: str) -> dict[str, Any]:
         parts = shards.parts if isinstance(shards, MixedShards) else (shards,)
         tars = [size for part in parts if isinstance(part, IndexedShards) for size in part.sizes]
         made = shards.made if isinstance(shards, IndexedShards) else {}
+        made = {key: printable(v, 4096) if isinstance(v, str) else v for key, v in made.items()}
         labels = shards.labels
         counts = np.bincount(labels[labels >= 0], minlength=len(shards.classes))
         splits[split] = {
@@ -90,18 +91,18 @@ def _spread(values: np.ndarray) -> list[int]:
 
 def print_summary(found: dict[str, Any]) -> None:
     """The same for people."""
-    print(printable(found["path"], 4096))
+    print(found["path"])
     made = found["made"]
     if made.get("by"):
-        print(f"  made by {printable(made['by'])} from {printable(made.get('source'))}")
+        print(f"  made by {made['by']} from {made.get('source')}")
     for split, part in found["splits"].items():
-        count, name = part["shards"], printable(split, 60)
+        count = part["shards"]
         print(
-            f"  {name}: {part['pictures']:,} pictures in {count:,} shard{'s' * (count != 1)}, "
+            f"  {split}: {part['pictures']:,} pictures in {count:,} shard{'s' * (count != 1)}, "
             f"{size_text(part['bytes'])}"
         )
-        for title, text in _lines(part):
-            print(f"    {title:14}{text}")
+        for name, text in _lines(part):
+            print(f"    {name:14}{text}")
 
 
 def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:

@@ -42,7 +42,5 @@ TAR_LOOKED_INTO = 64 * MB
 """Of a compressed tar, unpacked only to see what it is."""
 TARS_OF_A_PATTERN = 1 << 20
 """Names that the braces of a pattern may stand for."""
-HEADER_NOTE = 64 * MB
-"""Which tars were found right: 1,282 of them take 0.4 MB."""
 LIST_LINE = 64 * KB
 """A line of bad_samples.jsonl or left_out.jsonl: some hundred bytes."""

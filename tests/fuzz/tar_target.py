@@ -71,3 +71,24 @@ def run(data: bytes, folder: Path) -> None:
         rows["offset"], rows["size"] = found.offset, found.size
         assert tar_problem(path, rows) is None
     salvage(path, folder / "new.tar", None)
+
+
+def extended(kind: bytes, size: int, text: bytes = b"") -> bytes:
+    """An extended header that claims a size; `text` follows."""
+    info = tarfile.TarInfo("x")
+    info.size, info.type = size, kind
+    body = text + bytes(-len(text) % 512)
+    return info.tobuf(tarfile.GNU_FORMAT) + body
+
+
+def record(key: bytes, value: bytes) -> bytes:
+    length = len(key) + len(value) + 3
+    while len(text := b"%d %s=%s\n" % (length, key, value)) != length:
+        length = len(text)
+    return text
+
+
+def file_of(size: int = 0, name: str = "1.jpg") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT) + b"\xff" * size + bytes(-size % 512)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tar_target import FORMATS, SEEDS, run
+from tar_target import FORMATS, SEEDS, extended, file_of, record, run
 
 from moco_scale.data.recognise import first_members
 from moco_scale.data.tar_scan import key_in, scan_tar
@@ -122,27 +122,6 @@ def test_a_damaged_tar_is_read_or_named(folder: Path, data: bytes, how: list[Any
 def test_seeds_are_read(folder: Path) -> None:
     for data in seeds:
         run(data, folder)
-
-
-def extended(kind: bytes, size: int, text: bytes = b"") -> bytes:
-    """An extended header that claims a size; `text` follows."""
-    info = tarfile.TarInfo("x")
-    info.size, info.type = size, kind
-    body = text + bytes(-len(text) % 512)
-    return info.tobuf(tarfile.GNU_FORMAT) + body
-
-
-def record(key: bytes, value: bytes) -> bytes:
-    length = len(key) + len(value) + 3
-    while len(text := b"%d %s=%s\n" % (length, key, value)) != length:
-        length = len(text)
-    return text
-
-
-def file_of(size: int = 0, name: str = "1.jpg") -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info.tobuf(tarfile.USTAR_FORMAT) + b"\xff" * size + bytes(-size % 512)
 
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K", b"X"])
