@@ -20,7 +20,7 @@ import numpy.typing as npt
 from moco_scale.data.sources import PICTURE_SUFFIXES
 from moco_scale.data.tar_groups import Groups
 from moco_scale.errors import UserError
-from moco_scale.untrusted.limits import PICTURE_FILE
+from moco_scale.untrusted.limits import MEMBERS_OF_A_SAMPLE, PICTURE_FILE
 from moco_scale.untrusted.tar_headers import (
     BLOCK,
     FILE,
@@ -285,6 +285,11 @@ def _neighbours(tar: _Tar) -> Iterator[tuple[str, dict[str, Member]]]:
             raise tar.problem(
                 f"holds {name} beside {before}: names that differ in capital letters alone are one "
                 "sample, which cannot be told apart. Pack it again with other names"
+            )
+        if len(sample) >= MEMBERS_OF_A_SAMPLE:
+            raise tar.problem(
+                f"holds more than {MEMBERS_OF_A_SAMPLE:,} files whose names are alike up to the "
+                f"first dot, such as {printable(member.name)}: pack them to several tars"
             )
         sample[suffix] = member
     if sample:

@@ -33,6 +33,8 @@ NAME_BYTES = 255
 
 TAR_EXTENDED_HEADER = 1 * MB
 """What stands before a member in a tar: names of 4 KB at most, times and attributes."""
+MEMBERS_OF_A_SAMPLE = 1 << 20
+"""Files of a tar whose names are alike up to the first dot: they are held at once."""
 PICTURE_FILE = 1 * GB
 """An encoded image: 179 million pixels of 16 bits, as they are, just fit."""
 LABEL_TEXT = 64 * KB

@@ -15,6 +15,7 @@ import pytest
 from foreign_sets import ALL, contents, foreign_set, picture, samples, write_tar
 
 from moco_scale.__main__ import main
+from moco_scale.data import tar_scan
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.tar_scan import scan_tar
 from moco_scale.errors import UserError
@@ -228,6 +229,15 @@ def test_names_that_mean_different_things_in_two_tars_are_refused(tmp_path: Path
     write_tar(tmp_path / "1.tar", [("1.mask.png", picture(1))])
     with pytest.raises(UserError, match=r"1\.mask\.png in 1\.tar, .*0\.mask\.png in 0\.tar"):
         open_shards(tmp_path, "train")
+
+
+def test_a_sample_has_only_so_many_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [(f"frame.{i}.jpg", picture(i)) for i in range(4)]
+    path = write_tar(tmp_path / "0.tar", members)
+    assert len(scan_tar(path).offset) == 4
+    monkeypatch.setattr(tar_scan, "MEMBERS_OF_A_SAMPLE", 3)
+    with pytest.raises(UserError, match=r"more than 3 files .* such as frame\.3\.jpg"):
+        scan_tar(path)
 
 
 def cut(path: Path) -> None:
