@@ -169,7 +169,7 @@ def _scan(tar: _Tar) -> ShardScan:
         raise tar.no_samples()
     twice = groups.twice()
     if twice is not None:
-        key = next(k for k, sample in _samples(tar, dots) if any(twice(k, s) for s in sample))
+        key = next(k for k, sample in _samples(tar, _Dots()) if any(twice(k, s) for s in sample))
         raise tar.problem(f"holds the key '{printable(key)}' twice. {_AGAIN}")
     without = groups.join()
     offset, size = groups.places()
@@ -238,6 +238,9 @@ def _samples(tar: _Tar, dots: _Dots) -> Iterator[tuple[str, dict[str, Member]]]:
         if dotted and picture_suffix(members) is None:
             dots.own = dots.own or printable(dotted)
             yield from _of_their_own(tar, stem, members, dotted).items()
+        elif dots.own and all("." in suffix for suffix in members):  # labels apart, by last dots
+            for parts in by_last_dot(members).values():
+                yield picture_key(next(iter(parts.values())).name), parts
         else:
             dots.part = dots.part or printable(dotted)
             yield stem, members
