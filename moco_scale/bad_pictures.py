@@ -14,7 +14,10 @@ from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import ViewBatch
 from moco_scale.errors import UserError
 from moco_scale.messages import say
-from moco_scale.side_files import SideFile, json_line, keep_lines, record_of
+from moco_scale.side_files import SideFile, json_line, keep_lines
+from moco_scale.untrusted.bad_sample import BadSampleLine
+from moco_scale.untrusted.documents import DocumentError, parse_document
+from moco_scale.untrusted.text import printable
 
 FILE = "bad_samples.jsonl"
 FEWEST = 10
@@ -55,25 +58,29 @@ class BadPictures:
             file: the list, which rank 0 adds to.
         """
         self._file = file
-        records = together.on_main(lambda: self._up_to(step))
-        self._known = {record["sample"] for record in records}
-        self._by_shard = Counter(record["shard"] for record in records)
+        self._known, self._by_shard = together.on_main(lambda: self._up_to(step))
 
-    def _up_to(self, step: int) -> list[dict[str, Any]]:
-        records: list[dict[str, Any]] = []
+    def _up_to(self, step: int) -> tuple[set[int], Counter[str]]:
+        """Samples and counts of shards in the list; what came later leaves it."""
+        known, by_shard, foreign = set[int](), Counter[str](), 0
 
         def wanted(line: bytes) -> bool:
-            record = _record(line)
-            if record is None or record["step"] > step:
+            nonlocal foreign
+            entry = _entry(line)
+            foreign += entry is None and line.endswith(b"\n")
+            if entry is None or entry.step > step:
                 return False
-            records.append(record)
+            known.add(entry.sample)
+            by_shard[printable(entry.shard)] += 1
             return True
 
         try:
             keep_lines(self.path, wanted)
         except OSError as error:
             say(f"{self.path}: {error.strerror or error}; training goes on")
-        return records
+        if foreign:
+            say(f"{self.path}: {foreign} lines are no entries of this list and leave it")
+        return known, by_shard
 
     def note(self, batch: ViewBatch) -> None:
         """What this rank met in a batch."""
@@ -100,7 +107,7 @@ class BadPictures:
             if bad.sample not in self._known | new.keys():
                 new[bad.sample] = {**bad._asdict(), "step": when, "epoch": epoch}
         self._known |= new.keys()
-        self._by_shard.update(record["shard"] for record in new.values())
+        self._by_shard.update(printable(record["shard"]) for record in new.values())
         if distributed.is_main():
             for record in new.values():
                 self._file.add(json_line(record))
@@ -120,8 +127,8 @@ class BadPictures:
 
     def _lines(self, new: Sequence[dict[str, Any]]) -> list[str]:
         lines = [
-            f"cannot decode sample {r['sample']} in {r['shard']}"
-            + (f" (key {r['key']})" if r["key"] else "")
+            f"cannot decode sample {r['sample']} in {printable(r['shard'])}"
+            + (f" (key {printable(r['key'])})" if r["key"] else "")
             + f": {r['reason']}; sample {r['replacement']} is seen in its place"
             for r in new[:_SAID]
         ]
@@ -139,10 +146,11 @@ class BadPictures:
         return text + (f", and {rest} more shards" if rest > 0 else "")
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """A line of the list; None for one that a kill cut short, or that is something else."""
-    record = record_of(line)
-    known = {"sample": int, "shard": str, "step": int}
-    if record is None or not all(isinstance(record.get(n), t) for n, t in known.items()):
+def _entry(line: bytes) -> BadSampleLine | None:
+    """What a line of the list says; None of one that a kill cut short, or that is none."""
+    if not line.endswith(b"\n"):
         return None
-    return record
+    try:
+        return parse_document(line, BadSampleLine, "a line")
+    except DocumentError:
+        return None

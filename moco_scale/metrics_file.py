@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moco_scale.side_files import keep_lines, record_of
+from moco_scale.side_files import keep_lines
+from moco_scale.untrusted.documents import record_of
 from moco_scale.untrusted.metrics import records
 
 NAME = "metrics.jsonl"

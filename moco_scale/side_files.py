@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import re
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from moco_scale.errors import UserError
 from moco_scale.files import write_atomically
 from moco_scale.messages import say
+from moco_scale.untrusted.documents import lines_of
 
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
 _WAITING = 4 << 20  # bytes that are kept until they can be written
@@ -136,26 +135,6 @@ def json_line(value: Any) -> bytes:
     return json_text(value).encode() + b"\n"
 
 
-def read_lines(path: Path) -> list[bytes]:
-    """The lines of a file, each with its line feed but perhaps the last; only that ends a line.
-
-    Raises:
-        OSError: it cannot be read, or has no end.
-    """
-    if not path.is_file() and path.exists():
-        raise OSError(errno.EINVAL, "it is no regular file")
-    return re.findall(rb"[^\n]*\n|[^\n]+", path.read_bytes())
-
-
-def record_of(line: bytes) -> dict[str, Any] | None:
-    """The object in a line of JSON; None for one that a kill has cut, or of something else."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> int:
     """Drop all lines of a file but those that are wanted; how many were dropped.
 
@@ -166,7 +145,7 @@ def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> int:
     """
     if not path.exists():
         return 0
-    lines = read_lines(path)
+    lines = list(lines_of(path))
     kept = [line for line in lines if wanted(line)]
     whole = [line if line.endswith(b"\n") else line + b"\n" for line in kept]
     if whole == lines[: len(whole)]:

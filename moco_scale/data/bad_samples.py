@@ -14,6 +14,8 @@ import numpy as np
 
 from moco_scale.data.random import uniforms
 from moco_scale.data.shard_set import Pictures
+from moco_scale.untrusted.bad_sample import NAME_CHARACTERS
+from moco_scale.untrusted.text import printable
 
 POLICIES = ("error", "skip")
 """What becomes of a picture that cannot be decoded: the end of the run, or another in its place."""
@@ -27,7 +29,7 @@ class BadSample(NamedTuple):
     """A picture that cannot be decoded."""
 
     sample: int
-    shard: str
+    shard: str  # this, key and reason are fit to be shown
     key: str  # "" where the header before the picture cannot be read either
     reason: str
     replacement: int
@@ -67,4 +69,5 @@ def bad_sample(shards: Pictures, sample: int, reason: str, replacement: int = -1
     data = shards.read(sample)
     if len(data) and not np.frombuffer(data, np.uint8).any():
         reason = "nothing but zeros, as a copy that was cut short may leave"
-    return BadSample(sample, place.shard, place.key, reason, replacement)
+    shard, key = printable(place.shard, NAME_CHARACTERS), printable(place.key, NAME_CHARACTERS)
+    return BadSample(sample, shard, key, printable(reason), replacement)

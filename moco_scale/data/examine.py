@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,12 @@ from moco_scale.data.output_folder import LEFT_OUT
 from moco_scale.data.pool import BrokenProcessPool, in_order
 from moco_scale.data.progress import Progress
 from moco_scale.data.shard_list import list_shards
-from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, scan_tar
+from moco_scale.data.shard_set import Place
+from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, open_shard, scan_tar, shard_shown
 from moco_scale.errors import UserError
-from moco_scale.side_files import read_lines, record_of
+from moco_scale.untrusted.documents import lines_of, record_of
+from moco_scale.untrusted.limits import PICTURE_FILE
+from moco_scale.untrusted.text import printable
 
 _CHUNK = 1 << 22
 
@@ -28,14 +32,13 @@ class Finding(NamedTuple):
     shard: str
     offset: int
     """Of the picture; -1: the shard as a whole."""
-    key: str
+    key: str  # this and the problem are fit to be shown
     problem: str
 
     def __str__(self) -> str:
-        place = self.shard
-        if self.offset >= 0:
-            place += f" at byte {self.offset}" + (f" (key {self.key})" if self.key else "")
-        return f"{place}: {self.problem}"
+        if self.offset < 0:
+            return f"{printable(self.shard)}: {self.problem}"
+        return f"{Place(self.shard, self.offset, self.key)}: {self.problem}"
 
 
 class Expected(NamedTuple):
@@ -132,7 +135,7 @@ def _dropped(folder: Path) -> dict[str, frozenset[str]]:
     """By shard: keys of pictures that a repair left out of the index and in the tar."""
     found: dict[str, set[str]] = {}
     try:
-        lines = read_lines(folder / LEFT_OUT)
+        lines = list(lines_of(folder / LEFT_OUT))
     except OSError:
         return {}
     for line in lines:
@@ -168,7 +171,7 @@ def examine(expected: Expected) -> Examined:
         findings.append(Finding(expected.name, offset, key, problem))
 
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_shard(path), "rb") as file:
             size, digest = 0, hashlib.blake2b(digest_size=16)
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
@@ -178,7 +181,7 @@ def examine(expected: Expected) -> Examined:
             try:
                 scan = scan_tar(path)
             except UserError as error:
-                wrong(str(error).removeprefix(f"Shard {path} "))
+                wrong(str(error).removeprefix(f"{shard_shown(path)} "))
             if scan is not None and scan.odd and expected.is_labelled():
                 wrong(f"holds {scan.odd}")
                 scan = None  # the index knows the labels: the tar can be made again
@@ -201,6 +204,9 @@ def examine(expected: Expected) -> Examined:
                         wrong("a picture that the index does not have", offset, key)
     except FileNotFoundError:
         return Examined(expected, -1, "", None, frozenset(), 0, [_missing(expected)])
+    except UserError as error:
+        wrong(str(error).removeprefix(f"{shard_shown(path)} "))
+        return Examined(expected, -1, "", None, frozenset(), 0, findings, unreadable=True)
     except OSError as error:
         wrong(f"cannot be read: {error.strerror or error}")
         return Examined(expected, -1, "", None, frozenset(), 0, findings, unreadable=True)
@@ -235,17 +241,27 @@ def _problem(file: Any, offset: int, length: int, end: int) -> str | None:
     """Why a picture cannot be decoded, None when it can."""
     if offset + length > end:
         return f"cut off: the file ends at byte {end}"
+    if length > PICTURE_FILE:
+        return f"has {length:,} bytes, more than any image"
     file.seek(offset)
     data = file.read(length)
     try:
         decode_rgb(data)
     except DecodeError as error:
         zeros = bool(data) and not any(data)
-        return f"cannot be decoded: {'nothing but zeros' if zeros else error}"
+        return f"cannot be decoded: {'nothing but zeros' if zeros else printable(error)}"
     return None
 
 
 def key_before(file: Any, offset: int) -> str:
     """The key in the header before a picture, "" where there is no header."""
+    return key_in(header_before(file, offset))
+
+
+def header_before(file: Any, offset: int) -> bytes:
+    """The block before a picture, which should be its header; b"" where there is none."""
+    if offset < BLOCK:
+        return b""
     file.seek(offset - BLOCK)
-    return key_in(file.read(BLOCK))
+    block: bytes = file.read(BLOCK)
+    return block

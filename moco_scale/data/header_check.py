@@ -96,17 +96,22 @@ def tar_problem(path: Path, rows: np.ndarray, file: int | None = None) -> str | 
     file: its descriptor, where it is open. Raises OSError: it cannot be read.
     """
     try:
-        there = member_places(path, file)
+        offsets, sizes = member_places(path, file)
     except UserError as error:
         return str(error)
-    for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
-        if (offset, size) not in there:
-            return (
-                f"Shard {path} is not the one that its index was made of: the index has a picture "
-                f"of {size} bytes at byte {offset}, the tar has none there. Copy it again from "
-                "where the shards were made, or make them again."
-            )
-    return None
+    place = np.searchsorted(offsets, rows["offset"])
+    there = place < len(offsets)
+    there[there] = (offsets[place[there]] == rows["offset"][there]) & (
+        sizes[place[there]] == rows["size"][there]
+    )
+    if there.all():
+        return None
+    first = rows[int(np.flatnonzero(~there)[0])]
+    return (
+        f"Shard {path} is not the one that its index was made of: the index has a picture of "
+        f"{first['size']} bytes at byte {first['offset']}, the tar has none there. Copy it again "
+        "from where the shards were made, or make them again."
+    )
 
 
 def _noted(tars: IndexedTars, place: Path) -> list[list[int]]:

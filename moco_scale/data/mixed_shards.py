@@ -17,8 +17,10 @@ from moco_scale.data.order import FullPermutation, Indices, Order
 from moco_scale.data.remote_addresses import PIPE, shown
 from moco_scale.data.shard_set import Place, Shards
 from moco_scale.errors import UserError
+from moco_scale.untrusted.text import printable
 
-_WEIGHT = re.compile(r"(?P<spec>.+):(?P<weight>\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+)")
+_WEIGHT = re.compile(r"(?P<spec>.+):(?P<weight>[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+)")
+_LEAST, _MOST = 1e-9, 1e12
 _HOST = re.compile(r"\w+://[^/]*")  # ":8080" after it is a port
 
 
@@ -54,6 +56,11 @@ def split_mixture(spec: str) -> list[Named]:
         if part.weight == 0:
             raise UserError(
                 f"--data-dir {shown(spec)}: {shown(part.spec)} has weight 0; leave it out"
+            )
+        if part.weight is not None and not _LEAST <= part.weight <= _MOST:
+            raise UserError(
+                f"--data-dir {shown(spec)}: {shown(part.spec)} has weight {part.weight:g}; weights "
+                f"lie between {_LEAST:g} and {_MOST:g}"
             )
     return named
 
@@ -124,7 +131,7 @@ class MixedShards:
     def place(self, i: int) -> Place:
         part, place = self._locate(i)
         within = part.place(place)
-        return within._replace(shard=f"{part.name}, {within.shard}")
+        return within._replace(shard=f"{printable(part.name)}, {within.shard}")
 
     def fault(self, i: int) -> str | None:
         part, place = self._locate(i)
@@ -170,7 +177,7 @@ def epoch_notes(shards: Shards, order: Order) -> list[str]:
         return []
     parts = shards.parts if isinstance(shards, MixedShards) else (shards,)
     read = [
-        f"{share} of the {len(part)} pictures in {part.name}"
+        f"{share} of the {len(part)} pictures in {printable(part.name)}"
         for share, part in zip(order.shares, parts, strict=True)
     ]
     return [f"an epoch reads {', '.join(read)}; the next one goes on where it ends"]

@@ -111,6 +111,7 @@ def _without_index(spec: str) -> ShardList | None:
         seems = look_into(folder)
         # Folders may be the classes of pictures without labels of their own: those make shards.
         samples = seems.pictures and (seems.labelled or not seems.folders)
+        samples = samples or seems.unusable
         return list_shards(spec) if samples else None
     if not is_pattern(spec):
         unfinished = index_file.PARTIAL in folder.name

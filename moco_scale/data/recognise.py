@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
-import itertools
+import gzip
 import lzma
-import tarfile
+import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from moco_scale.data.sources import is_picture
-from moco_scale.data.tar_scan import picture_key
+from moco_scale.data.tar_scan import picture_key, split_name
+from moco_scale.untrusted.limits import TAR_LOOKED_INTO
+from moco_scale.untrusted.tar_headers import FILE, FOLDER, Member, NoTarError, TarError, TarHeaders
+from moco_scale.untrusted.text import printable
 
 _LOOKED_AT = 64
+_OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 _LABELS = (".cls", ".json")
 
 
@@ -24,7 +34,9 @@ class Seems(NamedTuple):
     folders: bool
     """Pictures lie in folders, which may be classes."""
     labelled: str
-    """A picture and the member that labels it, as WebDataset has it; "": none."""
+    """A picture and the member that labels it, as WebDataset has it; "": none. Fit to be shown."""
+    unusable: bool
+    """A tar, not compressed, of which scanning it says why it cannot be used."""
 
 
 def look_into(tar: Path) -> Seems:
@@ -32,16 +44,57 @@ def look_into(tar: Path) -> Seems:
 
     What lies between the headers is not read unless it is compressed: a member may be a tar itself.
     """
-    first: list[tarfile.TarInfo] = []
-    with (
-        contextlib.suppress(tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError),
-        tarfile.open(tar) as archive,
-    ):
-        for member in itertools.islice(archive, _LOOKED_AT):
-            first.append(member)  # one by one: those before a damage count
-    names = [member.name.removeprefix("./") for member in first if member.isreg()]
+    first, damaged = _first_members(tar, _LOOKED_AT)
+    names = [member.name.removeprefix("./") for member in first if member.kind == FILE]
     pictures = {picture_key(name): name for name in names if is_picture(name)}
     labels = {picture_key(name): name for name in names if name.lower().endswith(_LABELS)}
     both = next((key for key in pictures if key in labels), None)
-    labelled = "" if both is None else f"{pictures[both]} and {labels[both]}"
-    return Seems(bool(pictures), any("/" in name for name in pictures.values()), labelled)
+    labelled = "" if both is None else printable(f"{pictures[both]} and {labels[both]}")
+    folders = any("/" in name for name in pictures.values())
+    links = any(m.kind not in (FILE, FOLDER) and is_picture(m.name) for m in first)
+    nameless = bool(names) and not any(split_name(name)[0] for name in names)
+    unusable = damaged or links or nameless
+    return Seems(bool(pictures), folders, labelled, unusable)
+
+
+def first_members(tar: Path, count: int) -> list[Member]:
+    """The first members of a tar, compressed or not, as far as it can be read; [] of none.
+
+    Of what is compressed 64 MB at most are unpacked.
+    """
+    return _first_members(tar, count)[0]
+
+
+def _first_members(tar: Path, count: int) -> tuple[list[Member], bool]:
+    """The same, and whether a tar that is not compressed is damaged among them."""
+    with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError), tar.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        found, error = _members(file, count, end)
+        if not isinstance(error, NoTarError):
+            return found, error is not None
+        file.seek(0)
+        start = file.read(8)
+        opener = next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
+        if opener is not None:
+            file.seek(0)
+            with opener(file) as unpacked:
+                return _members(unpacked, count, TAR_LOOKED_INTO)[0], False
+    return [], False
+
+
+def _members(file: BinaryIO, count: int, end: int) -> tuple[list[Member], Exception | None]:
+    """The first members of a tar, and what ended them before there were so many."""
+
+    def at(offset: int, size: int) -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    found: list[Member] = []
+    try:
+        for member in TarHeaders(at, "", "", end=end):
+            found.append(member)  # one by one: those before a damage count
+            if len(found) == count:
+                break
+    except (TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        return found, error
+    return found, None

@@ -25,6 +25,7 @@ from moco_scale.data.tar_scan import ShardScan
 from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
 from moco_scale.side_files import json_line, json_text
+from moco_scale.untrusted.text import printable
 
 _TEMPORARY = ".repaired-"
 _MOST_NAMED = 6
@@ -84,11 +85,12 @@ def repair(path: Path, workers: int) -> int:
 def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | None:
     """What becomes of a shard; None when nothing of it is left."""
     expected = examined.expected
-    name = expected.name
+    name = printable(expected.name)
     before = len(lost)
 
     def lose(place: str, reason: str) -> None:
-        lost.append(LeftOut(split, f"{name}:{place}", reason))
+        # Fit to be shown, and to be found again by who examines the repaired folder.
+        lost.append(LeftOut(printable(split), f"{name}:{place}", printable(reason)))
 
     if examined.scan is not None:
         keep = np.array([o not in examined.bad for o in examined.scan.offset.tolist()], dtype=bool)
@@ -100,7 +102,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
                 f"{name}: left out of the index, because they cannot be decoded: "
                 f"{len(lost) - before} of {len(keep)} pictures; the tar stays as it is"
             )
-        return _Shard(name, examined, examined.scan, keep, None)
+        return _Shard(expected.name, examined, examined.scan, keep, None)
     wanted = 0 if expected.rows is None else len(expected.rows)
     reason = examined.findings[0].problem
     if examined.bytes < 0:
@@ -117,10 +119,12 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
     print(f"{name} {what}: {kept.kept}{of} pictures are kept in a new tar")
     if not kept.kept:
         return None
-    after = examine(Expected(new, name))
+    after = examine(Expected(new, expected.name))
     if after.scan is None or after.bad:
         raise UserError(f"{new} was not written as it should be: {after.findings[0]}")
-    return _Shard(name, after, after.scan, np.ones(len(after.scan.offset), dtype=bool), new)
+    return _Shard(
+        expected.name, after, after.scan, np.ones(len(after.scan.offset), dtype=bool), new
+    )
 
 
 def _index(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -12,11 +13,15 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from moco_scale.data.decode import DecodeError, decode_rgb
-from moco_scale.data.examine import key_before
+from moco_scale.data.examine import header_before
 from moco_scale.data.sources import picture_kind
-from moco_scale.data.tar_scan import by_last_dot, picture_suffix
+from moco_scale.data.tar_labels import LABEL_SUFFIXES
+from moco_scale.data.tar_scan import KEY_SHOWN, by_last_dot, picture_suffix, raw_key_in, split_name
+from moco_scale.untrusted.limits import PICTURE_FILE
+from moco_scale.untrusted.tar_headers import BLOCK, parse_header
+from moco_scale.untrusted.text import printable
 
-_BLOCK = tarfile.BLOCKSIZE
+_WINDOW = 1 << 20  # bytes that are searched for headers at once
 
 
 class Salvaged(NamedTuple):
@@ -44,9 +49,9 @@ def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
     if rows is not None:
         labels = dict(zip(rows["offset"].tolist(), rows["label"].tolist(), strict=True))
     kept = 0
-    with old.open("rb") as file, tarfile.open(new, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with old.open("rb") as file, tarfile.open(new, "w", format=tarfile.GNU_FORMAT) as tar:
         end = os.fstat(file.fileno()).st_size
-        samples = [own for sample in _samples(file, end) for own in _own(sample)]
+        samples = _joined([own for sample in _samples(file, end) for own in _own(sample)])
         found = {place for sample in samples for place in sample.members.values()}
         if rows is not None:
             for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
@@ -54,28 +59,34 @@ def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
                     samples.append(_by_index(file, offset, size, end))
         labelled = any("cls" in sample.members for sample in samples)
         samples.sort(key=lambda sample: min(sample.members.values()))
-        used: set[str] = set()
+        used, again = set[str](), Counter[str]()
         for sample in samples:
+            shown = printable(sample.key, KEY_SHOWN)
             picture = picture_suffix(sample.members)
             if picture is None:
                 if rows is None:  # otherwise the index knows better what there should be
-                    lost.append((sample.key, "its picture is not to be found"))
+                    lost.append((shown, "its picture is not to be found"))
                 continue
             offset, size = sample.members[picture]
-            if labelled and "cls" not in sample.members and offset not in labels:
-                lost.append((sample.key, "its label is not to be found"))
+            has_label = offset in labels or not sample.members.keys().isdisjoint(LABEL_SUFFIXES)
+            if labelled and not has_label:
+                lost.append((shown, "its label is not to be found"))
                 continue
             if offset + size > end:
-                lost.append((sample.key, "cut off with the end of the tar"))
+                lost.append((shown, "cut off with the end of the tar"))
+                continue
+            if size > PICTURE_FILE:
+                lost.append((shown, f"has {size:,} bytes, more than any image"))
                 continue
             try:
                 decode_rgb(_bytes(file, offset, size))
             except DecodeError as error:
-                lost.append((sample.key, str(error)))
+                lost.append((shown, printable(error)))
                 continue
             key = sample.key
             while key in used:
-                key += "-again"
+                again[sample.key] += 1
+                key = f"{sample.key}-again-{again[sample.key]}"
             used.add(key)
             _write(tar, file, key, sample, labels.get(offset))
             kept += 1
@@ -87,15 +98,14 @@ def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
 def _samples(file: BinaryIO, end: int) -> Iterator[_Sample]:
     sample: _Sample | None = None
     for name, offset, size in _members(file, end):
-        folder, slash, base = name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if not dot or not stem:
+        key, suffix = split_name(name)
+        if not key:
             continue
-        if sample is None or sample.key != folder + slash + stem:
+        if sample is None or sample.key != key or suffix in sample.members:
             if sample is not None:
                 yield sample
-            sample = _Sample(folder + slash + stem, {})
-        sample.members[suffix.lower()] = offset, size
+            sample = _Sample(key, {})
+        sample.members[suffix] = offset, size
     if sample is not None:
         yield sample
 
@@ -110,39 +120,62 @@ def _own(sample: _Sample) -> list[_Sample]:
     return [_Sample(f"{sample.key}.{k}" if k else sample.key, m) for k, m in parts.items()]
 
 
+def _joined(samples: list[_Sample]) -> list[_Sample]:
+    """The samples, with labels and the like that lie apart from their pictures; see `scan_tar`."""
+    pictured = {s.key: s for s in reversed(samples) if picture_suffix(s.members) is not None}
+    kept = []
+    for sample in samples:
+        of = pictured.get(sample.key)
+        if of is None or picture_suffix(sample.members) is not None:
+            kept.append(sample)
+            continue
+        for suffix, place in sample.members.items():
+            of.members.setdefault(suffix, place)
+    return kept
+
+
 def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of the files behind all headers that are whole, as far as they reach."""
-    at = 0
-    while at + _BLOCK <= end:
-        header = _bytes(file, at, _BLOCK)
-        at += _BLOCK
+    at, start, window = 0, 0, b""
+    while at + BLOCK <= end:
+        if at + BLOCK > start + len(window):
+            start, window = at, _bytes(file, at, _WINDOW)
+        block = window[at - start : at - start + BLOCK]
+        at += BLOCK
+        if block[:1] == b"\0":
+            continue  # no name: nothing that could be kept
         try:
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.TarError:  # on to the next block that is a header
+            header = parse_header(block)
+        except ValueError:  # on to the next block that is a header
             continue
-        if member.size < 0 or at + member.size > end:
+        if at + header.size > end:
             continue
-        if member.isreg():
-            yield member.name, at, member.size
-        at += member.size + -member.size % _BLOCK
+        if header.kind in b"0\x007" and not header.name.endswith("/"):
+            yield header.name, at, header.size
+        at += header.size + -header.size % BLOCK
 
 
 def _by_index(file: BinaryIO, offset: int, size: int, end: int) -> _Sample:
     """A picture that no whole header leads to."""
     kind = picture_kind(_bytes(file, offset, 4)) if offset < end else ""
     suffix = "jpg" if kind in ("jpeg", "") else kind
-    key = key_before(file, offset) or f"at-byte-{offset:012d}"
+    key = raw_key_in(header_before(file, offset)) or f"at-byte-{offset:012d}"
     return _Sample(key, {suffix: (offset, size)})
 
 
 def _write(
     tar: tarfile.TarFile, file: BinaryIO, key: str, sample: _Sample, label: int | None
 ) -> None:
-    members = {s: _bytes(file, *place) for s, place in sample.members.items()}
-    if label is not None:  # what was read besides may be damaged
-        members["cls"] = str(label).encode()
-    for suffix, data in members.items():
+    for suffix, (offset, size) in sample.members.items():
+        if suffix == "cls" and label is not None:  # what was read besides may be damaged
+            continue
         info = tarfile.TarInfo(f"{key}.{suffix}")
+        info.size = size
+        file.seek(offset)
+        tar.addfile(info, file)
+    if label is not None:
+        data = str(label).encode()
+        info = tarfile.TarInfo(f"{key}.cls")
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
 

@@ -19,7 +19,7 @@ from moco_scale.data.remote import FileState
 from moco_scale.data.shard_cache import write_once
 from moco_scale.data.tar_scan import ShardScan
 
-_FORMAT = 2
+_FORMAT = 3
 _SAID = ShardScan._fields[3:]  # what is no array
 
 

@@ -25,9 +25,10 @@ from moco_scale.data.tar_scan import ShardScan, dots_problem, scan_tar
 from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
 from moco_scale.messages import say
+from moco_scale.untrusted.limits import CLASSES
+from moco_scale.untrusted.text import printable
 
-_RULES = b"2"  # by which pictures and labels are found: an index made by others is made again
-_MOST_CLASSES = 1 << 20
+_RULES = b"3"  # by which pictures and labels are found: an index made by others is made again
 
 
 class _Key(NamedTuple):
@@ -207,15 +208,15 @@ def find_classes(scans: Sequence[tuple[str, ShardScan]]) -> tuple[list[str], str
     """
     for shard, scan in scans:
         if scan.odd:
-            return [], f"{shard} holds {scan.odd}"
+            return [], f"{printable(shard)} holds {scan.odd}"
     names = sorted({name for _, scan in scans for name in scan.names})
     numbered = [(int(scan.label.max()), shard) for shard, scan in scans if not scan.names]
     highest, shard = max(numbered, default=(-1, ""))
     if names and highest >= 0:
         other = next(shard for shard, scan in scans if scan.names)
-        return [], f"they are numbers in {shard} and names in {other}"
+        return [], f"they are numbers in {printable(shard)} and names in {printable(other)}"
     count = max(len(names), highest + 1)
-    if count > _MOST_CLASSES:
+    if count > CLASSES:
         return [], f"they would make {count} classes"
     return names or [str(number) for number in range(highest + 1)], ""
 

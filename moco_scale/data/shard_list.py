@@ -6,16 +6,18 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from moco_scale.data.index_file import INDEX_JSON
 from moco_scale.errors import UserError
+from moco_scale.untrusted.limits import TARS_OF_A_PATTERN
+from moco_scale.untrusted.text import printable
 
 JOIN = "::"
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
 _UNPACK = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}
 _SPLIT_WORDS = {
@@ -77,24 +79,40 @@ def list_shards(spec: str) -> ShardList | None:
 def expand_braces(pattern: str) -> list[str]:
     """All names that braces stand for, as a shell's: `{08..10}` is 08, 09, 10.
 
-    Raises UserError: a brace that is not closed, or a range that runs backwards.
+    Raises UserError: a brace that is not closed, a range that runs backwards, or more names than a
+    data set can have tars.
     """
-    found = _BRACES.search(pattern)
-    if found is None:
-        if "{" in pattern or "}" in pattern:
-            raise UserError(f"{pattern}: a brace without its other half")
-        return [pattern]
-    head, tail = pattern[: found.start()], expand_braces(pattern[found.end() :])
-    numbers = _RANGE.fullmatch(found.group(1))
-    if numbers:
-        first, last = numbers.groups()
-        if int(first) > int(last):
-            raise UserError(f"{pattern}: the range {found.group()} runs backwards")
-        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
-        values = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
-    else:
-        values = found.group(1).split(",")
-    return [head + value + rest for value, rest in itertools.product(values, tail)]
+    choices: list[Sequence[str]] = []
+    end, count = 0, 1
+    for found in _BRACES.finditer(pattern):
+        choices += [(pattern[end : found.start()],), _choice(pattern, found)]
+        end, count = found.end(), count * len(choices[-1])
+        if count > TARS_OF_A_PATTERN:
+            raise _too_many(pattern)
+    choices.append((pattern[end:],))
+    if any(sign in text for (text,) in choices[::2] for sign in "{}"):
+        raise UserError(f"{printable(pattern)}: a brace without its other half")
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _choice(pattern: str, braces: re.Match[str]) -> list[str]:
+    """What one pair of braces stands for."""
+    numbers = _RANGE.fullmatch(braces.group(1))
+    if not numbers:
+        return braces.group(1).split(",")
+    first, last = numbers.groups()
+    if int(first) > int(last):
+        raise UserError(f"{printable(pattern)}: the range {braces.group()} runs backwards")
+    if int(last) - int(first) >= TARS_OF_A_PATTERN:
+        raise _too_many(pattern)
+    width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+    return [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
+
+
+def _too_many(pattern: str) -> UserError:
+    return UserError(
+        f"{printable(pattern)} stands for more than {TARS_OF_A_PATTERN:,} names: make it narrower"
+    )
 
 
 def _named_by(pattern: str) -> Iterator[Path]:

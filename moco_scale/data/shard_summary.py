@@ -14,6 +14,7 @@ from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.sources import picture_kind
+from moco_scale.untrusted.text import printable
 
 SAMPLE = 1000
 _NAMED = 5  # classes with most and with fewest pictures
@@ -42,6 +43,7 @@ def summarise(spec: str) -> dict[str, Any]:
         parts = shards.parts if isinstance(shards, MixedShards) else (shards,)
         tars = [size for part in parts if isinstance(part, IndexedShards) for size in part.sizes]
         made = shards.made if isinstance(shards, IndexedShards) else {}
+        made = {key: printable(v, 4096) if isinstance(v, str) else v for key, v in made.items()}
         labels = shards.labels
         counts = np.bincount(labels[labels >= 0], minlength=len(shards.classes))
         splits[split] = {
@@ -128,7 +130,7 @@ def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("UNREADABLE", f"{part['unreadable']} of {sampled}: see shard --check"))
     counts = part["per_class"]
     if not part["classes"]:
-        why = part["why_unlabelled"]
+        why = printable(part["why_unlabelled"], 400)
         reason = f"the labels are not used: {why}" if why else "the pictures have no labels"
         return [*lines, ("classes", f"none: {reason}")]
     order = sorted(range(len(counts)), key=lambda c: -counts[c])
@@ -137,7 +139,7 @@ def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("classes", f"{len(counts)}, of {each} pictures each"))
 
     def named(some: list[int]) -> str:
-        return ", ".join(f"{part['classes'][c]} {counts[c]}" for c in some)
+        return ", ".join(f"{printable(part['classes'][c], 60)} {counts[c]}" for c in some)
 
     if len(counts) <= 2 * _NAMED:
         lines.append(("", named(order)))

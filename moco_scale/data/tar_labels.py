@@ -8,90 +8,160 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import unicodedata
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, LABEL_JSON, LABEL_TEXT
+from moco_scale.untrusted.text import printable
+
+LABEL_SUFFIXES = ("cls", "json")
+"""Of the members that may hold a label, in the order of preference."""
 LABEL_FIELDS = ("label", "cls", "class")  # of a .json, in the order of preference
-_NUMBER = re.compile(r"[+-]?\d{1,4000}(\.0*)?")
+_NUMBER = re.compile(r"([+-]?)0*([0-9]+?)(\.0*)?")
+_HIGHEST = 2**31 - 1
+_SHOWN = 60
 
 
 class OddLabel(Exception):
-    """A label that is no class; str() says of which member, after "the tar holds"."""
+    """A label that is no class; str() says why, after the name of what holds it."""
 
 
 class TarLabels:
-    """The labels of one tar, sample by sample."""
+    """The labels of one tar, picture by picture."""
 
     def __init__(self) -> None:
         self.odd = ""
-        """What is odd about the first odd one."""
-        self._labels: list[int | str] = []
+        """What is odd about the first odd one, fit to be shown."""
+        self._values = array("q")  # of each picture, a number or a place in _names; -1: none
+        self._names: dict[str, int] = {}
         self._first: dict[type, str] = {}  # a member with a number, one with a name
 
-    def add(self, member: str, text: bytes | None) -> None:
-        """The label of the next picture.
+    def __len__(self) -> int:
+        return len(self._values)
 
-        member: the `.cls` or `.json` that has it. text: what is in it; None: there is no such
-        member, or it is too large for a label.
+    def add_none(self) -> None:
+        """The next picture, which has no label so far."""
+        self._values.append(-1)
+
+    def read(
+        self, picture: int, member: str, suffix: str, content: Callable[[int], bytes | None]
+    ) -> None:
+        """Read the label of a picture; once one was odd, none is read any more.
+
+        Args:
+            picture: its number.
+            member: what holds the label, as a name.
+            suffix: which of LABEL_SUFFIXES it is.
+            content: from the most bytes it may have to those, None where there are more.
         """
-        label: int | str = -1
+        if self.odd:
+            return
         try:
-            if member and text is None:
-                raise OddLabel(f"{member}, which is too large for a label")
-            if member:
-                label = _label(member, text or b"")
+            text = content(LABEL_JSON if suffix == "json" else LABEL_TEXT)
+            if text is None:
+                raise OddLabel("which is too large for a label")
+            label = _json_label(text) if suffix == "json" else _text_label(text)
+            if label == -1:
+                return
+            if type(label) not in self._first:
+                first = f"{printable(repr(label), _SHOWN)} in {printable(member)}"
+                self._first[type(label)] = first
+                if len(self._first) == 2:
+                    self.odd = (
+                        f"labels that are numbers, {self._first[int]}, and others that are names, "
+                        f"{self._first[str]}"
+                    )
+            if isinstance(label, str):
+                label = self._names.setdefault(label, len(self._names))
+                if label >= CLASSES:
+                    raise OddLabel(f"the name of one more than {CLASSES:,} classes")
+            self._values[picture] = label
         except OddLabel as error:
-            self.odd = self.odd or str(error)
-        if label != -1:
-            self._first.setdefault(type(label), f"{label!r:.60} in {member}")
-        self._labels.append(label)
+            self.odd = f"{printable(member)}, {error}"
 
     def numbered(self) -> tuple[npt.NDArray[np.int64], list[str]]:
         """Class numbers and no names, or places in the sorted names and these; -1: none."""
-        if len(self._first) == 2:
-            self.odd = self.odd or (
-                f"labels that are numbers, {self._first[int]}, and others that are names, "
-                f"{self._first[str]}"
-            )
         if self.odd:
-            return np.full(len(self._labels), -1, dtype=np.int64), []
-        names = sorted({label for label in self._labels if isinstance(label, str)})
-        place = {name: i for i, name in enumerate(names)}
-        numbers = [place[label] if isinstance(label, str) else label for label in self._labels]
-        return np.array(numbers, dtype=np.int64), names
+            return np.full(len(self._values), -1, dtype=np.int64), []
+        values, names = np.array(self._values, dtype=np.int64), sorted(self._names)
+        if names:
+            place = np.full(len(names) + 1, -1, dtype=np.int64)  # the last one is that of -1
+            for number, name in enumerate(names):
+                place[self._names[name]] = number
+            values = place[values]
+        return values, names
 
 
-def _label(member: str, content: bytes) -> int | str:
+def _text_label(content: bytes) -> int | str:
+    if len(content) == 8 and content[4:] in (bytes(4), b"\xff" * 4):
+        # A number as some programs keep it in memory: 64 bits, the lowest byte first.
+        return _class(struct.unpack("<q", content)[0])
+    return _class(_decoded(content))
+
+
+def _json_label(content: bytes) -> int | str:
+    # Not by the strict parser: captions that were cut inside a character and NaN are common beside
+    # images, and one field is asked for.
     try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise OddLabel(f"{member}, which is not text ({error.reason})") from None
-    if not member.lower().endswith(".json"):
-        return _class(member, text)
-    try:
-        fields = json.loads(text)
+        fields = json.loads(_decoded(content))
     except (ValueError, RecursionError) as error:
-        raise OddLabel(f"{member}, which is not JSON ({error})") from None
+        why = "nested too deeply" if isinstance(error, RecursionError) else printable(error)
+        raise OddLabel(f"which is not JSON ({why})") from None
     if isinstance(fields, dict):
         for field in LABEL_FIELDS:
             if fields.get(field) is not None:
-                return _class(member, fields[field])
+                return _class(fields[field])
     return -1
 
 
-def _class(member: str, value: Any) -> int | str:
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OddLabel(f"which is not text ({error.reason})") from None
+
+
+def _class(value: Any) -> int | str:
     """A class number, or a name; numbers below 0 are -1, which means none."""
-    if isinstance(value, str) and value.strip():
-        value = value.strip()
-        if not _NUMBER.fullmatch(value):
-            return value
-        value = int(value.partition(".")[0])
+    if isinstance(value, str):
+        text = value.strip()
+        if not text:
+            raise OddLabel("whose label is empty")
+        number = _NUMBER.fullmatch(text)
+        if number is None:
+            return _name(text)
+        sign, digits, _ = number.groups()
+        value = -1 if sign == "-" and digits != "0" else int(digits[:10])
+        if len(digits) > 10 and value >= 0:
+            value = text
     elif isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, str):
-        raise OddLabel(f"{member}, whose label is empty")
-    if isinstance(value, bool) or not isinstance(value, int) or value >= 2**31:
-        raise OddLabel(f"{member}, whose label {value!r:.60} is no class")
+    if isinstance(value, bool) or not isinstance(value, int) or value > _HIGHEST:
+        raise OddLabel(f"whose label {_shown(value)} is no class")
     return max(value, -1)
+
+
+def _name(text: str) -> str:
+    """A class's name; what looks alike is one class however it is composed."""
+    if len(text) > LABEL_CHARACTERS:
+        raise OddLabel(f"whose label has {len(text):,} characters and is no name of a class")
+    if "\0" in text:
+        raise OddLabel("which is not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise OddLabel(f"whose label {_shown(text)} is not text") from None
+    return unicodedata.normalize("NFC", text)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and abs(value) > 1 << 64:  # a text of thousands of digits is refused
+        return f"of {value.bit_length()} bits"
+    text = value if isinstance(value, str) and value.isdigit() else repr(value)
+    return printable(text, _SHOWN)

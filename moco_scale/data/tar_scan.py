@@ -1,14 +1,15 @@
 """What a tar of samples holds, from its headers alone: nothing is decoded, nothing unpickled.
 
-Reads the headers of ustar, GNU and pax archives and about 4 KB a picture, so that a shard costs a
-few per cent of its bytes. tarfile, which can do more, is ten times slower and takes a damaged
-header for the end of the archive.
+Reads the headers and about 4 KB an image, so that a shard costs a few per cent of its bytes.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
-import tarfile
+import stat
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,16 +18,29 @@ import numpy as np
 import numpy.typing as npt
 
 from moco_scale.data.sources import PICTURE_SUFFIXES
-from moco_scale.data.tar_labels import TarLabels
+from moco_scale.data.tar_groups import Groups
 from moco_scale.errors import UserError
+from moco_scale.untrusted.limits import MEMBERS_OF_A_SAMPLE, PICTURE_FILE
+from moco_scale.untrusted.tar_headers import (
+    BLOCK,
+    FILE,
+    FOLDER,
+    Member,
+    NoTarError,
+    TarHeaders,
+    parse_header,
+)
+from moco_scale.untrusted.text import printable
 
 _T = TypeVar("_T")
 
-BLOCK = tarfile.BLOCKSIZE
 # In the order of preference, should one sample have several.
 PICTURES = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
 _WINDOW = 4096  # bytes read at once: a header, small members and the header after them
-_LARGEST_TEXT = 1 << 24
+_AS_FILES = (*PICTURES, "cls")
+_PATH_SHOWN = 4096
+KEY_SHOWN = 1100  # characters: every byte of a name in a header, if it has to be escaped
+_SUFFIXES_SHOWN = 8
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
@@ -54,16 +68,11 @@ class ShardScan(NamedTuple):
     """A picture that is part of another picture's sample, such as 1.mask.png; "": none."""
 
 
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-
-
 def scan_tar(path: Path) -> ShardScan:
     """List the pictures of a tar: consecutive members whose names differ in what follows the first
     dot are one sample, as WebDataset has it. Where that leaves no picture to a sample that has
-    some by the last dots of their names, the last dots count.
+    some by the last dots of their names, the last dots count. A label that lies apart from its
+    picture is found by its key.
 
     The label is the text of a `.cls`, or the field `label`, `cls` or `class` of a `.json`: a
     number, or the name of a class. With one that is neither, none is used (see `ShardScan.odd`).
@@ -75,17 +84,44 @@ def scan_tar(path: Path) -> ShardScan:
         with _Tar(path) as tar:
             return _scan(tar)
     except OSError as error:
-        raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
+        raise UserError(
+            f"Cannot read shard {printable(path, _PATH_SHOWN)}: {error.strerror or error}."
+        ) from error
 
 
-def member_places(path: Path, file: int | None = None) -> set[tuple[int, int]]:
-    """(offset, size) of each file in a tar, whatever it is.
+def member_places(
+    path: Path, file: int | None = None
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """(offset, size) of all files in a tar, whatever they are, in its order.
 
     file: its descriptor, where it is open. Raises UserError as `scan_tar` does: it is truncated or
     no tar; a header is damaged. Raises OSError: it cannot be read.
     """
+    offset, size = array("Q"), array("Q")
     with _Tar(path, file) as tar:
-        return {(member.offset, member.size) for member in tar.members()}
+        for member in tar.files():
+            offset.append(member.offset)
+            size.append(member.size)
+    return np.array(offset, np.uint64), np.array(size, np.uint64)
+
+
+def open_shard(path: Path) -> int:
+    """A descriptor of a tar, to read it.
+
+    Raises UserError: it is a folder, a pipe or a device. Raises OSError: it cannot be opened.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer is not waited for
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise UserError(
+            f"{shard_shown(path)} is no file: a folder, a pipe or a device has its name."
+        )
+    return file
+
+
+def shard_shown(path: Path) -> str:
+    """How messages begin that say what is wrong with a tar."""
+    return f"Shard {printable(path, _PATH_SHOWN)}"
 
 
 def picture_key(name: str) -> str:
@@ -94,13 +130,17 @@ def picture_key(name: str) -> str:
     return name if "/" in suffix or not stem else stem
 
 
-def key_in(header: bytes) -> str:
+def raw_key_in(header: bytes) -> str:
     """The same from the header of its member; "" where that is none."""
     try:
-        name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-    except tarfile.TarError:
+        return picture_key(parse_header(header).name)
+    except ValueError:
         return ""
-    return picture_key(name)
+
+
+def key_in(header: bytes) -> str:
+    """The same, fit to be shown and listed."""
+    return printable(raw_key_in(header), KEY_SHOWN)
 
 
 def compressed(path: Path, start: bytes) -> str | None:
@@ -108,56 +148,41 @@ def compressed(path: Path, start: bytes) -> str | None:
     for magic, tool in _COMPRESSED.items():
         if start.startswith(magic):
             return (
-                f"Shard {path} is compressed. Pictures in it cannot be reached on their own, and "
-                f"they hardly become smaller: decompress it once with `{tool} {path}`."
+                f"{shard_shown(path)} is compressed. Pictures in it cannot be reached on their "
+                "own, and they hardly become smaller: decompress it once with "
+                f"`{tool} {printable(path, _PATH_SHOWN)}`."
             )
     return None
 
 
 def _scan(tar: _Tar) -> ShardScan:
-    places: list[tuple[int, int]] = []
-    labels = TarLabels()
-    seen: set[str] = set()
-    without, suffixes = 0, set()
-    own, part = "", ""
-    for stem, members in _samples(tar):
-        samples = {stem: members}
-        dotted = next((member.name for s, member in members.items() if _is_dotted(s)), "")
-        if dotted and picture_suffix(members) is not None:
-            part = part or dotted
-        elif dotted:
-            samples = _of_their_own(tar, stem, members, dotted)
-            own = own or dotted
-        for key, sample in samples.items():
-            if key in seen:
-                raise tar.problem(f"holds the key {key!r} twice. {_AGAIN}")
-            seen.add(key)
-            suffix = picture_suffix(sample)
-            if suffix is None:
-                without += 1
-                suffixes |= set(sample)
-                continue
-            picture = sample[suffix]
-            if picture.size == 0 or picture.size >= 2**32:
-                raise tar.problem(
-                    f"holds {picture.name}, a picture of {picture.size} bytes. {_AGAIN}"
-                )
-            places.append((picture.offset, picture.size))
-            label = sample.get("cls") or sample.get("json")
-            labels.add(label.name if label else "", tar.content(label) if label else None)
-    if not seen:
-        raise tar.problem(f"is an empty tar. {_AGAIN}")
-    if not places:
+    groups, dots, suffixes = Groups(tar.content), _Dots(), set[str]()
+    for key, sample in _samples(tar, dots):
+        suffix = picture_suffix(sample)
+        if suffix is None and len(suffixes) < _SUFFIXES_SHOWN:
+            suffixes |= set(sample)
+        elif suffix is not None and not 0 < sample[suffix].size <= PICTURE_FILE:
+            name, length = printable(sample[suffix].name), sample[suffix].size
+            raise tar.problem(f"holds {name}, a picture of {length} bytes. {_AGAIN}")
+        groups.add(key, sample, suffix)
+    if not len(groups):
+        raise tar.no_samples()
+    twice = groups.twice()
+    if twice is not None:
+        key = next(k for k, sample in _samples(tar, _Dots()) if any(twice(k, s) for s in sample))
+        raise tar.problem(f"holds the key '{printable(key)}' twice. {_AGAIN}")
+    without = groups.join()
+    offset, size = groups.places()
+    if not len(offset):
+        found = ", ".join(printable(s, 40) for s in sorted(suffixes)[:_SUFFIXES_SHOWN])
         raise tar.problem(
-            f"holds no picture: its {len(seen)} samples have "
-            f"{', '.join(sorted(suffixes)[:8])}; pictures end in {', '.join(PICTURES)}"
+            f"holds no picture: its {without} samples have {found}; pictures end in "
+            f"{', '.join(PICTURES)}"
         )
-    offset, size = np.array(places, dtype=np.uint64).T
-    label_numbers, names = labels.numbered()
-    scan = ShardScan(
-        offset, size.astype(np.uint32), label_numbers, names, without, labels.odd, own, part
-    )
-    problem = dots_problem([(tar.path.name, scan)])
+    label, names = groups.labels.numbered()
+    odd, own, part = groups.labels.odd, dots.own, dots.part
+    scan = ShardScan(offset, size, label, names, without, odd, own, part)
+    problem = dots_problem([(printable(tar.path.name), scan)])
     if problem:
         raise tar.problem(problem)
     return scan
@@ -200,39 +225,75 @@ def by_last_dot(sample: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
     return found
 
 
+class _Dots:
+    """Which names have several dots, as in `ShardScan`."""
+
+    own, part = "", ""
+
+
+def _samples(tar: _Tar, dots: _Dots) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, {suffix: member}) of each sample: where it has to be, by the last dots."""
+    for stem, members in _neighbours(tar):
+        dotted = next((member.name for s, member in members.items() if _is_dotted(s)), "")
+        if dotted and picture_suffix(members) is None:
+            dots.own = dots.own or printable(dotted)
+            yield from _of_their_own(tar, stem, members, dotted).items()
+        elif dots.own and all("." in suffix for suffix in members):  # labels apart, by last dots
+            for parts in by_last_dot(members).values():
+                yield picture_key(next(iter(parts.values())).name), parts
+        else:
+            dots.part = dots.part or printable(dotted)
+            yield stem, members
+
+
 def _of_their_own(
-    tar: _Tar, key: str, sample: dict[str, _Member], picture: str
-) -> dict[str, dict[str, _Member]]:
+    tar: _Tar, key: str, sample: dict[str, Member], picture: str
+) -> dict[str, dict[str, Member]]:
     """The samples of pictures whose names have several dots, such as photo_1.5.jpg, the first."""
     parts = by_last_dot(sample)
     for members in parts.values():
         if picture_suffix(members) is None:
             other = next(iter(members.values())).name
             raise tar.problem(
-                f"holds {picture} and no {key}.{PICTURES[0]} or the like: if keys end at the first "
-                f"dot, the sample {key} has no picture, and if they end at the last one, {other} "
-                "belongs to none. Pack it again with one dot in the names of pictures and of what "
-                "belongs to them"
+                f"holds {printable(picture)} and no {printable(key)}.{PICTURES[0]} or the like: if "
+                f"keys end at the first dot, the sample {printable(key)} has no picture, and if "
+                f"they end at the last one, {printable(other)} belongs to none. Pack it again with "
+                "one dot in the names of pictures and of what belongs to them"
             )
     return {picture_key(next(iter(m.values())).name): m for m in parts.values()}
 
 
-def _samples(tar: _Tar) -> Iterator[tuple[str, dict[str, _Member]]]:
-    """(key, {suffix in lower case: member}) of each sample."""
-    key, sample = "", dict[str, _Member]()
-    for member in tar.members():
-        folder, slash, name = member.name.rpartition("/")
-        stem, dot, suffix = name.partition(".")
-        if not dot or not stem:
-            continue  # hidden, or without a suffix: not part of any sample
-        this = folder + slash + stem
+def split_name(name: str) -> tuple[str, str]:
+    """(key, suffix in lower case) by the first dot; "" where a name has no suffix or is hidden."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem, suffix.lower()) if dot and stem else ("", "")
+
+
+def _neighbours(tar: _Tar) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, {suffix in lower case: member}) of neighbours with one key by the first dot."""
+    key, sample = "", dict[str, Member]()
+    for member in tar.files():
+        this, suffix = split_name(member.name)
+        if not this:
+            continue  # not part of any sample
         if this != key:
             if sample:
                 yield key, sample
             key, sample = this, {}
-        suffix = suffix.lower()
         if suffix in sample:
-            raise tar.problem(f"holds {member.name} twice. {_AGAIN}")
+            before, name = printable(sample[suffix].name), printable(member.name)
+            if sample[suffix].name == member.name:
+                raise tar.problem(f"holds {name} twice. {_AGAIN}")
+            raise tar.problem(
+                f"holds {name} beside {before}: names that differ in capital letters alone are one "
+                "sample, which cannot be told apart. Pack it again with other names"
+            )
+        if len(sample) >= MEMBERS_OF_A_SAMPLE:
+            raise tar.problem(
+                f"holds more than {MEMBERS_OF_A_SAMPLE:,} files whose names are alike up to the "
+                f"first dot, such as {printable(member.name)}: pack them to several tars"
+            )
         sample[suffix] = member
     if sample:
         yield key, sample
@@ -242,11 +303,11 @@ _AGAIN = "Fetch it again, or make it again."
 
 
 class _Tar:
-    """Reads a tar's headers one after the other."""
+    """A tar on a disk."""
 
     def __init__(self, path: Path, file: int | None = None) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDONLY) if file is None else os.dup(file)
+        self._file = open_shard(path) if file is None else os.dup(file)
         self._bytes = os.fstat(self._file).st_size
         self._start, self._window = 0, b""
         if hasattr(os, "posix_fadvise"):  # or the kernel would read the pictures too
@@ -259,52 +320,43 @@ class _Tar:
         os.close(self._file)
 
     def problem(self, text: str) -> UserError:
-        return UserError(f"Shard {self.path} {text}")
+        return UserError(f"{shard_shown(self.path)} {text}")
 
-    def content(self, member: _Member) -> bytes | None:
+    def content(self, offset: int, size: int, most: int) -> bytes | None:
         """What is in a small file; None: it is none."""
-        if member.size > _LARGEST_TEXT:
-            return None
-        return self._at(member.offset, member.size)
+        return None if size > most else self._at(offset, size)
 
-    def members(self) -> Iterator[_Member]:
+    def files(self) -> Iterator[Member]:
         """The regular files, in order."""
         if self._bytes == 0:
             raise self.problem(f"is empty: 0 bytes. {_AGAIN}")
-        at, name, size = 0, None, None
-        while True:
-            header = self._at(at, BLOCK)
-            if not header or len(header) < BLOCK:
-                raise self._truncated(at)
-            if not header.strip(b"\0"):
-                self._check_end(at)
-                return
-            body = at + BLOCK
-            own_name, length, kind = self._parse(header, at)
-            if kind not in b"xgLK" and size is not None:
-                length = size
-            if body + length > self._bytes:
-                raise self._truncated(at)
-            at = body + length + -length % BLOCK
-            if kind in b"xL":  # says something about the member that follows
-                text = self._at(body, length)
-                if kind == b"L":
-                    name = text.rstrip(b"\0").decode("utf-8", "surrogateescape")
-                else:
-                    name, size = self._pax(text, body, name, size)
-                continue
-            if kind in b"gK":
-                continue
-            member = _Member(name or own_name, body, length)
-            name = size = None
-            if kind in b"0\x007":
-                yield member
-            elif kind != b"5" and member.name.rpartition(".")[2].lower() in PICTURES:
-                raise self.problem(
-                    f"holds {member.name} as a link or a special file (type {kind!r}), not as a "
-                    "picture. Pack it again; tar --dereference --hard-dereference packs what links "
-                    "point to."
-                )
+        headers = TarHeaders(self._at, shard_shown(self.path), _AGAIN, end=self._bytes)
+        try:
+            for member in headers:
+                suffix = member.name.rpartition(".")[2].lower()
+                if member.kind == FILE:
+                    yield member
+                elif member.kind != FOLDER and suffix in _AS_FILES:
+                    raise self.problem(
+                        f"holds {printable(member.name)} as a {member.kind}, not as a file. Pack "
+                        "it again; tar --dereference --hard-dereference packs what links point to."
+                    )
+        except NoTarError:
+            message = compressed(self.path, self._at(0, BLOCK))
+            if message:
+                raise UserError(message) from None
+            raise
+        self._check_end(headers.at)
+
+    def no_samples(self) -> UserError:
+        """Why there are none."""
+        names = [member.name for member in itertools.islice(self.files(), 1)]
+        if not names:
+            return self.problem(f"is an empty tar. {_AGAIN}")
+        return self.problem(
+            "holds no samples: its files have names without a suffix, or hidden ones (such as "
+            f"{printable(names[0])}). Pack it again with names such as 000.jpg and 000.cls"
+        )
 
     def _at(self, offset: int, size: int) -> bytes:
         skipped = offset - self._start
@@ -312,61 +364,6 @@ class _Tar:
             self._start, skipped = offset, 0
             self._window = os.pread(self._file, max(size, _WINDOW), offset)
         return self._window[skipped : skipped + size]
-
-    def _parse(self, header: bytes, at: int) -> tuple[str, int, bytes]:
-        """(name, size, type) of a header."""
-        try:
-            recorded = int(header[148:156].strip(b"\0 "), 8)
-            if recorded != sum(header) - sum(header[148:156]) + 8 * 32:
-                raise ValueError("its checksum is wrong")
-            if header[124] & 0x80:
-                size = int.from_bytes(header[125:136], "big")
-            else:
-                size = int(header[124:136].strip(b"\0 ") or b"0", 8)
-        except ValueError as error:
-            if at == 0:
-                message = compressed(self.path, header)
-                if message:
-                    raise UserError(message) from None
-                raise self.problem(f"is not a tar. {_AGAIN}") from None
-            raise self.problem(
-                f"is damaged: the header at byte {at} is not one ({error}). {_AGAIN}"
-            ) from None
-        name = header[:100].partition(b"\0")[0]
-        if header[257:263] == b"ustar\0":  # GNU's own format keeps other things there
-            prefix = header[345:500].partition(b"\0")[0]
-            name = prefix + b"/" + name if prefix else name
-        return name.decode("utf-8", "surrogateescape"), size, header[156:157]
-
-    def _pax(
-        self, text: bytes, at: int, name: str | None, size: int | None
-    ) -> tuple[str | None, int | None]:
-        """Name and size from the records "LENGTH KEY=VALUE\\n" of an extended header."""
-        while text:
-            length = text.partition(b" ")[0]
-            if not length.isdigit() or not 0 < int(length) <= len(text):
-                raise self.problem(f"is damaged: the extended header at byte {at}. {_AGAIN}")
-            record, text = text[len(length) + 1 : int(length) - 1], text[int(length) :]
-            key, _, value = record.partition(b"=")
-            if key == b"path":
-                name = value.decode("utf-8", "surrogateescape")
-            elif key == b"size" and value.isdigit():
-                size = int(value)
-            elif key.startswith(b"GNU.sparse"):
-                raise self.problem("holds a sparse file. Pack it again without --sparse.")
-        return name, size
-
-    def _truncated(self, at: int) -> UserError:
-        if at == self._bytes:
-            return self.problem(
-                f"ends at byte {at} without the two empty blocks that end a tar, so it was most "
-                f"likely cut off. {_AGAIN} (If you know that it is whole: head -c 1024 /dev/zero "
-                f">> {self.path})"
-            )
-        return self.problem(
-            f"is truncated: what begins at byte {at} goes on after its end, byte {self._bytes}. "
-            f"{_AGAIN}"
-        )
 
     def _check_end(self, at: int) -> None:
         """Nothing but zeros after the last member: what is written there nobody would read."""
@@ -378,3 +375,8 @@ class _Tar:
                     f"{_AGAIN}"
                 )
             at += len(part)
+            try:  # on to what is no hole, where the file system can tell
+                at = os.lseek(self._file, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole follows
+                    return

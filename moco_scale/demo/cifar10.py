@@ -6,7 +6,6 @@ torchvision's download of it.
 
 import argparse
 import shutil
-import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
 from moco_scale.argument_types import positive_int
+from moco_scale.data.recognise import first_members
 from moco_scale.demo import output_folder, pipeline
 from moco_scale.errors import UserError
 
@@ -125,12 +125,8 @@ def write_pictures(
 
 def _is_official(source: Path) -> bool:
     """Whether a file is a tar that begins as the official archive does."""
-    try:
-        with tarfile.open(source) as tar:
-            first = tar.next()
-    except (tarfile.TarError, OSError, EOFError):
-        return False  # the shard command says what is wrong with it
-    return first is not None and first.name.split("/")[0] == CIFAR10.base_folder
+    first = first_members(source, 1)  # [] of none: the shard command says what is wrong with it
+    return bool(first) and first[0].name.split("/")[0] == CIFAR10.base_folder
 
 
 def _extract(archive: Path, out: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from moco_scale.errors import UserError
+from moco_scale.untrusted.limits import LINE
 from moco_scale.untrusted.text import printable
 
 _SHOWN_PROBLEMS = 5
@@ -120,3 +123,30 @@ def read_document(path: str | Path, schema: type[D], limit: int, what: str) -> D
         DocumentError: as :func:`read_json`, or it does not fit the schema.
     """
     return check(read_json(path, limit, what), schema, f"{what} {path}")
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, each with its line feed but perhaps the last; only that ends one.
+
+    A line of more than ``limits.LINE`` bytes comes in pieces.
+
+    Raises:
+        OSError: it cannot be read, or has no end.
+    """
+    if not path.is_file() and path.exists():
+        raise OSError(errno.EINVAL, "it is no regular file")
+    with open(path, "rb") as file:
+        while line := file.readline(LINE):
+            yield line
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """Return the object in a line of JSON; None for one that a kill has cut, or of other things.
+
+    NaN stays what it is: a loss that was logged.
+    """
+    try:
+        record = from_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

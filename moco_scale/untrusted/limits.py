@@ -25,5 +25,22 @@ DOCUMENT_SECONDS = 120.0
 SAMPLES = 1 << 40
 SHARD_BYTES = 1 << 50
 """Largest numbers of samples and bytes that an index may claim: sums of them fit 64 bits."""
+CLASSES = 1 << 20
+LABEL_CHARACTERS = 1000
+"""Classes of a set, and characters of the name of one, which is mostly that of a folder."""
 NAME_BYTES = 255
 """A component of a path, in UTF-8: the limit of every file system in use."""
+
+TAR_EXTENDED_HEADER = 1 * MB
+"""What stands before a member in a tar: names of 4 KB at most, times and attributes."""
+MEMBERS_OF_A_SAMPLE = 1 << 20
+"""Files of a tar whose names are alike up to the first dot: they are held at once."""
+PICTURE_FILE = 1 * GB
+"""An encoded image: 179 million pixels of 16 bits, as they are, just fit."""
+LABEL_TEXT = 64 * KB
+LABEL_JSON = 4 * MB
+"""The .cls or .json of a sample; masks and polygons of a whole image take some hundred kB."""
+TAR_LOOKED_INTO = 64 * MB
+"""Of a compressed tar, unpacked only to see what it is."""
+TARS_OF_A_PATTERN = 1 << 20
+"""Names that the braces of a pattern may stand for."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import ConfigDict, Field
 
-from moco_scale.untrusted.documents import Document
-from moco_scale.untrusted.limits import LINE, STEPS
+from moco_scale.untrusted.documents import Document, lines_of, record_of
+from moco_scale.untrusted.limits import STEPS
 
 
 class Record(Document):
@@ -28,10 +28,6 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        while line := file.readline(LINE):
-            try:
-                # NaN is a loss that was logged.
-                yield Record.model_validate(from_json(line)).model_dump()
-            except (ValueError, ValidationError):
-                continue  # such as the last line of a killed run
+    for line in lines_of(path):
+        with contextlib.suppress(ValueError):  # such as the last line of a killed run
+            yield Record.model_validate(record_of(line)).model_dump()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from harness import in_processes, run_ranks
 
@@ -32,7 +33,9 @@ def folder(tiny_shards: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def counted(names: list[str], path: Path, file: int | None = None) -> set[tuple[int, int]]:
+def counted(
+    names: list[str], path: Path, file: int | None = None
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     names.append(path.name)
     return member_places(path, file)
 

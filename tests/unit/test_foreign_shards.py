@@ -102,6 +102,16 @@ def test_braces() -> None:
     for bad, word in (("a{1..", "brace"), ("a{3..1}", "backwards"), ("a}", "brace")):
         with pytest.raises(UserError, match=word):
             expand_braces(bad)
+    for many in ("{0..99999999999}", "{0..9999}{0..9999}", "{a,b}" * 60, "{a,b}" * 3000):
+        with pytest.raises(UserError, match="more than 1,048,576 names"):
+            expand_braces(many)
+
+
+def test_names_of_tars_and_folders_may_be_any_bytes(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "caf\udce9" / "train-\udce9.tar", samples(0, 1))
+    for spec in (path.parent, path):
+        assert contents(open_shards(spec, "train")) == contents(open_shards(spec, "train"))
+    assert open_shards(path.parent, "train").where(0) == r"train-\xe9.tar at byte 512 (key 000000)"
 
 
 def test_a_shard_that_braces_name_is_missing(foreign: Path) -> None:

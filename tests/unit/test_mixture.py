@@ -112,6 +112,8 @@ def test_a_set_without_a_sample_in_an_epoch_is_named() -> None:
         ("pipe:cat a,b", [("pipe:cat a,b", None)]),
         ("A:0.7,B", None),
         ("A:0,B:1", None),
+        ("A:1e999,B:1", None),
+        ("A:1e-300,B:1", None),
         ("A,,B", None),
     ],
 )

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from moco_scale import metrics_file, side_files
 from moco_scale.errors import UserError
 from moco_scale.metrics_file import forget_after
-from moco_scale.side_files import SideFile, json_line, json_text, read_lines, record_of
+from moco_scale.side_files import SideFile, json_line, json_text
+from moco_scale.untrusted.documents import lines_of, record_of
 
 
 class Disk:
@@ -186,7 +187,7 @@ def test_what_is_no_record_of_a_step_is_dropped(tmp_path: Path, line: bytes) -> 
 def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
     lines = ["a\u2028b\x0b\x0c\x1c\x85\r".encode() + b"\n", b"rest"]
     (tmp_path / "file").write_bytes(b"".join(lines))
-    assert read_lines(tmp_path / "file") == lines
+    assert list(lines_of(tmp_path / "file")) == lines
 
 
 def full(*_: object, **__: object) -> None:

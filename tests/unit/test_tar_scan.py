@@ -15,6 +15,7 @@ import pytest
 from foreign_sets import ALL, contents, foreign_set, picture, samples, write_tar
 
 from moco_scale.__main__ import main
+from moco_scale.data import tar_scan
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.tar_scan import scan_tar
 from moco_scale.errors import UserError
@@ -64,12 +65,42 @@ def test_labels_that_are_names_are_one_list_for_all_splits(tmp_path: Path) -> No
         ({"label": 3.0}, 3),
         ({"label": "3.0"}, 3),
         ({"label": -1}, -1),
+        ({"label": -5}, -1),
+        ({"label": "+0007."}, 7),
+        ({"label": 1e5}, 100_000),
+        ({"label": 2**31 - 1}, 2**31 - 1),
+        ({"score": float("nan"), "label": 1}, 1),
+        ({"caption": "cut in a \ud83d", "label": 1}, 1),
     ],
 )
 def test_fields_of_json(tmp_path: Path, content: Any, label: int) -> None:
     members = [("a.jpg", picture(0)), ("a.json", json.dumps(content).encode())]
     scan = scan_tar(write_tar(tmp_path / "0.tar", members))
     assert (scan.label.tolist(), scan.names, scan.odd) == ([label], [], "")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "label"),
+    [
+        ("cls", struct.pack("<q", 7), 7),
+        ("cls", struct.pack("<q", -1), -1),
+        ("cls", b"\xef\xbb\xbf3\r\n", 3),
+        ("CLS", b"-0", 0),
+        ("json", b'\xef\xbb\xbf{"label": 3}\r\n', 3),
+        ("cls", "e\u0301cole".encode(), "\xe9cole"),  # composed in another way, the same name
+        ("cls", b"airplane", "airplane"),
+        ("cls", b"1e5", "1e5"),
+        ("cls", b"1_000", "1_000"),
+        ("cls", "\u0661".encode(), "\u0661"),
+    ],
+)
+def test_labels_as_other_programs_write_them(
+    tmp_path: Path, suffix: str, content: bytes, label: int | str
+) -> None:
+    members = [("a.jpg", picture(0)), (f"a.{suffix}", content)]
+    scan = scan_tar(write_tar(tmp_path / "0.tar", members))
+    assert scan.odd == ""
+    assert label == (scan.names[scan.label[0]] if scan.names else scan.label[0])
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -107,6 +138,16 @@ ODD_LABELS = {
     "no JSON": ("json", b'{"label": ', r"9\.json, which is not JSON"),
     "empty": ("cls", b" \n", r"9\.cls, whose label is empty"),
     "binary": ("cls", b"\x80\x03K\x01.", r"9\.cls, which is not text"),
+    "beyond 64 bits": ("cls", b"9" * 30, "whose label 9999999.* is no class"),
+    "thousands of digits": ("cls", b"9" * 9000, "whose label 9999999.* is no class"),
+    "digits beyond floats": ("json", b'{"label": 1e999}', "whose label inf is no class"),
+    "binary beyond": ("cls", b"\xff\xff\xff\xff\0\0\0\0", "whose label 4294967295 is no class"),
+    "deep": ("json", b"[" * 100_000, r"9\.json, which is not JSON \(nested too deeply\)"),
+    "a zero byte": ("cls", b"oa\0k", r"9\.cls, which is not text"),
+    "a long name": ("cls", b"a" * 20_000, r"9\.cls, whose label has 20,000 characters"),
+    "half a character": ("json", b'{"label": "\\udce9"}', r"whose label '\\udce9' is not text"),
+    "16 MB": ("json", b'{"label": "' + b"a" * (1 << 24), r"9\.json, which is too large"),
+    "a megabyte": ("cls", b"a" * (1 << 20), r"9\.cls, which is too large"),
     "name": ("cls", b"oak", r"labels that are numbers, 1 in 000010\.cls, and others .*'oak' in 9"),
 }
 
@@ -133,7 +174,9 @@ def test_an_odd_label_makes_a_set_unlabelled_and_is_named(
         KnnMonitor(bank, queries, 8, 1.0, (0.5,) * 3, (0.5,) * 3)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (0, 1, 4, 5, 2, 3)])
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2, 3, 4, 5), (0, 1, 4, 5, 2, 3), (0, 2, 4, 3, 1, 5), (0, 2, 4, 5, 1, 3)]
+)
 def test_pictures_with_several_dots_in_their_names_are_all_seen(
     tmp_path: Path, order: tuple[int, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,7 +188,7 @@ def test_pictures_with_several_dots_in_their_names_are_all_seen(
     write_tar(tmp_path / "0.tar", [members[i] for i in order])
     shards = open_shards(tmp_path, "train")
     labelled = [(picture(1), 1), (picture(2), 2), (picture(3), 0)]
-    assert contents(shards) == [labelled[i // 2] for i in order[::2]]
+    assert contents(shards) == [labelled[i // 2] for i in order if i % 2 == 0]
     assert shards.place(0).key == "a.b/x_1.5"
     said = capfd.readouterr().err
     assert "names of pictures have several dots (a.b/x_1.5.jpg)" in said
@@ -188,6 +231,15 @@ def test_names_that_mean_different_things_in_two_tars_are_refused(tmp_path: Path
     write_tar(tmp_path / "1.tar", [("1.mask.png", picture(1))])
     with pytest.raises(UserError, match=r"1\.mask\.png in 1\.tar, .*0\.mask\.png in 0\.tar"):
         open_shards(tmp_path, "train")
+
+
+def test_a_sample_has_only_so_many_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = [(f"frame.{i}.jpg", picture(i)) for i in range(4)]
+    path = write_tar(tmp_path / "0.tar", members)
+    assert len(scan_tar(path).offset) == 4
+    monkeypatch.setattr(tar_scan, "MEMBERS_OF_A_SAMPLE", 3)
+    with pytest.raises(UserError, match=r"more than 3 files .* such as frame\.3\.jpg"):
+        scan_tar(path)
 
 
 def cut(path: Path) -> None:
@@ -262,7 +314,7 @@ def gone(path: Path) -> None:
         (no_samples, "empty tar"),
         (no_pictures, "holds no picture: its 1 samples have cls, txt"),
         (same_key, "the key '000000' twice"),
-        (same_name, r"1\.JPG twice"),
+        (same_name, r"1\.JPG beside 1\.jpg"),
         (no_tar, "is not a tar"),
         (zipped, "gunzip"),
         (two_in_one, "goes on after its end"),

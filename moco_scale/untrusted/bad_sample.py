@@ -1,0 +1,22 @@
+"""A line of ``bad_samples.jsonl``, which a run that is resumed takes up again."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from moco_scale.untrusted.documents import Document
+
+NAME_CHARACTERS = 4096
+"""Of a shard's name or a key as it is listed."""
+
+_Number = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class BadSampleLine(Document):
+    """An image that could not be decoded, as far as a run that goes on needs to know it."""
+
+    sample: _Number
+    shard: Annotated[str, Field(max_length=NAME_CHARACTERS)]
+    step: _Number
