@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import os
 import re
@@ -30,17 +31,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moco_scale.data.download import Patience, RemoteFile, Stopped, download, never
-from moco_scale.data.remote import Place
+from moco_scale.data.remote_place import Place
 from moco_scale.errors import UserError
 from moco_scale.files import NO_LOCKS, write_atomically
 from moco_scale.messages import say
 from moco_scale.own_folders import ForeignFolderError, make_own, opened, without_links
+from moco_scale.untrusted.text import printable
 
 SHARDS = "shards"
 MARKER = ".moco_scale-shards"
 _PARTIAL = re.compile(r"\..+\.(\d{1,18})\.partial", re.DOTALL)
 _NONE_OF_OURS = (ForeignFolderError, FileNotFoundError, PermissionError)
 _EARLIER = re.compile(r".+-[0-9a-f]{16}")  # sets of a cache as earlier versions laid it out
+_LONGEST_NAME = 150
 _POLL = 0.05  # seconds between looks at what another process does
 GB = 10**9
 
@@ -62,10 +65,13 @@ def gigabytes(size: int) -> str:
 
 def shard_path(folder: Path, file: RemoteFile) -> Path:
     """Where a shard of a set is kept; its name may have folders in it."""
-    parts = (file.name, file.version) if file.version else (file.name,)
-    name = ".".join(urllib.parse.quote(part, safe="") for part in parts)
-    # A dot at the beginning is that of a partial file, or of the folder above.
-    return folder / SHARDS / (f"%2E{name[1:]}" if name.startswith(".") else name)
+    quoted = urllib.parse.quote(file.name, safe="")
+    if len(quoted) > _LONGEST_NAME:  # a file system has names of 255 bytes; a partial one has more
+        digest = hashlib.blake2b(quoted.encode(), digest_size=16).hexdigest()
+        quoted = f"{quoted[: _LONGEST_NAME - 33]}-{digest}"
+    if file.version:
+        quoted += "." + urllib.parse.quote(file.version, safe="")
+    return folder / SHARDS / quoted
 
 
 class NoRoom(Exception):
@@ -178,8 +184,8 @@ class ShardCache:
         path = shard_path(folder, file)
         if (file.bytes or 0) > self.limit:
             raise UserError(
-                f"--shard-cache-size: {file.name} alone has {gigabytes(file.bytes or 0)}, the "
-                f"cache {gigabytes(self.limit)}"
+                f"--shard-cache-size: {printable(file.name)} alone has "
+                f"{gigabytes(file.bytes or 0)}, the cache {gigabytes(self.limit)}"
             )
         with self.explained():
             self.make(folder)

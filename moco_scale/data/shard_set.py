@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.order import Indices, Order
+from moco_scale.untrusted.text import printable
 
 
 class Place(NamedTuple):
@@ -19,7 +20,8 @@ class Place(NamedTuple):
     key: str  # "" where the header before the picture cannot be read
 
     def __str__(self) -> str:
-        return f"{self.shard} at byte {self.offset}" + (f" (key {self.key})" if self.key else "")
+        key = f" (key {printable(self.key)})" if self.key else ""
+        return f"{printable(self.shard)} at byte {self.offset}{key}"
 
 
 class Pictures(Protocol):

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moco_scale.untrusted.limits import LABEL_CHARACTERS
+from moco_scale.untrusted.shard_index import written
+
 LABEL_FIELDS = ("label", "cls", "class")  # of a .json, in the order of preference
 _NUMBER = re.compile(r"[+-]?\d{1,4000}(\.0*)?")
 
@@ -86,6 +89,8 @@ def _class(member: str, value: Any) -> int | str:
     if isinstance(value, str) and value.strip():
         value = value.strip()
         if not _NUMBER.fullmatch(value):
+            if len(value) > LABEL_CHARACTERS or value != written(value):
+                raise OddLabel(f"{member}, whose label is too long or not text")
             return value
         value = int(value.partition(".")[0])
     elif isinstance(value, float) and value.is_integer():

@@ -162,7 +162,6 @@ def _source(args: argparse.Namespace) -> ShardSource:
         cache_dir=args.shard_cache,
         cache_size=args.shard_cache_size,
         give_up=args.shard_timeout,
-        allow_pipe=args.allow_pipe,
     )
 
 

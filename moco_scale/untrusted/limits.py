@@ -22,8 +22,20 @@ STEPS = 1 << 53
 DOCUMENT_SECONDS = 120.0
 """A small document (an index, headers) has arrived whole within this time, or is given up."""
 
+NETRC = 1 * MB
+"""netrc, where credentials are."""
+NPY_HEADER = 1 * KB
+"""What stands before the rows of an index: 192 bytes."""
+HEAD_BYTES = 256 * KB
+"""Status line and headers of an HTTP answer: some kB."""
+LEAST_RATE = 1000.0
+"""Bytes a second below which a file counts as standing still."""
+
 SAMPLES = 1 << 40
 SHARD_BYTES = 1 << 50
 """Largest numbers of samples and bytes that an index may claim: sums of them fit 64 bits."""
+CLASSES = 1 << 20
+LABEL_CHARACTERS = 1000
+"""Classes of a set, and characters of the name of one, which is mostly that of a folder."""
 NAME_BYTES = 255
 """A component of a path, in UTF-8: the limit of every file system in use."""
