@@ -117,8 +117,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        parts = urllib.parse.urlsplit(newurl)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_web_server(newurl):
             raise FetchError(
                 f"the server sends on to {said_by(newurl)}, which is no web server", passing=False
             )
@@ -130,6 +129,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             if before == after or (secured and before[1] == after[1]):
                 request.add_unredirected_header(AUTHORIZATION, password)
         return request
+
+
+def _is_web_server(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # beyond 65535 it would be taken for another
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def _server(url: str) -> tuple[str, str | None, int | None]:

@@ -86,8 +86,8 @@ class HttpPlace(Place):
         except FetchError:
             raise
         except urllib.error.HTTPError as error:
-            with error:
-                raise _http_error(error) from None
+            error.close()
+            raise _http_error(error) from None
         # What servers send makes these libraries raise whatever theirs raise.
         except Exception as error:
             raise FetchError(_network_reason(error)) from None
