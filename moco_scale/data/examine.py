@@ -15,9 +15,11 @@ from moco_scale.data.output_folder import LEFT_OUT
 from moco_scale.data.pool import BrokenProcessPool, in_order
 from moco_scale.data.progress import Progress
 from moco_scale.data.shard_list import list_shards
+from moco_scale.data.shard_set import Place
 from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, scan_tar
 from moco_scale.errors import UserError
 from moco_scale.side_files import read_lines, record_of
+from moco_scale.untrusted.text import printable
 
 _CHUNK = 1 << 22
 
@@ -32,10 +34,9 @@ class Finding(NamedTuple):
     problem: str
 
     def __str__(self) -> str:
-        place = self.shard
-        if self.offset >= 0:
-            place += f" at byte {self.offset}" + (f" (key {self.key})" if self.key else "")
-        return f"{place}: {self.problem}"
+        if self.offset < 0:
+            return f"{printable(self.shard)}: {self.problem}"
+        return f"{Place(self.shard, self.offset, self.key)}: {self.problem}"
 
 
 class Expected(NamedTuple):

@@ -112,6 +112,18 @@ class ScannedIndex(_IndexBase):
     splits: Annotated[dict[_Split, ScannedSplit], Field(max_length=64)]
 
 
+class CheckedNote(Document):
+    """SPLIT-checked.json: that the headers of tars are right.
+
+    Attributes:
+        index: checksum of the index that they were compared with.
+        right: of each tar, the times of change in nanoseconds at which they were.
+    """
+
+    index: str
+    right: list[list[int]]
+
+
 AnyIndex = ShardIndex | ScannedIndex
 
 
