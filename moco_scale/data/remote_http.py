@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import re
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -90,7 +91,7 @@ class HttpPlace(Place):
             raise _http_error(error) from None
         # What servers send makes these libraries raise whatever theirs raise.
         except Exception as error:
-            raise FetchError(_network_reason(error)) from None
+            raise _network_error(error) from None
         with answer:
             yield answer
 
@@ -121,7 +122,7 @@ class _HttpBody(Body):
             try:
                 chunk = self._answer.some(CHUNK)
             except Exception as error:
-                raise FetchError(_network_reason(error)) from None
+                raise _network_error(error) from None
             if not chunk:
                 return
             yield chunk
@@ -137,12 +138,14 @@ def _http_error(error: urllib.error.HTTPError) -> FetchError:
     return FetchError(f"HTTP {error.code} {said_by(error.reason)}", passing=passing, wait=wait)
 
 
-def _network_reason(error: BaseException) -> str:
-    """One line without addresses, so that equal failures read alike."""
+def _network_error(error: BaseException) -> FetchError:
+    """In one line without addresses, so that equal failures read alike."""
     cause = getattr(error, "reason", error)  # what URLError wraps
     if isinstance(cause, TimeoutError):
-        return f"no answer, or none that goes on, for {http_connection.SILENCE:.0f} s"
+        return FetchError(f"no answer, or none that goes on, for {http_connection.SILENCE:.0f} s")
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return FetchError(f"its certificate: {said_by(cause.verify_message)}", passing=False)
     if isinstance(cause, OSError) and cause.strerror:
-        return said_by(cause.strerror)
+        return FetchError(said_by(cause.strerror))
     text = said_by(cause)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return FetchError(f"{type(error).__name__}: {text}" if text else type(error).__name__)

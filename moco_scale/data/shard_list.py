@@ -15,7 +15,8 @@ from moco_scale.errors import UserError
 
 JOIN = "::"
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"([0-9]{1,12})\.\.([0-9]{1,12})")
+_MOST_NAMES = 1 << 20  # that a pattern stands for
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
 _UNPACK = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}
 _SPLIT_WORDS = {
@@ -90,6 +91,8 @@ def expand_braces(pattern: str) -> list[str]:
         first, last = numbers.groups()
         if int(first) > int(last):
             raise UserError(f"{pattern}: the range {found.group()} runs backwards")
+        if (int(last) - int(first) + 1) * len(tail) > _MOST_NAMES:
+            raise UserError(f"{pattern} stands for more than {_MOST_NAMES:,} names")
         width = len(first) if len(first) == len(last) or first.startswith("0") else 0
         values = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
     else:

@@ -14,6 +14,7 @@ from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.sources import picture_kind
+from moco_scale.untrusted.text import printable
 
 SAMPLE = 1000
 _NAMED = 5  # classes with most and with fewest pictures
@@ -92,7 +93,7 @@ def print_summary(found: dict[str, Any]) -> None:
     print(found["path"])
     made = found["made"]
     if made.get("by"):
-        print(f"  made by {made['by']} from {made.get('source')}")
+        print(f"  made by {printable(made['by'])} from {printable(made.get('source'))}")
     for split, part in found["splits"].items():
         count = part["shards"]
         print(
@@ -137,7 +138,7 @@ def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("classes", f"{len(counts)}, of {each} pictures each"))
 
     def named(some: list[int]) -> str:
-        return ", ".join(f"{part['classes'][c]} {counts[c]}" for c in some)
+        return ", ".join(f"{printable(part['classes'][c], 60)} {counts[c]}" for c in some)
 
     if len(counts) <= 2 * _NAMED:
         lines.append(("", named(order)))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from moco_scale.errors import UserError
+from moco_scale.untrusted.limits import CONTAINERS
 from moco_scale.untrusted.text import printable
 
 _SHOWN_PROBLEMS = 5
@@ -39,8 +40,11 @@ def parse_json(content: bytes, what: str) -> Any:
         what: names the document in messages, with its place.
 
     Raises:
-        DocumentError: it is no JSON, is nested too deeply (200 levels), or holds NaN or Infinity.
+        DocumentError: it is no JSON, is nested too deeply (200 levels), holds NaN or Infinity, or
+            has more than a million lists and objects.
     """
+    if content.count(b"[") + content.count(b"{") > CONTAINERS:
+        raise DocumentError(f"{what} has more than {CONTAINERS:,} lists and objects")
     try:
         return from_json(content.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:

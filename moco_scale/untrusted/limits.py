@@ -7,8 +7,10 @@ from __future__ import annotations
 
 KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
 
-INDEX_JSON = 64 * MB
+INDEX_JSON = 32 * MB
 """index.json: 1,282 shards of ImageNet take 0.2 MB."""
+CONTAINERS = 1 << 20
+"""Lists and objects of a JSON document: each takes 60 bytes and more of memory, and 2 of text."""
 META_JSON = 16 * MB
 """meta.json of a checkpoint: some 20 kB."""
 SETTINGS_JSON = 4 * MB

@@ -265,7 +265,7 @@ def test_an_index_without_an_end_takes_little_memory(
 ) -> None:
     raw.answers.append(endless(OK, b" " * (1 << 20)))
     source = ShardSource(raw.url, str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"index\.json does not end: more than 67,108,864 bytes"):
+    with pytest.raises(UserError, match=r"index\.json does not end: more than 33,554,432 bytes"):
         open_shards(source, "train")
 
 

@@ -106,6 +106,7 @@ def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
         (b"[" * 100_000, "damaged"),
         (b'{"a":' * 100_000, "damaged"),
         (b"\xff\xfe", "damaged"),
+        (b"[" + b"[]," * (1 << 20) + b"0]", "1,048,576 lists and objects"),
         (b'{"format": "moco_scale shards", "version": ' + b"1" * 5000 + b"}", "damaged"),
         (b'{"format": "moco_scale shards", "version": ' + b"1" * 500 + b"}", r"version \?"),
         (b'{"format": "moco_scale shards", "version": 2}', "version 2"),
