@@ -225,6 +225,9 @@ class _Transfer:
             if self._stopped():
                 raise Stopped
             pace.check(len(chunk))
+            if self._file.most is not None and self._offset + len(chunk) > self._file.most:
+                self._restart()
+                raise TooLarge(_too_large(self._place, self._file))
             self._sink.write(chunk)
             self._hash.update(chunk)
             self._offset += len(chunk)
@@ -232,9 +235,6 @@ class _Transfer:
                 self._restart()
                 self.wrong += 1
                 raise FetchError(f"more than the {wanted} bytes its index says arrived")
-            if self._file.most is not None and self._offset > self._file.most:
-                self._restart()
-                raise TooLarge(_too_large(self._place, self._file))
             self.furthest = max(self.furthest, self._offset)
             gets_on()
         whole = wanted if wanted is not None else body.total

@@ -71,7 +71,8 @@ def shard_path(folder: Path, file: RemoteFile) -> Path:
         quoted = f"{quoted[: _LONGEST_NAME - 33]}-{digest}"
     if file.version:
         quoted += "." + urllib.parse.quote(file.version, safe="")
-    return folder / SHARDS / quoted
+    # A dot at the beginning is that of a partial file, or of the folder above.
+    return folder / SHARDS / (f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted)
 
 
 class NoRoom(Exception):
@@ -198,6 +199,8 @@ class ShardCache:
                 held = os.fstat(sink.fileno()).st_size if file.checksum is not None else 0
                 try:
                     self._make_room(keep)
+                    if file.bytes is None:  # room is made for it as it grows
+                        sink.grows(self.limit // 8, lambda: self._make_room(keep))
                     download(place, file, sink, self.patience, stopped, held)
                     _touch(sink)
                     os.fdatasync(sink.fileno())  # a name that outlives a power cut means content
@@ -347,6 +350,12 @@ class _Sink(io.FileIO):
     def __init__(self, path: Path, make_way: Callable[[], int]) -> None:
         super().__init__(without_links(str(path), os.O_RDWR | os.O_CREAT), "r+")
         self._make_way = make_way
+        self._make_room: Callable[[], None] = lambda: None
+        self._step = self._written = 0
+
+    def grows(self, step: int, make_room: Callable[[], None]) -> None:
+        """Call `make_room` after each so many bytes."""
+        self._step, self._make_room = step, make_room
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         view = memoryview(data)
@@ -358,6 +367,10 @@ class _Sink(io.FileIO):
                     raise
                 if not self._make_way():
                     raise
+        self._written += len(data)
+        if self._step and self._written >= self._step:
+            self._written = 0
+            self._make_room()
         return len(data)
 
     def _write_some(self, data: memoryview) -> int:

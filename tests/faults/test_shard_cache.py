@@ -20,7 +20,7 @@ from http_folder import FaultyFolder, Request, served
 from moco_scale.data import download, http_connection, remote, shard_cache
 from moco_scale.data.download import Patience, RemoteFile, Stopped
 from moco_scale.data.remote_place import Place
-from moco_scale.data.shard_cache import NoRoom, ShardCache
+from moco_scale.data.shard_cache import SHARDS, NoRoom, ShardCache, shard_path
 from moco_scale.errors import UserError
 
 SIZE = 300_000
@@ -306,6 +306,33 @@ def test_room_is_kept_for_what_is_on_its_way(cache: ShardCache, target: Path, se
     os.waitpid(fetcher, 0)
     small.fetch(at(server), target, shard(4))
     assert there(target) == {3, 4}
+
+
+def test_room_is_made_for_a_shard_of_unknown_size_as_it_grows(
+    cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moco_scale.data.remote_http.CHUNK", SIZE // 20)
+    small, place = ShardCache(cache.root, 5 * SIZE // 2, HURRIED), at(serve(lambda *_: ""))
+    unknown = RemoteFile(shard(3).name, most=small.limit)
+    for number in (1, 2):
+        small.fetch(place, target, shard(number))
+    path = shard_path(target, shard(1))
+    with pytest.raises(NoRoom):
+        small.fetch(place, target, unknown, keep={path, shard_path(target, shard(2))})
+    assert there(target) == {1, 2}
+    small.fetch(place, target, unknown, keep={path})
+    assert there(target) == {1, 3}
+
+
+def test_a_name_stays_a_name_in_the_folder_whatever_it_is(tmp_path: Path) -> None:
+    names = ["a/b.tar", ".a.tar", "ü" * 127, "x" * 255, "x" * 254 + "y", "/".join("ab" * 99), ".."]
+    files = [RemoteFile(name, version=v) for name in names for v in ("", "../x", "/y", "0" * 12)]
+    paths = [shard_path(tmp_path, file) for file in files]
+    assert len(set(paths)) == len(paths)
+    for path in paths:
+        assert path.parent == tmp_path / SHARDS and not path.name.startswith(".")
+        path.parent.mkdir(exist_ok=True)
+        path.with_name(f".{path.name}.{2**50}.partial").touch()
 
 
 def test_threads_fetch_beside_each_other(cache: ShardCache, target: Path, serve: Serve) -> None:
