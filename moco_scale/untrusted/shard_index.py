@@ -103,13 +103,13 @@ class _IndexBase(Document):
 class ShardIndex(_IndexBase):
     """index.json of a folder of shards, or of their address."""
 
-    splits: Annotated[dict[_Split, Split], Field(max_length=64)]
+    splits: Annotated[dict[_Split, Split], Field(min_length=1, max_length=64)]
 
 
 class ScannedIndex(_IndexBase):
     """index.json of tars without one, as this program wrote it to a folder of its own."""
 
-    splits: Annotated[dict[_Split, ScannedSplit], Field(max_length=64)]
+    splits: Annotated[dict[_Split, ScannedSplit], Field(min_length=1, max_length=64)]
 
 
 class CheckedNote(Document):
@@ -143,7 +143,7 @@ def parse_scanned_index(content: bytes, what: str) -> ScannedIndex:
 
 def _of_this_format(content: bytes, what: str) -> Any:
     try:
-        header = parse_json(content, what)
+        header = parse_json(content, "it")
     except DocumentError as error:
         raise DocumentError(f"{what} is damaged ({error})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
