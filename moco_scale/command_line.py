@@ -11,6 +11,7 @@ from typing import Any
 from moco_scale.argument_types import whole_numbers
 from moco_scale.config import SECTIONS, Config
 from moco_scale.config_rules import build
+from moco_scale.data.remote_credentials import warn_of_printed
 from moco_scale.errors import UserError
 from moco_scale.older_flags import PRETRAINING, HintingParser
 from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
@@ -72,7 +73,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     Raises:
         UserError: values that contradict each other or cannot work.
     """
-    return config_of(vars(make_parser().parse_args(argv)))
+    config = config_of(vars(make_parser().parse_args(argv)))
+    warn_of_printed(config.data.data_dir)
+    return config
 
 
 def config_of(args: Mapping[str, Any]) -> Config:

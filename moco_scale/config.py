@@ -202,9 +202,6 @@ class RunConfig:
     shard_timeout: float = _option(
         GIVE_UP_SECONDS, "seconds without anything new after which a shard is given up"
     )
-    allow_pipe: bool = _option(
-        False, "--data-dir may be 'pipe:COMMAND', run in a shell for every file; {} is its name"
-    )
     decode: str = _option(
         "cpu", "where training pictures are decoded; see docs/data.md", choices=("cpu", "gpu")
     )
@@ -274,7 +271,6 @@ class Config:
             cache_dir=run.shard_cache,
             cache_size=run.shard_cache_size,
             give_up=run.shard_timeout,
-            allow_pipe=run.allow_pipe,
         )
 
     def defining(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from moco_scale import deepspeed_config
 from moco_scale.config import SECTIONS, Config, OptimConfig, RunConfig
+from moco_scale.data.mixed_shards import split_mixture
 from moco_scale.data.remote_addresses import names_remote
 from moco_scale.data.windows import REMOTE_WINDOW
 from moco_scale.errors import UserError
@@ -41,6 +42,8 @@ def _resolve(config: Config, given: dict[str, Any]) -> Config:
     """Fill in what follows from other values."""
     preset, replace = config.preset, dataclasses.replace
     data, model, run = config.data, config.model, config.run
+    if "data_dir" in given:
+        split_mixture(data.data_dir)  # an empty one shall not mean the default
     data = replace(
         data,
         data_dir=data.data_dir or f"data/{data.dataset}",

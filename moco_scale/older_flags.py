@@ -1,4 +1,5 @@
-"""Flags of the official MoCo that are called otherwise here: said when one of them is given."""
+"""Flags of the official MoCo, and our own older ones, that are called otherwise or are gone: said
+when one of them is given."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ _BOTH = {
     "--dist-url": _STARTED,
     "--dist-backend": _STARTED,
     "--gpu": _STARTED,
+    "--allow-pipe": "nothing: no commands are run; --data-dir takes the address itself",
 }
 PRETRAINING = _BOTH | {
     "-a": "--model",

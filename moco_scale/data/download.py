@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from moco_scale.data.progress import gets_on
-from moco_scale.data.remote import Body, FetchError, FileState, Place
+from moco_scale.data.remote_place import CHUNK, Body, FetchError, FileState, Place
 from moco_scale.errors import UserError
+from moco_scale.untrusted.limits import LEAST_RATE
+from moco_scale.untrusted.text import printable
 
 _WRONG_AT_MOST = 3  # a file that arrives whole and wrong so often is wrong over there
-_CHUNK = 1 << 20
+_LOOK = 60.0  # seconds in which a connection has to bring something worth its while
 _jitter = random.SystemRandom()  # clients that failed together shall not come back together
 
 
@@ -27,9 +29,12 @@ class RemoteFile(NamedTuple):
     checksum: str | None = None
     """Hex BLAKE2b-128 of its bytes."""
     version: str = ""
-    """Differs where what lies under this name does; "" where one index goes with one version."""
+    """Differs where what lies under this name does; "" where one index goes with one version.
+    Found out here, never what a server says."""
     scan: str = ""
     """Where it is kept what the file holds, if that was found out here and no index says it."""
+    most: int | None = None
+    """Bytes at which it is given up, where it is not known how many it has."""
 
 
 class Sink(Protocol):
@@ -62,6 +67,10 @@ class Stopped(Exception):
     """Whoever wanted the file does not want it any more."""
 
 
+class TooLarge(UserError):
+    """A file of unknown size has more bytes than are taken."""
+
+
 def never() -> bool:
     return False
 
@@ -79,6 +88,7 @@ def download(
     After a broken connection it goes on where it was, where the place can do that.
 
     Raises:
+        TooLarge: it has more than `file.most` bytes.
         UserError: it is not there, or stays broken; says what happened how often.
         Stopped: `stopped` became true.
         OSError: the sink cannot be written.
@@ -95,6 +105,24 @@ def download(
             hopeless = transfer.wrong >= _WRONG_AT_MOST
             wait = attempts.failed(error, transfer.furthest, hopeless)
         _sleep(wait, stopped)
+
+
+def download_document(
+    place: Place, file: RemoteFile, sink: Sink, patience: Patience, seconds: float
+) -> None:
+    """Bring a small file, which has to arrive in so many seconds over one connection or another.
+
+    Unlike a shard it is given up when it advances too slowly. Raises as `download` does.
+    """
+    transfer = _Transfer(place, file, sink, never, seconds)
+    attempts = _Attempts(place, file, patience)
+    while True:
+        try:
+            transfer.attempt()
+            return
+        except FetchError as error:
+            wait = attempts.failed(error, 0, transfer.wrong >= _WRONG_AT_MOST)
+        _sleep(wait, never)
 
 
 def state_of(place: Place, file: RemoteFile, patience: Patience) -> FileState:
@@ -124,7 +152,8 @@ class _Attempts:
         """
         now, patience = time.monotonic(), self._patience
         self._failures[str(error)] += 1
-        if furthest > self._furthest:
+        # A byte now and then is no advance.
+        if furthest > self._furthest + LEAST_RATE * max(0.0, now - self._advanced - _LOOK):
             self._furthest, self._advanced, self._idle = furthest, now, 0
         wait = min(patience.longest_wait, patience.first_wait * 2**self._idle)
         wait = max(error.wait, wait * _jitter.uniform(0.5, 1.0))
@@ -147,16 +176,23 @@ class _Transfer:
     """
 
     def __init__(
-        self, place: Place, file: RemoteFile, sink: Sink, stopped: Callable[[], bool]
+        self,
+        place: Place,
+        file: RemoteFile,
+        sink: Sink,
+        stopped: Callable[[], bool],
+        seconds: float = float("inf"),
     ) -> None:
+        """seconds: for all of the file over one connection."""
         self._place, self._file, self._sink, self._stopped = place, file, sink, stopped
+        self._seconds = seconds
         self._offset, self._hash = 0, hashlib.blake2b(digest_size=16)
         self.furthest, self.wrong = 0, 0
 
     def resume(self, held: int) -> None:
         self._sink.seek(0)
         while self._offset < held:
-            chunk = self._sink.read(min(_CHUNK, held - self._offset))
+            chunk = self._sink.read(min(CHUNK, held - self._offset))
             if not chunk:
                 break
             self._hash.update(chunk)
@@ -184,9 +220,14 @@ class _Transfer:
             self._restart()
             self.wrong += 1
             raise FetchError(f"it has {body.total} bytes there, its index says {wanted}")
+        pace = _Pace(self._seconds)
         for chunk in body.chunks():
             if self._stopped():
                 raise Stopped
+            pace.check(len(chunk))
+            if self._file.most is not None and self._offset + len(chunk) > self._file.most:
+                self._restart()
+                raise TooLarge(_too_large(self._place, self._file))
             self._sink.write(chunk)
             self._hash.update(chunk)
             self._offset += len(chunk)
@@ -207,6 +248,32 @@ class _Transfer:
             raise FetchError("all of it arrived, but its checksum is wrong")
 
 
+class _Pace:
+    """Whether a connection that is not silent is worth keeping."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._started = seconds, time.monotonic()
+        self._looked, self._bytes = self._started, 0
+
+    def check(self, size: int) -> None:
+        """So many bytes have arrived. Raises FetchError: too few did."""
+        now = time.monotonic()
+        self._bytes += size
+        if now - self._started > self._seconds:
+            raise FetchError(f"it has not arrived within {self._seconds:.0f} s")
+        if now - self._looked > _LOOK:
+            if self._bytes < LEAST_RATE * (now - self._looked):
+                raise FetchError(f"{self._bytes} bytes in {now - self._looked:.0f} s")
+            self._looked, self._bytes = now, 0
+
+
+def _too_large(place: Place, file: RemoteFile) -> str:
+    return (
+        f"{place.address(file.name)} does not end: more than {file.most:,} bytes have arrived, "
+        "which are as many as are taken"
+    )
+
+
 def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
@@ -219,7 +286,7 @@ def _gave_up(
     place: Place, file: RemoteFile, failures: Counter[str], last: str, seconds: float
 ) -> str:
     count = sum(failures.values())
-    where = f"{file.name} could not be fetched from {place.address(file.name)}"
+    where = f"{printable(file.name)} could not be fetched from {place.address(file.name)}"
     if count == 1:
         return f"{where}: {last}. {_advice(last, file)}"
     each = ", ".join(f"{number} x {reason}" for reason, number in failures.most_common(5))

@@ -94,14 +94,14 @@ def list_folder(path: Path) -> Folder:
     indexed = file.exists() or any(path.glob("*-index.npy"))
     if file.exists():
         try:
-            header = index_file.parse_header(file.read_bytes(), file)
-        except (UserError, OSError) as error:
+            header = index_file.read_header(path)
+        except UserError as error:
             problems.append(str(error))
         else:
-            classes, made = header["classes"], dict(header.get("made") or {})
+            classes, made = header.classes, header.made
             dropped = _dropped(path)
-            for split, entry in header["splits"].items():
-                shards = entry["shards"]
+            for split, entry in header.splits.items():
+                shards = entry.shards
                 rows: list[np.ndarray | None] = [None] * len(shards)
                 try:
                     every = index_file.read_rows(path, split, header)
@@ -110,12 +110,12 @@ def list_folder(path: Path) -> Folder:
                     problems.append(str(error))
                 splits[split] = [
                     Expected(
-                        path / shard["name"],
-                        shard["name"],
-                        int(shard["bytes"]),
-                        shard.get("checksum"),
+                        path / shard.name,
+                        shard.name,
+                        shard.bytes,
+                        shard.checksum,
                         of_shard,
-                        dropped.get(shard["name"], frozenset()),
+                        dropped.get(shard.name, frozenset()),
                     )
                     for shard, of_shard in zip(shards, rows, strict=True)
                 ]

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import moco_scale
 from moco_scale.data.download import RemoteFile
 from moco_scale.data.order import BatchPlan, Indices, Plan
-from moco_scale.data.remote import Place
+from moco_scale.data.remote_place import Place
 from moco_scale.data.shard_cache import NoRoom, ShardCache, gigabytes, shard_path
 from moco_scale.data.windows import window_of
 from moco_scale.errors import UserError
@@ -287,7 +287,7 @@ class _Fetching:
 def main() -> None:
     """The process itself: a job, then a line for each step, on stdin."""
     # Whoever stops the run signals the whole group; the end of stdin is what counts here.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     stdin = io.BufferedReader(io.FileIO(0))
     try:

@@ -23,6 +23,9 @@ from moco_scale.data.tar_scan import member_places
 from moco_scale.errors import UserError
 from moco_scale.files import open_failure, write_atomically
 from moco_scale.messages import say
+from moco_scale.untrusted.documents import read_document
+from moco_scale.untrusted.limits import INDEX_JSON
+from moco_scale.untrusted.shard_index import CheckedNote
 
 _MOST_TIMES = 16
 _MOST_NAMED = 6
@@ -118,12 +121,11 @@ def _noted(tars: IndexedTars, place: Path) -> list[list[int]]:
     """Of each tar, the times of change at which it was found right, by the note in a place."""
     nothing: list[list[int]] = [[] for _ in tars.paths]
     try:
-        noted = json.loads((place / _note_name(tars.split)).read_bytes())
-        if noted["index"] != tars.checksum or len(noted["right"]) != len(nothing):
-            return nothing
-        return [[int(time) for time in times] for times in noted["right"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        noted = read_document(place / _note_name(tars.split), CheckedNote, INDEX_JSON, "The note")
+    except UserError:
         return nothing
+    fits = noted.index == tars.checksum and len(noted.right) == len(nothing)
+    return noted.right if fits else nothing
 
 
 def _note_name(split: str) -> str:

@@ -7,9 +7,9 @@ import mmap
 import os
 import resource
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,21 @@ from moco_scale.data.tar_scan import BLOCK, key_in
 from moco_scale.data.windows import order_of
 from moco_scale.errors import UserError
 from moco_scale.files import open_failure
+from moco_scale.untrusted.shard_index import AnyIndex, Tar
+from moco_scale.untrusted.text import printable
+
+
+class Scanned(NamedTuple):
+    """Shards whose index was made here."""
+
+    index_dir: Path
+    """Where it lies."""
+    name: str
+    """Of the set, for messages."""
+    splits: dict[str, list[str]]
+    """The shards' names."""
+    changed: Mapping[str, int]
+    """Of each shard, the time of change (ns) that it had when the index was made."""
 
 
 class IndexedShards:
@@ -40,26 +55,29 @@ class IndexedShards:
         self,
         data_dir: Path,
         split: str,
-        header: Mapping[str, Any],
+        header: AnyIndex,
         rows: np.ndarray,
         selection: np.ndarray | None = None,
         index_dir: Path | None = None,
         name: str = "",
         changed: list[int] | None = None,
+        names: list[str] | None = None,
     ) -> None:
-        entry = header["splits"][split]
+        entry = header.splits[split]
+        shards: Sequence[Tar] = entry.shards
         self.data_dir = data_dir
         self.index_dir = index_dir or data_dir
         self.name = name or str(data_dir)
         self.split = split
-        self.classes: list[str] = list(header["classes"])
-        made = header.get("made")
+        self.classes: list[str] = list(header.classes)
         #: what the index says about how the shards were made
-        self.made: dict[str, Any] = made if isinstance(made, dict) else {}
-        self.why_unlabelled = str(self.made.get("unlabelled", ""))
-        self.fingerprint: str = entry["checksum"]
+        self.made: dict[str, Any] = header.made
+        self.why_unlabelled = printable(header.made.get("unlabelled", ""))
+        self.fingerprint: str = entry.checksum
         self._header = header
-        self._shards = [(s["name"], int(s["bytes"])) for s in entry["shards"]]
+        # Names of tars that were scanned here are known without their index.
+        names = [shard.name for shard in shards] if names is None else names
+        self._shards = [(n, s.bytes) for n, s in zip(names, shards, strict=True)]
         self._all_rows = rows
         self._selection = selection
         self._rows = rows if selection is None else rows[selection]
@@ -82,15 +100,12 @@ class IndexedShards:
         data_dir: str | Path,
         split: str = "train",
         *,
-        index_dir: Path | None = None,
-        name: str = "",
-        indexed: Mapping[str, int] | None = None,
+        scanned: Scanned | None = None,
     ) -> IndexedShards:
         """Open a split and check that all its shards are there with the size they should have.
 
-        index_dir: where the index lies, if not beside the shards; these may then lie anywhere, at
-        paths relative to data_dir. name: for messages; data_dir by default. indexed: of each shard,
-        the time of change (ns) that it had when the index was made; without, it is looked at.
+        scanned: of shards whose index was made here; they may lie anywhere, at paths relative to
+        data_dir.
 
         Raises UserError: no such folder; not a folder of shards (an ImageFolder or a tar: the
         message has the command that makes shards of it); no such split; a shard is missing or has
@@ -98,25 +113,32 @@ class IndexedShards:
         some (see `moco_scale.data.header_check`); an index that is damaged or of another version.
         """
         data_dir = Path(data_dir)
-        header = index_file.read_header(data_dir, index_dir or data_dir)
-        if split not in header["splits"]:
-            known = ", ".join(sorted(header["splits"])) or "none"
+        header: AnyIndex
+        if scanned is None:
+            index_dir, header = data_dir, index_file.read_header(data_dir)
+        else:
+            index_dir = scanned.index_dir
+            header = index_file.read_scanned_header(index_dir, scanned.splits)
+        if split not in header.splits:
+            known = ", ".join(sorted(header.splits)) or "none"
             raise UserError(
                 f"{data_dir} has no split {split!r}; it has: {known}. Make the shards again from a "
                 f"source that has {split!r} pictures (python -m moco_scale shard --help)."
             )
-        rows = index_file.read_rows(index_dir or data_dir, split, header)
-        entry = header["splits"][split]
-        paths = [data_dir / shard["name"] for shard in entry["shards"]]
+        rows = index_file.read_rows(index_dir, split, header)
+        entry = header.splits[split]
+        shards: Sequence[Tar] = entry.shards
+        names = scanned.splits[split] if scanned else [shard.name for shard in shards]
+        paths = [data_dir / shard for shard in names]
         changed = [
-            _check_shard(path, shard["bytes"], len(paths))
-            for path, shard in zip(paths, entry["shards"], strict=True)
+            _check_shard(path, shard.bytes, len(paths))
+            for path, shard in zip(paths, shards, strict=True)
         ]
-        if indexed is not None:
-            changed = [indexed[shard["name"]] for shard in entry["shards"]]
-        else:
-            check_headers(IndexedTars(data_dir, split, entry["checksum"], paths, changed, rows))
-        return cls(data_dir, split, header, rows, None, index_dir, name, changed)
+        if scanned is None:
+            check_headers(IndexedTars(data_dir, split, entry.checksum, paths, changed, rows))
+            return cls(data_dir, split, header, rows, changed=changed)
+        changed = [scanned.changed[shard] for shard in names]
+        return cls(data_dir, split, header, rows, None, index_dir, scanned.name, changed, names)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -213,6 +235,7 @@ class IndexedShards:
             self.index_dir,
             self.name,
             self._changed,
+            [name for name, _ in self._shards],
         )
 
     def _selected(self, indices: np.ndarray) -> np.ndarray:
@@ -225,12 +248,13 @@ class IndexedShards:
         return indices if self._selection is None else self._selection[indices]
 
     def __getstate__(self) -> tuple[Any, ...]:
-        where = self.index_dir, self.name, self._changed
+        names = [name for name, _ in self._shards]
+        where = self.index_dir, self.name, self._changed, names
         return self.data_dir, self.split, self._header, self._selection, *where
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         data_dir, split, header, selection, index_dir, *more = state
-        rows = index_file.map_rows(index_dir, split)
+        rows = index_file.map_rows(index_dir, split, header.splits[split].samples)
         self.__init__(data_dir, split, header, rows, selection, index_dir, *more)  # type: ignore[misc]
 
     def _locate(self, i: int) -> tuple[int, int, int]:
@@ -250,7 +274,9 @@ class IndexedShards:
                 self._watch(shard, path, file.fileno(), status.st_mtime_ns)
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
-            raise UserError(f"Cannot read shard {path}: {open_failure(error)}.") from error
+            raise UserError(
+                f"Cannot read shard {printable(path)}: {open_failure(error)}."
+            ) from error
         self._keep(shard, mapped)
         return mapped
 
@@ -261,7 +287,7 @@ class IndexedShards:
         rows = self._all_rows[self._all_rows["shard"] == shard]
         problem = tar_problem(path, rows, file)
         if problem is not None:
-            raise UserError(f"{path} was changed while it was in use. {problem}")
+            raise UserError(f"{printable(path)} was changed while it was in use. {problem}")
         self._changed[shard] = changed
 
     def _keep(self, shard: int, mapped: mmap.mmap) -> None:
@@ -288,11 +314,13 @@ def _check_shard(path: Path, size: int, of: int) -> int:
         status = path.stat()
     except FileNotFoundError:
         raise UserError(
-            f"Shard {path} is missing ({of} belong to this split). "
+            f"Shard {printable(path)} is missing ({of} belong to this split). "
             "Copy it again from where the shards were made, or make them again."
         ) from None
     except OSError as error:
-        raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
+        raise UserError(
+            f"Cannot read shard {printable(path)}: {error.strerror or error}."
+        ) from error
     if status.st_size != size:
         raise UserError(_wrong_size(path, status.st_size, size))
     return status.st_mtime_ns
@@ -301,6 +329,6 @@ def _check_shard(path: Path, size: int, of: int) -> int:
 def _wrong_size(path: Path, actual: int, expected: int) -> str:
     how = "is truncated" if actual < expected else "was replaced"
     return (
-        f"Shard {path} {how}: it has {actual} bytes, its index says {expected}. "
+        f"Shard {printable(path)} {how}: it has {actual} bytes, its index says {expected}. "
         "Copy it again from where the shards were made, or make them again."
     )

@@ -22,26 +22,43 @@ so all processes of a node share one copy of it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import os
+import re
 import shlex
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moco_scale.errors import UserError
+from moco_scale.untrusted.documents import read_bounded, without_waiting
+from moco_scale.untrusted.limits import INDEX_JSON as INDEX_BYTES
+from moco_scale.untrusted.limits import NPY_HEADER
+from moco_scale.untrusted.shard_index import (
+    FORMAT as FORMAT,
+)
+from moco_scale.untrusted.shard_index import (
+    INDEX_DTYPE as INDEX_DTYPE,
+)
+from moco_scale.untrusted.shard_index import (
+    VERSION as VERSION,
+)
+from moco_scale.untrusted.shard_index import (
+    AnyIndex,
+    ScannedIndex,
+    ShardIndex,
+    parse_index,
+    parse_scanned_index,
+    require_names,
+    rows_problem,
+)
+from moco_scale.untrusted.text import printable
 
-FORMAT = "moco_scale shards"
-VERSION = 1
 INDEX_JSON = "index.json"
 PARTIAL = ".partial-"  # what stands between a folder's name and a suffix while it is being written
-
-# shard: position in the split's list of shards; offset, size: the picture's bytes within that tar;
-# label: class number, -1 for none.
-INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 
 
 def index_name(split: str) -> str:
@@ -79,124 +96,117 @@ def split_entry(
 def has_split(data_dir: str | Path, split: str) -> bool:
     """Whether data_dir is a finished folder of shards that has this split."""
     try:
-        header = json.loads((Path(data_dir) / INDEX_JSON).read_text(encoding="utf-8"))
-        return split in header["splits"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return split in _read(Path(data_dir) / INDEX_JSON).splits
+    except UserError:
         return False
 
 
-def read_header(data_dir: Path, index_dir: Path) -> dict[str, Any]:
-    """What is in the index.json of shards in data_dir; see `parse_header`.
+def read_header(data_dir: Path) -> ShardIndex:
+    """What is in the index.json of a folder of shards.
 
-    Raises UserError: data_dir is no folder of shards; the message says what it seems to be.
+    Raises UserError: data_dir is no folder of shards (the message says what it seems to be); its
+    index is damaged, of another version or of something else.
     """
     if not data_dir.is_dir():
         raise UserError(_not_a_folder(data_dir))
-    path = index_dir / INDEX_JSON
+    path = data_dir / INDEX_JSON
     if not path.is_file():
         raise UserError(_not_shards(data_dir))
+    return _read(path)
+
+
+def _read(path: Path) -> ShardIndex:
+    with _explained(path):
+        return parse_index(read_bounded(path, INDEX_BYTES, "The index"), str(path))
+
+
+def read_scanned_header(folder: Path, splits: dict[str, list[str]]) -> ScannedIndex:
+    """What is in the index.json of tars that were scanned here.
+
+    splits: names of these tars, in their order.
+
+    Raises UserError: it is not there, damaged, or of other tars.
+    """
+    path = folder / INDEX_JSON
+    with _explained(path):
+        index = parse_scanned_index(read_bounded(path, INDEX_BYTES, "The index"), str(path))
+        require_names(index, splits, str(path))
+    return index
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        content = path.read_bytes()
+        yield
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
-    return parse_header(content, path, anywhere=index_dir != data_dir)
+    except ValueError as error:  # a zero byte in the path
+        raise UserError(f"Cannot read {printable(path)}: {error}.") from error
+    except UserError as error:
+        raise UserError(f"{error}. {_MAKE_AGAIN}") from None
 
 
-def parse_header(content: bytes, path: Path | str, *, anywhere: bool = False) -> dict[str, Any]:
-    """What is in an index.json.
+def map_rows(index_dir: Path, split: str, samples: int) -> np.ndarray:
+    """The index of a split, memory-mapped, INDEX_DTYPE [samples].
 
-    path: where it lies, for messages. anywhere: shards may lie in other folders.
-
-    Raises UserError: it is damaged, of another version or of something else.
+    Raises:
+        ValueError: it is not one; says why.
+        OSError: it cannot be read.
     """
-    try:
-        header = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). {_MAKE_AGAIN}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise UserError(f"{path} is not an index of {FORMAT}. {_MAKE_AGAIN}")
-    if header.get("version") != VERSION:
-        raise UserError(
-            f"{path} has format version {header.get('version')}, this program reads version "
-            f"{VERSION}. {_MAKE_AGAIN}"
-        )
-    problem = _header_problem(header, anywhere)
-    if problem:
-        raise UserError(f"{path} is damaged ({problem}). {_MAKE_AGAIN}")
-    return header
-
-
-def _header_problem(header: Mapping[str, Any], anywhere: bool) -> str | None:
-    """What is wrong with the structure of an index.json, None when nothing is.
-
-    anywhere: shards may lie in other folders.
-    """
-    classes, splits = header.get("classes"), header.get("splits")
-    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
-        return "'classes' is not a list of names"
-    if not isinstance(splits, dict):
-        return "'splits' is missing"
-    for name, entry in splits.items():
-        try:
-            sizes = [(str(s["name"]), int(s["bytes"]), int(s["samples"])) for s in entry["shards"]]
-            samples, checksum = int(entry["samples"]), entry["checksum"]
-            checksums = [s.get("checksum", "") for s in entry["shards"]]
-        except (KeyError, TypeError, ValueError) as error:
-            return f"split {name!r}: {type(error).__name__} {error}"
-        if not all(isinstance(text, str) for text in (checksum, *checksums)):
-            return f"split {name!r}: 'checksum' is not text"
-        if not anywhere and any(map(_outside, (shard for shard, _, _ in sizes))):
-            return f"split {name!r}: a shard lies outside the folder"
-        if sum(count for _, _, count in sizes) != samples:
-            return f"split {name!r}: the shards' samples do not add up to {samples}"
-    return None
-
-
-def _outside(name: str) -> bool:
-    return name.startswith("/") or ".." in name.split("/")
-
-
-def map_rows(index_dir: Path, split: str) -> np.ndarray:
-    """The index of a split, memory-mapped; ValueError when it is not one."""
-    rows = np.lib.format.open_memmap(index_dir / index_name(split), mode="r")
-    if rows.dtype != INDEX_DTYPE or rows.ndim != 1:
-        raise ValueError(f"{rows.ndim}-dimensional array of {rows.dtype}")
+    path = index_dir / index_name(split)
+    with open(path, "rb", opener=without_waiting) as file:
+        start = _header_bytes(file.read(NPY_HEADER), samples)
+        size, wanted = os.fstat(file.fileno()).st_size, start + samples * INDEX_DTYPE.itemsize
+    if size != wanted:
+        raise ValueError(f"it has {size} bytes instead of {wanted}")
+    rows = np.memmap(path, INDEX_DTYPE, "r", start, (samples,))
     return np.asarray(rows)  # numpy's memmap class makes every access slower
 
 
-def read_rows(index_dir: Path, split: str, header: Mapping[str, Any]) -> np.ndarray:
+# As np.save writes it: nothing else is, so nothing else has to be understood.
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<length>..)\{'descr': "
+    + re.escape(repr(INDEX_DTYPE.descr).encode())
+    + rb", 'fortran_order': False, 'shape': \((?P<samples>[0-9]{1,13}),\), \} *\n",
+    re.DOTALL,
+)  # fmt: skip
+
+
+def _header_bytes(beginning: bytes, samples: int) -> int:
+    """Where the rows begin. Raises ValueError: these are not rows, or not as many."""
+    found = _NPY_HEADER.match(beginning)
+    if found is None or found.end() != 10 + int.from_bytes(found["length"], "little"):
+        raise ValueError("it does not begin as an index does")
+    if int(found["samples"]) != samples:
+        raise ValueError(
+            f"has {int(found['samples'])} samples, {INDEX_JSON} says {samples}: the two belong to "
+            "different sets of shards"
+        )
+    return found.end()
+
+
+def read_rows(index_dir: Path, split: str, header: AnyIndex) -> np.ndarray:
     """The same, checked. Raises UserError: it cannot be read, is damaged, or not the header's."""
     path = index_dir / index_name(split)
-    entry = header["splits"][split]
+    entry = header.splits[split]
+    if entry.samples == 0:
+        raise UserError(f"The index {path} is empty. {_MAKE_AGAIN}")
     try:
-        rows = map_rows(index_dir, split)
+        rows = map_rows(index_dir, split, entry.samples)
     except OSError as error:
         raise UserError(
             f"Cannot read the index {path}: {error.strerror or error}. {_MAKE_AGAIN}"
         ) from error
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
         raise UserError(f"The index {path} is damaged ({error}). {_MAKE_AGAIN}") from error
-    if len(rows) != entry["samples"]:
-        raise UserError(
-            f"The index {path} has {len(rows)} samples, {INDEX_JSON} says {entry['samples']}: "
-            f"the two belong to different sets of shards. {_MAKE_AGAIN}"
-        )
-    if rows_checksum(rows) != entry["checksum"]:
+    if rows_checksum(rows) != entry.checksum:
         raise UserError(
             f"The checksum of the index {path} is not the one in {INDEX_JSON}: it was changed, or "
             f"the two belong to different sets of shards. {_MAKE_AGAIN}"
         )
-    sizes = np.array([s["bytes"] for s in entry["shards"]], dtype=np.uint64)
-    if len(rows) == 0:
-        raise UserError(f"The index {path} is empty. {_MAKE_AGAIN}")
-    inside = rows["shard"].max() < len(sizes) and bool(
-        (rows["offset"] + rows["size"] <= sizes[rows["shard"]]).all()
-        and (rows["offset"] >= tarfile.BLOCKSIZE).all()
-    )
-    if not inside:
-        raise UserError(f"The index {path} points outside the shards. {_MAKE_AGAIN}")
-    if rows["label"].min() < -1 or rows["label"].max() >= max(len(header["classes"]), 0):
-        raise UserError(f"The index {path} has labels that are no class. {_MAKE_AGAIN}")
+    problem = rows_problem(rows, entry, len(header.classes))
+    if problem is not None:
+        raise UserError(f"The index {path} {problem}. {_MAKE_AGAIN}")
     return rows
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.mixture import Mixture
 from moco_scale.data.order import FullPermutation, Indices, Order
-from moco_scale.data.remote_addresses import PIPE, shown
+from moco_scale.data.remote_addresses import refuse_command, shown
 from moco_scale.data.shard_set import Place, Shards
 from moco_scale.errors import UserError
 from moco_scale.untrusted.text import printable
@@ -37,9 +37,12 @@ def split_mixture(spec: str) -> list[Named]:
     Commas inside braces belong to a pattern. What exists under the whole name, commas and colons
     included, is that set, and so is what exists under a part's.
 
-    Raises UserError: an empty name, only some weights, a weight of 0.
+    Raises UserError: a command, an empty name, only some weights, a weight of 0.
     """
-    if os.path.exists(spec) or spec.startswith(PIPE):
+    refuse_command(spec)
+    if not spec.strip():
+        raise UserError("--data-dir is empty: name a folder of shards, or their address")
+    if os.path.exists(spec):
         return [Named(spec, None)]
     # A shell expands the ~ of the first one only.
     parts = [os.path.expanduser(part.strip()) for part in re.split(r",(?![^{}]*\})", spec)]
@@ -53,6 +56,7 @@ def split_mixture(spec: str) -> list[Named]:
             "or none (none: by the numbers of their pictures)"
         )
     for part in named:
+        refuse_command(part.spec)
         if part.weight == 0:
             raise UserError(
                 f"--data-dir {shown(spec)}: {shown(part.spec)} has weight 0; leave it out"

@@ -72,7 +72,7 @@ def local_splits(spec: str) -> list[str]:
     for part in split_mixture(spec):
         tars = _without_index(part.spec)
         folder = Path(part.spec)
-        found += index_file.read_header(folder, folder)["splits"] if tars is None else tars.splits
+        found += index_file.read_header(folder).splits if tars is None else tars.splits
     return sorted(set(found), key=lambda split: (split != "train", split))
 
 

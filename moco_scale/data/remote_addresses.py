@@ -6,7 +6,7 @@ import re
 
 from moco_scale.errors import UserError
 
-PIPE = "pipe:"
+_PIPE = "pipe:"  # commands: WebDataset has them
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _USER = re.compile(r"//[^/\s]*@")  # up to the last @: a password may have one
 _SIGNATURE = re.compile(r"(://(?:\{[^{}]*\}|[^?#,])*?)/*[?#][^,]*")
@@ -16,18 +16,17 @@ _HOST_IN_BRACKETS = re.compile(r"//([^/]*@)?\[[0-9a-fA-F:.%]*\]")
 
 def is_remote(spec: str) -> bool:
     """Whether a data set's name is an address."""
-    return spec.startswith(PIPE) or SCHEME.match(spec) is not None
+    return spec.startswith(_PIPE) or SCHEME.match(spec) is not None
 
 
 def names_remote(spec: str) -> bool:
     """Whether an address is part of it, as in a mixture of several data sets."""
-    return PIPE in spec or SCHEME.search(spec) is not None
+    return spec.startswith(_PIPE) or SCHEME.search(spec) is not None
 
 
 def check_address(spec: str) -> None:
     """UserError where an address is written as if what lies there could be listed or joined."""
-    if spec.startswith(PIPE):
-        return
+    refuse_command(spec)
     if "::" in _HOST_IN_BRACKETS.sub("//", spec):
         raise UserError(
             f"--data-dir {shown(spec)}: sets that lie elsewhere are not joined by ::; name them as "
@@ -45,11 +44,48 @@ def check_address(spec: str) -> None:
         )
 
 
+def refuse_command(spec: str) -> None:
+    """UserError where a data set is ``pipe:COMMAND``, with the address to give instead."""
+    if not spec.startswith(_PIPE):
+        return
+    instead = _address_in(spec.removeprefix(_PIPE))
+    raise UserError(
+        f"--data-dir {shown(spec)}: no commands are run to read shards. Name what the command "
+        + (
+            f"reads: --data-dir {shown(instead)}"
+            if instead
+            else "reads as https://, s3:// or gs://"
+        )
+        + ", or any other address that fsspec has a library for (sftp://, hdfs://, …)"
+    )
+
+
+def _address_in(command: str) -> str:
+    """The folder that a usual command fetches files of; "": it cannot be told."""
+    words = [word.strip("'\"") for word in command.split()]
+    found = next((word for word in words if SCHEME.match(word)), "")
+    if not found:
+        path = next((word for word in words if "/" in word and "{}" in word), "")
+        if words[:1] == ["ssh"]:
+            host = next((word for word in words[1:] if not word.startswith("-")), "")
+            found = f"sftp://{host}{path}" if host and path.startswith("/") else ""
+        elif words[:1] in (["hdfs"], ["hadoop"]):
+            found = f"hdfs://{path}" if path.startswith("/") else ""
+        elif words[:1] == ["cat"]:
+            found = path
+    return found.partition("{}")[0].rstrip("/") if found else ""
+
+
 def shown(spec: str) -> str:
     """A data set's name for messages and logs: without passwords, and without what signs it."""
-    if spec.startswith(PIPE):
-        return scrubbed(spec)
+    if spec.startswith(_PIPE):
+        return _PIPE + "…"  # a command may hold secrets in any form
     return _SIGNATURE.sub(r"\1", _USER.sub("//", spec))
+
+
+def holds_secret(spec: str) -> bool:
+    """Whether a password or what may sign it stands in a data set's name."""
+    return shown(spec).rstrip("/") != spec.rstrip("/") and SCHEME.search(spec) is not None
 
 
 def scrubbed(text: str) -> str:

@@ -7,58 +7,58 @@ import fcntl
 import hashlib
 import io
 import mmap
+import os
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moco_scale.data import index, index_file
-from moco_scale.data.download import Patience, RemoteFile, download
+from moco_scale.data.download import RemoteFile, TooLarge, download_document
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.order import Indices
-from moco_scale.data.remote import Place
-from moco_scale.data.shard_cache import SHARDS, ShardCache, shard_path, write_once
+from moco_scale.data.remote_place import Place
+from moco_scale.data.shard_cache import SHARDS, ShardCache, gigabytes, shard_path, write_once
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.workers import closing
 from moco_scale.errors import UserError
 from moco_scale.own_folders import without_links
+from moco_scale.untrusted.limits import DOCUMENT_SECONDS, INDEX_JSON, NPY_HEADER
+from moco_scale.untrusted.shard_index import AnyIndex, ShardIndex, parse_index
+from moco_scale.untrusted.text import printable
 
+_ROWS_RATE = 1e5  # bytes a second at which rows have to arrive
 _ATTEMPTS = 3  # to fetch an index that is whole and fits the rest
 
 
 class RemoteShards(index.IndexedShards):
     """The pictures of a split that lie elsewhere, read through a cache.
 
-    `folder` is the set's in the cache, with the shards that are here now; `index_dir` holds the
-    index.
+    `files` are the split's shards; `folder` is the set's in the cache, with those that are here
+    now; `index_dir` holds the index.
     """
 
     def __init__(
         self,
         index_dir: Path,
         split: str,
-        header: Mapping[str, Any],
+        header: AnyIndex,
         rows: np.ndarray,
         selection: np.ndarray | None,
+        files: Sequence[RemoteFile],
         name: str,
         folder: Path,
         place: Place,
         cache: ShardCache,
     ) -> None:
-        super().__init__(folder / SHARDS, split, header, rows, selection, index_dir, name)
-        self._folder, self._place, self._cache = folder, place, cache
-        self._files = [
-            RemoteFile(
-                shard["name"],
-                int(shard["bytes"]),
-                shard.get("checksum"),
-                shard.get("version", ""),
-                shard.get("scan", ""),
-            )
-            for shard in header["splits"][split]["shards"]
-        ]
+        names = [file.name for file in files]
+        super().__init__(
+            folder / SHARDS, split, header, rows, selection, index_dir, name, names=names
+        )
+        self._folder, self._place, self._cache, self._files = folder, place, cache, files
 
     def rest(self) -> None:
         self._maps.clear()
@@ -81,16 +81,16 @@ class RemoteShards(index.IndexedShards):
     def subset(self, indices: Indices) -> RemoteShards:
         selection = self._selected(indices)
         header, rows = self._header, self._all_rows
-        place = self.name, self._folder, self._place, self._cache
+        place = self._files, self.name, self._folder, self._place, self._cache
         return RemoteShards(self.index_dir, self.split, header, rows, selection, *place)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        place = self.name, self._folder, self._place, self._cache
+        place = self._files, self.name, self._folder, self._place, self._cache
         return self.index_dir, self.split, self._header, self._selection, *place
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         index_dir, split, header, selection, *place = state
-        rows = index_file.map_rows(index_dir, split)
+        rows = index_file.map_rows(index_dir, split, header.splits[split].samples)
         self.__init__(index_dir, split, header, rows, selection, *place)  # type: ignore[misc]
 
     def _path(self, shard: int) -> Path:
@@ -116,30 +116,33 @@ def open_remote(source: ShardSource, split: str) -> RemoteShards:
     """
     place, cache, name = source.place, source.cache, str(source)
     for attempt in range(1, _ATTEMPTS + 1):
-        content = _fetch(place, index_file.INDEX_JSON, cache.patience)
+        content = _fetch_index(place, cache)
         try:
             header = _parsed(content, place)
-            if split not in header["splits"]:
+            if split not in header.splits:
                 break
             folder = cache.home / _folder_name(name, content)
             rows = _rows(place, cache, folder, split, header, content)
-            return RemoteShards(folder, split, header, rows, None, name, folder, place, cache)
+            shards = header.splits[split].shards
+            files = [RemoteFile(shard.name, shard.bytes, shard.checksum) for shard in shards]
+            where = name, folder, place, cache
+            return RemoteShards(folder, split, header, rows, None, files, *where)
         except _DamagedError as damage:
             if attempt == _ATTEMPTS:
                 raise UserError(
                     f"{damage}; it was fetched {attempt} times. Copy the shards there again, all "
                     "of one making and with their index"
                 ) from None
-    known = ", ".join(sorted(header["splits"])) or "none"
+    known = ", ".join(sorted(header.splits)) or "none"
     raise UserError(f"{name} has no split {split!r}; it has: {known}.")
 
 
 def has_remote_split(source: ShardSource, split: str) -> bool:
     """Whether there is such a split at an address. Raises UserError where nothing can be read."""
     place = source.place
-    content = _fetch(place, index_file.INDEX_JSON, source.cache.patience)
+    content = _fetch_index(place, source.cache)
     try:
-        return split in _parsed(content, place)["splits"]
+        return split in _parsed(content, place).splits
     except _DamagedError as damage:
         raise UserError(str(damage)) from None
 
@@ -148,17 +151,17 @@ class _DamagedError(Exception):
     """What was fetched is not what it should be."""
 
 
-def _parsed(content: bytes, place: Place) -> dict[str, Any]:
+def _parsed(content: bytes, place: Place) -> ShardIndex:
+    where = place.address(index_file.INDEX_JSON)
     try:
-        header = index_file.parse_header(content, place.address(index_file.INDEX_JSON))
+        header = parse_index(content, where)
     except UserError as error:
         raise _DamagedError(str(error)) from None
-    for entry in header["splits"].values():
-        for shard in entry["shards"]:
-            if shard["name"].startswith("."):
-                raise _DamagedError(
-                    f"{place.address(index_file.INDEX_JSON)} names {shard['name']!r}"
-                )
+    for entry in header.splits.values():
+        for shard in entry.shards:
+            # Nobody keeps shards under such a name, and servers keep other things there.
+            if any(part.startswith(".") for part in shard.name.split("/")):
+                raise _DamagedError(f"{where} names {printable(shard.name)!r}, a hidden file")
     return header
 
 
@@ -169,19 +172,15 @@ def _folder_name(name: str, index_content: bytes) -> str:
     return f"{stem}-{key}"
 
 
-def _fetch(place: Place, name: str, patience: Patience) -> bytes:
+def _fetch_index(place: Place, cache: ShardCache) -> bytes:
     content = io.BytesIO()
-    download(place, RemoteFile(name), content, patience)
+    file = RemoteFile(index_file.INDEX_JSON, most=INDEX_JSON)
+    download_document(place, file, content, cache.patience, DOCUMENT_SECONDS)
     return content.getvalue()
 
 
 def _rows(
-    place: Place,
-    cache: ShardCache,
-    folder: Path,
-    split: str,
-    header: Mapping[str, Any],
-    content: bytes,
+    place: Place, cache: ShardCache, folder: Path, split: str, header: ShardIndex, content: bytes
 ) -> np.ndarray:
     """The rows of the index, which one process fetches unless they are in the folder."""
     path = folder / index_file.index_name(split)
@@ -193,7 +192,7 @@ def _rows(
                 with contextlib.suppress(UserError):
                     return index_file.read_rows(folder, split, header)
             write_once(folder / index_file.INDEX_JSON, content)
-            write_once(path, _fetch(place, path.name, cache.patience))
+            _fetch_rows(place, cache, path, header.splits[split].samples)
             try:
                 return index_file.read_rows(folder, split, header)
             except UserError:
@@ -202,3 +201,27 @@ def _rows(
                     f"{place.address(path.name)} is damaged, or not of the "
                     f"{index_file.INDEX_JSON} there"
                 ) from None
+
+
+def _fetch_rows(place: Place, cache: ShardCache, path: Path, samples: int) -> None:
+    """Fetch the rows to a file: what index.json says of their size may be anything."""
+    most = samples * index_file.INDEX_DTYPE.itemsize + NPY_HEADER
+    if most > cache.limit:
+        raise UserError(
+            f"{place.address(index_file.INDEX_JSON)} speaks of {samples:,} samples, whose index "
+            f"alone has {gigabytes(most)}: more than --shard-cache-size {gigabytes(cache.limit)}"
+        )
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "r+b") as file:
+            wanted, seconds = RemoteFile(path.name, most=most), DOCUMENT_SECONDS + most / _ROWS_RATE
+            download_document(place, wanted, file, cache.patience, seconds)
+        os.replace(temporary, path)
+    except TooLarge:
+        raise _DamagedError(
+            f"{place.address(path.name)} has more than the {samples:,} samples that "
+            f"{index_file.INDEX_JSON} there says"
+        ) from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -20,19 +21,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco_scale.data import index_file
-from moco_scale.data.download import RemoteFile, state_of
+from moco_scale.data.download import RemoteFile, TooLarge, state_of
 from moco_scale.data.index_place import alone
 from moco_scale.data.progress import Progress
-from moco_scale.data.remote import FileState, Place, place
-from moco_scale.data.remote_addresses import PIPE, shown
+from moco_scale.data.remote import place
+from moco_scale.data.remote_addresses import shown
+from moco_scale.data.remote_place import FileState, Place
 from moco_scale.data.remote_shards import RemoteShards
 from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_path, version_of
 from moco_scale.data.scanned_index import write_index
-from moco_scale.data.shard_cache import cache_home, shard_path, write_once
+from moco_scale.data.shard_cache import cache_home, gigabytes, shard_path, write_once
 from moco_scale.data.shard_list import COMPRESSED_TAR, expand_braces, splits_of
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.tar_scan import scan_tar
 from moco_scale.errors import UserError
+from moco_scale.untrusted.documents import read_bounded
+from moco_scale.untrusted.limits import NAME_BYTES
 
 _FETCHERS = 4
 _ASKERS = 16
@@ -57,7 +61,7 @@ def is_remote_pattern(spec: str) -> bool:
     path = spec.partition("?")[0]
     below = path.partition("://")[2].partition("/")[2]
     is_tar = below.lower().endswith(".tar") or COMPRESSED_TAR.search(below) is not None
-    return not spec.startswith(PIPE) and ("{" in path or is_tar)
+    return "{" in path or is_tar
 
 
 def remote_tars(source: ShardSource) -> RemoteTars:
@@ -83,7 +87,7 @@ def remote_tars(source: ShardSource) -> RemoteTars:
     told = splits_of(str(source), [Path("/") / name for name in names], Path("/"))
     for split, name in zip(told, names, strict=True):
         splits.setdefault(split, []).append(name)
-    return RemoteTars(place(f"{folder}{mark}{query}", source.allow_pipe), splits)
+    return RemoteTars(place(f"{folder}{mark}{query}"), splits)
 
 
 def open_remote_tars(source: ShardSource, split: str) -> RemoteShards:
@@ -100,16 +104,19 @@ def open_remote_tars(source: ShardSource, split: str) -> RemoteShards:
     indexing = _Indexing(source, tars)
     index_dir = indexing.done()
     try:
-        path = index_dir / index_file.INDEX_JSON
-        header = index_file.parse_header(path.read_bytes(), path, anywhere=True)
+        header = index_file.read_scanned_header(index_dir, tars.splits)
         rows = index_file.read_rows(index_dir, split, header)
-    except (OSError, UserError) as error:
+    except UserError as error:
         raise UserError(
             f"The index of {name} in {index_dir} cannot be used ({error}); remove that folder to "
             "make it again"
         ) from error
-    folder = indexing.folder
-    return RemoteShards(index_dir, split, header, rows, None, name, folder, tars.place, cache)
+    files = [
+        RemoteFile(tar, shard.bytes, shard.checksum, shard.version, indexing.scan_of(tar))
+        for tar, shard in zip(tars.splits[split], header.splits[split].shards, strict=True)
+    ]
+    where = name, indexing.folder, tars.place, cache
+    return RemoteShards(index_dir, split, header, rows, None, files, *where)
 
 
 class _Indexing:
@@ -156,10 +163,12 @@ class _Indexing:
 
     def _just_checked(self) -> Path | None:
         """The index that another process has just found to be right: not every rank asks."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             if abs(time.time() - self._stamp.stat().st_mtime) < _FRESH:
-                found = self._home / self._stamp.read_text(encoding="ascii")
-                if (found / index_file.INDEX_JSON).exists():
+                name = read_bounded(self._stamp, NAME_BYTES, "The stamp").decode(errors="replace")
+                found = self._home / name
+                ours = re.fullmatch(rf"remote-{self._key}-[0-9a-f]+", name)
+                if ours and (found / index_file.INDEX_JSON).exists():
                     return found
         return None
 
@@ -174,11 +183,7 @@ class _Indexing:
             return found
         sizes = {name: saved.bytes for name, saved in scans.items()}
         remarks = {
-            name: {
-                "checksum": saved.checksum,
-                "version": saved.version,
-                "scan": str(self._scan_path(name)),
-            }
+            name: {"checksum": saved.checksum, "version": saved.version}
             for name, saved in scans.items()
         }
         every = [saved.scan for saved in scans.values()]
@@ -200,7 +205,12 @@ class _Indexing:
         missing = [name for name in names if name not in scans]
         if missing:
             label = f"fetching and indexing {self._name}"
-            with self._fetchers() as fetchers, Progress(label, len(names), "shards") as progress:
+            # A tar of unknown size may take up all of the cache.
+            single = any(states[name].bytes is None for name in missing)
+            with (
+                self._fetchers(1 if single else _FETCHERS) as fetchers,
+                Progress(label, len(names), "shards") as progress,
+            ):
                 progress.add(len(scans))
                 found = fetchers.map(lambda name: self._scan(name, states[name]), missing)
                 for name, saved in zip(missing, found, strict=True):
@@ -209,8 +219,8 @@ class _Indexing:
         return {name: scans[name] for name in names}
 
     @contextlib.contextmanager
-    def _fetchers(self) -> Iterator[ThreadPoolExecutor]:
-        pool = ThreadPoolExecutor(_FETCHERS)
+    def _fetchers(self, count: int) -> Iterator[ThreadPoolExecutor]:
+        pool = ThreadPoolExecutor(count)
         try:
             yield pool
         finally:  # an error or an interruption does not wait for what is on its way
@@ -221,9 +231,13 @@ class _Indexing:
         folder = self._identity.partition("{")[0].rpartition("/")[0]
         return scan_path(self._scans, f"{folder}/{name}")
 
+    def scan_of(self, name: str) -> str:
+        """Where it is kept what a tar holds."""
+        return str(self._scan_path(name))
+
     def _file(self, name: str, state: FileState) -> RemoteFile:
-        scan = str(self._scan_path(name))
-        return RemoteFile(name, state.bytes, version=version_of(state), scan=scan)
+        scan, most = self.scan_of(name), self._cache.limit
+        return RemoteFile(name, state.bytes, version=version_of(state), scan=scan, most=most)
 
     def _state(self, name: str) -> FileState:
         file = self._file(name, FileState())
@@ -232,7 +246,13 @@ class _Indexing:
     def _scan(self, name: str, state: FileState) -> SavedScan:
         """Fetch a tar, see what it holds, and keep that."""
         file, where = self._file(name, state), self._tars.place
-        with self._cache.hold(where, self.folder, file, stopped=self._stopped.is_set) as held:
+        try:
+            got = self._cache.hold(where, self.folder, file, stopped=self._stopped.is_set)
+        except TooLarge as error:
+            raise UserError(
+                f"{error}: --shard-cache-size is {gigabytes(self._cache.limit)}"
+            ) from None
+        with got as held:
             path = shard_path(self.folder, file)
             try:
                 scan = scan_tar(path)

@@ -25,6 +25,7 @@ from moco_scale.data.tar_scan import ShardScan
 from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
 from moco_scale.side_files import json_line, json_text
+from moco_scale.untrusted.names import relative_problem
 from moco_scale.untrusted.text import printable
 
 _TEMPORARY = ".repaired-"
@@ -132,6 +133,12 @@ def _index(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """index.json and the rows of each split."""
     everything = [(shard.name, shard.scan) for shards in splits.values() for shard in shards]
+    for name, _ in everything:
+        if problem := relative_problem(name):
+            raise UserError(
+                f"{folder.path / index_file.INDEX_JSON} cannot name {printable(name)!r}, which "
+                f"{problem}: give the tar another name first"
+            )
     classes, why_none = find_classes(everything)
     place = {name: i for i, name in enumerate(classes)}
     if why_none:

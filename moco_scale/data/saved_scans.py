@@ -15,12 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco_scale.data.remote import FileState
+from moco_scale.data.remote_place import FileState
 from moco_scale.data.shard_cache import write_once
 from moco_scale.data.tar_scan import ShardScan
+from moco_scale.errors import UserError
+from moco_scale.untrusted.documents import parse_document
+from moco_scale.untrusted.saved_scan import FORMAT, SavedScanText
+from moco_scale.untrusted.text import printable
 
-_FORMAT = 3
-_SAID = ShardScan._fields[3:]  # what is no array
+_COLUMNS = (np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8"))
+_WORDS = ("odd", "dotted", "part")
 
 
 class SavedScan(NamedTuple):
@@ -45,25 +49,37 @@ def version_of(state: FileState) -> str:
 def load_scan(path: Path) -> SavedScan | None:
     """None: it was not saved, or is damaged."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                return None  # np.savez compresses nothing, so none is larger than the file
         with np.load(path, allow_pickle=False) as found:
-            said = json.loads(bytes(found["said"]))
-            if said["format"] != _FORMAT:
-                return None
-            columns = found["offset"], found["size"], found["label"]
-        scan = ShardScan(*columns, *(said[field] for field in _SAID))
-        return SavedScan(scan, said["bytes"], said["checksum"], FileState(*said["state"]))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            said = parse_document(found["said"].tobytes(), SavedScanText, str(path))
+            offset, size, label = (found[name] for name in ("offset", "size", "label"))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, UserError):
         return None
+    kinds = (offset.dtype, size.dtype, label.dtype), {offset.shape, size.shape, label.shape}
+    if kinds != (_COLUMNS, {(len(offset),)}) or not _labels_fit(label, said.names):
+        return None
+    words = said.names, said.without_picture, said.odd, said.dotted, said.part
+    state = FileState(*said.state)
+    return SavedScan(ShardScan(offset, size, label, *words), said.bytes, said.checksum, state)
+
+
+def _labels_fit(label: np.ndarray, names: list[str]) -> bool:
+    highest = len(names) if names else 2**31
+    return len(label) == 0 or (label.min() >= -1 and label.max() < highest)
 
 
 def save_scan(path: Path, saved: SavedScan) -> None:
     """In the place of what is known of an earlier tar there. Raises OSError."""
     said = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "bytes": saved.bytes,
         "checksum": saved.checksum,
         "state": saved.state,
-        **{field: getattr(saved.scan, field) for field in _SAID},
+        "names": saved.scan.names,
+        "without_picture": saved.scan.without_picture,
+        **{field: printable(getattr(saved.scan, field)) for field in _WORDS},
     }
     content, scan = io.BytesIO(), saved.scan
     text = np.frombuffer(json.dumps(said).encode(), np.uint8)

@@ -26,6 +26,7 @@ from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
 from moco_scale.messages import say
 from moco_scale.untrusted.limits import CLASSES
+from moco_scale.untrusted.shard_index import written
 from moco_scale.untrusted.text import printable
 
 _RULES = b"3"  # by which pictures and labels are found: an index made by others is made again
@@ -85,9 +86,8 @@ def _open(
 ) -> index.IndexedShards | None:
     """None: there is no index, or it is damaged, which making it again puts right."""
     try:
-        return index.IndexedShards.open(
-            shards.folder, split, index_dir=folder, name=spec, indexed=changed
-        )
+        scanned = index.Scanned(folder, spec, shards.splits, changed)
+        return index.IndexedShards.open(shards.folder, split, scanned=scanned)
     except UserError:
         return None
 
@@ -146,9 +146,9 @@ def write_index(
         "classes": classes,
         "splits": {},
         "made": {
-            "scanned": spec,
+            "scanned": written(spec),
             "without_picture": sum(s.without_picture for s in scans),
-            "unlabelled": why_none,
+            "unlabelled": printable(why_none),
         },
     }
     # Readers look for a folder with an index.json: that comes last.
@@ -163,11 +163,11 @@ def write_index(
             rows = np.concatenate(
                 [index_rows(number, scan, place) for number, (_, scan) in enumerate(chosen)]
             )
-            entry = [(name, sizes[name], len(scan.offset)) for name, scan in chosen]
+            entry = [(written(name), sizes[name], len(scan.offset)) for name, scan in chosen]
             described = index_file.split_entry(split, rows, entry)
             if remarks is not None:
-                for shard in described["shards"]:
-                    shard.update(remarks[shard["name"]])
+                for shard, (name, _) in zip(described["shards"], chosen, strict=True):
+                    shard.update(remarks[name])
             header["splits"][split] = described
             save_rows(folder / index_file.index_name(split), rows)
         write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1), shared=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import os
 import re
@@ -30,17 +31,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moco_scale.data.download import Patience, RemoteFile, Stopped, download, never
-from moco_scale.data.remote import Place
+from moco_scale.data.remote_place import Place
 from moco_scale.errors import UserError
 from moco_scale.files import NO_LOCKS, write_atomically
 from moco_scale.messages import say
 from moco_scale.own_folders import ForeignFolderError, make_own, opened, without_links
+from moco_scale.untrusted.text import printable
 
 SHARDS = "shards"
 MARKER = ".moco_scale-shards"
 _PARTIAL = re.compile(r"\..+\.(\d{1,18})\.partial", re.DOTALL)
 _NONE_OF_OURS = (ForeignFolderError, FileNotFoundError, PermissionError)
 _EARLIER = re.compile(r".+-[0-9a-f]{16}")  # sets of a cache as earlier versions laid it out
+_LONGEST_NAME = 150
 _POLL = 0.05  # seconds between looks at what another process does
 GB = 10**9
 
@@ -62,10 +65,14 @@ def gigabytes(size: int) -> str:
 
 def shard_path(folder: Path, file: RemoteFile) -> Path:
     """Where a shard of a set is kept; its name may have folders in it."""
-    parts = (file.name, file.version) if file.version else (file.name,)
-    name = ".".join(urllib.parse.quote(part, safe="") for part in parts)
+    quoted = urllib.parse.quote(file.name, safe="")
+    if len(quoted) > _LONGEST_NAME:  # a file system has names of 255 bytes; a partial one has more
+        digest = hashlib.blake2b(quoted.encode(), digest_size=16).hexdigest()
+        quoted = f"{quoted[: _LONGEST_NAME - 33]}-{digest}"
+    if file.version:
+        quoted += "." + urllib.parse.quote(file.version, safe="")
     # A dot at the beginning is that of a partial file, or of the folder above.
-    return folder / SHARDS / (f"%2E{name[1:]}" if name.startswith(".") else name)
+    return folder / SHARDS / (f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted)
 
 
 class NoRoom(Exception):
@@ -178,8 +185,8 @@ class ShardCache:
         path = shard_path(folder, file)
         if (file.bytes or 0) > self.limit:
             raise UserError(
-                f"--shard-cache-size: {file.name} alone has {gigabytes(file.bytes or 0)}, the "
-                f"cache {gigabytes(self.limit)}"
+                f"--shard-cache-size: {printable(file.name)} alone has "
+                f"{gigabytes(file.bytes or 0)}, the cache {gigabytes(self.limit)}"
             )
         with self.explained():
             self.make(folder)
@@ -192,6 +199,8 @@ class ShardCache:
                 held = os.fstat(sink.fileno()).st_size if file.checksum is not None else 0
                 try:
                     self._make_room(keep)
+                    if file.bytes is None:  # room is made for it as it grows
+                        sink.grows(self.limit // 8, lambda: self._make_room(keep))
                     download(place, file, sink, self.patience, stopped, held)
                     _touch(sink)
                     os.fdatasync(sink.fileno())  # a name that outlives a power cut means content
@@ -341,6 +350,12 @@ class _Sink(io.FileIO):
     def __init__(self, path: Path, make_way: Callable[[], int]) -> None:
         super().__init__(without_links(str(path), os.O_RDWR | os.O_CREAT), "r+")
         self._make_way = make_way
+        self._make_room: Callable[[], None] = lambda: None
+        self._step = self._written = 0
+
+    def grows(self, step: int, make_room: Callable[[], None]) -> None:
+        """Call `make_room` after each so many bytes."""
+        self._step, self._make_room = step, make_room
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
         view = memoryview(data)
@@ -352,6 +367,10 @@ class _Sink(io.FileIO):
                     raise
                 if not self._make_way():
                     raise
+        self._written += len(data)
+        if self._step and self._written >= self._step:
+            self._written = 0
+            self._make_room()
         return len(data)
 
     def _write_some(self, data: memoryview) -> int:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco_scale.data.download import Patience
-from moco_scale.data.remote import Place, place
+from moco_scale.data.remote import place
 from moco_scale.data.remote_addresses import shown
+from moco_scale.data.remote_place import Place
 from moco_scale.data.shard_cache import GB, ShardCache, cache_home
 
 CACHE_GB = 32.0
@@ -23,14 +24,12 @@ class ShardSource:
         cache_dir: where fetched shards are kept; "" means a folder of the user's cache.
         cache_size: of that folder, at most, in GB.
         give_up: seconds without anything new after which a shard is not waited for any longer.
-        allow_pipe: spec may be a command.
     """
 
     spec: str
     cache_dir: str = ""
     cache_size: float = CACHE_GB
     give_up: float = GIVE_UP_SECONDS
-    allow_pipe: bool = False
 
     def __str__(self) -> str:
         return shown(self.spec)
@@ -43,4 +42,4 @@ class ShardSource:
     @property
     def place(self) -> Place:
         """What an address stands for. Raises UserError."""
-        return place(self.spec, self.allow_pipe)
+        return place(self.spec)

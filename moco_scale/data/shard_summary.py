@@ -94,7 +94,7 @@ def print_summary(found: dict[str, Any]) -> None:
     print(found["path"])
     made = found["made"]
     if made.get("by"):
-        print(f"  made by {made['by']} from {made.get('source')}")
+        print(f"  made by {printable(made['by'])} from {printable(made.get('source'))}")
     for split, part in found["splits"].items():
         count = part["shards"]
         print(

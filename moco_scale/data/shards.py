@@ -35,6 +35,8 @@ from moco_scale.data.shard_file import (
 )
 from moco_scale.errors import UserError
 from moco_scale.side_files import json_line, json_text
+from moco_scale.untrusted.shard_index import written
+from moco_scale.untrusted.text import printable
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def write_shards(
     header: dict[str, Any] = {
         "format": index_file.FORMAT,
         "version": index_file.VERSION,
-        "classes": listing.classes,
+        "classes": [written(name) for name in listing.classes],
         "splits": {},
     }
     written = []
@@ -126,7 +128,8 @@ def write_shards(
         with write_errors(folder):
             note_checked(IndexedTars(folder, split, entry["checksum"], paths, changed, rows))
         written.append(Written(split, len(rows), len(shards), sum(size for _, size, _ in shards)))
-    header["made"] = {**(made or {}), "seed": seed, "left_out": len(listing.left_out)}
+    said = {k: printable(v, 4096) if isinstance(v, str) else v for k, v in (made or {}).items()}
+    header["made"] = {**said, "seed": seed, "left_out": len(listing.left_out)}
     with write_errors(folder):
         if listing.left_out:
             _write(folder / LEFT_OUT, b"".join(json_line(e._asdict()) for e in listing.left_out))

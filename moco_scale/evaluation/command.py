@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from moco_scale import distributed, identity, numerics, together
 from moco_scale.config import DATASETS
 from moco_scale.data.open_shards import open_shards
+from moco_scale.data.remote_credentials import warn_of_printed
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.engines.base import PRECISIONS
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: something does not fit; every rank raises it.
     """
     args = parse(argv)
+    warn_of_printed(args.data_dir)
     distributed.initialize(args.device, hang_timeout=args.hang_timeout)
     numerics.set_switches()
     phases = Phases()
@@ -162,7 +164,6 @@ def _source(args: argparse.Namespace) -> ShardSource:
         cache_dir=args.shard_cache,
         cache_size=args.shard_cache_size,
         give_up=args.shard_timeout,
-        allow_pipe=args.allow_pipe,
     )
 
 

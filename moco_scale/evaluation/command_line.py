@@ -45,11 +45,6 @@ def make_parser() -> argparse.ArgumentParser:
         default=GIVE_UP_SECONDS,
         help="seconds without anything new after which a shard is given up",
     )
-    add(
-        "--allow-pipe",
-        action="store_true",
-        help="--data-dir may be 'pipe:COMMAND', run in a shell for every file; {} is its name",
-    )
     add("--pretrained-model", required=True, help="a run's current.pth")
     add("--output-dir", required=True, help="where results.json goes")
     add("--protocol", choices=("linear", "knn"), default="linear", help="what to do")

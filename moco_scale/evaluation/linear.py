@@ -45,6 +45,7 @@ from moco_scale.evaluation.features import (
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.messages import say
 from moco_scale.run_lock import RunLock, claim_for_all
+from moco_scale.untrusted.text import printable
 
 
 class LinearEvaluation:
@@ -383,8 +384,8 @@ def _count_classes(train: Shards, val: Shards) -> int:
     strangers = sorted(set(val.labels.tolist()) - known)
     if strangers:
         raise UserError(
-            f"{val.name}: {len(strangers)} classes of the val pictures are in no train "
-            f"picture (first: {train.classes[strangers[0]]}), so nothing can learn them; "
+            f"{val.name}: {len(strangers)} classes of the val pictures are in no train picture "
+            f"(first: {printable(train.classes[strangers[0]])}), so nothing can learn them; "
             "make the shards from a source whose splits have the same classes"
         )
     return max(len(train.classes), highest + 1)

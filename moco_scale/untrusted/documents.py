@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from moco_scale.errors import UserError
-from moco_scale.untrusted.limits import LINE
+from moco_scale.untrusted.limits import CONTAINERS, LINE
 from moco_scale.untrusted.text import printable
 
 _SHOWN_PROBLEMS = 5
@@ -42,8 +42,11 @@ def parse_json(content: bytes, what: str) -> Any:
         what: names the document in messages, with its place.
 
     Raises:
-        DocumentError: it is no JSON, is nested too deeply (200 levels), or holds NaN or Infinity.
+        DocumentError: it is no JSON, is nested too deeply (200 levels), holds NaN or Infinity, or
+            has more than a million lists and objects.
     """
+    if content.count(b"[") + content.count(b"{") > CONTAINERS:
+        raise DocumentError(f"{what} has more than {CONTAINERS:,} lists and objects")
     try:
         return from_json(content.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
@@ -88,7 +91,7 @@ def read_bounded(path: str | Path, limit: int, what: str) -> bytes:
         DocumentError: it has more; it is no regular file.
         OSError: it cannot be read.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
+    with open(path, "rb", opener=without_waiting) as file:
         # One byte more shows that there is more; the size that a file claims may be another.
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -96,7 +99,7 @@ def read_bounded(path: str | Path, limit: int, what: str) -> bytes:
     return content
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def without_waiting(path: str, flags: int) -> int:
     """Open a file; a pipe that nobody writes to is empty instead of waited for."""
     return os.open(path, flags | os.O_NONBLOCK)
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
 
-INDEX_JSON = 64 * MB
+INDEX_JSON = 32 * MB
 """index.json: 1,282 shards of ImageNet take 0.2 MB."""
+CONTAINERS = 1 << 20
+"""Lists and objects of a JSON document: each takes 60 bytes and more of memory, and 2 of text."""
 META_JSON = 16 * MB
 """meta.json of a checkpoint: some 20 kB."""
 SETTINGS_JSON = 4 * MB
@@ -21,6 +23,15 @@ STEPS = 1 << 53
 
 DOCUMENT_SECONDS = 120.0
 """A small document (an index, headers) has arrived whole within this time, or is given up."""
+
+NETRC = 1 * MB
+"""netrc, where credentials are."""
+NPY_HEADER = 1 * KB
+"""What stands before the rows of an index: 192 bytes."""
+HEAD_BYTES = 256 * KB
+"""Status line and headers of an HTTP answer: some kB."""
+LEAST_RATE = 1000.0
+"""Bytes a second below which a file counts as standing still."""
 
 SAMPLES = 1 << 40
 SHARD_BYTES = 1 << 50

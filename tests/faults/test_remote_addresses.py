@@ -12,6 +12,7 @@ from http_folder import served
 from remote_sets import HURRIED, batches, same, source_of
 
 from moco_scale import bad_pictures
+from moco_scale.command_line import parse
 from moco_scale.config_rules import build
 from moco_scale.data import remote, remote_addresses, shard_source
 from moco_scale.data.mixed_shards import split_mixture
@@ -31,7 +32,16 @@ def test_addresses_that_are_none_say_what_they_should_be(tmp_path: Path) -> None
         ("blah://host/x", "https://, http://, s3:// or gs://"),
         ("s3://bucket/x", r"pip install 'moco_scale\[remote\]'"),
         ("http:///x", "there is no host"),
-        ("pipe:cat {}", "only with --allow-pipe"),
+        ("pipe:aws s3 cp s3://b/f/{} -", "no commands are run .* --data-dir s3://b/f,"),
+        ("pipe:gsutil cat gs://b/f/{}", "--data-dir gs://b/f,"),
+        ("pipe:curl -s -L 'https://h/f/{}' || true", "--data-dir https://h/f,"),
+        ("pipe:ssh -C host cat /d/{}", "--data-dir sftp://host/d,"),
+        ("pipe:hdfs dfs -cat /d/{}", "--data-dir hdfs:///d,"),
+        ("pipe:cat /d/{}", "--data-dir /d,"),
+        ("pipe:TOKEN=secret magic {}", "pipe:…: no commands .* https://, s3:// or gs://"),
+        ("s3://b/f:0.5,pipe:cat {}:0.5", "no commands are run"),
+        ("", "--data-dir is empty"),
+        (" ", "--data-dir is empty"),
         ("https://h/train-*.tar", r"\* stands for nothing there; name tars by braces"),
         ("https://h/train-00000?.tar", r"\? stands for nothing there"),
         ("https://h/train-[01].tar", r"\[ stands for nothing there"),
@@ -42,8 +52,6 @@ def test_addresses_that_are_none_say_what_they_should_be(tmp_path: Path) -> None
     ]:
         with pytest.raises(UserError, match=words):
             open_shards(ShardSource(spec, cache_dir=str(tmp_path)), "train")
-    with pytest.raises(UserError, match=r"write \{\} where"):
-        open_shards(ShardSource("pipe:cat", str(tmp_path), allow_pipe=True), "train")
     with served(tmp_path) as server, pytest.raises(UserError, match=r"HTTP 404.*Check the address"):
         open_shards(source_of(server, tmp_path), "train")
 
@@ -77,14 +85,11 @@ def test_nor_where_they_are_written_carelessly() -> None:
     for spec, said in [
         ("https://me:se@cret@host/x", "https://host/x"),
         ("https://host/x y?secret z", "https://host/x y"),
-        (
-            "pipe:curl -s 'https://me:secret@host/{}?secret' | cat",
-            "pipe:curl -s 'https://host/{}' | cat",
-        ),
+        ("pipe:curl -s 'https://me:secret@host/{}?secret' | cat", "pipe:…"),
     ]:
         assert remote_addresses.shown(spec) == said
     with pytest.raises(UserError, match=r"//host:x/y: .* port that is none") as caught:
-        remote.place("http://me:secret@host:x/y", allow_pipe=False)
+        remote.place("http://me:secret@host:x/y")
     assert "secret" not in str(caught.value)
 
 
@@ -155,32 +160,13 @@ def test_an_address_is_read_in_windows_unless_told_otherwise() -> None:
     assert chosen.data.shuffle_window == 0
 
 
-def test_a_command_that_the_user_allows(tiny_shards: Path, tmp_path: Path) -> None:
-    def source(command: str) -> ShardSource:
-        return ShardSource(f"pipe:{command}", str(tmp_path), give_up=0.1, allow_pipe=True)
-
-    far = open_shards(source(f"cat {tiny_shards}/{{}}"), "train")
-    same(batches(far, 1), batches(open_shards(tiny_shards, "train"), 0))
-    with pytest.raises(UserError, match=r"status 3: no such bucket as index\.json"):
-        open_shards(source("echo no such bucket as {} >&2; exit 3"), "train")
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_one_does_not_mean_the_usual_folder(empty: str) -> None:
+    with pytest.raises(UserError, match="--data-dir is empty"):
+        build("v2", {"data_dir": empty})
 
 
-def test_a_name_that_a_shell_would_take_for_a_command_is_refused(
-    tiny_shards: Path, tmp_path: Path
-) -> None:
-    evil = tmp_path / "evil"
-    shutil.copytree(tiny_shards, evil)
-    header = json.loads((evil / "index.json").read_text())
-    for shard in header["splits"]["train"]["shards"]:
-        shard["name"] = f"$(touch {evil.name}.txt)"
-    (evil / "index.json").write_text(json.dumps(header))
-    spec = f'pipe:cat "{evil}/{{}}"'
-    far = open_shards(ShardSource(spec, str(tmp_path), give_up=0.1, allow_pipe=True), "train")
-    with pytest.raises(UserError, match="a shell would not take this name literally"):
-        far.read(0)
-    for name in ("../x.tar", "..", ".hidden.tar", "a/../b.tar", "/b.tar"):
-        for shard in header["splits"]["train"]["shards"]:
-            shard["name"] = name
-        (evil / "index.json").write_text(json.dumps(header))
-        with served(evil) as server, pytest.raises(UserError, match=r"index\.json"):
-            open_shards(source_of(server, tmp_path / "cache"), "train")
+def test_the_flag_for_commands_says_that_there_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--allow-pipe", "--data-dir", "s3://bucket/set"])
+    assert "--allow-pipe is here: nothing: no commands are run" in capsys.readouterr().err

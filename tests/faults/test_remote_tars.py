@@ -13,7 +13,7 @@ from remote_sets import HURRIED, batches, same
 
 from moco_scale.data import remote_tars, shard_source
 from moco_scale.data.open_shards import has_split, open_shards
-from moco_scale.data.remote import FileState
+from moco_scale.data.remote_place import FileState
 from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_path
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
@@ -179,7 +179,7 @@ def test_a_saved_scan_is_read_again_unless_it_is_damaged(tmp_path: Path) -> None
         "x_1.5.jpg",
         "2.mask.png",
     )
-    saved = SavedScan(scan, 10240, "ab", FileState(10240, '"x"'))
+    saved = SavedScan(scan, 10240, "ab" * 16, FileState(10240, '"x"'))
     path = scan_path(tmp_path, "https://h/x.tar")
     save_scan(path, saved)
     found = load_scan(path)

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from http_folder import FaultyFolder, Request, served
 
-from moco_scale.data import download, remote, shard_cache
+from moco_scale.data import download, http_connection, remote, shard_cache
 from moco_scale.data.download import Patience, RemoteFile, Stopped
-from moco_scale.data.shard_cache import NoRoom, ShardCache
+from moco_scale.data.remote_place import Place
+from moco_scale.data.shard_cache import SHARDS, NoRoom, ShardCache, shard_path
 from moco_scale.errors import UserError
 
 SIZE = 300_000
@@ -62,8 +63,8 @@ def serve(origin: Path) -> Iterator[Serve]:
         yield lambda fault: stack.enter_context(served(origin, fault))
 
 
-def at(server: FaultyFolder) -> remote.Place:
-    return remote.place(server.url, allow_pipe=False)
+def at(server: FaultyFolder) -> Place:
+    return remote.place(server.url)
 
 
 def in_order(*faults: str) -> Callable[[str, int], str]:
@@ -173,7 +174,7 @@ def test_a_shard_that_advances_is_never_given_up(
 def test_a_silent_server_is_left_when_nobody_wants_the_shard_any_more(
     cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_SILENCE", 0.05)
+    monkeypatch.setattr(http_connection, "SILENCE", 0.05)
     server = serve(lambda name, attempt: "silent")
     with pytest.raises(Stopped):
         cache.hold(at(server), target, shard(0), stopped=lambda: len(server.requests) > 1)
@@ -204,7 +205,7 @@ def test_a_left_part_of_something_else_does_no_harm(
         os.unlink(target / "shards" / shard(3).name)
 
 
-def fetch_in_child(cache: ShardCache, place: remote.Place, target: Path, number: int) -> int:
+def fetch_in_child(cache: ShardCache, place: Place, target: Path, number: int) -> int:
     """Fork a process that holds a shard and checks it; its pid."""
     pid = os.fork()
     if pid == 0:
@@ -237,7 +238,7 @@ def test_the_lock_of_a_dead_fetcher_is_free(cache: ShardCache, target: Path, ser
     assert os.waitpid(second, 0)[1] == 0
 
 
-def held(cache: ShardCache, place: remote.Place, target: Path, number: int) -> mmap.mmap:
+def held(cache: ShardCache, place: Place, target: Path, number: int) -> mmap.mmap:
     with cache.hold(place, target, shard(number)) as file:
         return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
@@ -305,6 +306,33 @@ def test_room_is_kept_for_what_is_on_its_way(cache: ShardCache, target: Path, se
     os.waitpid(fetcher, 0)
     small.fetch(at(server), target, shard(4))
     assert there(target) == {3, 4}
+
+
+def test_room_is_made_for_a_shard_of_unknown_size_as_it_grows(
+    cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moco_scale.data.remote_http.CHUNK", SIZE // 20)
+    small, place = ShardCache(cache.root, 5 * SIZE // 2, HURRIED), at(serve(lambda *_: ""))
+    unknown = RemoteFile(shard(3).name, most=small.limit)
+    for number in (1, 2):
+        small.fetch(place, target, shard(number))
+    path = shard_path(target, shard(1))
+    with pytest.raises(NoRoom):
+        small.fetch(place, target, unknown, keep={path, shard_path(target, shard(2))})
+    assert there(target) == {1, 2}
+    small.fetch(place, target, unknown, keep={path})
+    assert there(target) == {1, 3}
+
+
+def test_a_name_stays_a_name_in_the_folder_whatever_it_is(tmp_path: Path) -> None:
+    names = ["a/b.tar", ".a.tar", "ü" * 127, "x" * 255, "x" * 254 + "y", "/".join("ab" * 99), ".."]
+    files = [RemoteFile(name, version=v) for name in names for v in ("", "../x", "/y", "0" * 12)]
+    paths = [shard_path(tmp_path, file) for file in files]
+    assert len(set(paths)) == len(paths)
+    for path in paths:
+        assert path.parent == tmp_path / SHARDS and not path.name.startswith(".")
+        path.parent.mkdir(exist_ok=True)
+        path.with_name(f".{path.name}.{2**50}.partial").touch()
 
 
 def test_threads_fetch_beside_each_other(cache: ShardCache, target: Path, serve: Serve) -> None:

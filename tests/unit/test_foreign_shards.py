@@ -254,3 +254,25 @@ def _opened(folder: Path, gate: Any) -> tuple[int, int]:
 def test_one_of_many_processes_scans(foreign: Path) -> None:
     found = in_processes(4, _opened, foreign)
     assert sorted(found) == [(20, 0), (20, 0), (20, 0), (20, 5)]
+
+
+def test_names_that_are_no_text_are_found_again(foreign: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9-train-000009.tar")
+    shutil.copy(next(foreign.glob("*.tar")), foreign / odd)
+    first, again = open_shards(foreign, "train"), open_shards(foreign, "train")
+    assert contents(first) == contents(again) and len(first) > 20
+    place = next(first.place(i) for i in range(len(first)) if first.place(i).shard == odd)
+    assert str(place).startswith(r"caf\xe9-train-000009.tar at byte")
+    index = next(foreign.glob(f"{index_place.FOLDER}/*/index.json"))
+    index.write_text(index.read_text().replace("000009", "000008"))  # of other tars: made again
+    assert contents(open_shards(foreign, "train")) == contents(first)
+
+
+def test_labels_that_no_index_can_hold_leave_a_set_without_labels(tmp_path: Path) -> None:
+    for name in ('"\\ud800"', f'"{"x" * 1001}"'):
+        folder = tmp_path / str(len(name))
+        folder.mkdir()
+        members = [("1.jpg", picture(1)), ("1.json", f'{{"label": {name}}}'.encode())]
+        write_tar(folder / "0.tar", members)
+        shards = open_shards(folder, "train")
+        assert shards.classes == [] and "too long or not text" in shards.why_unlabelled

@@ -320,7 +320,7 @@ def _no_class(folder: Path) -> None:
         (_no_json, "damaged"),
         (_shard_list, "do not add up"),
         (_no_sizes, "bytes"),
-        (_elsewhere, "outside the folder"),
+        (_elsewhere, "is no name of a file"),
         (_beyond, "outside the shards"),
         (_no_shard, "outside the shards"),
         (_no_class, "no class"),

@@ -1,0 +1,103 @@
+"""What a place elsewhere is to those who fetch from it.
+
+A place is asked for a file by name, from some byte on, and gives its bytes or says what went wrong
+and whether trying again can help. It neither retries nor checks what it gets: `download` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moco_scale.data.remote_addresses import scrubbed
+from moco_scale.untrusted.limits import SHARD_BYTES
+from moco_scale.untrusted.text import printable
+
+CHUNK = 1 << 20
+_SAID = 120  # characters of what a server says that are shown
+_TAG = 1000  # characters of a tag that are kept
+
+
+class FetchError(Exception):
+    """A file did not arrive.
+
+    Attributes:
+        passing: whether trying again can help.
+        wait: seconds the server asks for before the next attempt; 0: it did not say.
+    """
+
+    def __init__(self, message: str, *, passing: bool = True, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.passing, self.wait = passing, wait
+
+
+class FileState(NamedTuple):
+    """What a place says of a file without sending it; None and "" where it does not say."""
+
+    bytes: int | None = None
+    tag: str = ""
+    """Of its content: an ETag, a generation."""
+    changed: str = ""
+    """When it was."""
+
+    @classmethod
+    def said(cls, size: object, tag: object, changed: object) -> FileState:
+        """The same of what a server says, whatever that is."""
+        known = isinstance(size, int) and 0 <= size <= SHARD_BYTES
+        return cls(
+            int(size) if known else None,  # type: ignore[call-overload]
+            printable(tag or "", _TAG),
+            printable(changed or "", _TAG),
+        )
+
+    def same(self, other: FileState) -> bool:
+        """Whether nothing speaks for a change. Servers that share the work may give tags, or
+        times, of their own: one of the two is enough."""
+        if self.bytes != other.bytes:
+            return False
+        pairs = [(self.tag, other.tag), (self.changed, other.changed)]
+        known = [one == two for one, two in pairs if one and two]
+        return any(known) or not known
+
+
+class Body(ABC):
+    """The bytes of a file from `start` on.
+
+    Attributes:
+        start: where they begin: as asked for, or 0 where the place can only send all.
+        total: size of the whole file; None when unknown.
+    """
+
+    start: int = 0
+    total: int | None = None
+
+    @abstractmethod
+    def chunks(self) -> Iterator[bytes]:
+        """Them, up to the end or until the connection ends: a body may be short.
+
+        Raises FetchError.
+        """
+
+
+class Place(ABC):
+    """A folder elsewhere."""
+
+    @abstractmethod
+    def address(self, name: str) -> str:
+        """Where a file is, for messages: without passwords and signatures."""
+
+    @abstractmethod
+    def open(self, name: str, start: int) -> contextlib.AbstractContextManager[Body]:
+        """A file's bytes from `start` on. Raises FetchError."""
+
+    def state(self, name: str) -> FileState:
+        """What is known of a file without fetching it. Raises FetchError."""
+        return FileState()
+
+
+def said_by(error: object) -> str:
+    """What a server or a library says, on one short line without passwords and signatures."""
+    # Cut before it is searched for addresses, which takes time.
+    return printable(scrubbed(printable(error, 4 * _SAID)), _SAID)

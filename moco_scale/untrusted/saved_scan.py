@@ -1,0 +1,28 @@
+"""What is kept of a tar elsewhere that was scanned here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moco_scale.untrusted.documents import Document
+from moco_scale.untrusted.limits import SHARD_BYTES
+from moco_scale.untrusted.shard_index import Checksum
+
+FORMAT = 3
+_Size = Annotated[int, Field(ge=0, le=SHARD_BYTES)]
+
+
+class SavedScanText(Document):
+    """All of a saved scan but its columns, and how it was fetched."""
+
+    format: Literal[3]
+    bytes: _Size
+    checksum: Checksum
+    state: Annotated[tuple[_Size | None, str, str], Field(strict=False)]  # JSON has lists
+    names: list[str]
+    without_picture: Annotated[int, Field(ge=0)]
+    odd: str
+    dotted: str
+    part: str

@@ -1,0 +1,198 @@
+"""What index.json may say of shards: of a set that was made or fetched, and of one scanned here.
+
+The two have one format and are two documents. What somebody else wrote names files below a folder
+and nothing more. What was found out here of tars without an index also tells versions of them
+apart, and their names are known beforehand: such an index is compared with them, never asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, StringConstraints, model_validator
+
+from moco_scale.errors import UserError
+from moco_scale.untrusted.documents import Document, DocumentError, check, parse_json
+from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, SAMPLES, SHARD_BYTES
+from moco_scale.untrusted.names import PlainName, RelativePath
+
+FORMAT = "moco_scale shards"
+VERSION = 1
+# shard: position in the split's list of shards; offset, size: the picture's bytes within that tar;
+# label: class number, -1 for none.
+INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
+
+_BLOCK = 512  # of a tar: a picture stands behind a header at least
+_ROWS_AT_ONCE = 1 << 20
+
+Checksum = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+"""Hex BLAKE2b-128."""
+_Bytes = Annotated[int, Field(ge=0, le=SHARD_BYTES)]
+_Samples = Annotated[int, Field(ge=0, le=SAMPLES)]
+_Class = Annotated[str, StringConstraints(max_length=LABEL_CHARACTERS)]
+_Split = Annotated[PlainName, StringConstraints(max_length=100)]
+
+
+class Tar(Document):
+    """What is said of a tar."""
+
+    name: str
+    bytes: _Bytes
+    samples: _Samples
+    checksum: Checksum | None = None
+
+
+class Shard(Tar):
+    """A tar, by what anybody may say of it."""
+
+    name: RelativePath
+
+
+class ScannedShard(Tar):
+    """A tar that was scanned here.
+
+    Attributes:
+        name: as it can be written in JSON: to be compared, not to be opened.
+        version: tells apart what lies at one address at different times; "" of local tars.
+    """
+
+    version: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,32}$")] = ""
+
+
+class _SplitBase(Document):
+    samples: _Samples
+    checksum: Checksum
+
+    def _check_sums(self, shards: Sequence[Tar]) -> None:
+        if sum(shard.samples for shard in shards) != self.samples:
+            raise ValueError(f"the shards' samples do not add up to {self.samples}")
+        if sum(shard.bytes for shard in shards) > SHARD_BYTES:
+            raise ValueError("the shards have more bytes than any set")
+
+
+class Split(_SplitBase):
+    shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        self._check_sums(self.shards)
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise ValueError("a shard is named twice")
+        return self
+
+
+class ScannedSplit(_SplitBase):
+    shards: list[ScannedShard]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        self._check_sums(self.shards)
+        return self
+
+
+class _IndexBase(Document):
+    format: Literal["moco_scale shards"]
+    version: Literal[1]
+    classes: Annotated[list[_Class], Field(max_length=CLASSES)]
+    made: dict[str, Any] = Field(default_factory=dict)
+    """How; for people."""
+
+
+class ShardIndex(_IndexBase):
+    """index.json of a folder of shards, or of their address."""
+
+    splits: Annotated[dict[_Split, Split], Field(min_length=1, max_length=64)]
+
+
+class ScannedIndex(_IndexBase):
+    """index.json of tars without one, as this program wrote it to a folder of its own."""
+
+    splits: Annotated[dict[_Split, ScannedSplit], Field(min_length=1, max_length=64)]
+
+
+class CheckedNote(Document):
+    """SPLIT-checked.json: that the headers of tars are right.
+
+    Attributes:
+        index: checksum of the index that they were compared with.
+        right: of each tar, the times of change in nanoseconds at which they were.
+    """
+
+    index: str
+    right: list[list[int]]
+
+
+AnyIndex = ShardIndex | ScannedIndex
+
+
+def parse_index(content: bytes, what: str) -> ShardIndex:
+    """Read index.json of a folder or of an address.
+
+    Raises:
+        DocumentError: it is damaged, of another version, or of something else.
+    """
+    return check(_of_this_format(content, what), ShardIndex, f"{what} is damaged")
+
+
+def parse_scanned_index(content: bytes, what: str) -> ScannedIndex:
+    """Read index.json of tars that were scanned here. Raises as :func:`parse_index` does."""
+    return check(_of_this_format(content, what), ScannedIndex, f"{what} is damaged")
+
+
+def _of_this_format(content: bytes, what: str) -> Any:
+    try:
+        header = parse_json(content, "it")
+    except DocumentError as error:
+        raise DocumentError(f"{what} is damaged ({error})") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DocumentError(f"{what} is not an index of {FORMAT}")
+    version = header.get("version")
+    if isinstance(version, int) and version != VERSION:
+        raise DocumentError(
+            f"{what} has format version {version if 0 <= version < 10**9 else '?'}, this program "
+            f"reads version {VERSION}"
+        )
+    return header
+
+
+def rows_problem(rows: np.ndarray, split: Split | ScannedSplit, classes: int) -> str | None:
+    """Say in what rows of INDEX_DTYPE [N] are not those of a split; None: in nothing.
+
+    Nothing is added that could wrap around, and a million rows are looked at at a time.
+    """
+    sizes = np.array([shard.bytes for shard in split.shards], dtype=np.uint64)
+    counts = np.zeros(len(sizes), dtype=np.int64)
+    last = 0
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[first : first + _ROWS_AT_ONCE]
+        shard, size = part["shard"], part["size"].astype(np.uint64)
+        if int(shard.max()) >= len(sizes):
+            return "points outside the shards: there are not so many"
+        whole = sizes[shard]
+        if bool((size > whole).any()) or bool((size == 0).any()):
+            return "points outside the shards: a picture is larger than its shard, or empty"
+        if bool((part["offset"] > whole - size).any()) or bool((part["offset"] < _BLOCK).any()):
+            return "points outside the shards: a picture begins where there is none"
+        if int(shard[0]) < last or bool((shard[1:] < shard[:-1]).any()):
+            return "is not in the order of the shards"
+        last = int(shard[-1])
+        counts += np.bincount(shard, minlength=len(sizes))
+        if int(part["label"].min()) < -1 or int(part["label"].max()) >= classes:
+            return "has labels that are no class"
+    if counts.tolist() != [shard.samples for shard in split.shards]:
+        return "has other numbers of pictures for the shards than index.json"
+    return None
+
+
+def require_names(index: ScannedIndex, splits: dict[str, list[str]], what: str) -> None:
+    """Raise UserError unless a scanned index is of these tars, by split and in this order."""
+    found = {split: [s.name for s in entry.shards] for split, entry in index.splits.items()}
+    if found != {split: [written(name) for name in names] for split, names in splits.items()}:
+        raise UserError(f"{what} is of other tars")
+
+
+def written(name: str) -> str:
+    """A name of a file of this machine as JSON can hold it, which bytes may not be."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
