@@ -13,7 +13,7 @@ import numpy as np
 
 from moco_scale.data.decode import DecodeError, decode_rgb
 from moco_scale.data.examine import key_before
-from moco_scale.data.sources import picture_kind
+from moco_scale.data.sources import START_BYTES, picture_kind
 from moco_scale.data.tar_scan import by_last_dot, picture_suffix
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -129,7 +129,7 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
 
 def _by_index(file: BinaryIO, offset: int, size: int, end: int) -> _Sample:
     """A picture that no whole header leads to."""
-    kind = picture_kind(_bytes(file, offset, 4)) if offset < end else ""
+    kind = picture_kind(_bytes(file, offset, START_BYTES)) if offset < end else ""
     suffix = "jpg" if kind in ("jpeg", "") else kind
     key = key_before(file, offset) or f"at-byte-{offset:012d}"
     return _Sample(key, {suffix: (offset, size)})

@@ -13,7 +13,7 @@ from moco_scale.data.mixed_shards import MixedShards
 from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
-from moco_scale.data.sources import picture_kind
+from moco_scale.data.sources import START_BYTES, picture_kind
 
 SAMPLE = 1000
 _NAMED = 5  # classes with most and with fewest pictures
@@ -64,7 +64,7 @@ def _sampled(shards: Shards) -> dict[str, Any]:
     for place in places.tolist():
         data = shards.read(place)
         sizes.append(len(data))
-        formats[picture_kind(bytes(data[:4])) or "?"] += 1
+        formats[picture_kind(bytes(data[:START_BYTES])) or "?"] += 1
         try:
             sides.append(picture_size(data))
         except DecodeError:

@@ -27,3 +27,17 @@ SHARD_BYTES = 1 << 50
 """Largest numbers of samples and bytes that an index may claim: sums of them fit 64 bits."""
 NAME_BYTES = 255
 """A component of a path, in UTF-8: the limit of every file system in use."""
+
+TAR_EXTENDED_HEADER = 1 * MB
+"""What stands before a member in a tar: names of 4 KB at most, times and attributes."""
+PICTURE_FILE = 1 * GB
+"""An encoded image: 179 million pixels of 16 bits, as they are, just fit."""
+
+SOURCE_INFLATION, SOURCE_INFLATION_FROM = 100, GB
+"""A compressed tar of images grows at most so many times, beyond the first gigabyte."""
+ZIP_DIRECTORY = 4 * GB
+"""The list of files in a zip, which is read in parts: some 100 bytes a file."""
+GROUND_TRUTH = 64 * MB
+"""A list of images and their classes: a million lines of 60 bytes."""
+MAT_FILE, MAT_INFLATED, MAT_ELEMENTS = 64 * MB, 64 * MB, 1 << 18
+"""meta.mat of ImageNet: bytes, bytes when inflated, and elements; it has 0.2 MB and some 14,000."""
