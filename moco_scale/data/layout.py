@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from moco_scale.data.sources import Entry, Packed
 from moco_scale.data.split_folders import Split, images, split_folders
 from moco_scale.errors import UserError
-from moco_scale.untrusted.limits import PICTURE_FILE
+from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, PICTURE_FILE
 from moco_scale.untrusted.text import printable
 
 UNLABELLED = -1
@@ -91,6 +91,7 @@ def arrange(
     train = found.splits["train"]
     labelled = _labelled(f"{source}: train", train, unlabelled)
     names = {class_name(path[0]) for path, _ in train} if labelled else set()
+    _refuse_classes(source, names)
     number = {name: i for i, name in enumerate(sorted(names))}
     val = found.splits.get("val")
     test = found.splits.get("test")
@@ -140,6 +141,21 @@ def class_name(folder: str) -> str:
     """
     raw = folder.encode("utf-8", "surrogateescape")
     return unicodedata.normalize("NFC", raw.decode("utf-8", "backslashreplace"))
+
+
+def _refuse_classes(source: str, names: Collection[str]) -> None:
+    """UserError where classes are more, or have longer names, than an index may hold."""
+    if len(names) > CLASSES:
+        raise UserError(
+            f"{source} has {len(names):,} folders of classes, and {CLASSES:,} is the limit. If they "
+            "are no classes, give --unlabelled."
+        )
+    longest = max(names, key=len, default="")
+    if len(longest) > LABEL_CHARACTERS:
+        raise UserError(
+            f"{source} has a class whose name has {len(longest):,} letters, and "
+            f"{LABEL_CHARACTERS:,} is the limit: {printable(longest, 60)}"
+        )
 
 
 def _alike(folders: Iterable[str]) -> list[str]:

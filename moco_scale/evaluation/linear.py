@@ -45,6 +45,7 @@ from moco_scale.evaluation.features import (
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.messages import say
 from moco_scale.run_lock import RunLock, claim_for_all
+from moco_scale.untrusted.text import printable
 
 
 class LinearEvaluation:
@@ -384,10 +385,14 @@ def _count_classes(train: Shards, val: Shards) -> int:
     if strangers:
         raise UserError(
             f"{val.name}: {len(strangers)} classes of the val pictures are in no train "
-            f"picture (first: {train.classes[strangers[0]]}), so nothing can learn them; "
+            f"picture (first: {_named(train, strangers[0])}), so nothing can learn them; "
             "make the shards from a source whose splits have the same classes"
         )
     return max(len(train.classes), highest + 1)
+
+
+def _named(shards: Shards, label: int) -> str:
+    return printable(shards.classes[label], 60) if label < len(shards.classes) else str(label)
 
 
 def _new_classifier(width: int, classes: int, seed: int) -> nn.Linear:

@@ -25,6 +25,9 @@ DOCUMENT_SECONDS = 120.0
 SAMPLES = 1 << 40
 SHARD_BYTES = 1 << 50
 """Largest numbers of samples and bytes that an index may claim: sums of them fit 64 bits."""
+CLASSES = 1 << 20
+LABEL_CHARACTERS = 1000
+"""Classes of a set, and characters of the name of one, which is mostly that of a folder."""
 NAME_BYTES = 255
 """A component of a path, in UTF-8: the limit of every file system in use."""
 
