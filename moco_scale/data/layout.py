@@ -147,8 +147,8 @@ def _refuse_classes(source: str, names: Collection[str]) -> None:
     """UserError where classes are more, or have longer names, than an index may hold."""
     if len(names) > CLASSES:
         raise UserError(
-            f"{source} has {len(names):,} folders of classes, and {CLASSES:,} is the limit. If they "
-            "are no classes, give --unlabelled."
+            f"{source} has {len(names):,} folders of classes, and {CLASSES:,} is the limit. If "
+            "they are no classes, give --unlabelled."
         )
     longest = max(names, key=len, default="")
     if len(longest) > LABEL_CHARACTERS:

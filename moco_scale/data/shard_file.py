@@ -87,7 +87,7 @@ def write_shard(task: Task) -> Done:
         )
         for key, picture in enumerate(task.pictures, start=task.first_key):
             try:
-                data = _source_bytes(picture)
+                data = source_bytes(picture)
                 suffix = suffix_to_write(picture.name, data[:START_BYTES])
                 if task.verify or task.encoding is not None:
                     data, suffix = _checked(data, suffix, task.encoding)
@@ -173,7 +173,7 @@ def close_sources() -> None:
         os.close(_sources.popitem()[1])
 
 
-def _source_bytes(picture: Picture) -> bytes:
+def source_bytes(picture: Picture) -> bytes:
     """The bytes of an image. Raises DecodeError: there are none to be had; UserError: no disk."""
     data = _own_bytes(picture) if picture.offset == 0 else _archived_bytes(picture)
     if not data:

@@ -60,7 +60,7 @@ _ADVICE = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".gz"), "name it as the --source to take it"),
 }
 _MOST_SUFFIXES = 1000  # that are told apart: files may be numbered by theirs
-_SHOWN = 8
+_SHOWN = 12
 
 
 class Packed(NamedTuple):
