@@ -32,7 +32,7 @@ def say(text: str) -> None:
     _write(sys.stderr, printable_lines(text, _LONGEST))
 
 
-def tell(text: str = "") -> None:
+def tell(text: object = "") -> None:
     """Write a line, or several, to standard output."""
     _write(sys.stdout, printable_lines(text, _ALL))
 
@@ -58,7 +58,7 @@ def outlive_terminal() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
     sys.stdout, sys.stderr = _lasting(1, sys.stdout), _lasting(2, sys.stderr)
-    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc, assignment]
     logging.raiseExceptions = False
 
 
