@@ -166,13 +166,18 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.quality is not None and args.short_side is None:
         raise UserError("--quality is for pictures that are re-encoded: give --short-side too.")
-    if args.out.resolve() in (args.source.resolve(), args.val_source and args.val_source.resolve()):
+    sources = [path for path in (args.source, args.val_source) if path is not None]
+    if os.path.realpath(args.out) in map(os.path.realpath, sources):
         raise UserError(f"--out {args.out} is the source itself; name a folder that is to be made.")
     started = time.monotonic()
     with _terminable(), OutputFolder(args.out, args.overwrite) as folder:
         for note in folder.notes:
             tell(note)
-        listing = _list(args, folder.path)
+        try:
+            listing = _list(args, folder.path)
+        except OSError as error:
+            where = error.filename or args.source
+            raise UserError(f"Cannot read {where}: {error.strerror or error}.") from error
         for note in listing.notes:
             tell(f"note: {note}")
         tell(_plan(listing))

@@ -105,7 +105,8 @@ def _entry(
         )
     if member.kind != FILE:
         return
-    if named or (not suffix_of(path) and picture_kind(content(member.offset, START_BYTES))):
+    unnamed = bool(path) and not suffix_of(path)
+    if named or (unnamed and picture_kind(content(member.offset, START_BYTES))):
         yield Entry(path, str(tar), member.offset, member.size)
     else:
         passed.other(path)

@@ -71,7 +71,7 @@ def scan_zip(source: Path, passed: PassedOver) -> Iterator[Entry]:
         first, last, shift = _directory(file, source)
         for listed in _files(file, first, last, shift, source):
             path = passed.path_of(listed.name)
-            if path is None or listed.name.endswith("/"):
+            if not path or listed.name.endswith("/"):
                 continue
             if not is_picture(path) and suffix_of(path):
                 passed.other(path)

@@ -378,6 +378,24 @@ def test_a_source_that_is_no_file(command: Command, tmp_path: Path) -> None:
     assert "is a 7-Zip archive: unpack it" in command.refused(tmp_path / "x.7z")
 
 
+def test_outputs_and_sources_that_cannot_be(
+    command: Command, capsys: Shown, picture_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "round").symlink_to("round")
+    for source, words in (
+        (tmp_path / "round", "There is no source"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        assert words in command.refused(source)
+    for out, words in (
+        ("/", "is the root of a disk"),
+        (str(tmp_path / "round"), "is no folder"),
+        (str(tmp_path / ("x" * 300)), "File name too long"),
+    ):
+        assert main(["shard", "--source", str(picture_folder), "--out", out]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_tar_that_is_two_or_a_bomb(
     command: Command, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
