@@ -37,7 +37,8 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _LONGEST_COMMENT = 1 << 16
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED, _UTF8 = 1, 1 << 11
-_MOST_INFLATION = 1100  # deflate reaches 1032
+_MOST_INFLATION = 1100  # deflate reaches 1032, for blank images
+_LARGE, _MOST_INFLATION_OF_LARGE = 64 << 20, 100
 _AGAIN = "Fetch it again."
 
 
@@ -211,17 +212,26 @@ def _entry(file: BinaryIO, listed: _Listed, path: str, source: Path) -> Entry:
         raise _damaged(source, f"{printable(path)} is not where the list of files says")
     *_, names, extras = _LOCAL.unpack(header)
     deflated = listed.method == _DEFLATED
-    most = _MOST_INFLATION * listed.packed if deflated else listed.packed
-    least = listed.packed // 2 - _LOCAL.size if deflated else listed.packed
-    lies = not least <= listed.size <= most
+    problem = ""
+    if deflated and listed.size > _inflation(listed.size) * listed.packed:
+        problem = f"damaged in the zip, or made to fill memory: {listed.size:,} bytes inflated"
+    elif not deflated and listed.size != listed.packed:
+        problem = "damaged in the zip: two sizes are listed"
+    elif listed.packed > 2 * listed.size + _LOCAL.size:
+        problem = "damaged in the zip: it is listed as larger than it can be"
     return Entry(
         path,
         str(source),
         listed.offset + _LOCAL.size + names + extras,
         listed.size,
         Packed(listed.packed, deflated, listed.crc),
-        "damaged in the zip: it cannot have the size that is listed" if lies else "",
+        problem,
     )
+
+
+def _inflation(size: int) -> int:
+    """How many times its packed bytes an image may have."""
+    return _MOST_INFLATION if size <= _LARGE else _MOST_INFLATION_OF_LARGE
 
 
 def _starts_as_image(file: BinaryIO, entry: Entry) -> bool:

@@ -118,9 +118,16 @@ def test_what_cannot_be_read_of_a_zip_is_left_out_by_name(
         "1 x encrypted in the zip (as train: a/locked.jpg)",
         "1 x packed in the zip by method 14: stored and deflated are read (as train: a/lzma.jpg)",
         "1 x damaged in the zip: its checksum is wrong (as train: a/bad.jpg)",
-        "1 x damaged in the zip: it cannot have the size that is listed (as train: a/lie.jpg)",
+        "1 x damaged in the zip: two sizes are listed (as train: a/lie.jpg)",
     ):
         assert reason in text
+
+
+def test_what_inflates_like_no_image(command: Command, capsys: Shown, tmp_path: Path) -> None:
+    files = {"a/bomb.jpg": bytes(65 << 20), "a/1.jpg": picture_bytes(1), "b/1.jpg": b"\xff\xd8\xff"}
+    path = zipped(tmp_path / "x.zip", files, zipfile.ZIP_DEFLATED)
+    assert "made to fill memory: 68,157,440 bytes" in told(command, capsys, path)
+    assert splits(command.out)["train"] == {"a": 1, "b": 1}
 
 
 def test_no_more_is_inflated_than_is_listed() -> None:
