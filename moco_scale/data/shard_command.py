@@ -210,10 +210,10 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace, scratch: Path) -> Listing:
     """Find the pictures of all sources and label them."""
     source, val_source, truth = args.source, args.val_source, args.val_ground_truth
-    if (source / TRAIN_TAR).is_file():  # the folder ILSVRC2012 was downloaded to
-        if val_source is None and (source / VAL_TAR).is_file():
+    if os.path.isfile(source / TRAIN_TAR):  # the folder ILSVRC2012 was downloaded to
+        if val_source is None and os.path.isfile(source / VAL_TAR):
             val_source = source / VAL_TAR
-            if truth is None and (source / DEVKIT_TAR).is_file():
+            if truth is None and os.path.isfile(source / DEVKIT_TAR):
                 truth = source / DEVKIT_TAR
         source = source / TRAIN_TAR
     if args.train_only:

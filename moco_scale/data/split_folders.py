@@ -71,6 +71,7 @@ def split_folders(source: str, entries: Sequence[Entry]) -> Splits:
         ignored["(no folder)"] = loose
     notes = [f"{printable(f)} is taken as {s}" for f, s in meant.items() if f != s and s != "test"]
     notes += [f"ignored in {source}: {name} ({images(n)})" for name, n in ignored.items()]
+    found = {split: _unwrapped(split, images_of) for split, images_of in found.items()}
     return Splits(found, {split: folder for folder, split in meant.items()}, notes)
 
 
@@ -89,6 +90,15 @@ def _meant(source: str, tops: Collection[str], loose: int) -> dict[str, str]:
                 "name one of them as --source or --val-source."
             )
     return dict(sorted(meant.items()))
+
+
+def _unwrapped(split: str, found: Split) -> Split:
+    """A split without the folder of its own name that archives are often unpacked with."""
+    first = found[0][0][0]
+    twice = all(len(path) > 1 and path[0] == first for path, _ in found)
+    if not twice or SPLIT_WORDS.get(first.casefold()) != split:
+        return found
+    return [(path[1:], entry) for path, entry in found]
 
 
 def _by_word(name: str) -> str:

@@ -122,6 +122,17 @@ def test_split_folders_of_other_names(
     assert f"{val} is taken as val" in text or f"{val} (12 pictures) is taken as val" in text
 
 
+def test_splits_unpacked_into_folders_of_their_own_names(
+    command: Command, picture_folder: Path
+) -> None:
+    for split in ("train", "val"):
+        (picture_folder / split).rename(picture_folder / "x")
+        (picture_folder / split).mkdir()
+        (picture_folder / "x").rename(picture_folder / split / split)
+    assert command(picture_folder) == 0
+    assert splits(command.out) == {"train": CLASSES, "val": dict.fromkeys(CLASSES, 4)}
+
+
 def test_test_images_are_val_only_where_they_can_be(
     command: Command, capsys: Shown, picture_folder: Path
 ) -> None:
