@@ -24,6 +24,7 @@ from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, PICTURE_FILE
 from moco_scale.untrusted.text import printable
 
 UNLABELLED = -1
+_SHOWN = 5
 TOO_LARGE = f"more than {PICTURE_FILE >> 30} GB: no image"
 
 # From the file names of the validation pictures to the class of each, by file name without suffix:
@@ -163,22 +164,27 @@ def _alike(folders: Iterable[str]) -> list[str]:
     spellings: dict[str, set[str]] = {}
     for folder in set(folders):
         spellings.setdefault(class_name(folder), set()).add(folder)
-    notes = [
-        f"{len(folders)} folders are one class, {printable(name, 60)}: their names differ in how "
-        "they spell its letters (NFC or NFD)"
-        for name, folders in sorted(spellings.items())
-        if len(folders) > 1
-    ]
     cases: dict[str, list[str]] = {}
     for name in sorted(spellings):
         cases.setdefault(name.casefold(), []).append(name)
-    notes += [
-        f"{' and '.join(printable(name, 60) for name in names)} are {len(names)} classes, whose "
-        "names differ in capitals alone"
-        for names in cases.values()
-        if len(names) > 1
+    several = [name for name in sorted(spellings) if len(spellings[name]) > 1]
+    capitals = [
+        " and ".join(printable(n, 60) for n in names) for names in cases.values() if names[1:]
     ]
+    notes = []
+    if several:
+        notes.append(
+            f"folders whose names differ in how they spell their letters (NFC, NFD) are one class: "
+            f"{_shown([printable(name, 60) for name in several])}"
+        )
+    if capitals:
+        notes.append(f"classes whose names differ in capitals alone: {_shown(capitals)}")
     return notes
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _no_val(test: Split, number: Mapping[str, int]) -> str:
@@ -253,12 +259,12 @@ def _val(
         else:
             pictures.append(_picture(path, entry, label))
     if strangers:
-        shown = ", ".join(printable(name, 60) for name in sorted(strangers)[:5])
+        shown = _shown([printable(name, 60) for name in sorted(strangers)])
         cases = {name.casefold(): name for name in number}
         same = next((cases[s.casefold()] for s in strangers if s.casefold() in cases), "")
         raise UserError(
             f"{where}: {strangers.total()} pictures are of a class that no training picture has: "
-            f"{shown}{', …' if len(strangers) > 5 else ''}"
+            f"{shown}"
             + (f" (there is {printable(same, 60)}: capitals count)" if same else "")
             + ". Training and validation need the same class folders; --train-only leaves "
             "validation out."

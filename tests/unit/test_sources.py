@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import write_picture
 from PIL import Image
-from shard_runs import Command
+from shard_runs import CLASSES, Command, packed, picture_bytes, splits, told
 
 from moco_scale.__main__ import main
 from moco_scale.data import shard_file, source_tar
@@ -34,50 +33,6 @@ JUNK = (
 @pytest.fixture
 def command(tmp_path: Path, capsys: Shown) -> Command:
     return Command(tmp_path / "out" / "shards", capsys)
-
-
-def told(command: Command, capsys: Shown, source: Path, *options: str) -> str:
-    """What the command says when it makes shards."""
-    assert command(source, *options) == 0
-    return capsys.readouterr().out
-
-
-def splits(out: Path) -> dict[str, dict[str, int]]:
-    """How many images each class has in each split."""
-    found = {}
-    for split in json.loads((out / "index.json").read_text())["splits"]:
-        shards = IndexedShards.open(out, split)
-        labels = shards.labels.tolist()
-        found[split] = {name: labels.count(i) for i, name in enumerate(shards.classes)}
-        if -1 in labels:
-            found[split][""] = labels.count(-1)
-    return found
-
-
-def packed(folder: Path, how: str) -> Path:
-    """The folder, or an archive of it beside it."""
-    if how == "folder":
-        return folder
-    archive = folder.with_suffix(f".{how}")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    if how == "tar":
-        with tarfile.open(archive, "w") as tar:
-            for path in paths:
-                tar.add(path, str(path.relative_to(folder.parent)))
-    else:
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packing:
-            for path in paths:
-                packing.write(path, str(path.relative_to(folder.parent)))
-    return archive
-
-
-def picture_bytes(seed: int, kind: str = "JPEG") -> bytes:
-    stream = io.BytesIO()
-    Image.effect_noise((9 + seed, 8), 50).convert("RGB").save(stream, kind)
-    return stream.getvalue()
-
-
-CLASSES = {"ash": 8, "birch": 8, "cedar": 8}
 
 
 @pytest.mark.parametrize("how", ["folder", "tar", "zip"])
@@ -177,8 +132,8 @@ def test_classes_that_differ_in_spelling_alone(
         "train": {"Cat": 1, "cat": 1, "n\u00e4h": 2},
         "val": {"Cat": 0, "cat": 1, "n\u00e4h": 1},
     }
-    assert "2 folders are one class, n\u00e4h" in text
-    assert "Cat and cat are 2 classes, whose names differ in capitals alone" in text
+    assert "spell their letters (NFC, NFD) are one class: n\u00e4h" in text
+    assert "classes whose names differ in capitals alone: Cat and cat" in text
     shutil.rmtree(tmp_path / "in" / "train" / "cat")
     message = command.refused(tmp_path / "in", "--overwrite")
     assert "no training picture has: cat (there is Cat: capitals count)" in message

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shard_runs import Command
-from test_sources import CLASSES, packed, picture_bytes, splits, told
+from shard_runs import CLASSES, Command, packed, picture_bytes, splits, told
 
 from moco_scale.data import source_zip
 
