@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print it. Returns 1 where the checkpoint is damaged, else 0. Raises UserError."""
+    if not args.path.strip():
+        raise UserError("the name of what to inspect is empty")
     if names_remote(args.path) and not Path(args.path).exists():
         raise UserError(
             f"inspect reads what lies on this machine, and there is an address in "

@@ -102,7 +102,7 @@ class Monitor:
             )
             return None
         preset = config.preset
-        return KnnMonitor(
+        evaluation = KnnMonitor(
             bank,
             queries,
             config.data.image_size,
@@ -113,6 +113,9 @@ class Monitor:
             autocast=PRECISIONS[config.run.precision],
             left_out=self._left_out,
         )
+        if evaluation.hopeless:
+            self.telemetry.say(evaluation.hopeless)
+        return evaluation
 
     def announce(self, dropped: int) -> None:
         """Say what is about to run."""

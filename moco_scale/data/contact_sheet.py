@@ -13,9 +13,11 @@ from moco_scale.data.random import permutation
 from moco_scale.data.shard_set import Shards
 from moco_scale.errors import UserError
 from moco_scale.files import write_atomically
+from moco_scale.untrusted.text import printable
 
 COLUMNS, ROWS = 8, 8
 _TILE, _GAP, _CAPTION, _MARGIN, _TITLE, _NAMES = 132, 10, 16, 24, 56, 170
+_LONGEST = 200  # characters of a text that are measured: the sheet is no wider than these
 _PAPER, _INK, _FAINT, _EMPTY = "#ffffff", "#1f2328", "#6e7781", "#eceff2"
 
 
@@ -45,6 +47,7 @@ def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
     large, middle, small = (ImageFont.load_default(size) for size in (19, 14, 11))
     classes = f", {len(shards.classes)} classes" if shards.classes else ""
     title = f"{shards.name}   {shards.split}: {len(shards):,} pictures{classes}"
+    title = _fitted(title, width - 2 * _MARGIN, large)
     draw.text((_MARGIN, _MARGIN), title, _INK, large, anchor="lm")
     for row, (name, count, places) in enumerate(rows):
         top = _TITLE + row * step
@@ -110,6 +113,8 @@ def _tile(
 
 
 def _fitted(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """A text, also a foreign one, as one line that is no wider than this."""
+    text = printable(text, _LONGEST)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

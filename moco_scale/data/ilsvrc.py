@@ -9,21 +9,33 @@ of the same facts name the picture and its class in each line, and need no kit.
 
 from __future__ import annotations
 
+import codecs
+import lzma
 import re
-import tarfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
+from moco_scale.data.layout import picture_stem
 from moco_scale.data.matfile import MatFileError, struct_array
+from moco_scale.data.source_tar import content_of, decompressed
+from moco_scale.data.sources import is_picture
 from moco_scale.errors import UserError
+from moco_scale.untrusted.documents import read_bounded
+from moco_scale.untrusted.limits import GROUND_TRUTH, MAT_FILE
+from moco_scale.untrusted.tar_headers import FILE, TarHeaders
+from moco_scale.untrusted.text import printable
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT_TAR = "ILSVRC2012_devkit_t12.tar.gz"
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _META = "meta.mat"
-_WNID = re.compile(r"n\d{8}")
-_MOST_BYTES = 64 << 20  # no file of the kit is anywhere near
+_WNID = re.compile(r"n[0-9]{8}")
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_HEADER = "ImageId,PredictionString"
+_MOST_IDS = 1 << 20
+_KIT = GROUND_TRUTH + MAT_FILE  # bytes of a development kit: 2.5 MB compressed
 
 ACCEPTED = (
     f"Accepted are {DEVKIT_TAR} (or the folder it unpacks to, or {_TRUTH} with {_META} beside it), "
@@ -34,75 +46,132 @@ ACCEPTED = (
 
 
 def read_ground_truth(path: Path, pictures: Sequence[str]) -> dict[str, str | int]:
-    """The class of each validation picture, by file name without suffix.
+    """The class of each validation picture, by file name without suffix (see `picture_stem`).
 
     pictures: the names of all validation pictures; forms without names are in their sorted order.
     Returns class names, or numbers in the sorted order of the class names.
 
     Raises UserError: not readable, or in no form that is known (the message lists them).
     """
-    stems = sorted(PurePosixPath(name).stem for name in pictures)
-    truth, meta, name = _load(path)
-    lines = [line for line in truth.splitlines() if line.strip()]
+    stems = sorted(map(picture_stem, pictures))
+    content, meta, name = _load(path)
+    lines = [(n, line) for n, line in _lines(content, name) if line]
+    if lines and lines[0][1].replace(" ", "") == _HEADER:
+        del lines[0]
+        lines = [(number, _first_box(line)) for number, line in lines]
     if not lines:
         raise UserError(f"{name} is empty. {ACCEPTED}.")
-    if lines[0].replace(" ", "") == "ImageId,PredictionString":
-        lines = lines[1:]
-    words = [line.replace(",", " ").split() for line in lines]
-    if all(len(line) == 1 for line in words):
-        return _in_order(name, [line[0] for line in words], meta, stems)
+    if all(len(re.split(r"[\s,]+", line.strip(" ,"))) == 1 for _, line in lines):
+        return _in_order(name, lines, meta, stems)
+    known = set(stems)
     labels: dict[str, str | int] = {}
-    for number, line in enumerate(words, start=1):
-        if len(line) < 2:
-            raise UserError(f"{name}, line {number}: {lines[number - 1]!r} names no class.")
-        picture, label = line[0], line[1]
-        stem = PurePosixPath(picture).stem if is_named(picture) else picture
-        labels[stem] = int(label) if label.isdigit() else label
+    for number, line in lines:
+        picture, label = _named(line, known)
+        if not label:
+            raise UserError(f"{name}, line {number}: {printable(line)!r} names no class.")
+        value = int(label) if _NUMBER.fullmatch(label) else label
+        if labels.setdefault(picture, value) != value:
+            raise UserError(
+                f"{name}, line {number}: {printable(picture)} has another class than in a line "
+                "before."
+            )
     return labels
 
 
-def is_named(picture: str) -> bool:
-    """Whether a picture is named with its suffix, not by its stem only."""
-    return "." in picture
+def _lines(content: bytes, name: str) -> Iterable[tuple[int, str]]:
+    """(number from 1, line without what surrounds it), whatever ends lines; UTF-8 or -16."""
+    try:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            text = content.decode("utf-16")
+        else:
+            # Names that are no UTF-8 are compared as bytes, as those of files are.
+            text = content.decode("utf-8-sig", "surrogateescape")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{name} is not a text. {ACCEPTED}.")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return ((number, line.strip()) for number, line in enumerate(lines, start=1))
+
+
+def _first_box(line: str) -> str:
+    """Name and class of a line of LOC_val_solution.csv, without the places of objects."""
+    picture, _, boxes = line.partition(",")
+    return ",".join((picture, *boxes.split()[:1]))
+
+
+def _named(line: str, known: set[str]) -> tuple[str, str]:
+    """(picture, class) of a line; "" where it names none.
+
+    Separated by a tab, a comma or else a space; names may have spaces, on either side.
+    """
+    for separator in ("\t", ","):
+        picture, found, label = line.partition(separator)
+        if found:
+            break
+    else:
+        picture, _, label = line.partition(" ")
+        if _stem(picture) not in known and len(words := line.rsplit(None, 1)) == 2:
+            picture, label = words
+    return _stem(picture), label.strip(' \t"')
+
+
+def _stem(picture: str) -> str:
+    """A picture's stem, whether it is named with its suffix and its folder or not."""
+    picture = picture.strip(' "')
+    return picture_stem(picture if is_picture(picture) else f"{picture}.jpg")
 
 
 def _in_order(
-    name: str, values: list[str], meta: bytes | None, stems: list[str]
+    name: str, lines: list[tuple[int, str]], meta: bytes | None, stems: list[str]
 ) -> dict[str, str | int]:
     """Labels given one a line, without the pictures' names."""
-    if len(values) != len(stems):
+    if len(lines) != len(stems):
         raise UserError(
-            f"{name} has {len(values)} lines, and there are {len(stems)} validation pictures. "
+            f"{name} has {len(lines)} lines, and there are {len(stems)} validation pictures. "
             "A file that does not name the pictures must have one line for each."
         )
-    if not all(value.isdigit() for value in values):
-        return dict(zip(stems, values, strict=True))
+    odd = [(n, line) for n, line in lines if not _NUMBER.fullmatch(line)]
+    if len(odd) == len(lines):
+        return dict(zip(stems, (line for _, line in lines), strict=True))
+    if odd:
+        raise UserError(
+            f"{name}, line {odd[0][0]}: {printable(odd[0][1], 60)!r} is no number, and "
+            f"{len(lines) - len(odd)} of the {len(lines)} lines are."
+        )
     if meta is None:
         raise UserError(
             f"{name} holds ILSVRC2012 ids (1 to 1000), which mean nothing without {_META} of the "
             f"development kit. {ACCEPTED}."
         )
     wnid = _ids(name, meta)
-    unknown = sorted({value for value in values if int(value) not in wnid})
-    if unknown:
-        raise UserError(f"{name}: {unknown[0]} is not an ILSVRC2012 id of {_META}.")
-    return {stem: wnid[int(value)] for stem, value in zip(stems, values, strict=True)}
+    for number, line in lines:
+        if int(line) not in wnid:
+            raise UserError(f"{name}, line {number}: {line} is not an ILSVRC2012 id of {_META}.")
+    return {stem: wnid[int(line)] for stem, (_, line) in zip(stems, lines, strict=True)}
 
 
 def _ids(name: str, meta: bytes) -> dict[int, str]:
     """ILSVRC2012_ID -> WordNet id."""
     try:
         synsets = struct_array(meta, "synsets", ("ILSVRC2012_ID", "WNID"))
-        ids = {int(synset["ILSVRC2012_ID"] or 0): str(synset["WNID"]) for synset in synsets}
-    except (MatFileError, TypeError, ValueError) as error:
+    except MatFileError as error:
         raise UserError(f"Cannot read {_META} that belongs to {name}: {error}.") from error
-    if not ids or not all(_WNID.fullmatch(wnid) for wnid in ids.values()):
+    ids = {}
+    for synset in synsets:
+        number, wnid = synset["ILSVRC2012_ID"], synset["WNID"]
+        if not isinstance(number, int | float) or not 1 <= number <= _MOST_IDS or number % 1:
+            raise UserError(f"{_META} that belongs to {name} has {printable(number)} for an id.")
+        if not isinstance(wnid, str) or not _WNID.fullmatch(wnid):
+            raise UserError(f"{_META} that belongs to {name} holds no table of WordNet ids.")
+        ids[int(number)] = wnid
+    if not ids:
         raise UserError(f"{_META} that belongs to {name} holds no table of WordNet ids.")
     return ids
 
 
-def _load(path: Path) -> tuple[str, bytes | None, str]:
-    """(text of the ground truth, meta.mat if there is one, name for messages)."""
+def _load(path: Path) -> tuple[bytes, bytes | None, str]:
+    """(the ground truth, meta.mat if there is one, name for messages)."""
     try:
         if path.is_dir():
             found = [p for p in (path / _TRUTH, path / "data" / _TRUTH) if p.is_file()]
@@ -111,26 +180,24 @@ def _load(path: Path) -> tuple[str, bytes | None, str]:
             path = found[0]
         if not path.exists():
             raise UserError(f"There is no ground-truth file {path}. {ACCEPTED}.")
-        if path.name.endswith((".tar", ".tar.gz", ".tgz")):
+        if path.name.endswith((".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tgz")):
             return _from_tar(path)
         meta = path.with_name(_META)
-        text = path.read_text(encoding="utf-8")
-        return text, meta.read_bytes() if meta.is_file() else None, str(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text. {ACCEPTED}.") from error
-    except (OSError, EOFError, tarfile.TarError) as error:
+        content = read_bounded(path, GROUND_TRUTH, "the ground truth")
+        kit = read_bounded(meta, MAT_FILE, "the file") if meta.is_file() else None
+        return content, kit, str(path)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"Cannot read {path}: {error}.") from error
 
 
-def _from_tar(path: Path) -> tuple[str, bytes | None, str]:
+def _from_tar(path: Path) -> tuple[bytes, bytes | None, str]:
     files: dict[str, bytes] = {}
-    with tarfile.open(path, "r:*") as tar:
-        for member in tar:
+    with decompressed(path) as file:
+        content = content_of(file)
+        for member in TarHeaders(content, str(path), "Fetch it again.", end=_KIT):
             name = PurePosixPath(member.name).name
-            if name in (_TRUTH, _META) and member.isreg() and member.size <= _MOST_BYTES:
-                content = tar.extractfile(member)
-                assert content is not None
-                files[name] = content.read()
+            if name in (_TRUTH, _META) and member.kind == FILE:
+                files[name] = content(member.offset, member.size)
     if _TRUTH not in files:
         raise UserError(f"{path} holds no {_TRUTH}. {ACCEPTED}.")
-    return files[_TRUTH].decode("ascii"), files.get(_META), f"{_TRUTH} in {path}"
+    return files[_TRUTH], files.get(_META), f"{_TRUTH} in {path}"

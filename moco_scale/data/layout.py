@@ -2,26 +2,30 @@
 
 Understood are ``train/CLASS/…`` with an optional ``val/CLASS/…``, ``CLASS/…`` (all of it training
 pictures), and pictures in one flat folder (training pictures without labels); each also inside
-further folders that hold nothing else, as in a tar of a folder. Classes are numbered in the sorted
-order of their names, as torchvision's ImageFolder does.
+further folders that hold nothing else, as in a tar of a folder. ``split_folders`` knows the names
+of split folders. Classes are numbered in the sorted order of their names, as torchvision's
+ImageFolder does.
 """
 
 from __future__ import annotations
 
+import functools
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from moco_scale.data.sources import Entry
+from moco_scale.data.sources import Entry, Packed
+from moco_scale.data.split_folders import Split, images, split_folders
 from moco_scale.errors import UserError
+from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, PICTURE_FILE
+from moco_scale.untrusted.text import printable
 
 UNLABELLED = -1
-# The first of each that is there is taken.
-_SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation")}
-_SPLIT_NAMES = frozenset(name for names in _SPLIT_FOLDERS.values() for name in names)
-
+_SHOWN = 5
+TOO_LARGE = f"more than {PICTURE_FILE >> 30} GB: no image"
 
 # From the file names of the validation pictures to the class of each, by file name without suffix:
 # its name, or its number in the sorted class names.
@@ -36,6 +40,8 @@ class Picture(NamedTuple):
     offset: int
     size: int
     label: int
+    packed: Packed | None = None
+    problem: str = ""  # why it cannot be taken
 
 
 class LeftOut(NamedTuple):
@@ -76,102 +82,150 @@ def arrange(
     Raises UserError where the folders do not say which class a picture has, where validation
     pictures have a class that no training picture has, or no label where training pictures do.
     """
-    found, notes = _splits(source, entries)
+    found = split_folders(source, entries)
+    notes = found.notes
+    if "train" not in found.splits:
+        raise UserError(
+            f"{source} has {printable(', '.join(found.folders.values()))} but no train folder. "
+            "Name the folder itself as the source if its pictures are to be trained on."
+        )
+    train = found.splits["train"]
+    labelled = _labelled(f"{source}: train", train, unlabelled)
+    names = {class_name(path[0]) for path, _ in train} if labelled else set()
+    _refuse_classes(source, names)
+    number = {name: i for i, name in enumerate(sorted(names))}
+    val = found.splits.get("val")
+    test = found.splits.get("test")
     if val_entries is not None:
-        val_found, val_notes = _splits(str(val_source), val_entries)
-        found["val"] = val_found.get("val") or val_found["train"]
-        notes += val_notes
-    if train_only and found.pop("val", []):
+        other = split_folders(str(val_source), val_entries)
+        val = other.splits.get("val") or other.splits.get("test") or other.splits["train"]
+        notes += other.notes
+    elif test and not val and not train_only:
+        called = f"{source}: {printable(found.folders['test'])} ({images(len(test))})"
+        why = "" if unlabelled or ground_truth is not None else _no_val(test, number)
+        notes.append(f"{called} is not used: {why}" if why else f"{called} is taken as val")
+        val = None if why else test
+    elif test:
+        folder = printable(found.folders["test"])
+        notes.append(f"ignored in {source}: {folder} ({images(len(test))})")
+    if train_only and val:
         notes.append("validation pictures are not written (--train-only)")
-    listing = Listing([], {}, [], notes)
-    labelled = _labelled(f"{source}: train", found["train"], unlabelled)
-    if labelled:
-        listing.classes = sorted({path[0] for path, _ in found["train"]})
-    number = {name: i for i, name in enumerate(listing.classes)}
+        val = None
+    listing = Listing(sorted(names), {}, [], notes)
     listing.splits["train"] = [
-        _picture(path, entry, number[path[0]] if labelled else UNLABELLED)
-        for path, entry in found["train"]
+        _picture(path, entry, number[class_name(path[0])] if labelled else UNLABELLED)
+        for path, entry in train
     ]
-    if "val" in found:
+    if val:
         where = f"{val_source or source}: val"
-        listing.splits["val"] = _val(where, found["val"], number, ground_truth, unlabelled)
+        listing.splits["val"] = _val(where, val, number, ground_truth, unlabelled)
     elif ground_truth is not None and not train_only:
         raise UserError(f"There is a ground-truth file, but {source} has no validation pictures.")
+    if labelled:
+        notes += _alike(p[0] for split in (train, val or []) for p, _ in split if len(p) > 1)
     if not labelled:
         notes.append("the pictures have no labels (no class folders): no kNN, no linear evaluation")
     elif len(listing.classes) == 1:
-        notes.append(f"there is only one class, {listing.classes[0]}")
-    _leave_out_empty(listing)
+        notes.append(f"there is only one class, {printable(listing.classes[0], 60)}")
+    _leave_out(listing)
     if per_class is not None:
         _keep_first(listing, per_class)
     return listing
 
 
-_Split = list[tuple[tuple[str, ...], Entry]]  # path below the split
-_Found = dict[str, _Split]
+@functools.lru_cache(1 << 16)
+def class_name(folder: str) -> str:
+    r"""The class that a folder's name means, as valid Unicode.
+
+    One name is one class, whether a file system spells é as one character or as two (NFC). Bytes
+    that are no UTF-8 become \xe9.
+    """
+    raw = folder.encode("utf-8", "surrogateescape")
+    return unicodedata.normalize("NFC", raw.decode("utf-8", "backslashreplace"))
 
 
-def _splits(source: str, entries: Sequence[Entry]) -> tuple[_Found, list[str]]:
-    """The pictures of each split with their path below it, and notes on what is ignored."""
-    paths = [tuple(entry.path.split("/")) for entry in entries]
-    depth = 0  # folders that hold everything
-    while (
-        len({path[depth] for path in paths}) == 1
-        and all(len(path) > depth + 1 for path in paths)
-        and paths[0][depth] not in _SPLIT_NAMES
-    ):
-        depth += 1
-    tops = Counter(path[depth] for path in paths if len(path) > depth + 1)
-    if not _SPLIT_NAMES & tops.keys():
-        return {"train": [(p[depth:], e) for p, e in zip(paths, entries, strict=True)]}, []
-    found: _Found = {}
-    taken = set()
-    for split, names in _SPLIT_FOLDERS.items():
-        folder = next((name for name in names if name in tops), None)
-        if folder is not None:
-            taken.add(folder)
-            found[split] = [
-                (p[depth + 1 :], e)
-                for p, e in zip(paths, entries, strict=True)
-                if p[depth] == folder and len(p) > depth + 1
-            ]
-    if "train" not in found:
+def _refuse_classes(source: str, names: Collection[str]) -> None:
+    """UserError where classes are more, or have longer names, than an index may hold."""
+    if len(names) > CLASSES:
         raise UserError(
-            f"{source} has {', '.join(sorted(taken))} but no train folder. Name the folder itself "
-            "as the source if its pictures are to be trained on."
+            f"{source} has {len(names):,} folders of classes, and {CLASSES:,} is the limit. If "
+            "they are no classes, give --unlabelled."
         )
-    ignored = {name: count for name, count in tops.items() if name not in taken}
-    loose = len(paths) - tops.total()
-    if loose:
-        ignored["(no folder)"] = loose
-    notes = [f"ignored in {source}: {name} ({_pictures(count)})" for name, count in ignored.items()]
-    return found, notes
+    longest = max(names, key=len, default="")
+    if len(longest) > LABEL_CHARACTERS:
+        raise UserError(
+            f"{source} has a class whose name has {len(longest):,} letters, and "
+            f"{LABEL_CHARACTERS:,} is the limit: {printable(longest, 60)}"
+        )
 
 
-def _pictures(count: int) -> str:
-    return f"{count} picture{'s' * (count != 1)}"
+def _alike(folders: Iterable[str]) -> list[str]:
+    """What to say of folders whose names hardly differ."""
+    spellings: dict[str, set[str]] = {}
+    for folder in set(folders):
+        spellings.setdefault(class_name(folder), set()).add(folder)
+    cases: dict[str, list[str]] = {}
+    for name in sorted(spellings):
+        cases.setdefault(name.casefold(), []).append(name)
+    several = [name for name in sorted(spellings) if len(spellings[name]) > 1]
+    capitals = [
+        " and ".join(printable(n, 60) for n in names) for names in cases.values() if names[1:]
+    ]
+    notes = []
+    if several:
+        notes.append(
+            f"folders whose names differ in how they spell their letters (NFC, NFD) are one class: "
+            f"{_shown([printable(name, 60) for name in several])}"
+        )
+    if capitals:
+        notes.append(f"classes whose names differ in capitals alone: {_shown(capitals)}")
+    return notes
 
 
-def _labelled(where: str, found: _Split, unlabelled: bool) -> bool:
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _no_val(test: Split, number: Mapping[str, int]) -> str:
+    """Why test pictures cannot be used for validation; "": they can."""
+    if not number:
+        return ""
+    if any(len(path) == 1 for path, _ in test):
+        return "not all of its pictures lie in class folders"
+    strangers = sorted({class_name(path[0]) for path, _ in test} - number.keys())
+    return f"train has no class {printable(strangers[0], 60)}" if strangers else ""
+
+
+def _labelled(where: str, found: Split, unlabelled: bool) -> bool:
     """Whether a split's pictures lie in class folders; UserError when only some do."""
     if unlabelled:
         return False
     loose = [path for path, _ in found if len(path) == 1]
     if loose and len(loose) < len(found):
         raise UserError(
-            f"{where}: {len(loose)} pictures lie in no class folder (the first: {loose[0][0]}), "
-            f"{len(found) - len(loose)} do. Move them, or take all as unlabelled (--unlabelled)."
+            f"{where}: {len(loose)} pictures lie in no class folder (the first: "
+            f"{printable(loose[0][0], 60)}), {len(found) - len(loose)} do. Move them, or take all "
+            "as unlabelled (--unlabelled)."
         )
     return not loose
 
 
 def _picture(path: tuple[str, ...], entry: Entry, label: int) -> Picture:
-    return Picture("/".join(path), entry.container, entry.offset, entry.size, label)
+    return Picture(
+        "/".join(path),
+        entry.container,
+        entry.offset,
+        entry.size,
+        label,
+        entry.packed,
+        entry.problem,
+    )
 
 
 def _val(
     where: str,
-    found: _Split,
+    found: Split,
     number: Mapping[str, int],
     ground_truth: GroundTruth | None,
     unlabelled: bool,
@@ -184,37 +238,78 @@ def _val(
             f"{where}: the pictures lie in no class folders, so their classes are not known. Give "
             "them with --val-ground-truth FILE, or leave the pictures out with --train-only."
         )
-    labels = None if ground_truth is None else ground_truth([path[-1] for path, _ in found])
+    labels = None
+    if ground_truth is not None:
+        _refuse_same_names(where, found)
+        labels = ground_truth([path[-1] for path, _ in found])
     pictures, strangers = [], Counter[str]()
     for path, entry in found:
         if labels is None:
             name: str | int = path[0]
         else:
-            stem = PurePosixPath(path[-1]).stem
+            stem = picture_stem(path[-1])
             if stem not in labels:
-                raise UserError(f"{where}: the ground-truth file says nothing about {path[-1]}.")
+                raise UserError(
+                    f"{where}: the ground-truth file says nothing about {printable(path[-1])}."
+                )
             name = labels[stem]
-        label = number.get(name) if isinstance(name, str) else name
+        label = number.get(class_name(name)) if isinstance(name, str) else name
         if label is None or not 0 <= label < len(number):
             strangers[str(name)] += 1
         else:
             pictures.append(_picture(path, entry, label))
     if strangers:
+        shown = _shown([printable(name, 60) for name in sorted(strangers)])
+        cases = {name.casefold(): name for name in number}
+        same = next((cases[s.casefold()] for s in strangers if s.casefold() in cases), "")
         raise UserError(
             f"{where}: {strangers.total()} pictures are of a class that no training picture has: "
-            f"{', '.join(sorted(strangers)[:5])}{', …' if len(strangers) > 5 else ''}. "
-            "Training and validation need the same class folders."
+            f"{shown}"
+            + (f" (there is {printable(same, 60)}: capitals count)" if same else "")
+            + ". Training and validation need the same class folders; --train-only leaves "
+            "validation out."
         )
     return pictures
 
 
-def _leave_out_empty(listing: Listing) -> None:
+def picture_stem(name: str) -> str:
+    """A picture's name without folder and suffix, spelled as `class_name` does."""
+    return class_name(PurePosixPath(name).stem)
+
+
+def _refuse_same_names(where: str, found: Split) -> None:
+    """UserError where a list of names could mean several pictures."""
+    counts = Counter(picture_stem(path[-1]) for path, _ in found)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{where}: {len(twice)} names are those of several pictures, such as "
+            f"{printable(twice[0], 60)}, so a ground-truth file cannot tell these apart. Rename "
+            "them."
+        )
+
+
+def _leave_out(listing: Listing) -> None:
     for split, pictures in listing.splits.items():
-        listing.left_out += [LeftOut(split, p.name, "empty file") for p in pictures if not p.size]
-        kept = [p for p in pictures if p.size]
+        out = [LeftOut(split, p.name, _problem(p)) for p in pictures if _problem(p)]
+        listing.left_out += out
+        kept = [p for p in pictures if not _problem(p)]
         if not kept:
-            raise UserError(f"All {len(pictures)} pictures of {split} are empty files.")
+            raise none_left(split, len(pictures), out)
         listing.splits[split] = kept
+
+
+def _problem(picture: Picture) -> str:
+    if picture.problem:
+        return picture.problem
+    return TOO_LARGE if picture.size > PICTURE_FILE else "" if picture.size else "empty file"
+
+
+def none_left(split: str, count: int, left_out: Sequence[LeftOut]) -> UserError:
+    """What to say where nothing could be taken of the pictures of a split."""
+    reasons = Counter(entry.reason for entry in left_out if entry.split == split).most_common(3)
+    why = "; ".join(f"{number} x {printable(reason)}" for reason, number in reasons)
+    return UserError(f"None of the {count} {split} pictures can be used: {why}.")
 
 
 def _keep_first(listing: Listing, per_class: int) -> None:

@@ -1,7 +1,8 @@
 """Reads a struct array of plain numbers and texts out of a MATLAB 5 file, and nothing else.
 
 Format: "MAT-File Format", The MathWorks, chapter 1 (Level 5 MAT-files). Only sizes and numbers are
-interpreted, so a malicious file can at worst be refused.
+interpreted, and how many bytes and elements there may be is limited, so a malicious file can at
+worst be refused.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from moco_scale.untrusted.limits import MAT_ELEMENTS, MAT_FILE, MAT_INFLATED
+
 Value = int | float | str | None
 
 _HEADER_BYTES = 128
-_MOST_BYTES = 256 << 20  # of a decompressed variable
+_MOST_DIMENSIONS = 32
+_MOST_FIELDS = 1024
 
 # data types (table 1-1) that hold numbers, as struct format characters
 _NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
@@ -50,36 +54,47 @@ def struct_array(content: bytes, name: str, fields: Sequence[str]) -> list[dict[
     Numeric fields of one element become int or float, char arrays become str, all else None.
     Raises MatFileError.
     """
+    if len(content) > MAT_FILE:
+        raise MatFileError(f"more than {MAT_FILE:,} bytes, which no such file has")
     if len(content) < _HEADER_BYTES or content[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):
         raise MatFileError("not a MATLAB 5 file")
     order = "<" if content[126:128] == b"IM" else ">"
+    left = MAT_INFLATED
     try:
         for element in _elements(memoryview(content)[_HEADER_BYTES:], order):
             if element.kind == _COMPRESSED:
-                plain = memoryview(_inflate(element.data))
+                plain = memoryview(_inflate(element.data, left))
+                left -= len(plain)
                 element = next(_elements(plain, order))
             if element.kind != _MATRIX:
                 continue
             matrix = _matrix(element.data, order)
             if matrix.name == name and matrix.array_class == _STRUCT_CLASS:
                 return _entries(matrix, fields, order)
-    except (struct.error, zlib.error, IndexError, StopIteration, UnicodeDecodeError) as error:
+    except MatFileError:
+        raise
+    except (struct.error, zlib.error, IndexError, StopIteration, ValueError) as error:
         raise MatFileError(f"damaged ({error or type(error).__name__})") from error
     raise MatFileError(f"no struct array {name!r} in it")
 
 
-def _inflate(data: memoryview) -> bytes:
+def _inflate(data: memoryview, most: int) -> bytes:
     decompressor = zlib.decompressobj()
-    plain = decompressor.decompress(data, _MOST_BYTES)
+    plain = decompressor.decompress(data, most + 1)  # 0 would mean all
+    if len(plain) > most:
+        raise MatFileError(f"variables of more than {MAT_INFLATED:,} bytes")
     if not decompressor.eof:
-        raise MatFileError("a variable is cut off, or too large")
+        raise MatFileError("a variable is cut off")
     return plain
 
 
 def _elements(data: memoryview, order: str) -> Iterator[_Element]:
     """The data elements that follow one another in a stretch of bytes."""
-    at = 0
+    at = count = 0
     while at < len(data):
+        count += 1
+        if count > MAT_ELEMENTS:
+            raise MatFileError(f"more than {MAT_ELEMENTS:,} elements in one")
         (word,) = struct.unpack_from(f"{order}I", data, at)
         if word >> 16:  # small format: the size in the upper half, the data in the next 4 bytes
             size = word >> 16
@@ -101,6 +116,8 @@ def _matrix(data: memoryview, order: str) -> _Matrix:
     """An array element: flags, shape, name, then what depends on its class."""
     flags, shape, name, *rest = _elements(data, order)
     (word,) = struct.unpack_from(f"{order}I", flags.data, 0)
+    if len(shape.data) > 4 * _MOST_DIMENSIONS:
+        raise MatFileError(f"an array of more than {_MOST_DIMENSIONS} dimensions")
     sizes = struct.unpack(f"{order}{len(shape.data) // 4}i", shape.data)
     return _Matrix(word & 0xFF, sizes, bytes(name.data).decode("latin-1"), rest)
 
@@ -109,9 +126,9 @@ def _entries(matrix: _Matrix, fields: Sequence[str], order: str) -> list[dict[st
     """The entries of a struct array: a field-name length, the names, then all values."""
     length_element, names_element, *values = matrix.rest
     (length,) = struct.unpack_from(f"{order}i", length_element.data, 0)
-    if length <= 0:
-        raise MatFileError("damaged (field names of no length)")
     raw = bytes(names_element.data)
+    if length <= 0 or len(raw) > length * _MOST_FIELDS:
+        raise MatFileError("damaged (field names of no length, or too many)")
     names = [
         raw[at : at + length].partition(b"\0")[0].decode("latin-1")
         for at in range(0, len(raw), length)

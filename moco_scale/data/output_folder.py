@@ -35,7 +35,9 @@ class OutputFolder:
     """
 
     def __init__(self, out: Path, overwrite: bool) -> None:
-        self.out = out.resolve()  # a link keeps pointing to what it points to
+        self.out = Path(os.path.realpath(out))  # a link keeps pointing to what it points to
+        if not self.out.name:
+            raise UserError(f"--out {out} is the root of a disk; name a folder that is to be made.")
         self.shown = out
         self.overwrite = overwrite
         self.notes: list[str] = []
@@ -91,9 +93,9 @@ class OutputFolder:
         shutil.rmtree(self._old, ignore_errors=True)
 
     def _check_place(self) -> None:
-        if self.out.is_file():
+        if os.path.lexists(self.out) and not self.out.is_dir():
             raise UserError(
-                f"{self.shown} is a file; --out names a folder that does not exist yet."
+                f"{self.shown} is no folder; --out names a folder that does not exist yet."
             )
         if not self.out.exists():
             return

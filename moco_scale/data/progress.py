@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from moco_scale.messages import say
+from moco_scale.untrusted.text import printable
 
 _LINE_SECONDS = 10.0
 _listeners: list[Callable[[], None]] = []
@@ -35,6 +36,25 @@ def gets_on() -> None:
         listener()
 
 
+def bar(label: str, unit: str, total: int | None = None, **options: Any) -> tqdm[Any]:
+    """A bar on a terminal, nothing elsewhere.
+
+    Args:
+        label: foreign text is welcome.
+        unit: what is counted.
+        total: None: not known.
+        options: of tqdm.
+    """
+    return tqdm(
+        desc=printable(label, 60),
+        total=total,
+        unit=unit,
+        disable=not sys.stderr.isatty(),
+        leave=total is not None,
+        **options,
+    )
+
+
 class Progress:
     """Context manager; `add` counts what is done. On stderr."""
 
@@ -45,7 +65,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, desc=self._label, unit=f" {self._unit}")
+            self._bar = bar(self._label, f" {self._unit}", self._total)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,14 +19,17 @@ from types import FrameType
 from moco_scale import __version__
 from moco_scale.data.check import check
 from moco_scale.data.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TAR, read_ground_truth
-from moco_scale.data.layout import Listing, arrange
+from moco_scale.data.layout import Listing, arrange, class_name
 from moco_scale.data.output_folder import LEFT_OUT, OutputFolder, size_text
 from moco_scale.data.recognise import look_into
 from moco_scale.data.repair import repair
 from moco_scale.data.shard_list import list_shards
 from moco_scale.data.shards import Encoding, ShardSize, write_shards
-from moco_scale.data.sources import UNPACKED, holds_pictures, scan
+from moco_scale.data.source_scan import holds_pictures, scan
+from moco_scale.data.source_tar import UNPACKED
 from moco_scale.errors import UserError
+from moco_scale.messages import tell
+from moco_scale.untrusted.text import printable
 
 DEFAULT_QUALITY = 90
 _MOST_REASONS = 5
@@ -50,21 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("source")
     source.add_argument(
         "--source",
-        type=Path,
+        type=_path,
         metavar="SRC",
         help="a folder with train/CLASS/* and perhaps val/CLASS/*, or CLASS/*, or unlabelled "
-        "pictures; a tar of one (.gz .bz2 .xz: decompressed once next to DIR, which needs room); "
+        "pictures; a zip or a tar of one (.gz .bz2 .xz: decompressed once next to DIR, which needs "
+        "room); "
         f"{TRAIN_TAR}; or the folder that holds {TRAIN_TAR}, {VAL_TAR} and {DEVKIT_TAR}",
     )
     source.add_argument(
         "--val-source",
-        type=Path,
+        type=_path,
         metavar="SRC",
         help=f"validation pictures from elsewhere, e.g. {VAL_TAR}",
     )
     source.add_argument(
         "--val-ground-truth",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help=f"the classes of validation pictures that lie in no class folders. {ACCEPTED}",
     )
@@ -79,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only the first N training pictures of each class, by name",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="DIR", help="folder to make")
+    output.add_argument("--out", type=_path, metavar="DIR", help="folder to make")
     output.add_argument(
         "--overwrite",
         action="store_true",
@@ -121,14 +125,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_argument_group("shards that exist")
     existing.add_argument(
         "--check",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="read every byte, decode every picture, compare with the index; status 1 and a list "
         "when something is damaged",
     )
     existing.add_argument(
         "--repair",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="make the index again from the tars, and damaged tars from what can be read of them; "
         f"what is lost is listed in DIR/{LEFT_OUT}, and what is replaced stays beside it",
@@ -162,14 +166,21 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.quality is not None and args.short_side is None:
         raise UserError("--quality is for pictures that are re-encoded: give --short-side too.")
+    sources = [path for path in (args.source, args.val_source) if path is not None]
+    if os.path.realpath(args.out) in map(os.path.realpath, sources):
+        raise UserError(f"--out {args.out} is the source itself; name a folder that is to be made.")
     started = time.monotonic()
     with _terminable(), OutputFolder(args.out, args.overwrite) as folder:
         for note in folder.notes:
-            _say(note)
-        listing = _list(args, folder.path)
+            tell(note)
+        try:
+            listing = _list(args, folder.path)
+        except OSError as error:
+            where = error.filename or args.source
+            raise UserError(f"Cannot read {where}: {error.strerror or error}.") from error
         for note in listing.notes:
-            _say(f"note: {note}")
-        _say(_plan(listing))
+            tell(f"note: {note}")
+        tell(_plan(listing))
         encoding = None
         if args.short_side is not None:
             encoding = Encoding(args.short_side, args.quality or DEFAULT_QUALITY)
@@ -187,29 +198,33 @@ def run(args: argparse.Namespace) -> int:
             leftover.unlink()
         folder.finish()
     for split in written:
-        _say(
+        tell(
             f"{split.split}: {split.pictures} pictures in {split.shards} "
             f"shard{'s' * (split.shards != 1)}, {size_text(split.bytes)}"
         )
     _report_left_out(listing, args.out)
-    _say(f"{args.out} is complete ({time.monotonic() - started:.1f} s)")
+    tell(f"{args.out} is complete ({time.monotonic() - started:.1f} s)")
     return 0
 
 
 def _list(args: argparse.Namespace, scratch: Path) -> Listing:
     """Find the pictures of all sources and label them."""
     source, val_source, truth = args.source, args.val_source, args.val_ground_truth
-    if (source / TRAIN_TAR).is_file():  # the folder ILSVRC2012 was downloaded to
-        if val_source is None and (source / VAL_TAR).is_file():
+    if os.path.isfile(source / TRAIN_TAR):  # the folder ILSVRC2012 was downloaded to
+        if val_source is None and os.path.isfile(source / VAL_TAR):
             val_source = source / VAL_TAR
-            if truth is None and (source / DEVKIT_TAR).is_file():
+            if truth is None and os.path.isfile(source / DEVKIT_TAR):
                 truth = source / DEVKIT_TAR
         source = source / TRAIN_TAR
     if args.train_only:
         val_source = truth = None
     labelled = "" if args.unlabelled else _samples_in(source)
-    entries = scan(source, scratch)
-    val_entries = scan(val_source, scratch) if val_source is not None else None
+    ours = (args.out, scratch)  # which may lie in the source
+    entries, notes = scan(source, scratch, ours)
+    val_entries = None
+    if val_source is not None:
+        val_entries, val_notes = scan(val_source, scratch, ours)
+        notes += val_notes
     listing = arrange(
         str(source),
         entries,
@@ -222,6 +237,7 @@ def _list(args: argparse.Namespace, scratch: Path) -> Listing:
     )
     if labelled and not listing.classes:
         raise _are_samples(source, labelled)
+    listing.notes[:0] = notes
     return listing
 
 
@@ -262,7 +278,7 @@ def _made(args: argparse.Namespace) -> dict[str, object]:
     """What goes into index.json about how the shards were made (not: when, or by how many)."""
     return {
         "by": f"moco_scale {__version__}",
-        "source": args.source.name,
+        "source": class_name(args.source.name),
         "per_class": args.per_class,
         "short_side": args.short_side,
         "quality": None if args.short_side is None else args.quality or DEFAULT_QUALITY,
@@ -283,17 +299,14 @@ def _report_left_out(listing: Listing, out: Path) -> None:
     if not listing.left_out:
         return
     count = len(listing.left_out)
-    _say(f"left out {count} picture{'s' * (count != 1)}; the list is {out / LEFT_OUT}:")
+    tell(f"left out {count} picture{'s' * (count != 1)}; the list is {out / LEFT_OUT}:")
     reasons = Counter(entry.reason for entry in listing.left_out)
     for reason, number in reasons.most_common(_MOST_REASONS):
         example = next(entry for entry in listing.left_out if entry.reason == reason)
-        _say(f"  {number} x {reason} (as {example.split}: {example.name})")
+        name = printable(example.name)
+        tell(f"  {number} x {printable(reason)} (as {example.split}: {name})")
     if len(reasons) > _MOST_REASONS:
-        _say(f"  and {len(reasons) - _MOST_REASONS} other reasons")
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+        tell(f"  and {len(reasons) - _MOST_REASONS} other reasons")
 
 
 @contextlib.contextmanager
@@ -318,6 +331,13 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _path(text: str) -> Path:
+    """A path; an empty one, of a variable that is not set perhaps, does not mean this folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
 
 
 def _whole(text: str) -> int:

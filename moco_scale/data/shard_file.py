@@ -17,11 +17,16 @@ from PIL import Image
 
 from moco_scale.data.decode import DecodeError, decode_rgb
 from moco_scale.data.index_file import INDEX_DTYPE
-from moco_scale.data.layout import LeftOut, Picture
+from moco_scale.data.layout import TOO_LARGE, LeftOut, Picture
 from moco_scale.data.output_folder import sync
-from moco_scale.data.sources import JPEG_SUFFIXES
+from moco_scale.data.source_folder import NOT_READABLE
+from moco_scale.data.source_zip import unpack
+from moco_scale.data.sources import LFS_POINTER, START_BYTES, suffix_to_write
 from moco_scale.data.tar_scan import scan_tar
 from moco_scale.errors import UserError
+from moco_scale.untrusted.documents import without_waiting
+from moco_scale.untrusted.limits import PICTURE_FILE
+from moco_scale.untrusted.text import printable
 
 
 @dataclass(frozen=True)
@@ -81,18 +86,14 @@ def write_shard(task: Task) -> Done:
             group="",
         )
         for key, picture in enumerate(task.pictures, start=task.first_key):
-            data = _source_bytes(picture)
-            if not data:
-                left_out.append(LeftOut(task.split, picture.name, "empty file"))
-                continue
-            suffix = os.path.splitext(picture.name)[1].lower()
-            suffix = ".jpg" if suffix in JPEG_SUFFIXES else suffix
-            if task.verify or task.encoding is not None:
-                try:
+            try:
+                data = source_bytes(picture)
+                suffix = suffix_to_write(picture.name, data[:START_BYTES])
+                if task.verify or task.encoding is not None:
                     data, suffix = _checked(data, suffix, task.encoding)
-                except DecodeError as error:
-                    left_out.append(LeftOut(task.split, picture.name, str(error)))
-                    continue
+            except DecodeError as error:
+                left_out.append(LeftOut(task.split, picture.name, str(error)))
+                continue
             label = str(picture.label).encode()
             writer.write({"__key__": f"{key:09d}", suffix[1:]: data, "cls": label})
             labels.append(picture.label)
@@ -162,7 +163,7 @@ def _open_source(container: str) -> int:
         if container not in _sources:
             _sources[container] = os.open(container, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"Cannot read {container}: {error.strerror or error}.") from error
+        raise _unreadable(container, error) from error
     return _sources[container]
 
 
@@ -172,16 +173,47 @@ def close_sources() -> None:
         os.close(_sources.popitem()[1])
 
 
-def _source_bytes(picture: Picture) -> bytes:
-    try:
-        if picture.offset == 0:  # a file of its own; in a tar a header comes first
-            return Path(picture.container).read_bytes()
-        data = os.pread(_open_source(picture.container), picture.size, picture.offset)
-    except OSError as error:
-        raise UserError(f"Cannot read {picture.container}: {error.strerror or error}.") from error
-    if len(data) != picture.size:
-        raise UserError(f"{picture.container} became shorter while it was read.")
+def source_bytes(picture: Picture) -> bytes:
+    """The bytes of an image. Raises DecodeError: there are none to be had; UserError: no disk."""
+    data = _own_bytes(picture) if picture.offset == 0 else _archived_bytes(picture)
+    if not data:
+        raise DecodeError("empty file")
+    if len(data) > PICTURE_FILE:
+        raise DecodeError(TOO_LARGE)
+    if data.startswith(LFS_POINTER):
+        raise DecodeError("a pointer of Git LFS and not the image: run `git lfs pull` first")
     return data
+
+
+def _own_bytes(picture: Picture) -> bytes:
+    """Those of a file of its own; in an archive a header comes first."""
+    try:
+        with open(picture.container, "rb", opener=without_waiting) as file:
+            return file.read(PICTURE_FILE + 1)
+    except OSError as error:
+        if error.errno in NOT_READABLE:
+            raise DecodeError(f"cannot be read: {error.strerror or error}") from error
+        raise _unreadable(picture.container, error) from error
+
+
+def _archived_bytes(picture: Picture) -> bytes:
+    size = picture.size if picture.packed is None else picture.packed.size
+    try:
+        data = os.pread(_open_source(picture.container), size, picture.offset)
+    except OSError as error:
+        raise _unreadable(picture.container, error) from error
+    if len(data) != size:
+        raise UserError(f"{printable(picture.container)} became shorter while it was read.")
+    if picture.packed is None:
+        return data
+    try:
+        return unpack(data, picture.size, picture.packed)
+    except ValueError as error:
+        raise DecodeError(str(error)) from error
+
+
+def _unreadable(container: str, error: OSError) -> UserError:
+    return UserError(f"Cannot read {printable(container)}: {error.strerror or error}.")
 
 
 def _read_ahead(pictures: Sequence[Picture]) -> None:
@@ -191,7 +223,8 @@ def _read_ahead(pictures: Sequence[Picture]) -> None:
     for picture in pictures:
         if picture.offset:
             handle = _open_source(picture.container)
-            os.posix_fadvise(handle, picture.offset, picture.size, os.POSIX_FADV_WILLNEED)
+            size = picture.size if picture.packed is None else picture.packed.size
+            os.posix_fadvise(handle, picture.offset, size, os.POSIX_FADV_WILLNEED)
 
 
 @contextlib.contextmanager

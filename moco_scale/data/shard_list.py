@@ -20,11 +20,12 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
 _UNPACK = {"gz": "gunzip", "tgz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}
-_SPLIT_WORDS = {
+SPLIT_WORDS = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+"""What a word in the name of a tar or a folder says, in capitals or not."""
 _WORD = re.compile(r"[a-z]+")
 
 
@@ -196,6 +197,6 @@ def _split_of(path: Path, folder: Path) -> str | None:
     below = os.path.relpath(path.parent, folder)
     for name in (path.name, "" if below.startswith("..") else below):
         for word in _WORD.findall(name.lower()):
-            if word in _SPLIT_WORDS:
-                return _SPLIT_WORDS[word]
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
     return None

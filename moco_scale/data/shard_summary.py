@@ -13,7 +13,8 @@ from moco_scale.data.mixed_shards import MixedShards
 from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
-from moco_scale.data.sources import picture_kind
+from moco_scale.data.sources import START_BYTES, picture_kind
+from moco_scale.messages import tell
 from moco_scale.untrusted.text import printable
 
 SAMPLE = 1000
@@ -66,7 +67,7 @@ def _sampled(shards: Shards) -> dict[str, Any]:
     for place in places.tolist():
         data = shards.read(place)
         sizes.append(len(data))
-        formats[picture_kind(bytes(data[:4])) or "?"] += 1
+        formats[picture_kind(bytes(data[:START_BYTES])) or "?"] += 1
         try:
             sides.append(picture_size(data))
         except DecodeError:
@@ -91,18 +92,18 @@ def _spread(values: np.ndarray) -> list[int]:
 
 def print_summary(found: dict[str, Any]) -> None:
     """The same for people."""
-    print(found["path"])
+    tell(found["path"])
     made = found["made"]
     if made.get("by"):
-        print(f"  made by {printable(made['by'])} from {printable(made.get('source'))}")
+        tell(f"  made by {printable(made['by'])} from {printable(made.get('source'))}")
     for split, part in found["splits"].items():
         count = part["shards"]
-        print(
+        tell(
             f"  {split}: {part['pictures']:,} pictures in {count:,} shard{'s' * (count != 1)}, "
             f"{size_text(part['bytes'])}"
         )
         for name, text in _lines(part):
-            print(f"    {name:14}{text}")
+            tell(f"    {name:14}{text}")
 
 
 def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:

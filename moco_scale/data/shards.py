@@ -20,7 +20,7 @@ import numpy as np
 
 from moco_scale.data import index_file
 from moco_scale.data.header_check import IndexedTars, note_checked
-from moco_scale.data.layout import Listing, Picture
+from moco_scale.data.layout import Listing, Picture, none_left
 from moco_scale.data.output_folder import LEFT_OUT, size_text, sync
 from moco_scale.data.pool import BrokenProcessPool, in_order
 from moco_scale.data.progress import Progress
@@ -116,7 +116,7 @@ def write_shards(
             shards.append((name, done.bytes, len(done.rows)))
             checksums.append(done.checksum)
         if not shards:
-            raise UserError(f"None of the {len(ordered)} {split} pictures can be decoded.")
+            raise none_left(split, len(ordered), listing.left_out)
         rows = np.concatenate(all_rows)
         with write_errors(folder):
             np.save(folder / index_file.index_name(split), rows, allow_pickle=False)
@@ -183,7 +183,10 @@ def _run(tasks: Iterable[Task], workers: int, total: int, split: str) -> Iterato
 
 
 def _check_room(listing: Listing, folder: Path) -> None:
-    """UserError when the shards cannot fit: per picture two headers and two padded bodies."""
+    """UserError when the shards cannot fit: per picture two headers and two padded bodies.
+
+    What a zip says of sizes may be a lie, but no more than it says is written.
+    """
     block = tarfile.BLOCKSIZE
     needed = sum(
         3 * block + -(-picture.size // block) * block

@@ -185,6 +185,8 @@ def _knn(args: argparse.Namespace, pretrained: Pretrained, splits: Splits) -> Kn
 
 def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained) -> dict[str, Any]:
     encoder = pretrained.encoder.to(distributed.device())
+    if task.hopeless and distributed.rank() == 0:
+        say(task.hopeless)
     return {
         **task.measure(encoder, args.features),
         **_left_out(task.left_out),

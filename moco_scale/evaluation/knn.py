@@ -25,6 +25,7 @@ from moco_scale.data.shard_source import ShardSource
 from moco_scale.encoders import Encoder
 from moco_scale.errors import UserError
 from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract
+from moco_scale.untrusted.text import printable
 
 _SIMILARITIES_AT_ONCE = 1 << 24  # 64 MiB in fp32
 
@@ -280,6 +281,22 @@ class KnnMonitor:
             raise UserError(f"kNN needs labels, and those of {self.bank.name} are not used: {why}")
         bank, queries = (torch.tensor(s.labels) for s in (self.bank, self.queries))
         _check(bank, queries, self.num_classes, self.k, self.temperature)
+
+    @property
+    def hopeless(self) -> str:
+        """What to say where images are of classes that no image that votes has; "": none are."""
+        strangers = ~np.isin(self.queries.labels, self.bank.labels)
+        if not strangers.any():
+            return ""
+        missing = np.unique(self.queries.labels[strangers])
+        names = self.queries.classes
+        first = names[missing[0]] if missing[0] < len(names) else missing[0]
+        return (
+            f"kNN: {int(strangers.sum())} of the {len(self.queries)} {self.queries.split} pictures "
+            f"are of {len(missing)} classes that none of the {len(self.bank)} "
+            f"{self.bank.split} pictures that vote has (first: {printable(first, 60)}): they count "
+            "as wrong, whatever is learned"
+        )
 
     @property
     def num_classes(self) -> int:

@@ -384,11 +384,15 @@ def _count_classes(train: Shards, val: Shards) -> int:
     strangers = sorted(set(val.labels.tolist()) - known)
     if strangers:
         raise UserError(
-            f"{val.name}: {len(strangers)} classes of the val pictures are in no train picture "
-            f"(first: {printable(train.classes[strangers[0]])}), so nothing can learn them; "
+            f"{val.name}: {len(strangers)} classes of the val pictures are in no train "
+            f"picture (first: {_named(train, strangers[0])}), so nothing can learn them; "
             "make the shards from a source whose splits have the same classes"
         )
     return max(len(train.classes), highest + 1)
+
+
+def _named(shards: Shards, label: int) -> str:
+    return printable(shards.classes[label], 60) if label < len(shards.classes) else str(label)
 
 
 def _new_classifier(width: int, classes: int, seed: int) -> nn.Linear:

@@ -55,3 +55,12 @@ TAR_LOOKED_INTO = 64 * MB
 """Of a compressed tar, unpacked only to see what it is."""
 TARS_OF_A_PATTERN = 1 << 20
 """Names that the braces of a pattern may stand for."""
+
+SOURCE_INFLATION, SOURCE_INFLATION_FROM = 100, GB
+"""A compressed tar of images grows at most so many times, beyond the first gigabyte."""
+ZIP_DIRECTORY = 4 * GB
+"""The list of files in a zip, which is read in parts: some 100 bytes a file."""
+GROUND_TRUTH = 64 * MB
+"""A list of images and their classes: a million lines of 60 bytes."""
+MAT_FILE, MAT_INFLATED, MAT_ELEMENTS = 64 * MB, 64 * MB, 1 << 18
+"""meta.mat of ImageNet: bytes, bytes when inflated, and elements; it has 0.2 MB and some 14,000."""

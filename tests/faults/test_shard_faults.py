@@ -35,7 +35,9 @@ def test_no_pictures(command: Command, tmp_path: Path) -> None:
     empty.mkdir()
     assert "The folder is empty" in command.refused(empty)
     (empty / "notes.txt").touch()
-    assert "the folder holds notes.txt" in command.refused(empty)
+    message = command.refused(empty)
+    assert "1 file that is no image by name: 1 x .txt (as notes.txt)" in message
+    assert "The folder holds notes.txt" in message
     pack(empty, tmp_path / "none.tar")
     assert "none.tar holds no pictures" in command.refused(tmp_path / "none.tar")
     shutil.move(tmp_path / "none.tar", empty)
@@ -71,7 +73,8 @@ def test_a_tar_cut_anywhere(
         cuts = [20, len(whole) // 2, len(whole) - 4]
     for cut in cuts:
         path.write_bytes(whole[:cut])
-        assert "is truncated" in command.refused(path), f"cut at {cut} of {len(whole)}"
+        message = command.refused(path)
+        assert "is truncated" in message or "cut off" in message, f"cut at {cut} of {len(whole)}"
 
 
 def test_a_damaged_header_in_the_middle_of_a_tar(
@@ -83,7 +86,7 @@ def test_a_damaged_header_in_the_middle_of_a_tar(
         middle = tar.getmembers()[20].offset
     whole[middle + 10] ^= 0xFF
     path.write_bytes(whole)
-    assert f"damaged: neither a file nor the end mark at byte {middle}" in command.refused(path)
+    assert f"is damaged: the header at byte {middle} is not one" in command.refused(path)
 
 
 def test_a_damaged_gzip(command: Command, picture_folder: Path, tmp_path: Path) -> None:
@@ -120,19 +123,12 @@ def test_the_same_name_twice(command: Command, picture_folder: Path, tmp_path: P
     assert "p/train/ash/001.jpg twice" in command.refused(tmp_path / "x.tar")
 
 
-def test_a_broken_link_and_an_unreadable_picture(command: Command, picture_folder: Path) -> None:
-    link = picture_folder / "train" / "ash" / "link.jpg"
-    link.symlink_to("nowhere.jpg")
-    message = command.refused(picture_folder)
-    assert f"Cannot read {link}: No such file or directory" in message
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_source_without_permission(command: Command, picture_folder: Path) -> None:
     locked = picture_folder / "train" / "ash"
     locked.chmod(0)
     try:
-        assert f"Cannot read {locked}: Permission denied" in command.refused(picture_folder)
+        assert f"cannot be read: {locked} (Permission denied)" in command.refused(picture_folder)
     finally:
         locked.chmod(0o755)
 
@@ -155,7 +151,9 @@ def test_only_empty_or_broken_pictures(command: Command, tmp_path: Path) -> None
     for i in range(3):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{i}.jpg").touch()
-    assert "All 3 pictures of train are empty" in command.refused(tmp_path / "in")
+    assert "None of the 3 train pictures can be used: 3 x empty file" in command.refused(
+        tmp_path / "in"
+    )
     for i in range(3):
         (tmp_path / "in" / f"{i}.jpg").write_bytes(b"x")
     assert "None of the 3 train pictures" in command.refused(tmp_path / "in", "--verify")

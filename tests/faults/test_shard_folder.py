@@ -107,7 +107,7 @@ def test_a_killed_worker(
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    monkeypatch.setattr(shard_file, "_source_bytes", die)
+    monkeypatch.setattr(shard_file, "source_bytes", die)
     assert "A worker process was killed" in command.refused(picture_folder, workers=2)
 
 
@@ -125,9 +125,9 @@ def stuck_run(command: Command, source: Path, workers: int) -> Iterator[StuckRun
     log = command.out.parent.parent / "log.txt"
 
     def run() -> NoReturn:
-        original, read = shard_file._source_bytes, []
+        original, read = shard_file.source_bytes, []
 
-        def source_bytes(picture: Any) -> bytes:
+        def stuck(picture: Any) -> bytes:
             read.append(picture)
             if len(read) == 5:
                 os.write(writer, b".")
@@ -135,7 +135,7 @@ def stuck_run(command: Command, source: Path, workers: int) -> Iterator[StuckRun
                     signal.pause()
             return original(picture)
 
-        shard_file._source_bytes = source_bytes
+        shard_file.source_bytes = stuck
         os.close(reader)
         with log.open("w") as sys.stdout, contextlib.redirect_stderr(sys.stdout):
             sys.exit(command(source, workers=workers))

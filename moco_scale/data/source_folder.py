@@ -1,0 +1,122 @@
+"""Image files below a folder, as people have them: with links, pipes and files nobody may read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from moco_scale.data.sources import (
+    START_BYTES,
+    Entry,
+    PassedOver,
+    is_picture,
+    picture_kind,
+    suffix_of,
+)
+from moco_scale.errors import UserError
+from moco_scale.untrusted.text import printable
+
+NOT_READABLE = frozenset((errno.EACCES, errno.EPERM, errno.ELOOP))
+"""What ails one file and not the disk: it is left out, and said; the others are taken."""
+_MOST_PLACES = 64
+_SHOWN = 5
+
+_Identity = tuple[int, int]  # device, inode
+
+
+def scan_folder(top: Path, passed: PassedOver, without: Collection[Path] = ()) -> Iterator[Entry]:
+    """Image files below a folder; links are followed, a link to a folder above itself is not.
+
+    Args:
+        top: the folder.
+        passed: counts what is no image.
+        without: folders that are not looked into.
+
+    Raises:
+        UserError: folders that cannot be read; links that lead to a folder in very many ways.
+        OSError: the folder itself cannot be read.
+    """
+    left_alone = {_identity(os.stat(path)) for path in without if path.is_dir()}
+    places: Counter[_Identity] = Counter()
+    unreadable: list[str] = []
+    # Not by recursion: folders may be nested deeper than Python calls itself.
+    waiting: list[tuple[str, str, frozenset[_Identity]]] = [(str(top), "", frozenset())]
+    while waiting:
+        folder, prefix, above = waiting.pop()
+        try:
+            identity = _identity(os.stat(folder))
+            if identity in above or identity in left_alone:
+                continue
+            places[identity] += 1
+            if places[identity] > _MOST_PLACES:
+                raise UserError(
+                    f"{top}: links lead to the folder {printable(folder)} in more than "
+                    f"{_MOST_PLACES} ways. Remove some, or name a folder that has fewer."
+                )
+            with os.scandir(folder) as children:
+                for child in children:
+                    if passed.is_hidden(child.name):
+                        continue
+                    if _is_folder(child):
+                        inside = f"{prefix}{child.name}/"
+                        waiting.append((child.path, inside, above | {identity}))
+                    else:
+                        yield from _file(child, prefix + child.name, passed)
+        except OSError as error:
+            if not prefix:
+                raise
+            unreadable.append(f"{printable(folder)} ({error.strerror or error})")
+    if unreadable:
+        more = f" and {len(unreadable) - _SHOWN} more" if len(unreadable) > _SHOWN else ""
+        raise UserError(
+            f"{top}: {len(unreadable)} folder{'s' * (len(unreadable) != 1)} cannot be read: "
+            f"{', '.join(unreadable[:_SHOWN])}{more}. Make them readable, or move them away: "
+            "what is in them may be classes."
+        )
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(child: os.DirEntry[str]) -> bool:
+    try:
+        return child.is_dir()
+    except OSError:  # a link that nobody can follow
+        return False
+
+
+def _file(child: os.DirEntry[str], path: str, passed: PassedOver) -> Iterator[Entry]:
+    named = is_picture(path)
+    try:
+        status = child.stat()
+    except FileNotFoundError:
+        problem = "a link to nothing"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+    else:
+        if not stat.S_ISREG(status.st_mode):
+            problem = "no file, but a pipe, a socket or a device"
+        elif named or (not suffix_of(path) and _is_image(child.path)):
+            yield Entry(path, child.path, 0, status.st_size)
+            return
+        else:
+            passed.other(path)
+            return
+    if named:
+        yield Entry(path, child.path, 0, 0, problem=problem)
+    else:
+        passed.other(path)
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file without a suffix is one by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            return bool(picture_kind(file.read(START_BYTES)))
+    except OSError:
+        return False

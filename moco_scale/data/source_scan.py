@@ -1,0 +1,90 @@
+"""Lists the image files of a source, with the place of their bytes, without unpacking anything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from moco_scale.data.progress import bar
+from moco_scale.data.source_folder import scan_folder
+from moco_scale.data.source_tar import plain_tar, scan_tar
+from moco_scale.data.source_zip import is_zip, scan_zip
+from moco_scale.data.sources import PICTURE_SUFFIXES, Entry, PassedOver
+from moco_scale.errors import UserError
+from moco_scale.untrusted.text import printable
+
+
+def scan(
+    source: Path, scratch: Path, without: Collection[Path] = ()
+) -> tuple[list[Entry], list[str]]:
+    """All image files of a source, sorted by path, and notes on what was passed over.
+
+    Args:
+        source: a folder, a tar (also one of tars, or compressed), or a zip.
+        scratch: a folder on a disk with room; a compressed tar is decompressed to a file in it.
+        without: folders that are not looked into.
+
+    Raises:
+        UserError: no such file, not readable, no archive, a truncated or damaged one, the same
+            path twice, links in a tar, no images.
+    """
+    passed = PassedOver()
+    entries = []
+    try:
+        with bar(f"listing {source.name}", " images") as progress:
+            for entry in _entries(source, scratch, passed, without):
+                entries.append(entry)
+                progress.update()
+    except OSError as error:
+        where = error.filename or source
+        raise UserError(f"Cannot read {printable(where)}: {error.strerror or error}.") from error
+    notes = passed.notes(source)
+    if not entries:
+        said = "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
+        raise UserError(f"{source} holds no pictures.{said} {_what_is_there(source)}")
+    entries.sort(key=lambda entry: entry.path)
+    for before, after in itertools.pairwise(entries):
+        if before.path == after.path:
+            raise UserError(
+                f"{source} holds {printable(before.path)} twice. Make the archive again, or unpack "
+                "it to a folder (the later one then wins) and use that."
+            )
+    return entries, notes
+
+
+def holds_pictures(folder: Path) -> bool:
+    """Whether there are images in a folder, not counting those in archives. Raises OSError."""
+    return next(scan_folder(folder, PassedOver()), None) is not None
+
+
+def _entries(
+    source: Path, scratch: Path, passed: PassedOver, without: Collection[Path]
+) -> Iterator[Entry]:
+    if source.is_dir():
+        return scan_folder(source, passed, without)
+    if not source.exists():
+        raise UserError(f"There is no source {source}.")
+    if not source.is_file():
+        raise UserError(f"{source} is no file and no folder, but a pipe, a socket or a device.")
+    with source.open("rb") as file:
+        start = file.read(4)
+    if is_zip(source, start):
+        return scan_zip(source, passed)
+    return scan_tar(source, plain_tar(source, scratch), passed)
+
+
+def _what_is_there(source: Path) -> str:
+    """A hint for a source without images."""
+    suffixes = f"Images are files that end in {' '.join(sorted(PICTURE_SUFFIXES))}."
+    if not source.is_dir():
+        return suffixes
+    names = sorted(child.name for child in source.iterdir())
+    if not names:
+        return "The folder is empty."
+    ends = (".tar", ".tar.gz", ".tgz", ".zip")
+    archives = [name for name in names if name.lower().endswith(ends)]
+    if archives:
+        return f"To take the images in an archive, name it: --source {source / archives[0]}"
+    shown = ", ".join(printable(name, 60) for name in names[:5])
+    return f"{suffixes} The folder holds {shown}{', …' if len(names) > 5 else ''}."
