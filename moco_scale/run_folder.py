@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from moco_scale import checkpoint, distributed, together
@@ -21,9 +19,9 @@ from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, save_atomically, write_atomically
 from moco_scale.run_lock import RunLock
 from moco_scale.saver import BackgroundSaver
+from moco_scale.untrusted.tensor_files import TensorFile
 
 T = TypeVar("T")
-_STEP = re.compile(r"step-(\d{8,})")
 
 
 class RunFolder:
@@ -278,9 +276,11 @@ class RunFolder:
 
         def look() -> bool:
             try:
-                return bool(torch.load(self.current, weights_only=True, mmap=True)["step"] == step)
-            except Exception:  # not there, or damaged in any way
+                with TensorFile(self.current) as file:
+                    content = file.content
+            except (OSError, UserError):  # not there, or damaged in any way
                 return False
+            return isinstance(content, dict) and content.get("step") == step
 
         return together.on_main(look)
 
@@ -390,11 +390,13 @@ def complete_checkpoints(run: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [
-        p for p in root.iterdir() if _STEP.fullmatch(p.name) and (p / checkpoint.META).is_file()
+        p
+        for p in root.iterdir()
+        if checkpoint.STEP_FOLDER.fullmatch(p.name) and (p / checkpoint.META).is_file()
     ]
     return sorted(found, key=_step_of)
 
 
 def _step_of(folder: Path) -> int:
-    match = _STEP.fullmatch(folder.name)
+    match = checkpoint.STEP_FOLDER.fullmatch(folder.name)
     return int(match.group(1)) if match else -1

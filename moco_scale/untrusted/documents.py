@@ -85,7 +85,7 @@ def read_bounded(path: str | Path, limit: int, what: str) -> bytes:
         DocumentError: it has more; it is no regular file.
         OSError: it cannot be read.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
+    with open(path, "rb", opener=without_waiting) as file:
         # One byte more shows that there is more; the size that a file claims may be another.
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -93,7 +93,7 @@ def read_bounded(path: str | Path, limit: int, what: str) -> bytes:
     return content
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def without_waiting(path: str, flags: int) -> int:
     """Open a file; a pipe that nobody writes to is empty instead of waited for."""
     return os.open(path, flags | os.O_NONBLOCK)
 

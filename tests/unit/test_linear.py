@@ -18,8 +18,9 @@ from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.encoders import Encoder
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear, linear_state
-from moco_scale.evaluation.features import Pixels, Pretrained, extract
+from moco_scale.evaluation.features import Pixels, extract
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation
+from moco_scale.evaluation.pretrained import Pretrained
 
 PIXELS = Pixels(8, 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 SMALL = LinearConfig(epochs=4, batch_size=8, learning_rate=0.05)
