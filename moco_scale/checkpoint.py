@@ -207,7 +207,7 @@ def verify(folder: Path) -> None:
     if missing:
         raise UserError(f"{what} is damaged: {META} does not list {', '.join(missing[:3])}")
     if not sealed_:
-        say(f"{what} is of an earlier version: nothing but its form speaks for its {META}")
+        say(f"{what} is of an earlier version: its {META} has no checksum of its own")
 
 
 def _checksum(path: Path) -> int:
@@ -243,14 +243,14 @@ def read_index(folder: Path) -> dict[str, Entry]:
     """
     try:
         entries = parse_index(read_bounded(folder / INDEX, CHECKPOINT_INDEX, "its index"))
-        stored: Counter[str] = Counter()
-        for name, entry in entries.items():
-            for chunk in entry.chunks:
-                stored[chunk.file] += chunk.length
-                size = (folder / chunk.file).stat().st_size
-                # Parts that share bytes would take more memory than the files have.
-                if chunk.offset + chunk.length > size or stored[chunk.file] > size:
-                    raise PickleError(f"{chunk.file} is too short for {name} and what else it has")
+        chunks = [chunk for entry in entries.values() for chunk in entry.chunks]
+        sizes = {name: (folder / name).stat().st_size for name in {c.file for c in chunks}}
+        used: Counter[str] = Counter()
+        for chunk in chunks:
+            # Parts that share bytes would take more memory than the files have.
+            used[chunk.file] += chunk.length
+            if max(used[chunk.file], chunk.offset + chunk.length) > sizes[chunk.file]:
+                raise PickleError(f"{chunk.file} has fewer bytes than its index says")
     except (OSError, PickleError, DocumentError) as error:
         raise _unreadable(folder, error) from None
     return entries
@@ -290,7 +290,10 @@ def _load(folder: Path, entry: Entry, rows: Rows | None) -> Tensor:
         if len(entry.chunks) == 1:
             part = _part(folder, entry, entry.chunks[0])
             return part if entry.shape else part[0]
-        rows = Rows(0, entry.shape[0] if entry.shape else 1, 1)
+        total = entry.shape[0] if entry.shape else 1
+        rows = Rows(0, total, total)
+    elif not entry.shape or entry.shape[0] != rows.total:
+        raise PickleError(f"a tensor has the shape {list(entry.shape)}, not {rows.total} rows")
     whole = torch.empty((rows.size, *entry.shape[1:]), dtype=entry.dtype)
     for chunk in entry.chunks:
         first = max(rows.first, chunk.first)

@@ -163,8 +163,6 @@ def _mark(machine: _Machine, code: bytes) -> None:
 def _integer(machine: _Machine, code: bytes) -> None:
     if code == b"\x8a":  # LONG1
         size = machine.number("<B")
-        if size > 9:
-            raise ValueError
         machine.stack.append(int.from_bytes(machine.take(size), "little", signed=True))
     else:
         machine.stack.append(machine.number(_INTEGERS[code]))
