@@ -9,7 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 
 from moco_scale.errors import UserError
 from moco_scale.untrusted.documents import Document, check, parse_json
-from moco_scale.untrusted.limits import COUNT
+from moco_scale.untrusted.limits import STEPS
 from moco_scale.untrusted.names import plain_problem
 from moco_scale.untrusted.settings import Settings, at_most
 from moco_scale.untrusted.text import printable
@@ -20,7 +20,7 @@ _OWN = "own_crc32"
 _FILES = 100_000
 _LINE = 4000
 
-Count = Annotated[int, Field(ge=0, lt=COUNT)]
+Count = Annotated[int, Field(ge=0, lt=STEPS)]
 
 
 def _shown(text: str) -> str:

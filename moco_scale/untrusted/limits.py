@@ -25,8 +25,6 @@ PICKLE_STEPS = 1_000_000
 PICKLE_TEXT = 64 * KB
 PICKLE_DEPTH = 64
 """Bytes of one text in a pickle; containers inside each other."""
-COUNT = 1 << 53
-"""Largest step, sample or length that a checkpoint may name: exact in every JSON reader."""
 IMAGE_SIZE = 4096
 """Pixels a side of the pictures that a model file may ask for."""
 

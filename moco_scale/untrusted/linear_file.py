@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from moco_scale.untrusted.documents import Document
-from moco_scale.untrusted.limits import COUNT
+from moco_scale.untrusted.limits import STEPS
 from moco_scale.untrusted.settings import at_most
 
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -25,7 +25,7 @@ class Epoch(Document):
 class Identity(Document):
     """What an evaluation must agree in to be continued; whatever else there is, is compared."""
 
-    epochs: Annotated[int, Field(gt=0, lt=COUNT)]
+    epochs: Annotated[int, Field(gt=0, lt=STEPS)]
 
 
 class LinearFile(Document):

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from moco_scale.config import SECTIONS
 from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.untrusted.documents import Document
-from moco_scale.untrusted.limits import COUNT, IMAGE_SIZE
+from moco_scale.untrusted.limits import IMAGE_SIZE, STEPS
 from moco_scale.untrusted.text import printable, some_of
 
 _FLAG = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -63,7 +63,7 @@ def _problem(kind: Any, value: Any) -> str | None:
     if isinstance(value, bool) or value is None:
         fits = kind in (None, bool if value is not None else None)
     elif isinstance(value, int):
-        fits = kind in (None, int, float) and abs(value) < COUNT
+        fits = kind in (None, int, float) and abs(value) < STEPS
     elif isinstance(value, float):
         fits = kind in (None, float) and math.isfinite(value)
     elif isinstance(value, str):
@@ -107,5 +107,5 @@ class ModelFile(Document):
     """The plain values of a model file."""
 
     opt: Settings
-    epoch: Annotated[int, Field(ge=0, lt=COUNT)] = 0
-    step: Annotated[int, Field(ge=0, lt=COUNT)] = 0
+    epoch: Annotated[int, Field(ge=0, lt=STEPS)] = 0
+    step: Annotated[int, Field(ge=0, lt=STEPS)] = 0

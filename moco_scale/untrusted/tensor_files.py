@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moco_scale.untrusted.documents import without_waiting
-from moco_scale.untrusted.limits import COUNT, PICKLE, TENSOR_FILE_DIRECTORY
+from moco_scale.untrusted.limits import PICKLE, SHARD_BYTES, TENSOR_FILE_DIRECTORY
 from moco_scale.untrusted.pickles import (
     ORDERED_DICT,
     PERSISTENT,
@@ -235,13 +235,13 @@ def are_counts(values: Any) -> bool:
     return (
         type(values) is tuple
         and len(values) <= 16
-        and all(type(each) is int and 0 <= each < COUNT for each in values)
+        and all(type(each) is int and 0 <= each < SHARD_BYTES for each in values)
     )
 
 
 def is_shape(value: Any) -> bool:
     """Whether a value from outside is the shape of a tensor that some machine could hold."""
-    return are_counts(value) and math.prod(each or 1 for each in value) < COUNT
+    return are_counts(value) and math.prod(each or 1 for each in value) < SHARD_BYTES
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

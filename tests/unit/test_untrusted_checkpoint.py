@@ -12,6 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import meta_json_target
+import metadata_target
+import model_file_target
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -27,11 +30,6 @@ from moco_scale.queue import KeyQueue
 from moco_scale.run_state import read_state
 from moco_scale.telemetry import Meters
 from moco_scale.untrusted.checkpoint import parse_meta
-
-sys.path.append(str(Path(__file__).parent.parent / "fuzz"))
-import meta_json_target
-import metadata_target
-import model_file_target
 
 
 def error_of(action: Callable[[], Any]) -> str:

@@ -9,12 +9,12 @@ import os
 import pathlib
 import pickle
 import struct
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import model_file_target
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,12 +22,10 @@ from hypothesis import strategies as st
 
 from moco_scale import checkpoint
 from moco_scale.errors import UserError
+from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.pretrained import load_pretrained
 from moco_scale.untrusted.pickles import ForeignError, PickleError, read_pickle
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile
-
-sys.path.append(str(Path(__file__).parent.parent / "fuzz"))
-import model_file_target
 
 TEXT = st.text(max_size=300)
 LEAVES = st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats() | TEXT
@@ -127,7 +125,16 @@ def as_bare_model(content: bytes, folder: Path) -> None:
     load_pretrained(folder / "current.pth")
 
 
-@pytest.mark.parametrize("place", [as_index, as_tensor, as_model, as_bare_model])
+def as_linear_state(content: bytes, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "linear.pth").write_bytes(in_zip(content))
+    linear_state.load(folder / "linear.pth", {}, {}, "auto", {})
+
+
+PLACES = [as_index, as_tensor, as_model, as_bare_model, as_linear_state]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_no_pickle_does_anything(
     place: Callable[[bytes, Path], None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
