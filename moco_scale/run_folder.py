@@ -260,7 +260,7 @@ class RunFolder:
     def _model(
         self, tensors: dict[str, Tensor], names: dict[str, str], meta: dict[str, Any]
     ) -> dict[str, Any]:
-        """The content of ``current.pth``; on the CPU, so that torch.load needs no GPU."""
+        """The content of ``current.pth``; on the CPU, so that reading it needs no GPU."""
         content: dict[str, Any] = {
             "opt": self.config.flat(),
             "epoch": meta["epoch"],

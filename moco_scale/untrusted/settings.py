@@ -17,7 +17,7 @@ from moco_scale.untrusted.limits import IMAGE_SIZE, STEPS
 from moco_scale.untrusted.text import printable, some_of
 
 _FLAG = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_MANY = 1000
+_MANY = 300  # flags, or numbers in one
 _TEXT = 1 << 16
 
 
