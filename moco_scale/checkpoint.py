@@ -7,31 +7,40 @@ written under a temporary name and renamed when complete. Loading executes no pi
 from __future__ import annotations
 
 import json
+import math
 import os
-import pickle
+import re
 import shutil
 import traceback
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from moco_scale import distributed, together
-from moco_scale.checkpoint_rows import Rows, RowsLoadPlanner, RowsSavePlanner
+from moco_scale.checkpoint_rows import Rows, RowsSavePlanner
 from moco_scale.errors import UserError
-from moco_scale.files import failure_reason, read_json, sync_folder
+from moco_scale.files import failure_reason, sync_folder
+from moco_scale.messages import say
+from moco_scale.untrusted.checkpoint import FORMAT, INDEX, parse_meta, sealed, usable
+from moco_scale.untrusted.checkpoint_index import Chunk, Entry, parse_index
+from moco_scale.untrusted.documents import DocumentError, read_bounded, read_json
+from moco_scale.untrusted.limits import CHECKPOINT_INDEX, META_JSON
+from moco_scale.untrusted.pickles import PickleError
+from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile, describe
+from moco_scale.untrusted.text import printable_path, some_of
 
 T = TypeVar("T")
-FORMAT = 1
 NO_ROWS: Mapping[str, Rows] = MappingProxyType({})
-META, INDEX = "meta.json", ".metadata"
+META = "meta.json"
+STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 
 
 def owner(name: str) -> int:
@@ -95,7 +104,8 @@ def _complete(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     with open(temporary / META, "w", encoding="utf-8") as file:
         sums = {name: _checksum(temporary / name) for name in sizes}
-        json.dump({"format": FORMAT, **meta, "files": sizes, "crc32": sums}, file, indent=1)
+        content = {"format": FORMAT, **meta, "files": sizes, "crc32": sums}
+        file.write(sealed(json.dumps(content, indent=1)))
         file.flush()
         os.fsync(file.fileno())
     sync_folder(temporary)
@@ -130,53 +140,15 @@ def _attempt(action: Callable[[], T], temporary: Path, group: Any) -> T:
         raise
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_table(value: Any) -> bool:
-    """Numbers of files, by names that lead nowhere else."""
-    return isinstance(value, dict) and all(
-        Path(name).name == name and _is_count(number) for name, number in value.items()
-    )
-
-
-# What the rest of the program relies on. A run's checkpoints have the latter three too.
-_MEANING: dict[str, Callable[[Any], bool]] = {
-    "step": _is_count,
-    "files": _is_table,
-    "crc32": _is_table,
-    "config": lambda value: isinstance(value, dict),
-    "keep": lambda value: isinstance(value, bool),
-    "unlogged": lambda value: value is None or _is_log(value),
-}
-_MAY_LACK = ("config", "keep", "unlogged")
-
-
-def _is_log(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("record"), dict)
-        and isinstance(value.get("line"), str)
-    )
-
-
-def _means(meta: dict[str, Any], name: str) -> bool:
-    return _MEANING[name](meta[name]) if name in meta else name in _MAY_LACK
-
-
 def readable_meta(folder: Path) -> dict[str, Any]:
     """Of a checkpoint that is damaged, those plain values that are what they should be.
 
     Empty where there are none.
     """
     try:
-        meta = read_json(folder / META, "checkpoint file")
+        return usable(read_json(folder / META, META_JSON, "checkpoint file"))
     except UserError:
         return {}
-    if not isinstance(meta, dict):
-        return {}
-    return {name: v for name, v in meta.items() if name not in _MEANING or _means(meta, name)}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -185,28 +157,34 @@ def read_meta(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: not a checkpoint of this project, incomplete, or of another format.
     """
-    if not folder.is_dir():
-        raise UserError(f"no checkpoint {folder}: there is no such folder")
-    if not (folder / META).is_file():
-        raise UserError(f"{folder} is not a complete checkpoint of moco_scale: it has no {META}")
-    meta = read_json(folder / META, "checkpoint file")
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    return _read_meta(folder)[0]
+
+
+def _read_meta(folder: Path) -> tuple[dict[str, Any], bool]:
+    """Also whether a checksum covers them."""
+    what = f"checkpoint {printable_path(folder)}"
+    try:
+        if not folder.is_dir():
+            raise UserError(f"no {what}: there is no such folder")
+        if not (folder / META).is_file():
+            raise UserError(f"{what} is not a complete one of moco_scale: it has no {META}")
+        content = read_bounded(folder / META, META_JSON, "checkpoint file")
+        meta, sealed_ = parse_meta(content, what)
+        for name, size in meta["files"].items():
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes"
+                raise UserError(f"{what} is damaged: {name} {state}, {size} expected")
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {failure_reason(error)}") from None
+    step = STEP_FOLDER.fullmatch(folder.name)
+    if step is not None and int(step.group(1)) != meta["step"]:
         raise UserError(
-            f"{folder} is not a checkpoint of format {FORMAT}, which this version reads"
+            f"{what} is damaged, or its folder has been renamed: it says that it is of step "
+            f"{meta['step']}"
         )
-    wrong = [name for name in _MEANING if not _means(meta, name)]
-    if wrong or meta["files"].keys() != meta["crc32"].keys():
-        raise UserError(
-            f"checkpoint {folder} is damaged, or none of moco_scale: its {META} has no usable "
-            f"{', '.join(wrong) or 'crc32 of each of its files'}"
-        )
-    for name, size in meta["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(f"checkpoint {folder} is damaged: {name} {state}, {size} expected")
-    return meta
+    return meta, sealed_
 
 
 def verify(folder: Path) -> None:
@@ -215,23 +193,21 @@ def verify(folder: Path) -> None:
     Raises:
         UserError: a file is not what was written, or its checksum is not there.
     """
-    sums = read_meta(folder)["crc32"]
+    meta, sealed_ = _read_meta(folder)
+    sums, what = meta["crc32"], f"checkpoint {printable_path(folder)}"
     for name, expected in sums.items():
         try:
             found = _checksum(folder / name)
         except OSError as error:
-            raise UserError(
-                f"checkpoint {folder} cannot be read: {failure_reason(error)}"
-            ) from None
+            raise UserError(f"{what} cannot be read: {failure_reason(error)}") from None
         if found != expected:
-            raise UserError(
-                f"checkpoint {folder} is damaged: the content of {name} is not what was written"
-            )
-    missing = sorted({INDEX, *_files_of(folder)} - sums.keys())
+            raise UserError(f"{what} is damaged: the content of {name} is not what was written")
+    places = {chunk.file for entry in read_index(folder).values() for chunk in entry.chunks}
+    missing = sorted({INDEX, *places} - sums.keys())
     if missing:
-        raise UserError(
-            f"checkpoint {folder} is damaged: {META} does not list {', '.join(missing[:3])}"
-        )
+        raise UserError(f"{what} is damaged: {META} does not list {', '.join(missing[:3])}")
+    if not sealed_:
+        say(f"{what} is of an earlier version: its {META} has no checksum of its own")
 
 
 def _checksum(path: Path) -> int:
@@ -249,106 +225,133 @@ def shapes(folder: Path) -> dict[str, dict[str, Any]]:
         UserError: the index is damaged, or names anything but tensors.
     """
     found = {}
-    for name, entry in _entries(_Reader(folder), folder).items():
-        numbers = entry.size.numel()
+    for name, entry in read_index(folder).items():
+        numbers = math.prod(entry.shape)
         found[name] = {
-            "shape": list(entry.size),
+            "shape": list(entry.shape),
             "numbers": numbers,
-            "bytes": numbers * entry.properties.dtype.itemsize,
+            "bytes": numbers * entry.dtype.itemsize,
         }
     return found
 
 
-_UNREADABLE = (
-    *(OSError, RuntimeError, AttributeError, KeyError, ValueError, TypeError, EOFError),
-    *(pickle.UnpicklingError, dcp.api.CheckpointException),
-)
+def read_index(folder: Path) -> dict[str, Entry]:
+    """The tensors of a checkpoint by name, and where they lie in its files, which is looked at.
 
-
-def _files_of(folder: Path) -> set[str]:
-    """The files that hold its tensors, as its index says."""
+    Raises:
+        UserError: the index is damaged, or says what cannot be.
+    """
     try:
-        places = _Reader(folder).read_metadata().storage_data.values()
-        return {str(place.relative_path) for place in places}
-    except _UNREADABLE as error:
-        raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(error)}") from None
+        entries = parse_index(read_bounded(folder / INDEX, CHECKPOINT_INDEX, "its index"))
+        chunks = [chunk for entry in entries.values() for chunk in entry.chunks]
+        sizes = {name: (folder / name).stat().st_size for name in {c.file for c in chunks}}
+        used: Counter[str] = Counter()
+        for chunk in chunks:
+            # Parts that share bytes would take more memory than the files have.
+            used[chunk.file] += chunk.length
+            if max(used[chunk.file], chunk.offset + chunk.length) > sizes[chunk.file]:
+                raise PickleError(f"{chunk.file} has fewer bytes than its index says")
+    except (OSError, PickleError, DocumentError) as error:
+        raise _unreadable(folder, error) from None
+    return entries
 
 
-def _entries(reader: _Reader, folder: Path) -> dict[str, TensorStorageMetadata]:
-    try:
-        metadata = reader.read_metadata().state_dict_metadata
-        for name, entry in metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise pickle.UnpicklingError(f"{name} is not a tensor")
-    except _UNREADABLE as error:
-        raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(error)}") from None
-    return cast(dict[str, TensorStorageMetadata], metadata)
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    reason = failure_reason(error)
+    return UserError(f"checkpoint {printable_path(folder)} cannot be read: {reason}")
 
 
-def load(folder: Path, rows: Mapping[str, Rows] = NO_ROWS) -> dict[str, Tensor]:
+def load(
+    folder: Path,
+    rows: Mapping[str, Rows] = NO_ROWS,
+    expected: Mapping[str, Expected] | None = None,
+) -> dict[str, Tensor]:
     """All tensors of a checkpoint, on the CPU; each rank reads by itself.
 
     Args:
         folder: of the checkpoint.
         rows: of which tensors, where there are such, to read only some rows, and which.
+        expected: what there has to be, compared before anything is read; None: whatever there is.
 
     Raises:
-        UserError: the folder is damaged, or holds anything but tensors.
+        UserError: the folder is damaged, holds anything but tensors, or not what is expected.
     """
-    reader = _Reader(folder)
+    entries = read_index(folder)
+    if expected is not None:
+        _require(folder, entries, expected)
     try:
-        tensors = {}
-        for name, entry in _entries(reader, folder).items():
-            size = list(entry.size)
-            if name in rows:
-                if size[0] != rows[name].total:
-                    raise ValueError(f"{name} has {size[0]} rows, not {rows[name].total}")
-                size[0] = rows[name].size
-            tensors[name] = torch.empty(size, dtype=entry.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load(tensors, storage_reader=reader, planner=RowsLoadPlanner(rows), no_dist=True)
-    except _UNREADABLE as error:
-        raise UserError(f"checkpoint {folder} cannot be read: {failure_reason(error)}") from None
-    return tensors
+        return {name: _load(folder, entry, rows.get(name)) for name, entry in entries.items()}
+    except (OSError, PickleError) as error:
+        raise _unreadable(folder, error) from None
 
 
-class _Reader(dcp.FileSystemReader):
-    """torch's reader, whose index file is a pickle: only its own plain classes are let in."""
+def _load(folder: Path, entry: Entry, rows: Rows | None) -> Tensor:
+    if rows is None:
+        if len(entry.chunks) == 1:
+            part = _part(folder, entry, entry.chunks[0])
+            return part if entry.shape else part[0]
+        total = entry.shape[0] if entry.shape else 1
+        rows = Rows(0, total, total)
+    elif not entry.shape or entry.shape[0] != rows.total:
+        raise PickleError(f"a tensor has the shape {list(entry.shape)}, not {rows.total} rows")
+    whole = torch.empty((rows.size, *entry.shape[1:]), dtype=entry.dtype)
+    for chunk in entry.chunks:
+        first = max(rows.first, chunk.first)
+        end = min(rows.first + rows.size, chunk.first + chunk.rows)
+        if first < end:
+            part = _part(folder, entry, chunk)[first - chunk.first : end - chunk.first]
+            whole[first - rows.first : end - rows.first] = part
+    return whole if entry.shape else whole[0]
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / INDEX, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("its index is not one of torch.distributed.checkpoint")
-        if metadata.storage_meta is not None:
-            metadata.storage_meta.load_id = self.load_id
-        return metadata
+
+def _part(folder: Path, entry: Entry, chunk: Chunk) -> Tensor:
+    """The rows of a chunk; of a scalar, one."""
+    with TensorFile(folder / chunk.file, chunk.offset, chunk.length) as file:
+        stored = file.content
+        shape = (chunk.rows, *entry.shape[1:]) if entry.shape else ()
+        if not isinstance(stored, StoredTensor) or (stored.dtype, stored.shape) != (
+            entry.dtype,
+            shape,
+        ):
+            raise PickleError(f"{chunk.file} does not hold what the index says")
+        part = file.read(stored)
+    return part if entry.shape else part[None]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    ALLOWED: ClassVar[dict[str, frozenset[str]]] = {
-        "torch.distributed.checkpoint.metadata": frozenset(
-            {
-                "Metadata",
-                "TensorStorageMetadata",
-                "TensorProperties",
-                "_MEM_FORMAT_ENCODING",
-                "ChunkStorageMetadata",
-                "MetadataIndex",
-                "StorageMeta",
-            }
-        ),
-        "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
-        "torch.serialization": frozenset({"_get_layout"}),
-        "torch": frozenset({"Size", "float32", "float64", "bfloat16", "float16", "int64", "uint8"}),
-        "pathlib": frozenset({"PosixPath", "PurePosixPath", "Path", "WindowsPath"}),
-        "collections": frozenset({"OrderedDict"}),
-    }
+class Expected(NamedTuple):
+    """A tensor that a checkpoint has to hold, or may."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(
-                f"its index names {module}.{name}, which no checkpoint contains; nothing was run"
-            )
-        return super().find_class(module, name)
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+def _require(folder: Path, entries: Mapping[str, Entry], expected: Mapping[str, Expected]) -> None:
+    problems = [
+        f"it lacks {name}"
+        for name, wanted in expected.items()
+        if name not in entries and not wanted.optional
+    ]
+    problems += [
+        f"{name} is {describe(entry.dtype, entry.shape)}, "
+        f"{describe(wanted.dtype, wanted.shape)} expected"
+        for name, entry in entries.items()
+        for wanted in [expected.get(name)]
+        if wanted is not None and (entry.dtype, entry.shape) != wanted[:2]
+    ]
+    problems += [f"it has {name}, which is unknown" for name in entries.keys() - expected.keys()]
+    refuse(folder, problems)
+
+
+def refuse(folder: Path, problems: list[str]) -> None:
+    """Raise what is wrong with a checkpoint, if anything is.
+
+    Raises:
+        UserError: names each problem, five at most.
+    """
+    if problems:
+        raise UserError(
+            f"checkpoint {printable_path(folder)} does not fit this run: "
+            f"{some_of(problems)}; continue from another one (--resume), or "
+            "start anew in another --output-dir"
+        )

@@ -12,21 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 # A reader takes a chunk into memory whole, even if it wants only some of its rows.
 _CHUNK_BYTES = 1 << 25
@@ -61,33 +58,6 @@ class RowsSavePlanner(DefaultSavePlanner):
         tensor, rows = self.state_dict[index.fqn], self._rows[index.fqn]
         start = index.offset[0] - rows.first
         return tensor[start : start + _rows_of_a_chunk(tensor)]
-
-
-class RowsLoadPlanner(DefaultLoadPlanner):
-    """Reads these rows of the named tensors; the state has room for no others."""
-
-    def __init__(self, rows: Mapping[str, Rows]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._rows = rows
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        everything = self.state_dict
-        partial = [name for name in everything if name in self._rows]
-        self.state_dict = {n: t for n, t in everything.items() if n not in partial}
-        plan = super().create_local_plan()
-        self.state_dict = everything
-        for name in partial:
-            stored = self.metadata.state_dict_metadata[name]
-            assert isinstance(stored, TensorStorageMetadata)
-            chunk = _chunk(everything[name], self._rows[name].first)
-            plan.items.extend(create_read_items_for_chunk_list(name, stored, [chunk]))
-        return plan
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        if index.fqn in self._rows:
-            return self.state_dict[index.fqn]
-        return super().lookup_tensor(index)
 
 
 def _rows_of_a_chunk(tensor: Tensor) -> int:

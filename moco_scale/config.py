@@ -15,6 +15,7 @@ from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.queue import DTYPES, KINDS
 from moco_scale.schedules import SCHEDULES
 from moco_scale.shuffle import MODES
+from moco_scale.untrusted.text import printable
 
 ENGINES = ("ddp", "fsdp", "deepspeed")
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -305,7 +306,8 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     defaults = {f.name: f.default for section in SECTIONS.values() for f in fields(section)}
     saved = {name: defaults.get(name) for name in now.keys() - saved.keys()} | saved
     return [
-        f"  --{key.replace('_', '-')}: {saved.get(key)!r} in the run, {now.get(key)!r} now"
+        f"  --{key.replace('_', '-')}: {printable(repr(saved.get(key)))} in the run, "
+        f"{now.get(key)!r} now"
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key)
     ]

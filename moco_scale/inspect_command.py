@@ -18,8 +18,12 @@ from moco_scale.data.remote_addresses import names_remote, shown
 from moco_scale.data.shard_list import is_pattern, list_shards
 from moco_scale.data.shard_summary import print_summary, summarise
 from moco_scale.errors import UserError
-from moco_scale.evaluation.features import read_model_file
+from moco_scale.evaluation.pretrained import read_model_file
 from moco_scale.run_folder import complete_checkpoints
+from moco_scale.untrusted.documents import check
+from moco_scale.untrusted.settings import ModelFile
+from moco_scale.untrusted.tensor_files import StoredTensor
+from moco_scale.untrusted.text import printable, printable_path
 
 PARTS = ("model.query", "model.key", "optimizer", "queue")
 
@@ -90,21 +94,27 @@ def _run_shards(args: argparse.Namespace) -> int:
 
 def _run_model(path: Path, args: argparse.Namespace) -> int:
     """A file that eval.py takes."""
-    content = read_model_file(path, "the file")
-    settings = content.get("opt")
+    with read_model_file(path, "the file") as file:
+        content = file.content
     parts: dict[str, dict[str, Any]] = {
-        name: {key: list(tensor.shape) for key, tensor in state.items() if hasattr(tensor, "shape")}
+        printable(name): {
+            printable(key): list(tensor.shape)
+            for key, tensor in state.items()
+            if isinstance(tensor, StoredTensor)
+        }
         for name, state in content.items()
         if name != "opt" and isinstance(state, dict)
     }
-    if not isinstance(settings, dict) or not parts:
+    if "opt" not in content or not parts:
         raise UserError(
-            f"{path} is no model of this program; name a run's folder, its current.pth, "
-            "or a checkpoint"
+            f"{printable_path(path)} is no model of this program; name a run's folder, its "
+            "current.pth, or a checkpoint"
         )
+    model = check(content, ModelFile, printable_path(path))
+    settings = model.opt
     found: dict[str, Any] = {
         "path": str(path),
-        **{key: content.get(key) for key in ("step", "epoch")},
+        **{"step": model.step, "epoch": model.epoch},
         "bytes": path.stat().st_size,
         "config": settings,
         "tensors": parts,
@@ -112,7 +122,7 @@ def _run_model(path: Path, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    print(path)
+    print(printable_path(path))
     print("  a model for eval.py --pretrained-model; what resumes is in checkpoints/ beside it")
     print(f"  step {found['step']}, epoch {found['epoch']}; {found['bytes'] / 1e6:.1f} MB on disk")
     for name, shapes in parts.items():
@@ -164,7 +174,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _newest(path: Path) -> Path:
     if not path.is_dir():
-        raise UserError(f"{path}: there is no such folder")
+        raise UserError(f"{printable_path(path)}: there is no such folder")
     if (path / checkpoint.META).is_file():
         return path
     inside = complete_checkpoints(path)
@@ -172,9 +182,9 @@ def _newest(path: Path) -> Path:
         partial = _incomplete(path)
         has = f"; {', '.join(partial)} in it: incomplete" if partial else ""
         raise UserError(
-            f"{path} is neither a checkpoint (it has no {checkpoint.META}) nor the output folder "
-            f"of a run with complete checkpoints{has}, nor a data set (no {INDEX_JSON}, and no tar "
-            "in it or in its sub-folders)"
+            f"{printable_path(path)} is neither a checkpoint (it has no {checkpoint.META}) nor the "
+            f"output folder of a run with complete checkpoints{has}, nor a data set (no "
+            f"{INDEX_JSON}, and no tar in it or in its sub-folders)"
         )
     return inside[-1]
 
@@ -188,11 +198,11 @@ def _incomplete(run: Path) -> list[str]:
 def _print(found: dict[str, Any], tensors: bool) -> None:
     for name in found["incomplete"]:
         print(f"{name} is incomplete (it has no {checkpoint.META}); training passes it over")
-    print(found["path"])
+    print(printable_path(found["path"]))
     print("  complete" if found["damage"] is None else f"  DAMAGED: {found['damage']}")
     print(
         f"  step {found['step']}, epoch {found['epoch']}, {found['samples']} samples; written by "
-        f"{found['processes']} process(es) under {found['engine']}"
+        f"{found['processes']} process(es) under {printable(found['engine'])}"
         + ("; kept for good" if found["keep"] else "")
     )
     print(f"  {found['bytes'] / 1e6:.1f} MB on disk")
@@ -210,7 +220,7 @@ def _print(found: dict[str, Any], tensors: bool) -> None:
 def _print_settings(config: dict[str, Any]) -> None:
     print("  settings")
     for key, value in sorted(config.items()):
-        print(f"    --{key.replace('_', '-'):22} {value}")
+        print(f"    --{key.replace('_', '-'):22} {printable(value)}")
 
 
 def _print_tensors(shapes: dict[str, list[int]]) -> None:

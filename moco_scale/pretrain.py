@@ -115,7 +115,7 @@ class Pretraining:
         self.step, self._unlogged = 0, None
         saved: dict[str, Tensor] = {}
         if self.resumed_from is not None:
-            meta, saved = read_state(self.resumed_from, self.queue)
+            meta, saved = read_state(self, moco, self.resumed_from)
             self.step, self._unlogged = meta["step"], meta.get("unlogged")
             load_model(self, moco, saved)
         self.parts = config.run.accumulation_steps

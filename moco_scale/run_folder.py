@@ -6,13 +6,11 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from moco_scale import checkpoint, distributed, metrics_file, together
@@ -24,9 +22,9 @@ from moco_scale.messages import say
 from moco_scale.run_lock import RunLock, claim_for_all
 from moco_scale.saver import BackgroundSaver
 from moco_scale.side_files import SideFile
+from moco_scale.untrusted.tensor_files import TensorFile
 
 T = TypeVar("T")
-_STEP = re.compile(r"step-(\d{8,})")
 
 
 class RunFolder:
@@ -313,7 +311,7 @@ class RunFolder:
     def _model(
         self, tensors: dict[str, Tensor], names: dict[str, str], meta: dict[str, Any]
     ) -> dict[str, Any]:
-        """The content of ``current.pth``; on the CPU, so that torch.load needs no GPU."""
+        """The content of ``current.pth``; on the CPU, so that reading it needs no GPU."""
         content: dict[str, Any] = {
             "opt": self.config.flat(),
             "epoch": meta["epoch"],
@@ -329,9 +327,11 @@ class RunFolder:
 
         def look() -> bool:
             try:
-                return bool(torch.load(self.current, weights_only=True, mmap=True)["step"] == step)
-            except Exception:  # not there, or damaged in any way
+                with TensorFile(self.current) as file:
+                    content = file.content
+            except (OSError, UserError):  # not there, or damaged in any way
                 return False
+            return isinstance(content, dict) and content.get("step") == step
 
         return together.on_main(look)
 
@@ -425,11 +425,13 @@ def complete_checkpoints(run: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [
-        p for p in root.iterdir() if _STEP.fullmatch(p.name) and (p / checkpoint.META).is_file()
+        p
+        for p in root.iterdir()
+        if checkpoint.STEP_FOLDER.fullmatch(p.name) and (p / checkpoint.META).is_file()
     ]
     return sorted(found, key=_step_of)
 
 
 def _step_of(folder: Path) -> int:
-    match = _STEP.fullmatch(folder.name)
+    match = checkpoint.STEP_FOLDER.fullmatch(folder.name)
     return int(match.group(1)) if match else -1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moco_scale import checkpoint, distributed, together
 from moco_scale.agreement import sampled_hash
+from moco_scale.engines.base import MOMENTUM
 from moco_scale.health import WEIGHTS
 from moco_scale.moco import MoCo
 from moco_scale.queue import KeyQueue, share
@@ -21,19 +22,85 @@ if TYPE_CHECKING:
 
 # Of the queue's state, what has a row for each slot.
 _BY_SLOT = ("keys", "samples")
+_SCALE = "loss_scale.state"
 
 
-def read_state(folder: Path, queue: KeyQueue) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_state(
+    run: Pretraining, moco: MoCo, folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The plain values and the tensors of a checkpoint; each rank reads by itself.
 
-    Of the queue it reads the slots that ``queue`` holds, whoever wrote them.
+    Of the queue it reads the slots that the run's queue holds, whoever wrote them.
+
+    Args:
+        run: with a queue and meters; what is read has to fit it.
+        moco: both encoders, before an engine exists.
+        folder: of the checkpoint.
 
     Raises:
-        UserError: on any rank, it cannot be read.
+        UserError: on any rank, it cannot be read, or lacks or has what the run does not.
     """
+    queue = run.queue
     mine = checkpoint.Rows(queue.first, len(queue.keys), len(queue))
     rows = {f"queue.{name}": mine for name in _BY_SLOT}
-    return together.agree(lambda: (checkpoint.read_meta(folder), checkpoint.load(folder, rows)))
+
+    def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        meta = checkpoint.read_meta(folder)
+        saved = checkpoint.load(folder, rows, _expected(run, moco))
+        checkpoint.refuse(folder, [*_wrong_numbers(run, meta, saved), *_not_finite(saved)])
+        return meta, saved
+
+    return together.agree(read)
+
+
+def _expected(run: Pretraining, moco: MoCo) -> dict[str, checkpoint.Expected]:
+    """What a checkpoint of this run holds."""
+    tensors = {f"model.{name}": t for name, t in moco.state_dict().items()}
+    tensors |= {
+        f"optimizer.{name}.{MOMENTUM}": p.detach() for name, p in moco.trained_parameters().items()
+    }
+    tensors |= {f"queue.{name}": t for name, t in run.queue.state_dict().items()}
+    tensors["meters.sums"] = run.meters.sums
+    expected = {name: checkpoint.Expected(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    for name in [f"queue.{n}" for n in _BY_SLOT if f"queue.{n}" in tensors]:
+        dtype, shape, _ = expected[name]
+        expected[name] = checkpoint.Expected(dtype, (len(run.queue), *shape[1:]))
+    # The precision may change whenever a run is resumed.
+    expected[_SCALE] = checkpoint.Expected(torch.float64, (2,), optional=True)
+    return expected
+
+
+def _wrong_numbers(run: Pretraining, meta: dict[str, Any], saved: dict[str, Tensor]) -> list[str]:
+    """What no run can have come to."""
+    step, batch = meta["step"], run.config.optim.batch_size
+    pointer, enqueued = int(saved["queue.pointer"]), int(saved["queue.enqueued"])
+    most = step * batch * (2 if run.config.contrast.symmetric else 1)
+    wrong = []
+    if step > run.total_steps:
+        wrong.append(f"step {step} is beyond the run's {run.total_steps} steps")
+    for name, value in (("samples", step * batch), ("epoch", step // run.plan.steps_per_epoch)):
+        if meta.get(name, value) != value:
+            wrong.append(f"{name} is {meta[name]}, {value} at step {step}")
+    if not 0 <= enqueued <= most:
+        wrong.append(f"queue.enqueued is {enqueued}, at most {most} at step {step}")
+    elif pointer != enqueued % len(run.queue):
+        wrong.append(
+            f"queue.pointer is {pointer}, {enqueued % len(run.queue)} after {enqueued} keys"
+        )
+    if _SCALE in saved:
+        value, steps = saved[_SCALE].tolist()
+        if not (0 < value < float("inf") and 0 <= steps <= step):
+            wrong.append(f"the loss scale is {value:g} after {steps:g} steps")
+    return wrong
+
+
+def _not_finite(saved: dict[str, Tensor]) -> list[str]:
+    """Names of weights, momenta and keys that are not; a run saves none."""
+    return [
+        f"{name} is not finite"
+        for name, tensor in saved.items()
+        if name != _SCALE and not _all_finite([tensor], tensor.device)
+    ]
 
 
 def load_model(run: Pretraining, moco: MoCo, saved: dict[str, Tensor]) -> None:
@@ -46,8 +113,8 @@ def load_model(run: Pretraining, moco: MoCo, saved: dict[str, Tensor]) -> None:
 def load_optimizer(run: Pretraining, saved: dict[str, Tensor]) -> None:
     """Give the engine's optimizer and loss scale what was saved."""
     run.engine.load_optimizer_state(_part(saved, "optimizer."))
-    if run.engine.loss_scale is not None and "loss_scale.state" in saved:
-        run.engine.loss_scale.load(saved["loss_scale.state"])
+    if run.engine.loss_scale is not None and _SCALE in saved:
+        run.engine.loss_scale.load(saved[_SCALE])
 
 
 def numbers_alike(run: Pretraining) -> dict[str, int | Tensor]:
@@ -101,7 +168,7 @@ def save_state(run: Pretraining, epoch_done: bool, unlogged: Unlogged | None = N
     tensors |= {f"optimizer.{n}": t for n, t in momenta.items()}
     tensors |= {f"queue.{name}": t for name, t in run.queue.state_dict().items()}
     if run.engine.loss_scale is not None:
-        tensors["loss_scale.state"] = run.engine.loss_scale.state()
+        tensors[_SCALE] = run.engine.loss_scale.state()
     tensors["meters.sums"] = run.meters.globalize()
     rows = {}
     for name in [f"queue.{n}" for n in _BY_SLOT if f"queue.{n}" in tensors]:

@@ -22,9 +22,10 @@ from moco_scale.engines.base import PRECISIONS
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear, results
 from moco_scale.evaluation.command_line import KNN_K, KNN_T, parse
-from moco_scale.evaluation.features import LeftOut, Pixels, Pretrained, load_pretrained
+from moco_scale.evaluation.features import LeftOut, Pixels
 from moco_scale.evaluation.knn import KnnMonitor, Splits, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
+from moco_scale.evaluation.pretrained import Pretrained, load_pretrained
 from moco_scale.messages import say
 from moco_scale.timing import EVALUATION, Phases
 from moco_scale.watchdog import Watch

@@ -1,17 +1,13 @@
-"""Features of pictures: a trained encoder from its file, and encoding by all ranks together."""
+"""Features of pictures: encoding by all ranks together."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import pickle
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +18,7 @@ from moco_scale import distributed, together
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Shards
-from moco_scale.encoders import Encoder, build_encoder
+from moco_scale.encoders import Encoder
 from moco_scale.errors import UserError
 from moco_scale.messages import say
 
@@ -31,135 +27,8 @@ Encode = Callable[[Tensor], Tensor]
 WHICH = ("features", "projection")
 """The backbone's output, or the head's output that the contrastive loss compares."""
 
-_ENCODERS = {"query": "model", "key": "model_ema"}
 _SECONDS_BETWEEN_LINES = 30.0
 _SHOWN = 3  # of the pictures that cannot be decoded
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """What a file like ``current.pth`` holds.
-
-    Attributes:
-        encoder: on the CPU, in evaluation mode.
-        opt: hyper-parameters of the run by flag name.
-        path: the file.
-        epoch: of the run.
-        step: of the run.
-        fingerprint: hex; changes with any of the encoder's weights.
-        which: ``"query"`` or ``"key"``.
-    """
-
-    encoder: Encoder
-    opt: dict[str, Any]
-    path: Path
-    epoch: int
-    step: int
-    fingerprint: str
-    which: str = "query"
-
-    @property
-    def described(self) -> str:
-        """For people: which encoder this is."""
-        return f"{self.which} encoder of step {self.step} in {self.path}"
-
-
-def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
-    """Read an encoder from a file that pretraining wrote; no code in the file is ever run.
-
-    Args:
-        path: usually ``OUT/current.pth``.
-        which: ``"query"`` or ``"key"`` (the moving average).
-
-    Raises:
-        UserError: there is no such file, it is something else, it is damaged, or its weights are
-            not finite.
-    """
-    path = Path(path)
-    content = read_model_file(path, "--pretrained-model")
-    name = _ENCODERS[which]
-    opt, state = content.get("opt"), content.get(name)
-    if not isinstance(opt, dict) or not isinstance(state, dict):
-        raise UserError(
-            f"{path} is not a model of this program: it lacks 'opt' or {name!r}; "
-            "name the current.pth of a run's --output-dir"
-        )
-    try:
-        encoder = build_encoder(
-            opt["model"],
-            width=opt["model_width"],
-            stem=opt["stem"],
-            head=opt["head"],
-            dim=opt["dim"],
-            image_size=opt["image_size"],
-            patch_size=opt.get("patch_size", 0),  # files of earlier versions have none
-        )
-        encoder.load_state_dict(state)
-    except KeyError as error:
-        raise UserError(f"{path}: 'opt' lacks the hyper-parameter {error}") from None
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()
-        raise UserError(
-            f"{path}: its weights do not fit the {opt['model']} that it describes: "
-            + "; ".join(line.strip() for line in reason[:4])
-        ) from None
-    bad = [n for n, t in encoder.state_dict().items() if not torch.isfinite(t).all()]
-    if bad:
-        raise UserError(
-            f"{path}: {len(bad)} tensors of the {which} encoder are not finite (first: {bad[0]}): "
-            "that run had diverged"
-        )
-    return Pretrained(
-        encoder=encoder.eval(),
-        opt=opt,
-        path=path,
-        epoch=int(content.get("epoch", 0)),
-        step=int(content.get("step", 0)),
-        fingerprint=_fingerprint(encoder),
-        which=which,
-    )
-
-
-def read_model_file(path: Path, what: str) -> dict[str, Any]:
-    """What is in a file that pretraining wrote; no code in it is ever run.
-
-    what: to call the file in messages.
-
-    Raises:
-        UserError: there is no such file, it is something else, or damaged.
-    """
-    damaged = UserError(
-        f"{what} {path} is damaged or no file of torch.save; "
-        "name the current.pth of a run's --output-dir"
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice to programmers about foreign files
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{what} {path}: there is no such file") from None
-    except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise damaged from None
-        raise UserError(
-            f"{what} {path} holds more than tensors and plain values; reading it could "
-            "run code from the file, so it is refused; name the current.pth of a run"
-        ) from None
-    except Exception:  # whatever else a foreign or damaged file makes of the reader
-        raise damaged from None
-    if not isinstance(content, dict):
-        raise damaged
-    return content
-
-
-def _fingerprint(encoder: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def fetched_here(shards: Shards) -> list[int]:

@@ -34,7 +34,6 @@ from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (
     LeftOut,
     Pixels,
-    Pretrained,
     autocasting,
     chosen_output,
     evaluating,
@@ -43,6 +42,7 @@ from moco_scale.evaluation.features import (
     progress,
 )
 from moco_scale.evaluation.linear_config import LinearConfig
+from moco_scale.evaluation.pretrained import Pretrained
 from moco_scale.messages import say
 from moco_scale.run_lock import RunLock, claim_for_all
 from moco_scale.untrusted.text import printable
@@ -132,10 +132,13 @@ class LinearEvaluation:
         # Two of one kind in a folder would write each other's state.
         self._lock = RunLock(folder / f".{self.variant}.lock")
         claim_for_all(self._lock)
-        state = linear_state.load(self.state_path, self.identity, self.described, resume)
+        state = linear_state.load(
+            self.state_path, self.identity, self.described, resume, self.classifier.state_dict()
+        )
         if state is not None:
             self.classifier.load_state_dict(state["classifier"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state["momenta"], "param_groups": groups})
             self.history = state["history"]
 
     @property

@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from moco_scale import together
+from moco_scale.engines.base import MOMENTUM
 from moco_scale.errors import UserError
 from moco_scale.files import failure_reason, save_atomically
 from moco_scale.messages import say
+from moco_scale.untrusted.documents import DocumentError, check
+from moco_scale.untrusted.linear_file import LinearFile, Momenta
+from moco_scale.untrusted.pickles import PickleError
+from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile
+from moco_scale.untrusted.text import printable
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -32,7 +38,11 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(
-    path: Path, identity: dict[str, Any], described: dict[str, str], resume: str
+    path: Path,
+    identity: dict[str, Any],
+    described: dict[str, str],
+    resume: str,
+    classifier: dict[str, Tensor],
 ) -> dict[str, Any] | None:
     """The state in a file, which the main process reads for all; None where there is none.
 
@@ -44,16 +54,25 @@ def load(
         identity: what must agree with the state's ``identity``.
         described: for people, what values of `identity` that say nothing mean.
         resume: ``"auto"``, or ``"none"`` to refuse one that is there.
+        classifier: state of one like that whose state is read, in the optimizer's order.
+
+    Returns:
+        ``classifier`` and ``history`` as saved; ``momenta``, the optimizer's state by number of
+        the parameter.
 
     Raises:
         UserError: the state belongs to something else that is not finished (each difference is
             named), is damaged, or is not wanted.
     """
-    return together.on_main(lambda: _read(path, identity, described, resume))
+    return together.on_main(lambda: _read(path, identity, described, resume, classifier))
 
 
 def _read(
-    path: Path, identity: dict[str, Any], described: dict[str, str], resume: str
+    path: Path,
+    identity: dict[str, Any],
+    described: dict[str, str],
+    resume: str,
+    classifier: dict[str, Tensor],
 ) -> dict[str, Any] | None:
     if not path.exists():
         return None
@@ -61,20 +80,17 @@ def _read(
     if resume == "none":
         raise UserError(f"--resume none: {path} holds a linear evaluation; {away}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = dict(state["identity"])
-        finished = len(state["history"]) >= saved["epochs"]
-    except Exception:  # whatever a damaged or foreign file makes of the reader
-        raise UserError(f"{path} is damaged or something else; {away}") from None
-    meanings = state.get("described", {})
-    different = [
-        f"  {name}: {meanings.get(name, repr(saved.get(name)))} there, "
-        f"{described.get(name, repr(identity.get(name)))} now"
-        for name in sorted(saved.keys() | identity.keys())
-        if saved.get(name) != identity.get(name)
-    ]
-    if not different:
-        return state
+        with TensorFile(path) as file:
+            held = check(file.content, LinearFile, "it")
+            saved, history = file.content["identity"], file.content["history"]
+            finished = len(history) >= held.identity.epochs
+            different = _differences(saved, held.described, identity, described)
+            if not different:
+                tensors = _tensors(file, classifier)
+                return {"history": history, **tensors}
+    except (OSError, PickleError, DocumentError) as error:
+        reason = failure_reason(error)
+        raise UserError(f"{path} is damaged or something else: {reason}; {away}") from None
     lines = "\n".join(different)
     if not finished:
         raise UserError(
@@ -85,3 +101,55 @@ def _read(
         f"{lines}"
     )
     return None
+
+
+def _differences(
+    saved: dict[str, Any],
+    meanings: dict[str, str],
+    identity: dict[str, Any],
+    described: dict[str, str],
+) -> list[str]:
+    """One line for each value of an evaluation's identity that is another in the file."""
+    return [
+        f"  {printable(name)}: {printable(meanings.get(name, repr(saved.get(name))))} there, "
+        f"{described.get(name, repr(identity.get(name)))} now"
+        for name in sorted(saved.keys() | identity.keys(), key=str)
+        if saved.get(name) != identity.get(name)
+    ]
+
+
+def _tensors(file: TensorFile, classifier: dict[str, Tensor]) -> dict[str, Any]:
+    """The weights and momenta of a file, once they are known to be those of such a classifier.
+
+    What else the optimizer's state says is the command line's.
+    """
+    weights = file.content.get("classifier")
+    states = check(file.content.get("optimizer"), Momenta, "its optimizer").state
+    momenta = {number: state.get(MOMENTUM) for number, state in states.items()}
+    if not isinstance(weights, dict) or weights.keys() != classifier.keys():
+        raise PickleError("it holds no classifier of this kind")
+    if not momenta.keys() <= set(range(len(classifier))):
+        raise PickleError("it has momenta of other parameters")
+    parameters = list(classifier.values())
+    pairs = [(name, stored, classifier[name]) for name, stored in weights.items()]
+    pairs += [("momentum", t, parameters[n]) for n, t in momenta.items() if t is not None]
+    for name, stored, like in pairs:
+        if not isinstance(stored, StoredTensor) or (stored.dtype, stored.shape) != (
+            like.dtype,
+            like.shape,
+        ):
+            raise PickleError(f"its {name} has not the shape of this evaluation's")
+    return {
+        "classifier": {name: _finite(file, name, stored) for name, stored in weights.items()},
+        "momenta": {
+            number: {MOMENTUM: None if t is None else _finite(file, MOMENTUM, t)}
+            for number, t in momenta.items()
+        },
+    }
+
+
+def _finite(file: TensorFile, name: str, stored: StoredTensor) -> Tensor:
+    tensor = file.read(stored)
+    if not tensor.isfinite().all():
+        raise PickleError(f"its {name} is not finite")
+    return tensor

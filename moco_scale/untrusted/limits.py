@@ -15,6 +15,20 @@ META_JSON = 16 * MB
 """meta.json of a checkpoint: some 20 kB."""
 SETTINGS_JSON = 4 * MB
 """A user's own JSON: a DeepSpeed file, a hostfile's sibling, a results file."""
+CHECKPOINT_INDEX = 16 * MB
+"""A checkpoint's .metadata: 0.1 MB for two ResNet-50s."""
+PICKLE = 16 * MB
+"""The pickle in a file of torch.save, without its tensors: 0.1 MB for two ResNet-50s."""
+TENSOR_FILE_DIRECTORY = 8 * MB
+"""The list of records in a file of torch.save: 0.1 MB for two ResNet-50s."""
+
+PICKLE_STEPS = 1_000_000
+"""Opcodes of a pickle, and values in it with each shared one counted wherever it stands."""
+PICKLE_TEXT = 64 * KB
+PICKLE_DEPTH = 64
+"""Bytes of one text in a pickle; containers inside each other."""
+IMAGE_SIZE = 4096
+"""Pixels a side of the pictures that a model file may ask for."""
 
 LINE = 1 * MB
 """A line of metrics.jsonl or of another list: a record takes some 600 bytes."""

@@ -38,6 +38,13 @@ def relative_problem(name: str) -> str | None:
     return next((problem for problem in map(component_problem, parts) if problem), None)
 
 
+def plain_problem(name: str) -> str | None:
+    """Say why a name is none that this program itself would make; None: it is one."""
+    if len(name) > NAME_BYTES or not _MADE_HERE.fullmatch(name):
+        return "has more than letters, digits, dot, dash and underscore"
+    return None
+
+
 def _component(name: str) -> str:
     if problem := component_problem(name):
         raise ValueError(f"{printable(name, 80)!r} {problem}")
@@ -51,10 +58,8 @@ def _relative(name: str) -> str:
 
 
 def _made_here(name: str) -> str:
-    if len(name) > NAME_BYTES or not _MADE_HERE.fullmatch(name):
-        raise ValueError(
-            f"{printable(name, 80)!r}: letters, digits, dot, dash and underscore are allowed"
-        )
+    if problem := plain_problem(name):
+        raise ValueError(f"{printable(name, 80)!r} {problem}")
     return name
 
 

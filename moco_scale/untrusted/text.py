@@ -25,6 +25,17 @@ def printable(value: object, limit: int = SHOWN) -> str:
     return shown if len(shown) <= limit else shown[: max(0, limit - 1)] + "…"
 
 
+def printable_path(path: object) -> str:
+    """Do the same for a path, which is of use only whole."""
+    return printable(path, 4096)
+
+
+def some_of(problems: list[str]) -> str:
+    """Join what is wrong with something, five at most, and how many more there are."""
+    more = [f"{len(problems) - 5} more"] if len(problems) > 5 else []
+    return "; ".join(problems[:5] + more)
+
+
 def printable_lines(value: object, limit: int = 4000) -> str:
     """Do the same for a text of several lines: its line feeds stay."""
     text = str(value)[: limit + 1]

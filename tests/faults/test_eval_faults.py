@@ -144,7 +144,7 @@ class TestModelFile:
         ("changes", "expected"),
         [
             ({"opt": None}, "it lacks 'opt' or 'model'"),
-            ({"opt": {"model": "resnet18"}}, "lacks the hyper-parameter 'model_width'"),
+            ({"opt": {"model": "resnet18"}}, "'opt': model_width: Field required"),
             ({"model": {"a": torch.zeros(2)}}, "do not fit the resnet18"),
             ({"model": {"a": 3}}, "do not fit the resnet18"),
         ],

@@ -83,7 +83,7 @@ def test_values_of_another_kind_are_damage(saved: Path, capsys: pytest.CaptureFi
     for name in ("files", "config", "step"):
         path.write_text(json.dumps(whole | {name: ["x"]}))
         assert main(["inspect", str(saved)]) == 1
-        assert f"no usable {name}" in capsys.readouterr().out
+        assert f"no usable value: {name}: " in capsys.readouterr().out
 
 
 def test_what_is_no_checkpoint_is_an_error(

@@ -20,8 +20,9 @@ from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.encoders import Encoder
 from moco_scale.errors import UserError
 from moco_scale.evaluation import linear, linear_state
-from moco_scale.evaluation.features import Pixels, Pretrained, extract
+from moco_scale.evaluation.features import Pixels, extract
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation
+from moco_scale.evaluation.pretrained import Pretrained
 
 PIXELS = Pixels(8, 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 SMALL = LinearConfig(epochs=4, batch_size=8, learning_rate=0.05)
@@ -228,6 +229,53 @@ class TestFolderWithState:
         path.write_bytes(path.read_bytes()[:-200] if content is None else content)
         with pytest.raises(UserError, match="is damaged or something else"):
             evaluation(shards, folder, dataclasses.replace(SMALL, epochs=1))
+
+    @pytest.mark.parametrize(
+        ("place", "value", "expected"),
+        [
+            (("history",), [], "history"),
+            (("history",), "abc", "history"),
+            (("history", 0, "top1"), float("nan"), "top1"),
+            (("history", 0, "top1"), 101.0, "top1"),
+            (("history", 0), {}, "train_loss"),
+            (("identity",), None, "identity"),
+            (("identity", "epochs"), "1", "epochs"),
+            (("identity", "epochs"), 0, "epochs"),
+            (("classifier",), {"weight": torch.ones(2)}, "no classifier"),
+            (("classifier", "bias"), torch.ones(7), "its bias has not the shape"),
+            (("classifier", "bias"), 3, "its bias has not the shape"),
+            (("classifier", "bias"), torch.full((3,), torch.nan), "its bias is not finite"),
+            (("optimizer", "state", 0, "momentum_buffer"), torch.ones(2), "its momentum has not"),
+            (("optimizer", "state", 2), {}, "momenta of other parameters"),
+            (("optimizer", "state"), [1], "state"),
+            (("optimizer",), None, "optimizer"),
+        ],
+    )
+    def test_odd_values_are_named(
+        self, place: tuple[Any, ...], value: Any, expected: str, folder: Path, shards: Path
+    ) -> None:
+        path = folder / "linear-official.pth"
+        state = torch.load(path, weights_only=True)
+        inside = state
+        for name in place[:-1]:
+            inside = inside[name]
+        inside[place[-1]] = value
+        torch.save(state, path)
+        with pytest.raises(UserError, match="is damaged or something else") as error:
+            evaluation(shards, folder, dataclasses.replace(SMALL, epochs=1))
+        assert expected in str(error.value) and "\n" not in str(error.value)
+
+    def test_the_optimizers_settings_are_the_command_lines(
+        self, folder: Path, shards: Path
+    ) -> None:
+        path = folder / "linear-official.pth"
+        state = torch.load(path, weights_only=True)
+        (group,) = state["optimizer"]["param_groups"]
+        group |= {"momentum": 1e9, "maximize": True, "params": [1, 0], "lr": "abc"}
+        torch.save(state, path)
+        run = evaluation(shards, folder, dataclasses.replace(SMALL, epochs=1))
+        (now,) = run.optimizer.param_groups
+        assert (now["momentum"], now["maximize"]) == (SMALL.momentum, False) and run.epoch == 1
 
     @pytest.mark.parametrize(
         "error",

@@ -1,0 +1,137 @@
+"""``meta.json`` of a checkpoint."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+
+from moco_scale.errors import UserError
+from moco_scale.untrusted.documents import Document, check, parse_json
+from moco_scale.untrusted.limits import STEPS
+from moco_scale.untrusted.names import plain_problem
+from moco_scale.untrusted.settings import Settings, at_most
+from moco_scale.untrusted.text import printable
+
+FORMAT = 1
+INDEX = ".metadata"
+_OWN = "own_crc32"
+_FILES = 100_000
+_LINE = 4000
+
+Count = Annotated[int, Field(ge=0, lt=STEPS)]
+
+
+def _shown(text: str) -> str:
+    if printable(text, _LINE) != text:
+        raise ValueError("has characters that do not print, or too many")
+    return text
+
+
+def _file(name: str) -> str:
+    if name != INDEX and (problem := plain_problem(name)):
+        raise ValueError(f"{printable(name, 60)!r} {problem}")
+    return name
+
+
+Shown = Annotated[str, AfterValidator(_shown)]
+_File = Annotated[str, AfterValidator(_file)]
+_Sizes = Annotated[dict[_File, Count], at_most(_FILES)]
+_Sums = Annotated[dict[_File, Annotated[int, Field(ge=0, lt=1 << 32)]], at_most(_FILES)]
+
+
+class Record(Document):
+    """A line of the metrics; what a progress bar shows of it has to be there."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[Shown, bool | Count | float | Shown | None]
+
+    step: Count
+    loss: float
+    chance_loss: float
+    lr: float
+    images_per_second: float
+    data_wait_fraction: float
+
+
+class Unlogged(Document):
+    """What the step will be logged with."""
+
+    record: Annotated[Record, at_most(1000)]
+    line: Shown
+
+
+class Meta(Document):
+    """A checkpoint's plain values; all but the first four are missing where no run wrote it."""
+
+    format: Literal[1]
+    step: Count
+    files: _Sizes
+    crc32: _Sums
+    config: Settings | None = None
+    data_fingerprint: Shown | None = None
+    epoch: Count | None = None
+    samples: Count | None = None
+    processes: Count | None = None
+    engine: Shown | None = None
+    keep: bool = False
+    unlogged: Unlogged | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Meta:
+        if self.files.keys() != self.crc32.keys():
+            raise ValueError("no usable crc32 of each of its files")
+        if self.unlogged is not None and self.unlogged.record.step != self.step:
+            raise ValueError(f"unlogged.record is of another step than {self.step}")
+        return self
+
+
+def sealed(text: str) -> str:
+    """A JSON object with a checksum of its text as its last value."""
+    body = text.rstrip().removesuffix("}").rstrip()
+    return body + _seal(body.encode())
+
+
+def _seal(body: bytes) -> str:
+    return f',\n "{_OWN}": {zlib.crc32(body)}\n}}\n'
+
+
+def parse_meta(content: bytes, what: str) -> tuple[dict[str, Any], bool]:
+    """Read a meta.json.
+
+    Args:
+        content: of the file.
+        what: names the checkpoint in messages.
+
+    Returns:
+        The values of :class:`Meta` that are there, and whether a checksum covers them: those of
+        earlier versions have none.
+
+    Raises:
+        UserError: it is not one, or not what was written.
+    """
+    raw = parse_json(content, f"{what}: its meta.json")
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise UserError(f"{what} is not one of format {FORMAT}, which this version reads")
+    check(raw, Meta, f"{what} is damaged, or none of moco_scale: its meta.json has no usable value")
+    body, mark, _ = content.rpartition(f',\n "{_OWN}": '.encode())
+    if mark and content != body + _seal(body).encode():
+        raise UserError(f"{what} is damaged: its meta.json is not what was written")
+    # Without a checksum it is of an earlier version, which wrote these and nothing else.
+    if not mark and raw.keys() - Meta.model_fields.keys():
+        raise UserError(f"{what} is damaged: its meta.json has lost its checksum")
+    return {name: raw[name] for name in Meta.model_fields if name in raw}, bool(mark)
+
+
+def usable(raw: Any) -> dict[str, Any]:
+    """Of the values of a damaged meta.json, those that may be what they should be."""
+    if not isinstance(raw, dict):
+        return {}
+    wrong: set[Any] = set()
+    try:
+        Meta.model_validate(raw)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        wrong = {problem["loc"][0] for problem in found if problem["loc"]}
+    return {name: raw[name] for name in Meta.model_fields if name in raw and name not in wrong}
