@@ -17,6 +17,7 @@ from tqdm import tqdm
 from moco_scale import distributed
 from moco_scale.errors import RankError, UserError
 from moco_scale.messages import say
+from moco_scale.untrusted.text import printable_lines
 
 
 class Telemetry:
@@ -52,6 +53,7 @@ class Telemetry:
         """One line for people."""
         if not self._active:
             return
+        text = printable_lines(text)
         self._write(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)

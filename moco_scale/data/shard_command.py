@@ -27,6 +27,8 @@ from moco_scale.data.shard_list import list_shards
 from moco_scale.data.shards import Encoding, ShardSize, write_shards
 from moco_scale.data.sources import UNPACKED, holds_pictures, scan
 from moco_scale.errors import UserError
+from moco_scale.messages import tell
+from moco_scale.signals import is_ignored
 
 DEFAULT_QUALITY = 90
 _MOST_REASONS = 5
@@ -165,11 +167,11 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     with _terminable(), OutputFolder(args.out, args.overwrite) as folder:
         for note in folder.notes:
-            _say(note)
+            tell(note)
         listing = _list(args, folder.path)
         for note in listing.notes:
-            _say(f"note: {note}")
-        _say(_plan(listing))
+            tell(f"note: {note}")
+        tell(_plan(listing))
         encoding = None
         if args.short_side is not None:
             encoding = Encoding(args.short_side, args.quality or DEFAULT_QUALITY)
@@ -187,12 +189,12 @@ def run(args: argparse.Namespace) -> int:
             leftover.unlink()
         folder.finish()
     for split in written:
-        _say(
+        tell(
             f"{split.split}: {split.pictures} pictures in {split.shards} "
             f"shard{'s' * (split.shards != 1)}, {size_text(split.bytes)}"
         )
     _report_left_out(listing, args.out)
-    _say(f"{args.out} is complete ({time.monotonic() - started:.1f} s)")
+    tell(f"{args.out} is complete ({time.monotonic() - started:.1f} s)")
     return 0
 
 
@@ -283,22 +285,19 @@ def _report_left_out(listing: Listing, out: Path) -> None:
     if not listing.left_out:
         return
     count = len(listing.left_out)
-    _say(f"left out {count} picture{'s' * (count != 1)}; the list is {out / LEFT_OUT}:")
+    tell(f"left out {count} picture{'s' * (count != 1)}; the list is {out / LEFT_OUT}:")
     reasons = Counter(entry.reason for entry in listing.left_out)
     for reason, number in reasons.most_common(_MOST_REASONS):
         example = next(entry for entry in listing.left_out if entry.reason == reason)
-        _say(f"  {number} x {reason} (as {example.split}: {example.name})")
+        tell(f"  {number} x {reason} (as {example.split}: {example.name})")
     if len(reasons) > _MOST_REASONS:
-        _say(f"  and {len(reasons) - _MOST_REASONS} other reasons")
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+        tell(f"  and {len(reasons) - _MOST_REASONS} other reasons")
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Within, SIGTERM (a scheduler's or a container's stop) ends the program in the orderly way."""
+    """Within, SIGTERM (a scheduler's or a container's stop) and SIGHUP (a terminal that is closed)
+    end the program in the orderly way."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -306,11 +305,13 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if not is_ignored(n)]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _cores() -> int:

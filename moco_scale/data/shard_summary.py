@@ -14,6 +14,7 @@ from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.sources import picture_kind
+from moco_scale.messages import tell
 
 SAMPLE = 1000
 _NAMED = 5  # classes with most and with fewest pictures
@@ -89,18 +90,18 @@ def _spread(values: np.ndarray) -> list[int]:
 
 def print_summary(found: dict[str, Any]) -> None:
     """The same for people."""
-    print(found["path"])
+    tell(found["path"])
     made = found["made"]
     if made.get("by"):
-        print(f"  made by {made['by']} from {made.get('source')}")
+        tell(f"  made by {made['by']} from {made.get('source')}")
     for split, part in found["splits"].items():
         count = part["shards"]
-        print(
+        tell(
             f"  {split}: {part['pictures']:,} pictures in {count:,} shard{'s' * (count != 1)}, "
             f"{size_text(part['bytes'])}"
         )
         for name, text in _lines(part):
-            print(f"    {name:14}{text}")
+            tell(f"    {name:14}{text}")
 
 
 def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:

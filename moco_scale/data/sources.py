@@ -22,6 +22,7 @@ from typing import IO, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from moco_scale.errors import UserError
+from moco_scale.untrusted.text import printable
 
 JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
 PICTURE_SUFFIXES = (
@@ -69,7 +70,7 @@ def scan(source: Path, scratch: Path) -> list[Entry]:
     path twice, links in a tar, no pictures.
     """
     with tqdm(
-        desc=f"listing {source.name}",
+        desc=f"listing {printable(source.name)}",
         unit=" pictures",
         disable=not sys.stderr.isatty(),
         leave=False,

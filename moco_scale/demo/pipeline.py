@@ -31,6 +31,7 @@ from moco_scale.demo.output_folder import SUMMARY
 from moco_scale.errors import UserError
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
 from moco_scale.files import write_atomically
+from moco_scale.messages import tell
 
 _OWN_FLAGS = {
     "data_dir": "the shards are made here, from the pictures",
@@ -280,7 +281,7 @@ def _environment(processes: int) -> dict[str, str]:
 
 def run_step(name: str, command: list[str], environment: dict[str, str]) -> None:
     line = shlex.join(command)
-    print(f"\n== {name}\n$ {line}", flush=True)
+    tell(f"\n== {name}\n$ {line}")
     started = time.monotonic()
     status = subprocess.run(command, env=environment, check=False).returncode
     if status:
@@ -288,7 +289,7 @@ def run_step(name: str, command: list[str], environment: dict[str, str]) -> None
             f"{name.lower()} failed with exit status {status}; what went wrong is above. "
             f"The command was: {line}"
         )
-    print(f"   {name.lower()} took {time.monotonic() - started:.0f} s", flush=True)
+    tell(f"   {name.lower()} took {time.monotonic() - started:.0f} s")
 
 
 def initial_knn(metrics: Path) -> float | None:
@@ -312,13 +313,13 @@ def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:
         ("linear classifier, centre crops", "linear"),
     )
     width = max(len(label) for label, _ in rows)
-    print(f"\n{experiment.title}: top-1 on held-out pictures")
-    print("-" * (width + 9))
+    tell(f"\n{experiment.title}: top-1 on held-out pictures")
+    tell("-" * (width + 9))
     for label, key in rows:
         value = summary[key]
-        print(f"{label:<{width}}  " + (f"{value:5.1f} %" if value is not None else "  n/a"))
-    print("-" * (width + 9))
-    print(f"{summary['seconds']:.0f} s in all. To look at:")
+        tell(f"{label:<{width}}  " + (f"{value:5.1f} %" if value is not None else "  n/a"))
+    tell("-" * (width + 9))
+    tell(f"{summary['seconds']:.0f} s in all. To look at:")
     for name, what in (
         ("report.png", "loss and kNN curves"),
         ("neighbours.png", "nearest neighbours before and after training"),
@@ -326,5 +327,5 @@ def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:
     ):
         path = experiment.out / name
         if path.exists():
-            print(f"  {path}  {what}")
-    print(f"  tensorboard --logdir {experiment.out}")
+            tell(f"  {path}  {what}")
+    tell(f"  tensorboard --logdir {experiment.out}")

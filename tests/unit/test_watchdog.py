@@ -1,6 +1,5 @@
 """Who reads signs of life, who decides, and when: ranks and their store in one process."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 
 from moco_scale import distributed, watchdog
 from moco_scale.timing import DATA, EVALUATION, FORWARD, Phases
+from moco_scale.untrusted.store_message import Verdict
 from moco_scale.watchdog import Watch
 
 
@@ -72,8 +72,8 @@ class Job:
 
     def _end(self, rank: int, text: str) -> None:
         self.ended[rank] = self.clock.now, text
-        verdict = {"text": text, "ended": False, "folder": "hangs"}
-        self.store.values.setdefault("verdict", json.dumps(verdict))
+        verdict = Verdict(text=text, ended=False, at=0)
+        self.store.values.setdefault("verdict", verdict.model_dump_json())
 
     def run(self, seconds: float) -> dict[int, tuple[float, str]]:
         """Let time pass; when each rank ended, and why."""
