@@ -25,6 +25,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from moco_scale.data.fetch_ahead import FetchAhead
 from moco_scale.errors import ReaderLost, UserError
@@ -147,6 +148,7 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
             prefetch_factor=PREFETCHED if num_workers else None,
         )
         self._batches: Any = None
+        self._sockets = ""  # the workers' folder for them
         self._closed = False
         self._at_exit = partial(_close, weakref.ref(self))
 
@@ -171,7 +173,8 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
             if self._batches is None:
                 if self._reading is not None:
                     self._reading.share(self._loader.num_workers)
-                self._batches = _start(self._loader, self._no_longer)
+                self._sockets = tempfile.mkdtemp(prefix="pymp-")
+                self._batches = _start(self._loader, self._no_longer, self._sockets)
                 # Who is interrupted between two batches may leave without closing. Registered
                 # after the workers, so that it comes before multiprocessing waits for them.
                 atexit.register(self._at_exit)
@@ -202,17 +205,17 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         batches, self._batches = self._batches, None
         # Dropping the iterator would do, were it not kept alive by a traceback now and then.
         stop = getattr(batches, "_shutdown_workers", None)
-        if stop is None:
-            return
-        # One that is stopped, or waits for a disk, would be waited for; none listens to SIGTERM.
-        late = threading.Timer(_GRACE, _kill, [batches._workers])
-        late.daemon = True
-        late.start()
-        try:
-            stop()
-        finally:
-            late.cancel()
-            _kill(batches._workers)
+        if stop is not None:
+            # One that is stopped, or waits for a disk, would be waited for; none heeds SIGTERM.
+            late = threading.Timer(_GRACE, _kill, [batches._workers])
+            late.daemon = True
+            late.start()
+            try:
+                stop()
+            finally:
+                late.cancel()
+                _end(batches._workers)
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
     def __enter__(self) -> BatchLoader[Batch]:
         return self
@@ -230,6 +233,12 @@ def _kill(workers: Sequence[Any]) -> None:
     for worker in workers:
         if worker.is_alive():
             worker.kill()
+
+
+def _end(workers: Sequence[Any]) -> None:
+    _kill(workers)
+    for worker in workers:
+        worker.join(_END_SECONDS)
 
 
 def _check_room_for_sockets() -> None:
@@ -265,24 +274,34 @@ def _context(start_method: str | None) -> Any:
     return multiprocessing.get_context(start_method)
 
 
-def _start(loader: DataLoader[Any], no_longer: Any) -> Iterator[Any]:
+def _start(loader: DataLoader[Any], no_longer: Any, sockets: str) -> Iterator[Any]:
     """Start the workers, without DataLoader's handler of SIGCHLD.
 
     That one raises in the middle of whatever the main process is doing, be it saving a checkpoint.
     A dead worker is noticed all the same, when its batch is due.
     """
+    if not loader.num_workers:
+        return iter(loader)
     known = set(multiprocessing.active_children())
     in_main = threading.current_thread() is threading.main_thread()
     # The kernel takes the end of the thread that starts a process for that of its parent.
     parent = os.getpid() if in_main else None
     loader.worker_init_fn = partial(_set_up_worker, no_longer, parent)
     handler = signal.getsignal(signal.SIGCHLD)
+    # One folder of ours in the place of one of each worker's, which a killed one would leave.
+    inherited = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    before = inherited.get("tempdir")
+    inherited["tempdir"] = sockets
+    batches = object.__new__(_MultiProcessingDataLoaderIter)
     try:
-        return iter(loader)
-    except BaseException:  # some may have started
-        _kill([child for child in multiprocessing.active_children() if child not in known])
+        batches.__init__(loader)  # type: ignore[misc]
+        return batches
+    except BaseException:  # some may have started; it cannot end what it does not yet know of
+        batches._shutdown = True
+        _end([child for child in multiprocessing.active_children() if child not in known])
         raise
     finally:
+        inherited["tempdir"] = before
         if in_main:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 

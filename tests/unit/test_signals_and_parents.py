@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-import psutil
 import pytest
 
 from moco_scale.launchers import has_launcher, started_by_deepspeed
@@ -156,7 +155,6 @@ def test_a_process_dies_with_its_parent_even_if_it_is_stopped(
     os.kill(child, signal.SIGSTOP)
     os.kill(parent, signal.SIGKILL)
     assert list(lines) == []  # the end of its output is its own end
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
 
 
 @pytest.mark.parametrize(
