@@ -14,6 +14,8 @@ from pathlib import Path
 from moco_scale.launchers import has_launcher, started_by_deepspeed
 from moco_scale.messages import say
 
+STARTER = "MOCO_SCALE_STARTER"
+"""Variable that names a process, above any launcher, without which a program is to end."""
 _PR_SET_PDEATHSIG = 1
 _LOOK_SECONDS = 1.0
 
@@ -55,26 +57,47 @@ def told_instead(told: Callable[[str], None]) -> Iterator[None]:
 def leave_with_launcher(environ: Mapping[str, str]) -> None:
     """End this process, in an orderly way where there is one, when its launcher is gone.
 
-    Only of one that a launcher has started: ``nohup python train.py &`` outlives its shell.
-    deepspeed's processes are started by its second program, which does not end with the first.
+    Only of one that a launcher has started, or a program that says so in :data:`STARTER`: ``nohup
+    python train.py &`` outlives its shell. deepspeed's processes are started by its second program,
+    which does not end with the first.
     """
-    if not has_launcher(environ):
+    watched: dict[int, int | None] = {}
+    if environ.get(STARTER, "").isdigit():
+        watched[int(environ[STARTER])] = None
+    if has_launcher(environ):
+        parent = os.getppid()
+        watched[parent] = os.getpid()
+        if started_by_deepspeed(environ) and (grandparent := _parent_of(parent)):
+            watched[grandparent] = parent
+    if not watched:
         return
-    parent = os.getppid()
-    watched = {parent: os.getpid()}
-    if started_by_deepspeed(environ) and (grandparent := _parent_of(parent)):
-        watched[grandparent] = parent
     threading.Thread(target=_watch, args=(watched,), name="launcher", daemon=True).start()
 
 
-def _watch(watched: dict[int, int]) -> None:
-    """watched: processes, and for each the child of which it has to stay the parent."""
+def _watch(watched: dict[int, int | None]) -> None:
+    """watched: processes, and for each the child of which it has to stay the parent, if any."""
     while True:
         time.sleep(_LOOK_SECONDS)
         for parent, child in watched.items():
-            if _parent_of(child) != parent:
+            if not _lives(parent) if child is None else _parent_of(child) != parent:
                 _told(f"the launcher (process {parent}) is gone")
                 return
+
+
+def _lives(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    return not os.path.isdir("/proc")
+
+
+def session(leader: int) -> list[int]:
+    """Numbers of the living processes of a session."""
+    found = []
+    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(entry)) == leader and _lives(int(entry)):
+                found.append(int(entry))
+    return found
 
 
 def _parent_of(process: int) -> int | None:

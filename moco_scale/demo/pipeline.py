@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,10 +30,12 @@ from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
 from moco_scale.demo.output_folder import SUMMARY
-from moco_scale.errors import UserError
+from moco_scale.errors import StoppedEarly, UserError
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
 from moco_scale.files import write_atomically
 from moco_scale.messages import tell
+from moco_scale.parents import STARTER, session
+from moco_scale.signals import is_ignored
 
 _OWN_FLAGS = {
     "data_dir": "the shards are made here, from the pictures",
@@ -39,6 +43,7 @@ _OWN_FLAGS = {
 }
 """Flags of train.py that a demo cannot hand on, by field, and why."""
 _EVALUATION_BATCH = 256
+_SAVE_SECONDS = 60.0  # for a step that has been asked to end
 
 
 @dataclass(frozen=True)
@@ -283,13 +288,38 @@ def run_step(name: str, command: list[str], environment: dict[str, str]) -> None
     line = shlex.join(command)
     tell(f"\n== {name}\n$ {line}")
     started = time.monotonic()
-    status = subprocess.run(command, env=environment, check=False).returncode
+    status = _status_of(command, environment | {STARTER: str(os.getpid())}, name.lower())
     if status:
         raise UserError(
             f"{name.lower()} failed with exit status {status}; what went wrong is above. "
             f"The command was: {line}"
         )
     tell(f"   {name.lower()} took {time.monotonic() - started:.0f} s")
+
+
+def _status_of(command: list[str], environment: dict[str, str], doing: str) -> int:
+    """Run a command in a session of its own, which ends with this process, in good order."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedEarly(f"{signal.Signals(number).name}: stopped while {doing}")
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if not is_ignored(n)]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    # Of its own: deepspeed's launcher would answer Ctrl-C by killing what is about to save.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    except (KeyboardInterrupt, StoppedEarly):
+        os.killpg(process.pid, signal.SIGTERM)
+        tell(f"   waiting for {doing} to save and end")
+        deadline = time.monotonic() + _SAVE_SECONDS
+        while session(process.pid) and time.monotonic() < deadline:
+            process.poll()
+            time.sleep(0.1)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def initial_knn(metrics: Path) -> float | None:

@@ -60,7 +60,7 @@ def test_what_cannot_be_written_ends_nothing(tmp_path: Path, how: str) -> None:
     words = [sys.executable, "-c", OUTLIVE, how, str(tmp_path / "done")]
     full = open("/dev/full", "w") if how == "full disk" else None  # noqa: SIM115
     output = full or subprocess.PIPE
-    close = (lambda: (os.close(0), os.close(1), os.close(2))) if how == "closed" else None
+    close = (lambda: os.closerange(0, 3)) if how == "closed" else None
     process = subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=output, stderr=output, preexec_fn=close
     )

@@ -39,7 +39,7 @@ finally:
 """
 
 
-def started(action: str, prepare: Callable[[], None] | None = None) -> "subprocess.Popen[str]":
+def started(action: str, prepare: Callable[[], object] | None = None) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, action],
         stdout=subprocess.PIPE,
