@@ -4,7 +4,7 @@
 same under ``torchrun``, ``deepspeed``, or Slurm's ``srun`` with one task per GPU.
 """
 
-from moco_scale.cli import leave, run_command
+from moco_scale.cli import run_program
 
 
 def main() -> None:
@@ -14,4 +14,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    leave(run_command("eval.py", main))
+    run_program("eval.py", main)

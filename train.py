@@ -5,7 +5,7 @@ Also under ``torchrun``, under Slurm's ``srun`` with one task per GPU, or as pla
 
 from pathlib import Path
 
-from moco_scale.cli import leave, run_command
+from moco_scale.cli import run_program
 
 
 def main() -> None:
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    leave(run_command("train.py", main))
+    run_program("train.py", main)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
-from moco_scale.cli import run_command
+from moco_scale.cli import Parser, run_command, run_program
+from moco_scale.errors import UserError
+from moco_scale.messages import say, tell, unwritten
 
 # Name: (module with add_arguments and run, what it is for). A module is only imported when its
 # command runs, so that `shard` does not wait for DeepSpeed.
@@ -24,19 +25,22 @@ HANDING_ON = ("demo", "cifar10")
 """Commands that give flags which are not their own to train.py, and say which it does not know."""
 
 
+PRINTING = ("flops", "plan", "inspect")
+"""Commands that have done nothing when what they print is lost."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else ""
     if name not in COMMANDS:
         rows = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
-        usage = f"usage: python -m moco_scale COMMAND ...\n\ncommands:\n{rows}\n"
         asked = name in ("-h", "--help")
-        print(usage, end="", file=sys.stdout if asked else sys.stderr)
+        (tell if asked else say)(f"usage: python -m moco_scale COMMAND ...\n\ncommands:\n{rows}")
         if name and not asked:
-            print(f"moco_scale: error: unknown command {name!r}", file=sys.stderr)
+            say(f"moco_scale: error: unknown command {name!r}")
         return 0 if asked else 2
     module = importlib.import_module(COMMANDS[name][0])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"python -m moco_scale {name}",
         description=(module.__doc__ or "").split("\n\n")[0],
         allow_abbrev=False,
@@ -47,8 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.handed_on = unknown
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return run_command("moco_scale", lambda: module.run(args))
+
+    def act() -> int:
+        status = int(module.run(args) or 0)
+        if name in PRINTING and (why := unwritten()):
+            raise UserError(f"what {name} prints could not be written: {why}")
+        return status
+
+    return run_command("moco_scale", act)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program("moco_scale", main)

@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from moco_scale.timing import FINISH, START
+from moco_scale.untrusted.documents import parse_document
+from moco_scale.untrusted.store_message import BeatMessage
 
 _LISTED = 6  # groups of ranks that a message spells out
 
 
-@dataclass(frozen=True)
-class Beat:
-    """A sign of life of one rank.
-
-    Attributes:
-        rank: of the process.
-        host: its name.
-        count: beats so far; one that no longer changes comes from a process that does not run.
-        clock: time of day on that host.
-        step: of the position it stands at.
-        entry: likewise.
-        phase: likewise.
-        still: seconds it has stood there.
-        patient: it may take long there: starting, compiling, evaluating, saving.
-        device: step, entry and phase that its GPU has come to, once it stands still.
-    """
-
-    rank: int
-    host: str
-    count: int
-    clock: str
-    step: int
-    entry: int
-    phase: str
-    still: float
-    patient: bool
-    device: tuple[int, int, str] | None = None
+class Beat(BeatMessage):
+    """A sign of life, and how to name its place."""
 
     def encode(self) -> str:
-        return json.dumps(asdict(self))
+        return self.model_dump_json()
 
     @staticmethod
     def decode(text: bytes) -> Beat:
-        values = json.loads(text)
-        device = values.pop("device")
-        return Beat(**values, device=tuple(device) if device else None)
+        """Read what another rank, or anybody, has written. Raises DocumentError."""
+        return parse_document(text, Beat, "a sign of life in the store")
 
     @property
     def name(self) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moco_scale.errors import (
+    INTERRUPTED,
     LOST_PEER,
     PeerLost,
     RankError,
@@ -19,10 +23,38 @@ from moco_scale.errors import (
     is_peer_gone,
 )
 from moco_scale.launchers import rank_of
-from moco_scale.messages import say
+from moco_scale.messages import outlive_terminal, say
+from moco_scale.parents import leave_with_launcher
+from moco_scale.signals import interruptible
+from moco_scale.untrusted.text import printable_lines
 
-STOPPED_EARLY = 75
-"""Status of a run that stopped early and can go on: EX_TEMPFAIL of sysexits.h."""
+
+def run_program(name: str, action: Callable[[], int | None]) -> NoReturn:
+    """Be a whole program: run a command's body, and end this process with its status.
+
+    Its output may be closed at any moment, its launcher may die, and Ctrl-C leaves nothing behind.
+    """
+    outlive_terminal()
+    leave_with_launcher(os.environ)
+
+    def interrupted() -> NoReturn:
+        say(f"{name}: interrupted")
+        leave(INTERRUPTED)
+
+    status = 1
+    try:
+        with interruptible(interrupted):
+            try:
+                status = run_command(name, action)
+            except SystemExit as end:  # of argparse, after --help too
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    say(end.code)
+            except Exception:  # a defect
+                say(traceback.format_exc().rstrip())
+    except KeyboardInterrupt:
+        status = INTERRUPTED  # it has been said, or everything was done
+    leave(status)
 
 
 def run_command(name: str, action: Callable[[], int | None]) -> int:
@@ -39,14 +71,14 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
             say(f"{name}: error: {error}")
         elif _speaks():
             say(f"{name}: error: {_who()}{error}")
-        return 2
+        return error.status
     except StoppedEarly as stop:
         if _rank() == 0:
             say(f"{name}: {stop}")
-        return STOPPED_EARLY
+        return stop.status
     except KeyboardInterrupt:
         say(f"{name}: interrupted")
-        return 130
+        return INTERRUPTED
     except PeerLost as error:
         say(f"{name}: {error}")
         return LOST_PEER
@@ -59,28 +91,29 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
             f"the network failed ({first_line(error)})"
         )
         return LOST_PEER
-    except BrokenPipeError:
-        # The reader of our output (such as `head`) is gone; nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; as one of several without the interpreter's teardown.
+    """End this process and those that it has started, without the interpreter's teardown.
 
-    After a failure it would wait for collectives that other ranks never join; after a success, the
-    threads of gloo and DeepSpeed now and then abort it ("terminate called without an active
-    exception"), and a finished run would look failed.
+    After a failure that would wait for collectives that other ranks never join, and for children
+    that do not answer; after a success, the threads of gloo, DeepSpeed and a save now and then
+    abort it ("terminate called without an active exception"), and a finished run would look failed.
+    From any thread.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line: at length on rank 0, in one line on the others."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable_lines(message, 1 << 20), file)
 
     def error(self, message: str) -> NoReturn:
         if _rank() == 0:

@@ -1,4 +1,4 @@
-"""Processes and collectives: the only file that calls ``torch.distributed``.
+"""Processes and collectives: with ``meeting`` the only file that calls ``torch.distributed``.
 
 Every helper also works in one process that never initialised anything, so that nothing else
 needs to ask. Tensors on a GPU travel over NCCL, tensors on the CPU over gloo.
@@ -22,7 +22,7 @@ from moco_scale.allocator import keep_freed_memory
 from moco_scale.errors import RankError, UserError, first_line
 from moco_scale.interfaces import name_interface
 from moco_scale.launchers import complete_environment, gpu_of, why_not_met
-from moco_scale.restarts import name_of_start
+from moco_scale.meeting import meet
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective, where nothing else watches
@@ -84,12 +84,12 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
         return
     number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        _store = next(dist.rendezvous("env://", timeout=MEETING))[0]
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            _store = dist.PrefixStore(name_of_start(_store, number, world), _store)
+        _store = meet(os.environ, MEETING)
         _store.set_timeout(TIMEOUT)
         met = dist.PrefixStore("default_pg", _store)
         dist.init_process_group(backend, timeout=_timeout, store=met, rank=number, world_size=world)
+    except UserError as error:
+        raise RankError(error, number) from error
     except RuntimeError as error:
         why = why_not_met(os.environ, first_line(error))
         if why is None:

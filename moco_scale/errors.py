@@ -7,8 +7,13 @@ import socket
 class UserError(Exception):
     """Something the user can put right: says what is wrong, where, and what to do.
 
-    Commands print the message without a traceback and exit with status 2.
+    Commands print the message without a traceback and exit with its status.
+
+    Attributes:
+        status: 2, or :data:`LOST_PEER` where nothing is the user's: the same command may do.
     """
+
+    status = 2
 
 
 # What gloo, NCCL and torch's store say when the process at the other end has gone.
@@ -44,8 +49,28 @@ class PeerLost(Exception):
     """
 
 
+STOPPED_EARLY = 75
+"""Status of a run that stopped early and can go on: EX_TEMPFAIL of sysexits.h."""
+INTERRUPTED = 130
+"""Status of a command that Ctrl-C has ended, as shells have it: nobody is to start it again."""
+
+
 class StoppedEarly(Exception):
-    """A run that was asked to stop has saved its state; says why and where."""
+    """A run that was asked to stop has saved its state; says why and where.
+
+    Attributes:
+        status: to end with.
+    """
+
+    def __init__(self, text: str, status: int = STOPPED_EARLY) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class ReaderLost(UserError):
+    """A process that reads pictures was killed, which is no mistake of the user's."""
+
+    status = LOST_PEER
 
 
 class RankError(UserError):
@@ -53,6 +78,7 @@ class RankError(UserError):
 
     def __init__(self, error: UserError, rank: int) -> None:
         super().__init__(f"rank {rank} on {socket.gethostname()}: {error}")
+        self.status = error.status
 
 
 def first_line(error: BaseException) -> str:

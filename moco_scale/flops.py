@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moco_scale.argument_types import positive_int
 from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS, build_encoder
 from moco_scale.errors import UserError
+from moco_scale.messages import tell
 
 # One pass over elements that are already there: no matrix product hides behind these.
 _ELEMENTWISE_NAMES = """
@@ -186,9 +187,9 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     costs = training_costs(count.total, args.batch_size, args.images_per_epoch)
     if args.json:
-        print(json.dumps(_as_json(args, count, costs)))
+        tell(json.dumps(_as_json(args, count, costs)))
     else:
-        print(_as_text(args, count, costs))
+        tell(_as_text(args, count, costs))
 
 
 def training_costs(forward: int, batch_size: int, images_per_epoch: int) -> dict[str, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from moco_scale.data.shard_list import is_pattern, list_shards
 from moco_scale.data.shard_summary import print_summary, summarise
 from moco_scale.errors import UserError
 from moco_scale.evaluation.pretrained import read_model_file
+from moco_scale.messages import tell
 from moco_scale.run_folder import complete_checkpoints
 from moco_scale.untrusted.documents import check
 from moco_scale.untrusted.settings import ModelFile
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_model(path, args)
     found = describe(path)
     if args.json:
-        print(json.dumps(found, indent=1))
+        tell(json.dumps(found, indent=1))
     else:
         _print(found, args.tensors)
     return 0 if found["damage"] is None else 1
@@ -83,12 +83,11 @@ def _run_shards(args: argparse.Namespace) -> int:
     if args.sheet is not None:
         contact_sheet(open_shards(args.path, next(iter(found["splits"]))), args.sheet)
     if args.json:
-        print(json.dumps(found, indent=1))
+        tell(json.dumps(found, indent=1))
     else:
         print_summary(found)
         if args.sheet is not None:
-            print(f"  sheet of pictures: {args.sheet}")
-    sys.stdout.flush()
+            tell(f"  sheet of pictures: {args.sheet}")
     return 0
 
 
@@ -120,19 +119,18 @@ def _run_model(path: Path, args: argparse.Namespace) -> int:
         "tensors": parts,
     }
     if args.json:
-        print(json.dumps(found, indent=1))
+        tell(json.dumps(found, indent=1))
         return 0
-    print(printable_path(path))
-    print("  a model for eval.py --pretrained-model; what resumes is in checkpoints/ beside it")
-    print(f"  step {found['step']}, epoch {found['epoch']}; {found['bytes'] / 1e6:.1f} MB on disk")
+    tell(printable_path(path))
+    tell("  a model for eval.py --pretrained-model; what resumes is in checkpoints/ beside it")
+    tell(f"  step {found['step']}, epoch {found['epoch']}; {found['bytes'] / 1e6:.1f} MB on disk")
     for name, shapes in parts.items():
         numbers = sum(math.prod(shape) for shape in shapes.values())
-        print(f"    {name:12} {len(shapes):4} tensors {numbers:>12,} numbers")
+        tell(f"    {name:12} {len(shapes):4} tensors {numbers:>12,} numbers")
     _print_settings(settings)
     if args.tensors:
         named = {f"{part}.{key}": s for part, shapes in parts.items() for key, s in shapes.items()}
         _print_tensors(named)
-    sys.stdout.flush()
     return 0
 
 
@@ -197,33 +195,32 @@ def _incomplete(run: Path) -> list[str]:
 
 def _print(found: dict[str, Any], tensors: bool) -> None:
     for name in found["incomplete"]:
-        print(f"{name} is incomplete (it has no {checkpoint.META}); training passes it over")
-    print(printable_path(found["path"]))
-    print("  complete" if found["damage"] is None else f"  DAMAGED: {found['damage']}")
-    print(
+        tell(f"{name} is incomplete (it has no {checkpoint.META}); training passes it over")
+    tell(printable_path(found["path"]))
+    tell("  complete" if found["damage"] is None else f"  DAMAGED: {found['damage']}")
+    tell(
         f"  step {found['step']}, epoch {found['epoch']}, {found['samples']} samples; written by "
         f"{found['processes']} process(es) under {printable(found['engine'])}"
         + ("; kept for good" if found["keep"] else "")
     )
-    print(f"  {found['bytes'] / 1e6:.1f} MB on disk")
+    tell(f"  {found['bytes'] / 1e6:.1f} MB on disk")
     for part, size in found["parts"].items():
-        print(
+        tell(
             f"    {part:12} {size['tensors']:4} tensors {size['numbers']:>12,} numbers "
             f"{size['bytes'] / 1e6:>9.1f} MB"
         )
     _print_settings(found["config"] or {})
     if tensors:
         _print_tensors(found["tensors"])
-    sys.stdout.flush()
 
 
 def _print_settings(config: dict[str, Any]) -> None:
-    print("  settings")
+    tell("  settings")
     for key, value in sorted(config.items()):
-        print(f"    --{key.replace('_', '-'):22} {printable(value)}")
+        tell(f"    --{key.replace('_', '-'):22} {printable(value)}")
 
 
 def _print_tensors(shapes: dict[str, list[int]]) -> None:
-    print("  tensors")
+    tell("  tensors")
     for name, shape in sorted(shapes.items()):
-        print(f"    {name:60} {shape}")
+        tell(f"    {name:60} {shape}")

@@ -53,6 +53,26 @@ def rank_of(environ: Mapping[str, str]) -> int:
     return place.rank if place else 0
 
 
+_OWN_VARIABLES = (
+    ("TORCHELASTIC_RUN_ID",),
+    ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"),
+    ("SLURM_STEP_ID", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_RANK",),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+"""What torchrun, deepspeed, srun, mpirun and PMI's launchers set and nobody sets by hand."""
+
+
+def has_launcher(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher has started this process, and not a shell."""
+    return any(environ.keys() >= set(names) for names in _OWN_VARIABLES)
+
+
+def started_by_deepspeed(environ: Mapping[str, str]) -> bool:
+    """Whether that was deepspeed."""
+    return environ.keys() >= set(_OWN_VARIABLES[1]) and "TORCHELASTIC_RUN_ID" not in environ
+
+
 def gpu_of(place: Place, visible: int) -> int | None:
     """Which of the GPUs that a process sees is its own; None: it has none.
 

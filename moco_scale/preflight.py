@@ -22,6 +22,7 @@ from moco_scale import bandwidth, distributed, identity
 from moco_scale.bandwidth import Bandwidth
 from moco_scale.config import Config
 from moco_scale.errors import UserError
+from moco_scale.messages import tell
 from moco_scale.pretrain import open_data
 from moco_scale.run_folder import RunFolder
 
@@ -254,5 +255,5 @@ def _gib(size: int) -> str:
 
 
 def _say(*lines: str) -> None:
-    if distributed.is_main():
-        print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+    if distributed.is_main() and lines:
+        tell("\n".join(lines))

@@ -31,6 +31,7 @@ from moco_scale.errors import StoppedEarly
 from moco_scale.health import FiniteWatch
 from moco_scale.infonce import Contrast
 from moco_scale.inputs import Inputs, StepInputs
+from moco_scale.messages import say
 from moco_scale.moco import MoCo
 from moco_scale.monitor import Monitor
 from moco_scale.queue import DTYPES, KeyQueue
@@ -38,7 +39,7 @@ from moco_scale.run_folder import RunFolder
 from moco_scale.run_state import load_model, load_optimizer, read_state, restore_current, save_state
 from moco_scale.schedules import learning_rate
 from moco_scale.shuffle import ShuffleBN
-from moco_scale.stopping import StopRequest
+from moco_scale.stopping import StopRequest, status_of
 from moco_scale.telemetry import Meters, Telemetry
 from moco_scale.timing import Phases
 
@@ -159,10 +160,13 @@ class Pretraining:
             seed=self.config.optim.rng_seed,
         )
 
-    def loader(self, end_step: int | None = None) -> BatchLoader[ViewBatch]:
+    def loader(
+        self, end_step: int | None = None, lost: Callable[[str], None] | None = None
+    ) -> BatchLoader[ViewBatch]:
         """This rank's share of each batch from where the run stands to `end_step`.
 
         end_step: the first step that is left out; by default the run's last step is the last.
+        lost: as :class:`BatchLoader` has it.
         """
         run = self.config.run
         return pretraining_loader(
@@ -179,6 +183,7 @@ class Pretraining:
             fetches_ahead=distributed.local_rank() == 0,
             cache=self.cache,
             decoder=self.decoder,
+            lost=lost,
         )
 
     def train_step(self, batch: ViewBatch) -> None:
@@ -295,7 +300,12 @@ class Pretraining:
 
     def _loop(self, telemetry: Telemetry, monitor: Monitor, stop: StopRequest) -> None:
         run = self.config.run
-        loader = self.loader()
+
+        def lost(how: str) -> None:
+            say(f"rank {self.rank}: {how}. It reads what it needs by itself until all have saved")
+            stop.reader_lost()
+
+        loader = self.loader(lost=lost)
         self.engine.moco.train()
         try:
             for batch in self.inputs.ahead(monitor.timed(iter(loader))):
@@ -339,9 +349,11 @@ class Pretraining:
 
     def stopped(self, reason: str) -> StoppedEarly:
         """What ends a run that has been asked to stop, once its state is saved."""
+        status = status_of(reason)
         if self.step == 0:
-            return StoppedEarly(f"{reason}: stopped before the first step; start again")
+            return StoppedEarly(f"{reason}: stopped before the first step; start again", status)
         return StoppedEarly(
             f"{reason}: stopped after step {self.step} of {self.last_step}, saved in "
-            f"{self.folder.path}; the same command goes on from there"
+            f"{self.folder.path}; the same command goes on from there",
+            status,
         )

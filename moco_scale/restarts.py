@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from typing import Any
+
+from moco_scale.errors import UserError
+from moco_scale.untrusted.text import printable
 
 
 def name_of_start(store: Any, rank: int, world: int) -> str:
@@ -22,7 +26,7 @@ def name_of_start(store: Any, rank: int, world: int) -> str:
     mine = uuid.uuid4().hex
     if rank:
         store.set(f"start/asked/{rank}", mine)
-        name = str(store.get(f"start/told/{mine}").decode())
+        name = _made_here(store.get(f"start/told/{mine}"))
         store.add(f"start/heard/{name}", 1)
         return name
     asked = [f"start/asked/{other}" for other in range(1, world)]
@@ -31,7 +35,17 @@ def name_of_start(store: Any, rank: int, world: int) -> str:
         store.wait(asked)
     while store.add(f"start/heard/{mine}", 0) < world - 1:
         for question in set(store.multi_get(asked)) - told:
-            store.set(f"start/told/{question.decode()}", mine)
+            store.set(f"start/told/{_made_here(question)}", mine)
             told.add(question)
         time.sleep(0.02)
     return mine
+
+
+def _made_here(name: bytes) -> str:
+    """A name as this file makes them; UserError for anything else that the store may hold."""
+    if not re.fullmatch(rb"[0-9a-f]{32}", name):
+        raise UserError(
+            f"the store where the processes meet holds {printable(name)!r} in the place of a "
+            "start's name: somebody outside the job writes to its port"
+        )
+    return name.decode()

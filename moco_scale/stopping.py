@@ -10,20 +10,25 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import threading
 import time
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
 import torch
 
 from moco_scale import distributed
+from moco_scale.errors import INTERRUPTED, LOST_PEER, STOPPED_EARLY
+from moco_scale.messages import say
+from moco_scale.parents import told_instead
+from moco_scale.signals import ONE_SIGNAL, Listening, is_ignored
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-ONE_SIGNAL = 2.0
-"""Seconds within which signals count as one: launchers pass on what the whole group got too."""
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+UNLESS_IGNORED = (signal.SIGHUP, signal.SIGINT)
+"""Signals that ``nohup``, and shells for jobs in the background, have a program ignore."""
 _TIME_IS_UP = 1 << 20  # above every signal's number
-_NO_MORE = 0  # in the place of a signal's number
+_READER_LOST = _TIME_IS_UP + 1
+_NAMES = {_TIME_IS_UP: "--max-time is over", _READER_LOST: "a reader was killed"}
 
 
 class StopRequest:
@@ -31,7 +36,7 @@ class StopRequest:
 
     Within the ``with`` block, which the main thread enters, the signals are caught; a second one
     ends the process at once, as it would have without, even while it waits for other ranks or a
-    GPU: a handler in Python would only run when that is over, so a thread counts them.
+    GPU. The end of the launcher counts as a signal too.
 
     Args:
         max_seconds: stop this long after `started`; 0: no limit.
@@ -41,18 +46,16 @@ class StopRequest:
     def __init__(self, max_seconds: float, started: float) -> None:
         self._deadline = started + max_seconds if max_seconds else float("inf")
         self._signal = 0
-        self._before: dict[int, Any] = {}
-        self._wakeup = self._wakeup_before = -1
+        self._first: float | None = None
+        self._listening = ExitStack()
         self._steps, self._looks = _LaterMax(), _LaterMax()
 
     def __enter__(self) -> StopRequest:
-        arrivals, self._wakeup = os.pipe()
-        os.set_blocking(self._wakeup, False)
-        threading.Thread(target=self._count, args=(arrivals,), name="signals", daemon=True).start()
-        # Written to by the C library's own handler, whatever the main thread is doing.
-        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
+        numbers = [n for n in SIGNALS if not (n in UNLESS_IGNORED and is_ignored(n))]
+        listening = Listening(dict.fromkeys(numbers, self._receive), self._count)
+        self._listening.enter_context(told_instead(self._launcher_gone))
+        listening.start()
+        self._listening.callback(listening.stop)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -61,29 +64,31 @@ class StopRequest:
             self._looks.settle()
         if isinstance(exception[1], RuntimeError):
             return  # the launcher's signal may come before what is wrong has been said
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.write(self._wakeup, bytes([_NO_MORE]))
-        os.close(self._wakeup)
+        self._listening.close()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or number
 
-    def _count(self, arrivals: int) -> None:
-        first: float | None = None
-        while True:
-            for number in os.read(arrivals, 64):
-                if number == _NO_MORE:
-                    os.close(arrivals)
-                    return
-                if number not in SIGNALS:
-                    continue
-                now = time.monotonic()
-                if first is None:
-                    first, self._signal = now, self._signal or number
-                elif now - first > ONE_SIGNAL:
-                    _end_by(number)
+    def _count(self, number: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._signal = now, self._signal or number
+            if distributed.is_main():
+                say(
+                    f"{signal.Signals(number).name}: this run stops after the step under way and "
+                    f"saves; a second signal, from {ONE_SIGNAL:g} s on, ends it at once and unsaved"
+                )
+        elif now - self._first > ONE_SIGNAL:
+            _end_by(number)
+
+    def _launcher_gone(self, why: str) -> None:
+        if not self._signal:
+            say(f"{why}: rank {distributed.rank()} stops after the step under way and saves")
+            self._signal = signal.SIGTERM
+
+    def reader_lost(self) -> None:
+        """A process of this rank's that reads pictures was killed."""
+        self._signal = _READER_LOST
 
     def agree(self, *codes: int) -> tuple[str | None, list[int]]:
         """Each rank calls it after each step.
@@ -145,4 +150,13 @@ def _end_by(number: int) -> None:
 def _name(known: int) -> str | None:
     if not known:
         return None
-    return "--max-time is over" if known == _TIME_IS_UP else signal.Signals(known).name
+    return _NAMES.get(known) or signal.Signals(known).name
+
+
+def status_of(reason: str) -> int:
+    """What a run ends with that has stopped for a reason, once it is saved.
+
+    After Ctrl-C nobody is to start it again; after a reader's end only so many times.
+    """
+    own = {"SIGINT": INTERRUPTED, _NAMES[_READER_LOST]: LOST_PEER}
+    return own.get(reason, STOPPED_EARLY)

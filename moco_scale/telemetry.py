@@ -21,7 +21,7 @@ from tqdm import tqdm
 from moco_scale import distributed, metrics_file
 from moco_scale.messages import say
 from moco_scale.side_files import SideFile, json_line
-from moco_scale.untrusted.text import printable
+from moco_scale.untrusted.text import printable, printable_lines
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -65,8 +65,9 @@ class Telemetry:
         """One line for people."""
         if not self._active:
             return
+        text = printable_lines(text)
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
-        self._add(_LOG, line.encode("utf-8", "backslashreplace"))
+        self._add(_LOG, line.encode("utf-8"))
         self._show(text)
 
     def side_file(self, name: str) -> SideFile:

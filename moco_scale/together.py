@@ -26,12 +26,14 @@ def first_error(error: UserError | None, group: Any = None) -> UserError | None:
     """
     if distributed.world_size() == 1:
         return error
-    mine = None if error is None else (socket.gethostname(), str(error))
+    mine = None if error is None else (socket.gethostname(), str(error), error.status)
     for number, each in enumerate(distributed.gather_objects(mine, group)):
         if each is not None:
             # Rank 0 meets what all ranks meet; what it does not meet needs a place.
             place = f"rank {number} on {each[0]}: " if number else ""
-            return UserError(place + each[1])
+            found = UserError(place + each[1])
+            found.status = each[2]
+            return found
     return None
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import math
 import os
 import signal
@@ -24,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from moco_scale import distributed
 from moco_scale.beats import Beat, Heard, place, silent, standing, waited_for
@@ -37,16 +36,28 @@ from moco_scale.errors import (
     first_line,
     is_peer_gone,
 )
+from moco_scale.messages import say
+from moco_scale.parents import children
 from moco_scale.timing import Phases
+from moco_scale.untrusted.documents import DocumentError
+from moco_scale.untrusted.store_message import Verdict, parse_verdict
+from moco_scale.untrusted.text import printable_lines
 
 _RANKS_PER_SECOND = 400  # beats that rank 0's store gets, at most, where ranks are many
 _BEATS = 20  # in a time-out, at least
 _ROUNDS = 3  # of reading everybody's beats before anybody is said to be missing
+_LAST_SECONDS = 10.0  # for each thing that is done before the end
+_LONGEST_TEXT = 10_000
+_LISTED = 6
+_STATES = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits for a disk"}
 _VERDICT, _SEEN, _ALARM = "verdict", "seen", "alarm"
 
 
 class Watch:
     """Watches a run on this rank for as long as the ``with`` block lasts.
+
+    A process on its own has nobody to talk to, and no store; it is ended all the same when it does
+    not get on, and says what state the processes that read for it are in.
 
     When no rank gets on for `timeout` seconds, or one that is gone is not noticed otherwise, every
     rank that can still do so prints which rank is missing and where, writes stacks of its threads
@@ -60,8 +71,7 @@ class Watch:
 
     Args:
         phases: where this rank stands.
-        timeout: seconds, at least those of twenty beats; 0 watches nothing, nor does a process on
-            its own.
+        timeout: seconds, at least those of twenty beats; 0 watches nothing.
         folder: for what is written down.
         program: its name, for the messages.
     """
@@ -87,18 +97,22 @@ class Watch:
         self._alarm = False  # this one has to say so
         self._answered = time.monotonic()
         self._broken = ""
-        self._posting: dict[str, Any] | None = None
-        self._verdict: dict[str, Any] | None = None
+        self._posting: Verdict | None = None
+        self._verdict: Verdict | None = None
+        self._junk = False
         self._seen_by = 0
 
     def __enter__(self) -> Watch:
-        if self._timeout and self._world > 1:
-            self._store = distributed.side_store("watch")
-            self._answered = time.monotonic()
-            for work in (self._exchange, self._judge):
-                threading.Thread(target=work, name=f"watch {work.__name__}", daemon=True).start()
-        else:
+        if not self._timeout:
             self._closed.set()
+            return self
+        works = [self._judge]
+        if self._world > 1:
+            self._store = distributed.side_store("watch")
+            works.append(self._exchange)
+        self._answered = time.monotonic()
+        for work in works:
+            threading.Thread(target=work, name=f"watch {work.__name__}", daemon=True).start()
         return self
 
     def __exit__(
@@ -111,6 +125,8 @@ class Watch:
             return
         self._last_word.acquire()  # never, when the other thread is ending this process
         try:
+            if self._world == 1:
+                return
             if isinstance(error, RuntimeError) and is_peer_gone(error):
                 # The launcher asks all to end when one has; there is still to be said which.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -144,12 +160,13 @@ class Watch:
         begun = time.monotonic()
         self._beat()
         if self._posting is not None:
-            text = json.dumps(self._posting)
-            self._verdict = json.loads(self._store.compare_set(_VERDICT, "", text))
+            posted, text = self._posting, self._posting.model_dump_json()
+            self._verdict = self._parsed(self._store.compare_set(_VERDICT, "", text)) or posted
             self._posting = None
         elif self._verdict is None and self._store.check([_VERDICT]):
-            self._verdict = json.loads(self._store.get(_VERDICT))
-            self._store.add(_SEEN, 1)
+            self._verdict = self._parsed(self._store.get(_VERDICT))
+            if self._verdict is not None:
+                self._store.add(_SEEN, 1)
         if self._verdict is not None:
             self._seen_by = self._store.add(_SEEN, 0)
         if self._alarm:
@@ -162,6 +179,22 @@ class Watch:
         self._full_rounds = self._full_rounds + 1 if everybody else 0
         self._answered = time.monotonic()
         self._slowest = max(0.95 * self._slowest, self._answered - begun)
+
+    def _parsed(self, content: bytes) -> Verdict | None:
+        """What the store says of the end of the run; None for what no rank has written."""
+        try:
+            return parse_verdict(content)
+        except DocumentError as error:
+            self._say_junk(error)
+            return None
+
+    def _say_junk(self, error: DocumentError) -> None:
+        if not self._junk:
+            self._junk = True
+            say(
+                f"{self._program}: {self._me()} passes over {error}: somebody else writes to the "
+                "store, whose port nobody outside the job should reach (docs/security.md)"
+            )
 
     def _beat(self) -> None:
         self._count += 1
@@ -191,8 +224,15 @@ class Watch:
         if others and not self._store.check(others):
             others = [key for key in others if self._store.check([key])]
         heard, now = dict(self._heard), time.monotonic()
-        for text in self._store.multi_get(known + others):
-            beat = Beat.decode(text)
+        keys = known + others
+        for key, text in zip(keys, self._store.multi_get(keys), strict=True):
+            try:
+                beat = Beat.decode(text)
+                if _key(beat.rank) != key:
+                    raise DocumentError(f"a sign of life of rank {beat.rank} in the place {key}")
+            except DocumentError as error:
+                self._say_junk(error)
+                continue
             before = self._heard.get(beat.rank)
             same = before is not None and before.beat.count == beat.count
             heard[beat.rank] = Heard(beat, before.changed if before and same else now)
@@ -210,13 +250,15 @@ class Watch:
         passed, self._looked = min(now - self._looked, 3 * self._interval), now
         self._still = self._still + passed if self._phases.now is self._last else 0.0
         self._last = self._phases.now
-        self._read_all = self._reads(now)
+        self._read_all = self._world > 1 and self._reads(now)
         text = None
         if self._verdict is not None:
             self._grace += passed
             # Who hears of an error of another's mostly meets its end by itself in a moment.
-            if not self._verdict["ended"] or self._grace > 3 * self._interval + 2:
-                text = self._verdict["text"]
+            if not self._verdict.ended or self._grace > 3 * self._interval + 2:
+                text = self._verdict.text
+        elif self._world == 1:
+            text = self._stuck_alone()
         elif self._still > 0.9 * self._timeout:
             text = self._finding(now)
         elif now - self._alarmed < self._search:
@@ -276,6 +318,11 @@ class Watch:
             return None
         return standing(behind, waiting)
 
+    def _stuck_alone(self) -> str | None:
+        """What is wrong with a process on its own; None: it may still go on."""
+        limit = self._timeout if self._phases.steady else self._patience
+        return f"it does not get on{_of_children()}" if self._still > limit else None
+
     def _store_lost(self, now: float) -> str | None:
         late = now - self._answered > max(0.3 * self._timeout, 3 * self._interval)
         if not self._broken and not late:
@@ -313,15 +360,17 @@ class Watch:
                 if found:
                     return found
         if self._verdict is not None:
-            return str(self._verdict["text"])
+            return self._verdict.text
         return rank_0 or f"another process ended, or the network failed ({first_line(error)})"
 
     # The end.
 
     def _post(self, text: str, ended: bool = False) -> None:
         """Let the others know, as far as they can be reached."""
-        when = time.strftime("%Y%m%d-%H%M%S")
-        verdict = {"text": text, "ended": ended, "folder": f"hangs/{when}"}
+        verdict = Verdict(text=text[:_LONGEST_TEXT], ended=ended, at=int(time.time()))
+        if self._world == 1:
+            self._verdict = verdict
+            return
         if self._verdict is None:
             self._posting = verdict
         self._wait_until(lambda: self._verdict is not None, 2 * self._interval + 1)
@@ -340,20 +389,21 @@ class Watch:
         self._last_word.acquire()
         line = (
             f"{self._program}: {self._me()} stops, having stood in {self._place()} for "
-            f"{self._still:.0f} s (--hang-timeout {self._timeout:g}): {text}\n"
+            f"{self._still:.0f} s (--hang-timeout {self._timeout:g}): {text}"
         )
-        # Not through Python's buffers: the training loop may hold their lock.
-        with contextlib.suppress(OSError):
-            os.write(sys.stderr.fileno(), line.encode())
+        line = printable_lines(line, 2 * _LONGEST_TEXT) + "\n"
+        _try(_write_at_once, line)
         self._post(text)
-        writer = threading.Thread(target=self._write_down, args=(line,), daemon=True)
-        writer.start()
-        writer.join(10.0)  # the file system may be what hangs
+        _try(self._write_down, line)
+        for number, _ in children():  # one that is stopped does not end by itself
+            with contextlib.suppress(OSError):
+                os.kill(number, signal.SIGKILL)
         os._exit(LOST_PEER)
 
     def _write_down(self, line: str) -> None:
         assert self._verdict is not None
-        folder = self._folder / self._verdict["folder"]
+        when = time.strftime("%Y%m%d-%H%M%S", time.localtime(self._verdict.at))
+        folder = self._folder / "hangs" / when
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / f"rank-{self._rank:05d}.txt", "w", encoding="utf-8") as file:
@@ -363,6 +413,28 @@ class Watch:
             trace = distributed.flight_record()
             if trace:
                 (folder / f"flight_rank_{self._rank}").write_bytes(trace)
+
+
+def _try(work: Callable[[str], None], line: str) -> None:
+    """Do what the terminal or a file system may hang in; not for long."""
+    doing = threading.Thread(target=work, args=(line,), daemon=True)
+    doing.start()
+    doing.join(_LAST_SECONDS)
+
+
+def _write_at_once(line: str) -> None:
+    """Not through Python's buffers: the training loop may hold their lock."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), line.encode())
+
+
+def _of_children() -> str:
+    """Which of this process's own are stopped, or wait for a disk."""
+    parts = [
+        f"process {number}, which it has started, {_STATES[state]}"
+        for number, state in children("TtD")[:_LISTED]
+    ]
+    return "".join(f"; {part}" for part in parts)
 
 
 def _is_mine(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moco_scale.data.examine import examine_all, list_folder
 from moco_scale.data.output_folder import size_text
+from moco_scale.messages import tell
 
 _MOST_SHOWN = 100
 
@@ -21,7 +22,7 @@ def check(path: Path, workers: int) -> int:
     """
     folder = list_folder(path)
     if not folder.indexed:
-        print(f"{path} has no index of its own: only what the tars say can be checked", flush=True)
+        tell(f"{path} has no index of its own: only what the tars say can be checked")
     findings = [f"index: {problem}" for problem in folder.problems]
     pictures, read, shards, damaged = 0, 0, 0, 0
     for _, examined in examine_all(folder, workers, f"checking {path}"):
@@ -31,19 +32,19 @@ def check(path: Path, workers: int) -> int:
         damaged += bool(examined.findings)
         findings += map(str, examined.findings)
     for line in findings[:_MOST_SHOWN]:
-        print(line)
+        tell(line)
     if len(findings) > _MOST_SHOWN:
-        print(f"and {len(findings) - _MOST_SHOWN} more")
-    print(
+        tell(f"and {len(findings) - _MOST_SHOWN} more")
+    tell(
         f"{pictures} pictures in {shards} shard{'s' * (shards != 1)} read and decoded, "
         f"{size_text(read)}"
     )
     if not findings:
-        print(f"{path} is whole")
+        tell(f"{path} is whole")
         return 0
     parts = ["its index"] * bool(folder.problems)
     parts += [f"{damaged} of its {shards} shards"] * bool(damaged)
-    print(
+    tell(
         f"{path} is DAMAGED: {' and '.join(parts)}. "
         "Copy what is damaged again from where it was made, or keep what can be kept with: "
         f"python -m moco_scale shard --repair {path}"

@@ -34,7 +34,8 @@ from moco_scale.data.remote_place import Place
 from moco_scale.data.shard_cache import NoRoom, ShardCache, gigabytes, shard_path
 from moco_scale.data.windows import window_of
 from moco_scale.errors import UserError
-from moco_scale.messages import say
+from moco_scale.messages import outlive_terminal, say
+from moco_scale.parents import die_with
 
 _FETCHERS = 4
 _REST = 30.0  # seconds for which a shard that cannot be had is left to those who read it
@@ -99,8 +100,10 @@ class FetchAhead:
     def _start(self, job: Job) -> None:
         root = str(Path(moco_scale.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        in_main = threading.current_thread() is threading.main_thread()
+        parent = str(os.getpid() if in_main else 0)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
+            [sys.executable, "-P", "-c", f"from {__name__} import main; main()", parent],
             stdin=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
@@ -289,6 +292,9 @@ def main() -> None:
     # Whoever stops the run signals the whole group; the end of stdin is what counts here.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    outlive_terminal()
+    if parent := int(sys.argv[1]):
+        die_with(parent)
     stdin = io.BufferedReader(io.FileIO(0))
     try:
         fetching = _Fetching(pickle.load(stdin))

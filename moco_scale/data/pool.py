@@ -13,6 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import TypeVar
 
+from moco_scale.parents import die_with
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -30,7 +32,10 @@ def in_order(
         return
     # Forked, so that the workers need not import everything again; they run no torch.
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_start_worker
+        workers,
+        multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(threading.current_thread() is threading.main_thread(),),
     )
     pending: deque[tuple[Task, Future[Result]]] = deque()
     try:
@@ -46,12 +51,16 @@ def in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _start_worker(in_main_thread: bool) -> None:
     """Interrupts are the main process's business; a worker ends when that process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)  # the main process's
     parent = multiprocessing.parent_process()
-    assert parent is not None
+    assert parent is not None and parent.pid is not None
+    if in_main_thread:
+        die_with(parent.pid)
 
     def watch() -> None:
         connection.wait([parent.sentinel])

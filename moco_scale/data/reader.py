@@ -75,6 +75,7 @@ def pretraining_loader(
     fetches_ahead: bool = True,
     cache: PixelCache | None = None,
     decoder: DeviceDecoder | None = None,
+    lost: Callable[[str], None] | None = None,
 ) -> BatchLoader[ViewBatch]:
     """This rank's batches of random crops for the steps start_step to end_step - 1.
 
@@ -82,7 +83,7 @@ def pretraining_loader(
     a GPU they are pinned. `start_method` of the workers: "fork" where there is one, by default.
     `bad_samples`: see `bad_samples.POLICIES`. `fetches_ahead`: this rank fetches remote shards
     ahead, for all ranks of its machine. `cache` keeps what was decoded. With a `decoder` workers
-    decode nothing that it can, and the views lie on its device.
+    decode nothing that it can, and the views lie on its device. `lost`: see `BatchLoader`.
 
     Raises UserError, also while iterating: a batch that `world` does not divide, a picture that
     cannot be decoded, a worker that died, a shard that cannot be fetched, a cache that is too small
@@ -106,7 +107,7 @@ def pretraining_loader(
         if fetches_ahead:
             ahead = FetchAhead(Job(parts, plan, start_step, end_step, in_flight))
     jobs = _PlannedJobs(plan, rank, world, start_step, end_step, ahead)
-    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading, ahead, finish)
+    return BatchLoader(crops, jobs, num_workers, start_method, crops.reading, ahead, finish, lost)
 
 
 def evaluation_loader(

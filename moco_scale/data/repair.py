@@ -24,6 +24,7 @@ from moco_scale.data.shard_file import write_errors
 from moco_scale.data.tar_scan import ShardScan
 from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
+from moco_scale.messages import tell
 from moco_scale.side_files import json_line, json_text
 from moco_scale.untrusted.names import relative_problem
 from moco_scale.untrusted.text import printable
@@ -52,9 +53,9 @@ def repair(path: Path, workers: int) -> int:
     folder = list_folder(path)
     found = list(examine_all(folder, workers, f"examining {path}"))
     if not folder.problems and not any(examined.findings for _, examined in found):
-        print(f"{path} is whole: nothing to repair")
+        tell(f"{path} is whole: nothing to repair")
         if not folder.indexed:
-            print("it has no index of its own and needs none: --data-dir makes one on first use")
+            tell("it has no index of its own and needs none: --data-dir makes one on first use")
         return 0
     for _, examined in found:
         if examined.unreadable:
@@ -99,7 +100,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
         for offset in examined.scan.offset[~keep].tolist():
             lose(keys[offset].key, keys[offset].problem)
         if len(lost) > before:
-            print(
+            tell(
                 f"{name}: left out of the index, because they cannot be decoded: "
                 f"{len(lost) - before} of {len(keep)} pictures; the tar stays as it is"
             )
@@ -109,7 +110,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
     if examined.bytes < 0:
         for offset in [] if expected.rows is None else expected.rows["offset"].tolist():
             lose(f"byte {offset}", "the shard is not there")
-        print(f"{name} {reason}: {wanted} pictures are lost; copy it again to have them")
+        tell(f"{name} {reason}: {wanted} pictures are lost; copy it again to have them")
         return None
     new = expected.path.with_name(f"{expected.path.name}{_TEMPORARY}{os.getpid()}")
     kept = salvage(expected.path, new, expected.rows)
@@ -117,7 +118,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
         lose(place, why)
     of = f" of {wanted}" if wanted else ""
     what = reason.partition(". ")[0].rstrip(".")
-    print(f"{name} {what}: {kept.kept}{of} pictures are kept in a new tar")
+    tell(f"{name} {what}: {kept.kept}{of} pictures are kept in a new tar")
     if not kept.kept:
         return None
     after = examine(Expected(new, expected.name))
@@ -142,7 +143,7 @@ def _index(
     classes, why_none = find_classes(everything)
     place = {name: i for i, name in enumerate(classes)}
     if why_none:
-        print(f"the labels are not used: {why_none}")
+        tell(f"the labels are not used: {why_none}")
     names = folder.classes if folder.classes is not None and not why_none else classes
     if len(names) < len(classes):
         raise UserError(
@@ -222,21 +223,21 @@ def _conclude(
 ) -> None:
     for split, entry in header["splits"].items():
         count = len(entry["shards"])
-        print(f"{split}: {entry['samples']} pictures in {count} shard{'s' * (count != 1)} are kept")
+        tell(f"{split}: {entry['samples']} pictures in {count} shard{'s' * (count != 1)} are kept")
     if folder.indexed and folder.classes is None and header["classes"]:
-        print(
+        tell(
             f"the names of the {len(header['classes'])} classes were in {index_file.INDEX_JSON}, "
             "which is lost: they are called by what the tars say"
         )
     if lost:
-        print(
+        tell(
             f"lost: {len(lost)} pictures, listed in {folder.path / LEFT_OUT}. A run that was "
             "started with all of them cannot be resumed with fewer: for that, copy the damaged "
             "files again, or use them as they were with --bad-samples skip"
         )
     else:
-        print("nothing is lost")
+        tell("nothing is lost")
     if backups:
         names = [str(backup.relative_to(folder.path)) for backup in backups[:_MOST_NAMED]]
         more = f" and {len(backups) - _MOST_NAMED} more" if len(backups) > _MOST_NAMED else ""
-        print(f"what was replaced is kept as {', '.join(names)}{more}")
+        tell(f"what was replaced is kept as {', '.join(names)}{more}")

@@ -29,6 +29,7 @@ from moco_scale.data.source_scan import holds_pictures, scan
 from moco_scale.data.source_tar import UNPACKED
 from moco_scale.errors import UserError
 from moco_scale.messages import tell
+from moco_scale.signals import is_ignored
 from moco_scale.untrusted.text import printable
 
 DEFAULT_QUALITY = 90
@@ -311,7 +312,8 @@ def _report_left_out(listing: Listing, out: Path) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Within, SIGTERM (a scheduler's or a container's stop) ends the program in the orderly way."""
+    """Within, SIGTERM (a scheduler's or a container's stop) and SIGHUP (a terminal that is closed)
+    end the program in the orderly way."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -319,11 +321,13 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if not is_ignored(n)]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _cores() -> int:

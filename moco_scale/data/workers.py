@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import atexit
+import errno
+import itertools
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
+import traceback as tracebacks
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
-from multiprocessing import connection
+from multiprocessing import connection, queues
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from moco_scale.data.fetch_ahead import FetchAhead
-from moco_scale.errors import UserError
+from moco_scale.errors import ReaderLost, UserError
 from moco_scale.files import open_files_advice
+from moco_scale.messages import say
+from moco_scale.parents import die_with
 
 Batch = TypeVar("Batch")
 PREFETCHED = 2
 """Batches that each worker has in hand or ready."""
 
 _END_SECONDS = 5.0  # for the end of a process to be seen after its connection has broken
+_GRACE = 5.0  # seconds for workers to end by themselves
+_NOT_SENT = 100
+"""Status of a worker that could not hand over a batch, plus the number of the system's error."""
+_SOCKET_PATH = 107  # bytes that the name of a socket may have
+_LISTENER = "/pymp-xxxxxxxx/listener-xxxxxxxx"  # as multiprocessing names its own in TMPDIR
 
 
 class Failure(NamedTuple):
@@ -88,7 +101,7 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
 
     The workers start with the first batch. `close`, also done on leaving a `with` block, after the
     last batch and after an error, ends them. Raises UserError where the data set does, or gives a
-    Failure, and when a worker died.
+    Failure, and when a worker died; ReaderLost where that was nobody's mistake.
     """
 
     def __init__(
@@ -100,24 +113,27 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         reading: Reading | None = None,
         ahead: FetchAhead | None = None,
         finish: Callable[[Any], Batch] | None = None,
+        lost: Callable[[str], None] | None = None,
     ) -> None:
         """`start_method` of the workers: "fork" where there is one, by default.
 
         `reading` is what the data set keeps up to date, for the message when a worker dies.
         `ahead` is closed with the loader. `finish` is what this process makes of what a worker
-        gives.
+        gives. `lost` is told why when a worker was killed (SIGKILL); this process then reads the
+        remaining batches by itself, so that a run can end in an orderly way. Without it that
+        raises.
         """
+        self._dataset, self._jobs, self._given, self._lost = dataset, jobs, 0, lost
         self._reading, self._finish = reading, finish
         self._length = len(jobs)  # type: ignore[arg-type]
         self._ahead = ahead
         context = _context(start_method) if num_workers else None
+        if num_workers:
+            _check_room_for_sockets()
         try:
             self._no_longer = None if context is None else context.Event()
         except OSError as error:  # it takes files too
-            message = _explained(error, None, None)
-            if message is None:
-                raise
-            raise UserError(message) from error
+            raise _explained(error, None, None) or error from error
         # More decoders than cores is the default on small machines, and does no harm.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         self._loader = DataLoader(
@@ -127,12 +143,12 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
             num_workers=num_workers,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=partial(_set_up_worker, self._no_longer),
             generator=torch.Generator(),  # or it would draw a seed from the global one
             multiprocessing_context=context,
             prefetch_factor=PREFETCHED if num_workers else None,
         )
         self._batches: Any = None
+        self._sockets = ""  # the workers' folder for them
         self._closed = False
         self._at_exit = partial(_close, weakref.ref(self))
 
@@ -143,47 +159,63 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         if self._closed:
             raise StopIteration
         try:
-            if self._batches is None:
-                if self._reading is not None:
-                    self._reading.share(self._loader.num_workers)
-                self._batches = _start(self._loader)
-                # Who is interrupted between two batches may leave without closing. Registered
-                # after the workers, so that it comes before multiprocessing waits for them.
-                atexit.register(self._at_exit)
-            batch = next(self._batches)
-        except (RuntimeError, OSError, EOFError) as error:
-            message = _explained(error, self._batches, self._reading)
-            self.close()
-            if message is None:
-                raise
-            raise UserError(message) from error
+            batch = self._take()
+            if isinstance(batch, Failure):
+                raise UserError(batch.message)
+            self._given += 1
+            return batch if self._finish is None else self._finish(batch)  # type: ignore[no-any-return]
         except BaseException:  # the end is one of them
             self.close()
             raise
-        if isinstance(batch, Failure):
-            self.close()
-            raise UserError(batch.message)
-        if self._finish is None:
-            return batch  # type: ignore[no-any-return]
+
+    def _take(self) -> Any:
         try:
-            return self._finish(batch)
-        except BaseException:
-            self.close()
-            raise
+            if self._batches is None:
+                if self._reading is not None:
+                    self._reading.share(self._loader.num_workers)
+                self._sockets = tempfile.mkdtemp(prefix="pymp-")
+                self._batches = _start(self._loader, self._no_longer, self._sockets)
+                # Who is interrupted between two batches may leave without closing. Registered
+                # after the workers, so that it comes before multiprocessing waits for them.
+                atexit.register(self._at_exit)
+            return next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            met = _explained(error, self._batches, self._reading)
+            if met is None:
+                raise
+            if not isinstance(met, ReaderLost) or self._lost is None:
+                raise met from error
+            self._lost(str(met))
+        self._end_workers()
+        rest = itertools.islice(iter(self._jobs), self._given, None)
+        self._batches = (self._dataset[job] for job in rest)
+        return next(self._batches)
 
     def close(self) -> None:
         """End the workers; there are no batches afterwards. May be called again."""
         self._closed = True
         atexit.unregister(self._at_exit)
+        self._end_workers()
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _end_workers(self) -> None:
         if self._no_longer is not None:
             self._no_longer.set()
         batches, self._batches = self._batches, None
         # Dropping the iterator would do, were it not kept alive by a traceback now and then.
         stop = getattr(batches, "_shutdown_workers", None)
         if stop is not None:
-            stop()
-        if self._ahead is not None:
-            self._ahead.close()
+            # One that is stopped, or waits for a disk, would be waited for; none heeds SIGTERM.
+            late = threading.Timer(_GRACE, _kill, [batches._workers])
+            late.daemon = True
+            late.start()
+            try:
+                stop()
+            finally:
+                late.cancel()
+                _end(batches._workers)
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
     def __enter__(self) -> BatchLoader[Batch]:
         return self
@@ -195,6 +227,33 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _kill(workers: Sequence[Any]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+def _end(workers: Sequence[Any]) -> None:
+    _kill(workers)
+    for worker in workers:
+        worker.join(_END_SECONDS)
+
+
+def _check_room_for_sockets() -> None:
+    """Workers hand over batches through sockets in TMPDIR; a name too long for one hangs them."""
+    try:
+        folder = tempfile.gettempdir()
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"there is no folder for temporary files ({why}): set TMPDIR") from None
+    room = _SOCKET_PATH - len(_LISTENER)
+    if len(os.fsencode(folder)) > room:
+        raise UserError(
+            f"TMPDIR, {folder}, is too long a name: processes that read pictures have sockets in "
+            f"it, for which it may have {room} bytes. Choose another, such as TMPDIR=/tmp"
+        )
 
 
 def _close(loader: weakref.ref[BatchLoader[Any]]) -> None:
@@ -215,35 +274,58 @@ def _context(start_method: str | None) -> Any:
     return multiprocessing.get_context(start_method)
 
 
-def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+def _start(loader: DataLoader[Any], no_longer: Any, sockets: str) -> Iterator[Any]:
     """Start the workers, without DataLoader's handler of SIGCHLD.
 
     That one raises in the middle of whatever the main process is doing, be it saving a checkpoint.
     A dead worker is noticed all the same, when its batch is due.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not loader.num_workers:
         return iter(loader)
+    known = set(multiprocessing.active_children())
+    in_main = threading.current_thread() is threading.main_thread()
+    # The kernel takes the end of the thread that starts a process for that of its parent.
+    parent = os.getpid() if in_main else None
+    loader.worker_init_fn = partial(_set_up_worker, no_longer, parent)
     handler = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
-    return batches
+    # One folder of ours in the place of one of each worker's, which a killed one would leave.
+    inherited = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    before = inherited.get("tempdir")
+    inherited["tempdir"] = sockets
+    batches = object.__new__(_MultiProcessingDataLoaderIter)
+    try:
+        batches.__init__(loader)  # type: ignore[misc]
+        return batches
+    except BaseException:  # some may have started; it cannot end what it does not yet know of
+        batches._shutdown = True
+        _end([child for child in multiprocessing.active_children() if child not in known])
+        raise
+    finally:
+        inherited["tempdir"] = before
+        if in_main:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
 
 def _explained(
     error: RuntimeError | OSError | EOFError, batches: Any, reading: Reading | None
-) -> str | None:
+) -> UserError | None:
     """What a failure of the machinery means for a user; None for one of the program's own."""
     text = str(error)
     # The second is what is left of it when a file descriptor could not be received.
     if "Too many open files" in text or "ancdata" in text:
-        return f"Too many files are open for reading pictures. {open_files_advice()}"
+        return UserError(f"Too many files are open for reading pictures. {open_files_advice()}")
+    if isinstance(error, BlockingIOError) or "Resource temporarily unavailable" in text:
+        return UserError(
+            "No more processes can be started for reading pictures: `ulimit -u`, or the limit of "
+            "the job's or container's processes, is too low; raise it or use a lower --num-workers"
+        )
     # The latter two: it died with a batch sent but not yet handed over.
     noticed = "DataLoader worker" in text and "exited unexpectedly" in text
-    if noticed or isinstance(error, ConnectionError | EOFError):
+    if batches is not None and (noticed or isinstance(error, ConnectionError | EOFError)):
         _wait_for_an_end(batches._workers)
         return _deaths(batches, reading)
     if "No space left on device" in text:
-        return f"Batches travel through shared memory. {_shared_memory_advice()}"
+        return UserError(f"Batches travel through shared memory. {_shared_memory_advice()}")
     return None
 
 
@@ -254,16 +336,21 @@ def _wait_for_an_end(workers: Sequence[Any]) -> None:
         by_sentinel[sentinel].join(_END_SECONDS)  # type: ignore[index]
 
 
-def _deaths(batches: Any, reading: Reading | None) -> str | None:
+def _deaths(batches: Any, reading: Reading | None) -> UserError | None:
     """How workers ended that should not have, what each was reading, and what that points to.
 
-    None when all that ended did so in order.
+    None when all that ended did so in order; ReaderLost when no more is known than that they were
+    killed.
     """
-    ends, advice = [], ""
+    ends, advice, killed = [], "", True
     for number, worker in enumerate(getattr(batches, "_workers", [])):
         code = worker.exitcode
         if not code:
             continue
+        if code > _NOT_SENT:
+            why = os.strerror(code - _NOT_SENT)
+            fix = open_files_advice() if code - _NOT_SENT == errno.EMFILE else "See above"
+            return UserError(f"a process that reads pictures cannot hand them over: {why}. {fix}")
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         sample = None if reading is None else reading.of(number)
         place = ""
@@ -271,8 +358,12 @@ def _deaths(batches: Any, reading: Reading | None) -> str | None:
             place = f", while reading sample {sample}, {reading.places.where(sample)}"
         ends.append(f"process {worker.pid}: {how}{place}")
         fault = None if reading is None or sample is None else reading.places.fault(sample)
+        killed = killed and code == -signal.SIGKILL and fault is None
         advice = advice or _advice(-code, fault, sample is not None)
-    return f"a process that reads pictures died ({'; '.join(ends)}). {advice}" if ends else None
+    if not ends:
+        return None
+    kind = ReaderLost if killed else UserError
+    return kind(f"a process that reads pictures died ({'; '.join(ends)}). {advice}")
 
 
 def _advice(number: int, fault: str | None, reading: bool) -> str:
@@ -317,17 +408,28 @@ def closing() -> bool:
     return not parent.is_alive() or (_no_longer is not None and _no_longer.is_set())
 
 
-def _set_up_worker(no_longer: Any, worker: int) -> None:
+def _set_up_worker(no_longer: Any, parent: int | None, worker: int) -> None:
     global _no_longer
     _no_longer = no_longer
+    if parent == os.getppid():  # not with a server between the two
+        die_with(parent)
+    queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[attr-defined]
     # Whoever stops the run (Ctrl-C, Slurm) signals the whole group. The main process decides what
     # to do about it, and may want to finish its step; it ends the workers itself, and they end on
     # their own within seconds when it is gone.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # the main process's
     # torch would blame shared memory for every one of these; the main process knows better.
     signal.signal(signal.SIGBUS, signal.SIG_DFL)
     sys.excepthook = _report_unless_alone
+
+
+def _not_sent(error: BaseException, batch: Any) -> None:
+    """End this worker: the main process would wait for a batch that was lost on its way."""
+    if not isinstance(error, OSError):
+        say("".join(tracebacks.format_exception(error)))
+    os._exit(_NOT_SENT + min(getattr(error, "errno", None) or errno.EIO, 100))
 
 
 def _report_unless_alone(
@@ -337,5 +439,7 @@ def _report_unless_alone(
 
     It fails when the main process is gone, about which nobody needs to hear from every worker.
     """
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        _not_sent(error, None)
     if not isinstance(error, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, traceback)

@@ -20,6 +20,7 @@ from moco_scale.argument_types import positive_int
 from moco_scale.data.recognise import first_members
 from moco_scale.demo import output_folder, pipeline
 from moco_scale.errors import UserError
+from moco_scale.messages import tell
 
 SETTINGS = {"recipe": "cifar10", "dataset": "cifar10"}
 HELP = (
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         "train_per_class": args.train_per_class,
     }
     if output_folder.claim_or_continue(args.output_dir, pictures, training.config.defining()):
-        print(f"== Going on with the run in {args.output_dir}", flush=True)
+        tell(f"== Going on with the run in {args.output_dir}")
     experiment = pipeline.Experiment(
         title="CIFAR-10",
         source=lambda: prepare(args.source, args.output_dir, args.download_dir),

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,9 +31,12 @@ from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
 from moco_scale.demo.output_folder import SUMMARY
-from moco_scale.errors import UserError
+from moco_scale.errors import StoppedEarly, UserError
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
 from moco_scale.files import write_atomically
+from moco_scale.messages import tell
+from moco_scale.parents import STARTER, session
+from moco_scale.signals import is_ignored
 from moco_scale.untrusted.documents import read_document
 from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.untrusted.metrics import records
@@ -43,6 +48,7 @@ _OWN_FLAGS = {
 }
 """Flags of train.py that a demo cannot hand on, by field, and why."""
 _EVALUATION_BATCH = 256
+_SAVE_SECONDS = 60.0  # for a step that has been asked to end
 
 
 @dataclass(frozen=True)
@@ -285,15 +291,40 @@ def _environment(processes: int) -> dict[str, str]:
 
 def run_step(name: str, command: list[str], environment: dict[str, str]) -> None:
     line = shlex.join(command)
-    print(f"\n== {name}\n$ {line}", flush=True)
+    tell(f"\n== {name}\n$ {line}")
     started = time.monotonic()
-    status = subprocess.run(command, env=environment, check=False).returncode
+    status = _status_of(command, environment | {STARTER: str(os.getpid())}, name.lower())
     if status:
         raise UserError(
             f"{name.lower()} failed with exit status {status}; what went wrong is above. "
             f"The command was: {line}"
         )
-    print(f"   {name.lower()} took {time.monotonic() - started:.0f} s", flush=True)
+    tell(f"   {name.lower()} took {time.monotonic() - started:.0f} s")
+
+
+def _status_of(command: list[str], environment: dict[str, str], doing: str) -> int:
+    """Run a command in a session of its own, which ends with this process, in good order."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedEarly(f"{signal.Signals(number).name}: stopped while {doing}")
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if not is_ignored(n)]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    # Of its own: deepspeed's launcher would answer Ctrl-C by killing what is about to save.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    except (KeyboardInterrupt, StoppedEarly):
+        os.killpg(process.pid, signal.SIGTERM)
+        tell(f"   waiting for {doing} to save and end")
+        deadline = time.monotonic() + _SAVE_SECONDS
+        while session(process.pid) and time.monotonic() < deadline:
+            process.poll()
+            time.sleep(0.1)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def initial_knn(metrics: Path) -> float | None:
@@ -318,13 +349,13 @@ def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:
         ("linear classifier, centre crops", "linear"),
     )
     width = max(len(label) for label, _ in rows)
-    print(f"\n{experiment.title}: top-1 on held-out pictures")
-    print("-" * (width + 9))
+    tell(f"\n{experiment.title}: top-1 on held-out pictures")
+    tell("-" * (width + 9))
     for label, key in rows:
         value = summary[key]
-        print(f"{label:<{width}}  " + (f"{value:5.1f} %" if value is not None else "  n/a"))
-    print("-" * (width + 9))
-    print(f"{summary['seconds']:.0f} s in all. To look at:")
+        tell(f"{label:<{width}}  " + (f"{value:5.1f} %" if value is not None else "  n/a"))
+    tell("-" * (width + 9))
+    tell(f"{summary['seconds']:.0f} s in all. To look at:")
     for name, what in (
         ("report.png", "loss and kNN curves"),
         ("neighbours.png", "nearest neighbours before and after training"),
@@ -332,5 +363,5 @@ def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:
     ):
         path = experiment.out / name
         if path.exists():
-            print(f"  {path}  {what}")
-    print(f"  tensorboard --logdir {experiment.out}")
+            tell(f"  {path}  {what}")
+    tell(f"  tensorboard --logdir {experiment.out}")

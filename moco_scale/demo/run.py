@@ -11,6 +11,7 @@ from moco_scale.argument_types import not_negative_int, positive_int
 from moco_scale.demo import output_folder, pipeline
 from moco_scale.demo.pictures import CLASSES, write_folder
 from moco_scale.errors import UserError
+from moco_scale.messages import tell
 
 TRAIN_PER_CLASS = 200
 VAL_PER_CLASS = 60
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     processes = pipeline.process_count(args.num_processes, batch)
     output_folder.claim(args.output_dir)
     pictures = args.output_dir / "pictures"
-    print(f"== Rendering pictures into {pictures}", flush=True)
+    tell(f"== Rendering pictures into {pictures}")
     write_folder(
         pictures,
         train_per_class=args.train_per_class,

@@ -26,7 +26,7 @@ from moco_scale.evaluation.features import LeftOut, Pixels
 from moco_scale.evaluation.knn import KnnMonitor, Splits, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.evaluation.pretrained import Pretrained, load_pretrained
-from moco_scale.messages import say
+from moco_scale.messages import say, tell
 from moco_scale.timing import EVALUATION, Phases
 from moco_scale.watchdog import Watch
 
@@ -139,10 +139,9 @@ def _finish(folder: Path, result: dict[str, Any]) -> None:
     missing = sum(result.get("left_out", {}).values())
     without = f"; without {missing} pictures that cannot be decoded" if missing else ""
     last = f", last epoch {result['last_top1']:.2f} %" if "last_top1" in result else ""
-    print(
+    tell(
         f"{result['variant']}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-        f"{best}{last}{without}; {folder / results.NAME}",
-        flush=True,
+        f"{best}{last}{without}; {folder / results.NAME}"
     )
 
 

@@ -16,6 +16,7 @@ from moco_scale import command_line
 from moco_scale.argument_types import positive_int
 from moco_scale.config import Config
 from moco_scale.errors import UserError
+from moco_scale.messages import tell
 from moco_scale.planner.advice import advice
 from moco_scale.planner.cluster import PRESETS, read_hardware
 from moco_scale.planner.plan import GIB, Plan, make_plan
@@ -65,11 +66,11 @@ def run(args: argparse.Namespace) -> int:
         plans = [make_plan(config, args.nodes, args.gpus, hardware, args.images)]
     if args.json:
         found = [p.as_json() for p in plans]
-        print(json.dumps(found if args.scale else found[0], indent=1))
+        tell(json.dumps(found if args.scale else found[0], indent=1))
     elif args.scale:
-        print(scaling_table(plans))
+        tell(scaling_table(plans))
     else:
-        print(report(plans[0]))
+        tell(report(plans[0]))
     if args.plot is not None:
         from moco_scale.planner.plot import draw
 

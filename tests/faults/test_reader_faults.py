@@ -1,6 +1,7 @@
 """Damaged data, dead workers, a main process that is stopped: clear errors and no hang."""
 
 import argparse
+import errno
 import json
 import multiprocessing
 import os
@@ -9,10 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from multiprocessing import reduction
 from pathlib import Path
 
 import pytest
+import torch
 
 from moco_scale.data import shard_command, workers
 from moco_scale.data.augment import AUGMENTATIONS
@@ -134,6 +140,97 @@ def test_a_killed_worker_is_an_error_not_a_hang(picture_folder: Path, tmp_path: 
     os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(UserError, match=rf"process {victim.pid}: SIGKILL.*--num-workers"):
         list(loader)
+    assert multiprocessing.active_children() == []
+
+
+def test_after_a_killed_worker_the_main_process_reads_the_rest(
+    picture_folder: Path, tmp_path: Path
+) -> None:
+    """So that a run can save and end; the batches are those that it would have read anyway."""
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    plan = BatchPlan(FullPermutation(len(shards), 0), 8)
+    told: list[str] = []
+    batches = partial(pretraining_loader, shards, plan, AUG, 16, end_step=12)
+    with batches(num_workers=0) as alone:
+        expected = [batch.views for batch in alone]
+    with batches(num_workers=1, lost=told.append) as loader:
+        found = [next(loader).views]
+        (victim,) = multiprocessing.active_children()
+        assert victim.pid is not None
+        os.kill(victim.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+        found += [batch.views for batch in loader]
+    assert len(told) == 1 and "SIGKILL" in told[0]
+    assert len(found) == 12
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_stopped_worker_is_not_waited_for(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_GRACE", 0.1)
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    plan = BatchPlan(FullPermutation(len(shards), 0), 8)
+    loader = pretraining_loader(shards, plan, AUG, 16, num_workers=2, end_step=1000)
+    next(loader)
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGSTOP)
+    loader.close()
+    assert multiprocessing.active_children() == []
+    assert not Path(loader._sockets).exists()
+
+
+def test_workers_that_cannot_start_leave_none_behind(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with too low a `ulimit -u`; those that have started ignore SIGTERM."""
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    plan = BatchPlan(FullPermutation(len(shards), 0), 8)
+    fork, calls = os.fork, count()
+
+    def fork_once() -> int:
+        if next(calls):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", fork_once)
+    loader = pretraining_loader(shards, plan, AUG, 16, num_workers=3, end_step=3)
+    with pytest.raises(UserError, match=r"No more processes can be started.*ulimit -u"):
+        next(loader)
+    assert next(calls) == 2
+    assert multiprocessing.active_children() == []
+
+
+def test_a_name_of_tmpdir_that_no_socket_can_have(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    plan = BatchPlan(FullPermutation(len(shards), 0), 8)
+    for length, fits in ((75, True), (76, False), (150, False)):
+        folder = "/" + "x" * (length - 1)
+        monkeypatch.setattr(tempfile, "gettempdir", lambda folder=folder: folder)
+        if fits:
+            pretraining_loader(shards, plan, AUG, 16, num_workers=1, end_step=3).close()
+            continue
+        with pytest.raises(UserError, match=r"TMPDIR, .* too long .* 75 bytes"):
+            pretraining_loader(shards, plan, AUG, 16, num_workers=1, end_step=3)
+
+
+def run_out_of_files(*arguments: object) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_batch_that_cannot_be_sent_is_not_waited_for(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with few open files: it is lost in a thread of the worker's."""
+    shards = make_shards(picture_folder, tmp_path / "shards")
+    plan = BatchPlan(FullPermutation(len(shards), 0), 8)
+    monkeypatch.setattr(reduction, "DupFd", run_out_of_files)
+    loader = pretraining_loader(shards, plan, AUG, 16, num_workers=1, end_step=3)
+    with pytest.raises(UserError, match=r"Too many open files.*ulimit -n"):
+        next(loader)
     assert multiprocessing.active_children() == []
 
 

@@ -23,8 +23,8 @@ from commands import (
 from torch import Tensor
 
 from moco_scale import checkpoint
-from moco_scale.cli import STOPPED_EARLY
 from moco_scale.data.reader import ViewBatch
+from moco_scale.errors import STOPPED_EARLY
 from moco_scale.pretrain import Pretraining
 
 pytestmark = pytest.mark.timeout(1800)

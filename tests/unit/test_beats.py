@@ -1,7 +1,5 @@
 """What is said of ranks that stand still, from their last signs of life."""
 
-import dataclasses
-
 from moco_scale.beats import Beat, Heard, silent, standing, waited_for
 
 
@@ -75,5 +73,5 @@ def test_gpus_that_lag_behind_their_processes_are_looked_at() -> None:
     where = "phase shuffle of step 7 (its GPU: phase backward of step 6)"
     assert where in standing(behind, waiting)
     # One that is not known makes all of them useless to compare.
-    unknown = dataclasses.replace(fine[0], device=None, entry=1)
+    unknown = fine[0].model_copy(update=dict(device=None, entry=1))
     assert waited_for([unknown, fine[1], stuck])[0] == [unknown]

@@ -1,8 +1,14 @@
-"""What is said on standard error comes in whole lines."""
+"""What is said comes in whole lines, is fit to be shown, and is never the end of a program."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from moco_scale.messages import say, tell
 
 WRITERS, LINES = 8, 200
 TALK = f"""
@@ -10,6 +16,22 @@ import sys
 from moco_scale.messages import say
 for number in range({LINES}):
     say(sys.argv[1] * 60)
+"""
+OUTLIVE = """
+import logging, os, sys, warnings
+from moco_scale.messages import outlive_terminal, say, tell, unwritten
+outlive_terminal()
+log = logging.StreamHandler(sys.stdout)
+if sys.argv[1] == "closed pipe":
+    sys.stdin.read()  # until the reader is gone
+for _ in range(20_000 if sys.argv[1] != "whole" else 1):
+    print("of a library: caf\\udce9")
+    tell("one\\x1b[2J")
+say("two"), print("three", file=sys.stderr), warnings.warn("four")
+logging.getLogger("x").addHandler(log), logging.getLogger("x").error("five"), print("", end="\\r")
+assert os.open(os.devnull, os.O_RDONLY) > 2
+with open(sys.argv[2], "w") as file:
+    file.write(f"done, {unwritten()}")
 """
 
 
@@ -23,3 +45,47 @@ def test_lines_of_several_processes_do_not_mix() -> None:
         lines = pipe.read().splitlines()
     assert [writer.wait() for writer in writers] == [0] * WRITERS
     assert sorted(lines) == sorted(str(i) * 60 for i in range(WRITERS) for _ in range(LINES))
+
+
+def test_foreign_text_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    say("a\x1b[2J\x07b\u2028c\udce9\nof our own")
+    tell("a\rb\u202e")
+    captured = capsys.readouterr()
+    assert captured.err == "a\\x1b[2J\\x07b\\u2028c\\xe9\nof our own\n"
+    assert captured.out == "a\\rb\\u202e\n"
+
+
+@pytest.mark.parametrize("how", ["whole", "closed pipe", "full disk", "closed"])
+def test_what_cannot_be_written_ends_nothing(tmp_path: Path, how: str) -> None:
+    words = [sys.executable, "-c", OUTLIVE, how, str(tmp_path / "done")]
+    full = open("/dev/full", "w") if how == "full disk" else None  # noqa: SIM115
+    output = full or subprocess.PIPE
+    close = (lambda: os.closerange(0, 3)) if how == "closed" else None
+    process = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=output, stderr=output, preexec_fn=close
+    )
+    if how == "closed pipe":
+        assert process.stdout and process.stderr and process.stdin
+        process.stdout.close(), process.stderr.close()
+        process.stdin.close()
+        process.wait(60)
+    else:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    lost = "No space left on device" if how == "full disk" else None
+    assert (tmp_path / "done").read_text() == f"done, {lost}"
+    if how == "whole":
+        assert out == b"of a library: caf\\udce9\none\\x1b[2J\nfive\n\r"
+        assert err.startswith(b"two\nthree\n") and b"four" in err
+
+
+def test_nothing_is_printed_past_it(repository: Path) -> None:
+    """One place makes text fit to be shown and survives what cannot be written."""
+    past = []
+    for path in (repository / "moco_scale").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and path.name != "messages.py":
+                called = ast.unparse(node.func)
+                if called in ("print", "sys.stdout.write", "sys.stderr.write"):
+                    past.append(f"{path.name}:{node.lineno}")
+    assert past == []

@@ -4,8 +4,10 @@ import random
 import threading
 import time
 
+import pytest
 import torch.distributed as dist
 
+from moco_scale.errors import UserError
 from moco_scale.restarts import name_of_start
 
 
@@ -39,9 +41,16 @@ def test_starts_are_told_apart() -> None:
 
 def test_a_start_that_was_cut_short_is_no_hindrance() -> None:
     store = dist.HashStore()
-    store.set("start/asked/1", "of an earlier rank 1")
-    store.set("start/asked/2", "of an earlier rank 2")
+    store.set("start/asked/1", "1" * 32)
+    store.set("start/asked/2", "2" * 32)
     assert len(start(store, 3, 0)) == 1
+
+
+def test_what_a_stranger_has_left_there_is_an_error() -> None:
+    store = dist.HashStore()
+    store.set("start/asked/1", "\x1b[2J")
+    with pytest.raises(UserError, match="somebody outside the job"):
+        name_of_start(store, 0, 2)
 
 
 def test_a_process_on_its_own_waits_for_nobody() -> None:

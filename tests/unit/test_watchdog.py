@@ -1,6 +1,5 @@
 """Who reads signs of life, who decides, and when: ranks and their store in one process."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 
 from moco_scale import distributed, watchdog
 from moco_scale.timing import DATA, EVALUATION, FORWARD, Phases
+from moco_scale.untrusted.store_message import Verdict
 from moco_scale.watchdog import Watch
 
 
@@ -72,8 +72,8 @@ class Job:
 
     def _end(self, rank: int, text: str) -> None:
         self.ended[rank] = self.clock.now, text
-        verdict = {"text": text, "ended": False, "folder": "hangs"}
-        self.store.values.setdefault("verdict", json.dumps(verdict))
+        verdict = Verdict(text=text, ended=False, at=0)
+        self.store.values.setdefault("verdict", verdict.model_dump_json())
 
     def run(self, seconds: float) -> dict[int, tuple[float, str]]:
         """Let time pass; when each rank ended, and why."""
@@ -180,3 +180,21 @@ def test_a_step_is_not_waited_for_as_long(monkeypatch: pytest.MonkeyPatch) -> No
         text.startswith("rank 2 on node0 stands in phase data of step 3")
         for _, text in ended.values()
     )
+
+
+def test_a_process_on_its_own_is_watched_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no store; a step may take the time-out, what takes long by nature more."""
+    job = Job(monkeypatch, 100.0, world=1)
+    (watch,) = job.watches
+    del watch._store
+    watch._phases.enter(EVALUATION)
+    for seconds, phase in ((distributed.patience(100.0) - 1, FORWARD), (99.0, DATA), (102.0, "")):
+        while seconds > 0 and not job.ended:
+            watch._look()
+            job.clock.now += watch._interval
+            seconds -= watch._interval
+        assert bool(job.ended) == (phase == "")
+        if phase:
+            watch._phases.enter(phase)
+            watch._look()
+    assert job.ended[0][1].startswith("it does not get on")

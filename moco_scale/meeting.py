@@ -1,0 +1,137 @@
+"""How processes come together at torch's store, and what is wrong with the way there, in words."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from moco_scale.errors import UserError
+from moco_scale.launchers import why_not_met
+from moco_scale.messages import say
+from moco_scale.restarts import name_of_start
+
+RESOLVE_SECONDS = 30.0
+"""How long a name may be unknown: that of a container comes with it."""
+_SAID_AFTER = 10.0  # seconds of waiting
+_CONNECT_SECONDS = 5.0
+_BACKLOG = 4096
+
+
+def meet(environ: Mapping[str, str], patience: timedelta) -> Any:
+    """The store of all processes, once they have come to it.
+
+    Args:
+        environ: complete.
+        patience: how long a process waits for the last one, or for rank 0.
+
+    Raises:
+        UserError: the way to it is wrong.
+        RuntimeError: torch says so.
+    """
+    number, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    says = number == 0 or environ.get("LOCAL_RANK") == "0"
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own
+        reach(environ, patience.total_seconds(), says)
+        store = next(dist.rendezvous("env://", timeout=patience))[0]
+        return dist.PrefixStore(name_of_start(store, number, world), store)
+    listening = None
+    if number == 0:
+        listening = listen(environ)
+    else:
+        reach(environ, patience.total_seconds(), says)
+    return dist.TCPStore(
+        environ["MASTER_ADDR"],
+        int(environ["MASTER_PORT"]),
+        world,
+        is_master=number == 0,
+        timeout=patience,
+        multi_tenant=True,
+        master_listen_fd=None if listening is None else listening.detach(),
+    )
+
+
+def resolve(host: str, says: bool = False) -> list[tuple[int, str]]:
+    """Address families and addresses of MASTER_ADDR.
+
+    says: that it is waited for.
+
+    Raises:
+        UserError: it stays unknown for :data:`RESOLVE_SECONDS`.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            return [(family, str(address[0])) for family, *_, address in found]
+        except (OSError, UnicodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            what = f"MASTER_ADDR={host} is no host that is known here ({why})"
+            if time.monotonic() - begun > RESOLVE_SECONDS:
+                raise UserError(
+                    f"{what}: give the name or address of rank 0's host; `getent hosts NAME` "
+                    "says what is known"
+                ) from None
+            if says:
+                say(f"{what}: it is tried for {RESOLVE_SECONDS:g} s")
+                says = False
+            time.sleep(1.0)
+
+
+def reach(environ: Mapping[str, str], seconds: float, says: bool = False) -> None:
+    """Wait until somebody listens at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        UserError: the name is unknown, or nobody does.
+    """
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    begun, met = time.monotonic(), ""
+    addresses = resolve(host, says)
+    while True:
+        for _, address in addresses:
+            try:
+                socket.create_connection((address, port), _CONNECT_SECONDS).close()
+                return
+            except OSError as error:
+                met = error.strerror or str(error)
+        waited = time.monotonic() - begun
+        if waited > seconds:
+            raise UserError(str(why_not_met(environ, f"failed to connect: {met}")))
+        if says and waited > _SAID_AFTER:
+            says = False
+            say(f"waiting for rank 0 at {host}:{port}, {seconds / 60:.0f} minutes at most: {met}")
+        time.sleep(min(0.1 + waited / 10, 2.0))
+
+
+def listen(environ: Mapping[str, str]) -> socket.socket | None:
+    """A socket for rank 0's store that is reached by way of MASTER_ADDR alone.
+
+    None where all interfaces have to be listened to: other hosts may know the name by another
+    address, or the address is that of a machine in between.
+
+    Raises:
+        UserError: the port is taken, or may not be used; the name is unknown.
+    """
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    one_host = environ.get("LOCAL_WORLD_SIZE") == environ.get("WORLD_SIZE")
+    for family, address in resolve(host, says=True):
+        if not one_host and address != host:
+            return None
+        here = socket.socket(family, socket.SOCK_STREAM)
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            here.bind((address, port))
+            here.listen(_BACKLOG)
+            return here
+        except OSError as error:
+            here.close()
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(str(why_not_met(environ, "EADDRINUSE"))) from None
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise UserError(f"cannot listen at {host}:{port}: {error.strerror}") from None
+    return None

@@ -1,0 +1,62 @@
+"""What ranks tell each other through torch's store, which anybody who reaches its port can write.
+
+It has no password: who is there can end a run, but not have anything written or executed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from moco_scale.untrusted.documents import Document, parse_document
+
+_Count = Annotated[int, Field(ge=0, le=1 << 53)]
+_Name = Annotated[str, Field(max_length=255)]
+
+
+class BeatMessage(Document):
+    """A sign of life of one rank.
+
+    Attributes:
+        rank: of the process.
+        host: its name.
+        count: beats so far; one that no longer changes comes from a process that does not run.
+        clock: time of day on that host.
+        step: of the position it stands at.
+        entry: likewise.
+        phase: likewise.
+        still: seconds it has stood there.
+        patient: it may take long there: starting, compiling, evaluating, saving.
+        device: step, entry and phase that its GPU has come to, once it stands still.
+    """
+
+    rank: _Count
+    host: _Name
+    count: _Count
+    clock: Annotated[str, Field(pattern=r"^\d\d:\d\d:\d\d$")]
+    step: _Count
+    entry: _Count
+    phase: _Name
+    still: Annotated[float, Field(ge=0, le=1e9)]
+    patient: bool
+    device: Annotated[tuple[_Count, _Count, _Name] | None, Field(strict=False)] = None
+
+
+class Verdict(Document):
+    """Why all ranks end.
+
+    Attributes:
+        text: for people.
+        ended: one rank has met an error of its own.
+        at: seconds since 1970 when it was posted; names the folder of what ranks write down.
+    """
+
+    text: Annotated[str, Field(max_length=20_000)]
+    ended: bool
+    at: Annotated[int, Field(ge=0, le=1 << 33)]
+
+
+def parse_verdict(content: bytes) -> Verdict:
+    """Read a verdict. Raises DocumentError."""
+    return parse_document(content, Verdict, "why all ranks end, as the store has it,")
