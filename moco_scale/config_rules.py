@@ -73,10 +73,10 @@ def _numbers_of_file(
 ) -> tuple[RunConfig, OptimConfig]:
     """What the user's DeepSpeed file says and no flag does."""
     if "clip_grad" not in given:
-        norm = deepspeed_config.requested_number(run.deepspeed, "gradient_clipping", float)
+        norm = deepspeed_config.requested_number(run.deepspeed, "gradient_clipping")
         optim = dataclasses.replace(optim, clip_grad=norm or 0.0)
     if not run.accumulation_steps:
-        steps = deepspeed_config.requested_number(run.deepspeed, "gradient_accumulation_steps", int)
+        steps = deepspeed_config.requested_number(run.deepspeed, "gradient_accumulation_steps")
         run = dataclasses.replace(run, accumulation_steps=int(steps or 1))
     return run, optim
 

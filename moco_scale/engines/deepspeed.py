@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_scale import distributed
+from moco_scale.deepspeed_keys import reports_by_log
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
@@ -27,49 +28,57 @@ from moco_scale.engines.base import (
     set_learning_rate,
     zero_momentum,
 )
-from moco_scale.errors import UserError
+from moco_scale.errors import UserError, first_line
 from moco_scale.moco import MoCo
+from moco_scale.untrusted.deepspeed_file import shown
+from moco_scale.untrusted.text import printable
 
 GATHERS = "_DeepSpeedZeRoOffload__allgather_stream"
 """Where DeepSpeed keeps the stream that stage 3 gathers on."""
 
 
-def check_configuration(path: str, configuration: dict[str, Any]) -> None:
+def ask_deepspeed(configuration: dict[str, Any]) -> list[str]:
     """Let DeepSpeed itself look at a configuration that is complete; nothing is started yet.
 
-    Args:
-        path: the user's file, for messages.
-        configuration: what was made of it.
-
-    Raises:
-        UserError: DeepSpeed refuses it, in its words.
+    Returns:
+        What it refuses, a line for each value, in its words.
     """
-    _import_deepspeed()
+    _load_deepspeed()
+    # What a process holds is worked out from the rest: the plan of a run has other processes.
+    content = _without(configuration, "train_micro_batch_size_per_gpu")
+    batch = {"train_batch_size": content["train_batch_size"]}
+    if _problem_of(batch, ""):  # it cannot be shared among the processes, which others say better
+        return []
+    found = [
+        line
+        for key, value in content.items()
+        if key not in batch
+        for line in _problem_of(batch | {key: value}, key)
+    ]
+    return found or _problem_of(content, "")
+
+
+def _problem_of(content: dict[str, Any], key: str) -> list[str]:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
-    def problem(content: dict[str, Any]) -> Exception | None:
-        try:
-            DeepSpeedConfig(copy.deepcopy(content))
-        except Exception as error:
-            return error
-        return None
-
-    error = problem(configuration)
-    if error is None:
-        return
-    # It seldom names the place: that is the key without which all is well.
-    place = next((k for k in configuration if problem(_without(configuration, k)) is None), "")
-    given, why = configuration.get(place), str(error)
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        place, given, why = ".".join([place, *map(str, first["loc"])]), first["input"], first["msg"]
-    named = f"{place} {given!r}: " if place else ""
-    raise UserError(f"DeepSpeed configuration {path}: {named}{why or type(error).__name__}")
+    try:
+        DeepSpeedConfig(copy.deepcopy(content))
+    except ValidationError as error:
+        lines = []
+        for each in error.errors(include_url=False, include_context=False):
+            loc = [str(part) for part in each["loc"]]
+            place = ".".join(loc if loc[:1] == [key] or not key else [key, *loc])
+            lines.append(f"{printable(place)} {shown(each['input'])}: {printable(each['msg'])}")
+        return lines
+    except Exception as error:  # whatever it is, it is of what the file says
+        place = f"{key} {shown(content[key])}: " if key else ""
+        return [f"{place}{printable(str(error)) or type(error).__name__}"]
+    return []
 
 
-def _without(configuration: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in configuration.items() if name != key}
+def _without(configuration: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {name: value for name, value in configuration.items() if name not in keys}
 
 
 class DeepSpeedEngine(Replicated, Engine):
@@ -99,10 +108,12 @@ class DeepSpeedEngine(Replicated, Engine):
         sgd = make_sgd(list(self._trained.values()), settings)
         if self._stage == 0:
             zero_momentum(sgd)
-        with _local_rank_of(device):
+        with _local_rank_of(device), _users_errors():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=moco, optimizer=sgd, config=configuration, dist_init_required=False
             )
+        if reports_by_log(configuration) and "log_level" not in configuration:
+            deepspeed.utils.logger.setLevel(logging.INFO)
         if self._stage == 3:
             for module in moco.modules():
                 if isinstance(module, nn.MultiheadAttention):
@@ -285,7 +296,35 @@ def _local_rank_of(device: torch.device) -> Iterator[None]:
         os.environ.update(before)
 
 
+@contextlib.contextmanager
+def _users_errors() -> Iterator[None]:
+    """Say what DeepSpeed cannot do with a file that it has read, such as reach a monitor."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, ImportError, LookupError, OSError) as error:
+        failure: Exception = error
+    except (AttributeError, TypeError, ValueError) as error:
+        failure = error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("wandb", "comet_ml"):
+            raise
+        failure = error
+    else:
+        return
+    raise UserError(
+        f"DeepSpeed cannot start with this --deepspeed file: {type(failure).__name__}: "
+        f"{printable(first_line(failure))}"
+    ) from failure
+
+
 def _import_deepspeed() -> Any:
+    deepspeed = _load_deepspeed()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def _load_deepspeed() -> Any:
     import deepspeed
     from deepspeed import ops
 
@@ -296,6 +335,4 @@ def _import_deepspeed() -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Only its inference kernels use this extension; building it takes a minute at the first start.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_init_required=False)
     return deepspeed

@@ -42,48 +42,57 @@ def test_deepspeed_uses_the_only_gpu_that_a_scheduler_shows() -> None:
 
 
 def refusals(contents: list[dict[str, Any]], folder: str) -> list[str]:
-    """What is said of DeepSpeed files whose values only DeepSpeed itself looks at."""
-    from moco_scale.deepspeed_config import read_configuration
-    from moco_scale.engines.deepspeed import check_configuration
+    """What is said of DeepSpeed files, DeepSpeed itself having been asked."""
+    from moco_scale.command_line import parse
+    from moco_scale.engines import read_deepspeed
 
     said = []
     for content in contents:
         path = Path(folder) / "ds.json"
         path.write_text(json.dumps(content))
-        read = read_configuration(
-            str(path),
-            batch_size=8,
-            world=1,
-            precision="fp32",
-            clip_norm=0.0,
-            parts=1,
-            parameters=1000,
-            overlap=False,
-            compiled=False,
-        )
         try:
-            check_configuration(str(path), read.configuration)
-            said.append("")
+            read = read_deepspeed(parse(["--deepspeed", str(path), "--batch-size", "8"]), 1, 1000)
+            said.append("\n".join(read.notes))
         except UserError as error:
             said.append(str(error))
     return said
 
 
 def test_what_deepspeed_refuses_is_a_users_error(tmp_path: Path) -> None:
-    wrong = {
+    wrong: dict[str, dict[str, Any]] = {
         "zero_optimization.reduce_bucket_size 'big'": {
             "zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}
         },
         "zero_optimization.stagee 3": {"zero_optimization": {"stagee": 3}},
-        "elasticity": {"elasticity": {"enabled": True}},
-        "tensorboard.enabled 'perhaps'": {"tensorboard": {"enabled": "perhaps"}},
+        "tensorboard.job_name 3": {
+            "tensorboard": {"enabled": True, "job_name": 3},
+            "zero_optimization": {"stage": 1},
+        },
         "comms_logger 3": {"comms_logger": 3},
     }
-    (said,) = run_ranks(refusals, 1, [{}, *wrong.values()], str(tmp_path))
+    together = {
+        "train_batch_size": 999,
+        "zero_optimisation": {"stage": 1},
+        "optimizer": {"type": "Adam"},
+        "csv_monitor": {"enabled": True, "output_path": {}},
+        "zero_optimization": {"stage": 2, "contiguous_gradients": "x", "round_robin": 1},
+        "fp16": {"enabled": "yes"},
+    }
+    quiet = {"gradient_clipping": 0}
+    (said,) = run_ranks(refusals, 1, [quiet, *wrong.values(), together], str(tmp_path))
     assert said[0] == ""
-    for name, message in zip(wrong, said[1:], strict=True):
+    for name, message in zip(wrong, said[1:], strict=False):
         assert message.startswith(f"DeepSpeed configuration {tmp_path}/ds.json: ")
         assert name in message
+    first, *problems = said[-1].splitlines()
+    assert first == f"DeepSpeed configuration {tmp_path}/ds.json:"
+    for name in (
+        *("train_batch_size 999", "zero_optimisation is unknown", "'optimizer' section"),
+        *("csv_monitor.output_path {}", "zero_optimization.contiguous_gradients 'x'"),
+        *("zero_optimization.round_robin 1", "fp16.enabled 'yes'"),
+    ):
+        assert sum(line.startswith(("  " + name, "  its " + name)) for line in problems) == 1, name
+    assert len(problems) == 7
 
 
 def order_of_gathers(of_its_own: bool) -> list[str]:
