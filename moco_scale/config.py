@@ -241,13 +241,19 @@ class RunConfig:
     )
     max_steps: int = _option(0, "stop after this step of the whole run; 0: run to the end")
     preflight: bool = _option(
-        False, "check processes, data, folders and network, say what was found, and leave"
+        False,
+        "do all that comes before the first step, look at machines and network, say what was "
+        "found, and leave nothing behind",
     )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run needs to know."""
+    """Everything a run needs to know.
+
+    Attributes:
+        given: fields whose values were given by hand; the others are the recipe's or follow.
+    """
 
     recipe: str
     data: DataConfig
@@ -255,6 +261,7 @@ class Config:
     contrast: ContrastConfig
     optim: OptimConfig
     run: RunConfig
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     @property
     def preset(self) -> DatasetPreset:
@@ -276,6 +283,14 @@ class Config:
             give_up=run.shard_timeout,
             allow_pipe=run.allow_pipe,
         )
+
+    def flag(self, name: str) -> str:
+        """A field's flag and value for messages, which blame nobody for what was not given."""
+        section = next(getattr(self, s) for s, cls in SECTIONS.items() if name in _names(cls))
+        value = getattr(section, name)
+        said = f"{value:g}" if isinstance(value, float) else str(value)
+        whose = "" if name in self.given else " (not given)"
+        return f"--{name.replace('_', '-')} {said}{whose}"
 
     def defining(self) -> dict[str, Any]:
         """What must agree on resume: plain values by flag name, without where the data lies."""
@@ -299,6 +314,10 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "run": RunConfig,
 }
+
+
+def _names(section: type) -> set[str]:
+    return {field.name for field in fields(section)}
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

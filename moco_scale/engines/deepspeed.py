@@ -301,20 +301,14 @@ def _users_errors() -> Iterator[None]:
     """Say what DeepSpeed cannot do with a file that it has read, such as reach a monitor."""
     try:
         yield
-    except (ArithmeticError, AssertionError, ImportError, LookupError, OSError) as error:
-        failure: Exception = error
-    except (AttributeError, TypeError, ValueError) as error:
-        failure = error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("wandb", "comet_ml"):
+        # Memory and network fail as RuntimeError; DeepSpeed's own refusals are of any other kind.
+        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
             raise
-        failure = error
-    else:
-        return
-    raise UserError(
-        f"DeepSpeed cannot start with this --deepspeed file: {type(failure).__name__}: "
-        f"{printable(first_line(failure))}"
-    ) from failure
+        raise UserError(
+            f"DeepSpeed cannot start with this --deepspeed file: {type(error).__name__}: "
+            f"{printable(first_line(error))}"
+        ) from error
 
 
 def _import_deepspeed() -> Any:
