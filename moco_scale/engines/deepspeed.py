@@ -99,6 +99,8 @@ class DeepSpeedEngine(Replicated, Engine):
     ) -> None:
         super().__init__(moco, settings, device)
         deepspeed = _import_deepspeed()
+        from deepspeed.utils.logging import set_log_level_from_string
+
         self._trained = moco.trained_parameters()
         zero = configuration["zero_optimization"]
         self._stage = zero["stage"]
@@ -113,7 +115,7 @@ class DeepSpeedEngine(Replicated, Engine):
                 model=moco, optimizer=sgd, config=configuration, dist_init_required=False
             )
         if reports_by_log(configuration) and "log_level" not in configuration:
-            deepspeed.utils.logger.setLevel(logging.INFO)
+            set_log_level_from_string("info")  # of its handlers too
         if self._stage == 3:
             for module in moco.modules():
                 if isinstance(module, nn.MultiheadAttention):
