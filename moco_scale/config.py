@@ -162,10 +162,12 @@ class OptimConfig:
 class RunConfig:
     """How the run is carried out: may change whenever it is resumed."""
 
-    output_dir: str = _option("output", "everything the run writes goes here")
+    output_dir: str = _option("output", "everything the run writes goes here", metavar="DIR")
     resume: str = _option("auto", "auto, none, or a checkpoint folder", metavar="auto|none|PATH")
     engine: str = _option("", "default: deepspeed with --deepspeed, else ddp", choices=ENGINES)
-    deepspeed: str = _option("", "DeepSpeed configuration, such as ds_configs/zero1.json")
+    deepspeed: str = _option(
+        "", "DeepSpeed configuration, such as ds_configs/zero1.json", metavar="FILE"
+    )
     precision: str = _option(
         "",
         "of the encoders' arithmetic (default: the DeepSpeed file's, else fp32)",
@@ -188,17 +190,19 @@ class RunConfig:
     num_workers: int = _option(4, "decoding processes for each training process")
     bad_samples: str = _option(
         "error",
-        "a picture that cannot be decoded ends the run, or another is seen in its place and both "
-        "are listed in OUT/bad_samples.jsonl",
+        "a picture that cannot be decoded ends the run (error), or another is seen in its place "
+        "and both are listed in OUT/bad_samples.jsonl (skip)",
         choices=POLICIES,
     )
     max_bad_share: float = _option(
         0.01, "of --bad-samples skip: largest share of the pictures read that may be bad"
     )
     shard_cache: str = _option(
-        "", "folder of this machine that fetched shards are kept in (default: in ~/.cache)"
+        "",
+        "folder of this machine that fetched shards are kept in (default: in ~/.cache)",
+        metavar="DIR",
     )
-    shard_cache_size: float = _option(CACHE_GB, "of all that is kept there, in GB")
+    shard_cache_size: float = _option(CACHE_GB, "GB that all shards kept there may take together")
     shard_timeout: float = _option(
         GIVE_UP_SECONDS, "seconds without anything new after which a shard is given up"
     )
