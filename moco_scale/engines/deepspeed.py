@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from moco_scale.engines.base import (
     zero_momentum,
 )
 from moco_scale.errors import UserError, first_line
+from moco_scale.messages import say
 from moco_scale.moco import MoCo
 from moco_scale.untrusted.deepspeed_file import shown
 from moco_scale.untrusted.text import printable
@@ -116,6 +118,7 @@ class DeepSpeedEngine(Replicated, Engine):
             )
         if reports_by_log(configuration) and "log_level" not in configuration:
             set_log_level_from_string("info")  # of its handlers too
+        _report_if_possible(self._engine)
         if self._stage == 3:
             for module in moco.modules():
                 if isinstance(module, nn.MultiheadAttention):
@@ -296,6 +299,36 @@ def _local_rank_of(device: torch.device) -> Iterator[None]:
         for name in names:
             os.environ.pop(name, None)
         os.environ.update(before)
+
+
+def _report_if_possible(engine: Any) -> None:
+    """Have a report that cannot be written, to a file or a server, end no run."""
+    reports = [(engine.monitor, "write_events"), (engine, "_write_monitor")]
+    if engine.flops_profiler_enabled():
+        reports.append((engine.flops_profiler, "print_model_profile"))
+    for holder, name in reports:
+        setattr(holder, name, _without_failure(getattr(holder, name), name))
+
+
+def _without_failure(action: Callable[..., Any], name: str) -> Callable[..., None]:
+    failed = False
+
+    def attempt(*values: Any, **named: Any) -> None:
+        nonlocal failed
+        output = sys.stdout
+        try:
+            action(*values, **named)
+        except Exception as error:  # whatever it is, it is no part of the training
+            if not failed:
+                say(
+                    f"warning: DeepSpeed cannot report ({name}): {type(error).__name__}: "
+                    f"{printable(first_line(error))}; training goes on"
+                )
+            failed = True
+        finally:
+            sys.stdout = output  # which the profiler replaces while it writes to a file
+
+    return attempt
 
 
 @contextlib.contextmanager
