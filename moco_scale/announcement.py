@@ -144,9 +144,11 @@ def crowded_queue(config: Config, pictures: int) -> list[str]:
     if keys <= pictures or config.contrast.mask_same_image:
         return []
     fitting = 1 << (max(pictures // 2, 1).bit_length() - 1)
+    often = keys / pictures
     return [
-        f"warning: the queue's {keys:,} keys are {keys / pictures:.3g} of each of the {pictures:,} "
-        "pictures, so that a query's negatives are views of its own picture too; "
+        f"warning: the queue's {keys:,} keys hold each of the {pictures:,} pictures about "
+        f"{f'{often:,.0f}' if often >= 10 else f'{often:.2g}'} times, so that a query's negatives "
+        "are views of its own picture too; "
         f"--nce-k {fitting} fits such a set, or leave these out with --mask-same-image"
     ]
 

@@ -107,6 +107,7 @@ def look_through(
     overlap: bool,
     compiled: bool,
     may_overlap: bool = True,
+    batch_flag: str = "",
 ) -> ReadConfiguration:
     """Read a DeepSpeed JSON, replace every ``"auto"`` and find every contradiction.
 
@@ -125,10 +126,12 @@ def look_through(
         overlap: whether gradients are reduced while backward still runs, where it does not say.
         compiled: ``--compile``.
         may_overlap: False: they must not be, or processes might wait for each other for ever.
+        batch_flag: what messages call the batch; by default the flag and its value.
 
     Raises:
         UserError: missing or malformed file.
     """
+    batch_flag = batch_flag or f"--batch-size {batch_size}"
     result, problems = _read(path)
     notes: list[str] = []
     for section, instead in (
@@ -148,11 +151,11 @@ def look_through(
         )
     micro = batch_size // world // parts
     for key, value, source in (
-        ("train_batch_size", batch_size, f"--batch-size {batch_size}"),
+        ("train_batch_size", batch_size, batch_flag),
         (
             "train_micro_batch_size_per_gpu",
             micro,
-            f"--batch-size {batch_size} over {world} processes, --accumulation-steps {parts}",
+            f"{batch_flag} over {world} processes, --accumulation-steps {parts}",
         ),
         ("gradient_accumulation_steps", parts, f"--accumulation-steps {parts}"),
         ("gradient_clipping", clip_norm, f"--clip-grad {clip_norm}"),

@@ -50,6 +50,7 @@ def read_deepspeed(
         overlap=overlap,
         may_overlap=may_overlap,
         compiled=run.compile,
+        batch_flag=config.flag("batch_size"),
     )
     refuse(run.deepspeed, [*read.problems, *ask_deepspeed(read.configuration)])
     return read

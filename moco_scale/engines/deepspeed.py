@@ -354,6 +354,8 @@ def _import_deepspeed() -> Any:
 
 
 def _load_deepspeed() -> Any:
+    if not torch.cuda.is_available():  # else it looks for an accelerator and warns of none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed import ops
 

@@ -113,7 +113,7 @@ def test_what_nobody_gave_is_not_listed_as_a_flag(
 def test_a_queue_that_holds_each_picture_often_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
     text = said(monkeypatch, "--dataset images", pictures=3002)
     (warning,) = (line for line in text.splitlines() if "queue" in line)
-    assert "the queue's 65,536 keys are 21.8 of each of the 3,002 pictures" in warning
+    assert "65,536 keys hold each of the 3,002 pictures about 22 times" in warning
     assert "--nce-k 1024" in warning and warning.startswith("warning: ")
     for flags in ("--dataset images --nce-k 3002", "--dataset images --mask-same-image"):
         assert "the queue's" not in said(monkeypatch, flags, pictures=3002)
