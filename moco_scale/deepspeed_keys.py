@@ -31,6 +31,7 @@ KNOWN = frozenset(
 _SUMS = "gradients would be summed otherwise than under other engines"
 _OTHER_RUN = "another model, or other batches, would be trained"
 _HALF = "weights or gradients would be rounded or late"
+_WHOLE_MODULES = "modules that are gathered whole fail when a step goes through them twice"
 # Keys that change what is computed or summed: values that do not, and what would be.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "communication_data_type": (("fp32",), _SUMS),
@@ -66,6 +67,14 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.mics_shard_size": ((-1,), "--engine fsdp --fsdp-shard-size N does this"),
     "zero_optimization.mics_hierarchical_params_gather": ((), _SUMS),
     "zero_optimization.zenflow": ((), _HALF),
+    "zero_optimization.leaf_module": ((), _WHOLE_MODULES),
+    "zero_optimization.stage3_module_granularity_threshold": ((0, AUTO), _WHOLE_MODULES),
+    "zero_optimization.module_granularity_threshold": ((0, AUTO), _WHOLE_MODULES),
+    "zero_optimization.offload_optimizer.ratio": (
+        (1, AUTO),
+        "what stays on the GPU would be trained by AdamW instead of SGD",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": ((), "it is for Adam, not for SGD"),
 }
 _EMPTY_IS_ON = ("zero_optimization.zenflow",)
 _OWN_CHECKPOINTS = "checkpoints are not DeepSpeed's here (--checkpoint-freq, --save-freq, --resume)"
@@ -99,7 +108,24 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": ((AUTO,), _OWN_CHECKPOINTS),
     "zero_optimization.gather_16bit_weights_on_model_save": ((AUTO,), _OWN_CHECKPOINTS),
     "zero_optimization.save_muon_momentum_buffer_in_memory": ((), "the optimizer is SGD"),
+    **dict.fromkeys(
+        (
+            f"zero_optimization.offload_optimizer.{key}"
+            for key in ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init")
+        ),
+        ((AUTO,), "nothing is offloaded to a disk"),
+    ),
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": ((AUTO,), "SGD is torch's"),
     "zero_optimization.allgather_partitions": ((True, AUTO), "DeepSpeed 0.19 does not read it"),
+}
+# Of sections whose keys DeepSpeed itself does not check.
+_INSIDE = {
+    "flops_profiler": {
+        *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules"),
+        *("detailed", "output_file"),
+    },
+    "timers": {"throughput"},
+    "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
 }
 MONITORS = {
     "tensorboard": "tensorboard",
@@ -120,7 +146,7 @@ _REPORTS = {
 _STAGE_3_ONLY = frozenset(
     """
     prefetch_bucket_size param_persistence_threshold model_persistence_threshold
-    max_live_parameters max_reuse_distance module_granularity_threshold
+    max_live_parameters max_reuse_distance
     use_all_reduce_for_fetch_params allgather_sequential sub_group_size
     """.split()  # noqa: SIM905
 )
@@ -164,15 +190,9 @@ def take_keys(config: dict[str, Any], problems: list[str], notes: list[str]) -> 
         problems: gets a line for each key that is refused.
         notes: gets a line for each key, or set of them, that has no effect.
     """
-    for key, problem in misspelt(list(config), KNOWN).items():
-        problems.append(problem)
-        del config[key]
-    unknown = sorted(config.keys() - KNOWN)
-    for key in unknown:
-        del config[key]
-    if unknown:
-        names = ", ".join(printable(key, 60) for key in unknown)
-        notes.append(f"DeepSpeed does not know {names}: without effect")
+    _take_unknown(config, KNOWN, "", problems, notes)
+    for section, known in _INSIDE.items():
+        _take_unknown(config.get(section) or {}, known, f"{section}.", problems, notes)
     for place, (harmless, why) in _REFUSED.items():
         holder, key = _find(config, place)
         if holder is not None:
@@ -186,6 +206,20 @@ def take_keys(config: dict[str, Any], problems: list[str], notes: list[str]) -> 
             value = holder.pop(key)
             if not _asks_for_nothing(value, harmless):
                 notes.append(f"{place} has no effect: {instead}")
+
+
+def _take_unknown(
+    section: dict[str, Any], known: Iterable[str], place: str, problems: list[str], notes: list[str]
+) -> None:
+    known = set(known)
+    wrong = misspelt(list(section), known, place)
+    problems += wrong.values()
+    unknown = sorted(section.keys() - known - wrong.keys())
+    for key in (*wrong, *unknown):
+        del section[key]
+    if unknown:
+        names = ", ".join(place + printable(key, 60) for key in unknown)
+        notes.append(f"DeepSpeed does not know {names}: without effect")
 
 
 def take_reports(config: dict[str, Any], stage: int, problems: list[str], notes: list[str]) -> None:

@@ -208,8 +208,19 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
             ("zero_hpz_partition_size", 8),
             ("mics_shard_size", 8),
             ("zenflow", {}),
+            ("leaf_module", {"classes": ["x"]}),
+            ("stage3_module_granularity_threshold", 5),
         )
     ),
+    *(
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", key: value}}},
+            "fp32",
+            (f"offload_optimizer.{key} is not done here", "remove it"),
+        )
+        for key, value in (("ratio", 0.5), ("super_offload", True))  # both train with Adam
+    ),
+    ({"flops_profiler": {"profil_step": 3}}, "fp32", ("flops_profiler.profil_step is unknown",)),
     ({"zero_optimisation": {"stage": 3}}, "fp32", ("zero_optimisation", "zero_optimization?")),
     ({"bfloat16": {"enabled": True}}, "fp32", ("bfloat16 is unknown", "bf16?")),
     ({"fp16": {"inital_scale_power": 8}}, "fp16", ("fp16.inital_scale_power", "initial_scale_po")),
@@ -386,6 +397,11 @@ def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
     assert notes({"bf16": {"enabled": "auto", "bf16_optimizer_states": True}}, "bf16") != []
     (unknown,) = notes({"of_our_own": 1, "//": "a comment"})
     assert "does not know //, of_our_own" in unknown
+    (unknown,) = notes({"data_types": {"xyz": 1}})
+    assert "does not know data_types.xyz" in unknown
+    offload = {"device": "cpu", "pin_memory": True, "nvme_path": "/x", "buffer_count": "auto"}
+    (nvme,) = notes({"zero_optimization": {"stage": 2, "offload_optimizer": offload}})
+    assert "offload_optimizer.nvme_path has no effect: nothing is offloaded to a disk" in nvme
 
 
 def test_what_changes_nothing_is_let_through(tmp_path: Path) -> None:
