@@ -1,6 +1,7 @@
 """DeepSpeed's own matters: the GPU it addresses, what it refuses, what gathering waits for."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,63 @@ def order_of_gathers(of_its_own: bool) -> list[str]:
 def test_stage_3_gathers_what_was_written_last() -> None:
     assert run_ranks(order_of_gathers, 1, True) == [["waits", "step", "waits"]]
     assert run_ranks(order_of_gathers, 1, False) == [["stops", "step", "stops"]]
+
+
+def reports(folder: str) -> tuple[list[str], list[str], list[str]]:
+    """What DeepSpeed's log says of a step that it reports, the files it writes, and what follows
+    when it cannot write them."""
+    from deepspeed.utils import logger
+
+    from moco_scale.deepspeed_config import look_through
+    from moco_scale.engines import deepspeed as module
+
+    path = Path(folder) / "ds.json"
+    content = {
+        "zero_optimization": {"stage": 1},
+        "steps_per_print": 1,
+        "csv_monitor": {"enabled": True, "output_path": folder, "job_name": "job"},
+    }
+    path.write_text(json.dumps(content))
+    read = look_through(
+        str(path),
+        batch_size=4,
+        world=1,
+        precision="fp32",
+        clip_norm=0.0,
+        parts=1,
+        parameters=1000,
+        overlap=False,
+        compiled=False,
+    )
+    engine = module.DeepSpeedEngine(
+        MoCo(small_encoder()),
+        EngineSettings(MOMENTUM, 1e-4),
+        torch.device("cpu"),
+        read.configuration,
+    )
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    said: list[str] = []
+    setattr(module, "say", said.append)  # noqa: B010
+
+    def step() -> None:
+        (query,) = engine.query(torch.ones(4, 3, SIZE, SIZE))
+        engine.backward(query[:, 0].mean())
+        assert engine.step(RATE)
+
+    step()
+    written = [p.name for p in (Path(folder) / "job").iterdir()]
+    monitor = engine._engine.monitor.csv_monitor
+    monitor.write_events = lambda events: (Path(folder) / "ds.json" / "x").write_text("")
+    step()
+    step()
+    return heard, written, said
+
+
+def test_what_a_file_asks_deepspeed_to_report_is_seen(tmp_path: Path) -> None:
+    ((heard, written, said),) = run_ranks(reports, 1, str(tmp_path))
+    assert any("step=1" in line for line in heard)
+    assert "Train_Samples_lr.csv" in written
+    assert len(said) == 1 and "DeepSpeed cannot report" in said[0]  # and training went on
