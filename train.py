@@ -22,7 +22,7 @@ def main() -> None:
         if settings.run.preflight:
             from moco_scale import preflight
 
-            preflight.run(settings, phases.alive)
+            preflight.run(settings, phases)
         else:
             from moco_scale.pretrain import Pretraining
 

@@ -6,9 +6,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from moco_scale.cli import Parser, run_command, run_program
+from moco_scale.argument_types import DefaultsHelpFormatter
+from moco_scale.cli import run_command, run_program
 from moco_scale.errors import UserError
 from moco_scale.messages import say, tell, unwritten
+from moco_scale.older_flags import PRETRAINING, HintingParser
 
 # Name: (module with add_arguments and run, what it is for). A module is only imported when its
 # command runs, so that `shard` does not wait for DeepSpeed.
@@ -40,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"moco_scale: error: unknown command {name!r}")
         return 0 if asked else 2
     module = importlib.import_module(COMMANDS[name][0])
-    parser = Parser(
-        f"python -m moco_scale {name}",
+    parser = HintingParser(
+        older=PRETRAINING if name == "plan" else {},
+        prog=f"python -m moco_scale {name}",
+        formatter_class=DefaultsHelpFormatter,
         description=(module.__doc__ or "").split("\n\n")[0],
         allow_abbrev=False,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moco_scale import __version__, distributed
+from moco_scale import __version__, distributed, numerics
 from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.config import Config
 from moco_scale.config_rules import build
@@ -42,14 +42,10 @@ def announcement(run: Pretraining, dropped: int) -> list[str]:
         *run.engine.notes,
         *_extras(config),
     ]
-    normalised = any(isinstance(m, GroupedBatchNorm2d) for m in run.engine.moco.modules())
-    if normalised and _shuffles_in_vain(config):
-        lines.append(
-            f"warning: the {config.optim.batch_size} images of a step are one BatchNorm group, so "
-            f"that --shuffle-bn {config.contrast.shuffle_bn} changes no statistics: queries and "
-            "keys share them, and the loss can fall without anything being learned. Choose a "
-            "--bn-group-size that is a part of the batch"
-        )
+    if any(isinstance(m, GroupedBatchNorm2d) for m in run.engine.moco.modules()):
+        lines += _shuffles_in_vain(config)
+    lines += crowded_queue(config, len(run.shards))
+    lines += numerics.slow_precision(run.device, config.run.precision)
     if run.resumed_from is not None:
         again = f" ({dropped} later log lines dropped)" if dropped else ""
         lines.append(f"resumed from {run.resumed_from} at step {run.step}{again}")
@@ -82,28 +78,27 @@ def _is_published(config: Config, pictures: int) -> bool:
 
 
 def _changes(config: Config) -> list[str]:
-    """What is not the recipe's: what was asked for, and what had to follow from that."""
+    """What is not the recipe's: what was asked for, and what followed from that, and why."""
     different = changed(config)
-    lines = []
-    group, warmup = different.get("bn_group_size"), different.get("warmup_epoch")
+    words = (
+        f"--{name.replace('_', '-')} {_word(now)} ({_word(before)})"
+        for name, (before, now) in different.items()
+        if name in config.given
+    )
+    asked = ", ".join(words)
+    lines = [f"not as in the recipe (its value in brackets): {asked}"] if asked else []
     batch, epochs = config.optim.batch_size, config.optim.epochs
-    if group and batch % group[0]:
-        del different["bn_group_size"]
-        lines.append(
-            f"BatchNorm group {group[0]} -> {group[1]}: the recipe's does not divide the batch of "
-            f"{batch}"
-        )
-    if warmup and warmup[0] >= epochs:
-        del different["warmup_epoch"]
-        lines.append(
-            f"warm-up {warmup[0]} -> {warmup[1]}: the recipe's leaves nothing of {epochs} epochs"
-        )
-    if different:
-        words = (
-            f"--{name.replace('_', '-')} {_word(now)} ({_word(before)})"
-            for name, (before, now) in different.items()
-        )
-        lines.insert(0, f"not as in the recipe (its value in brackets): {', '.join(words)}")
+    followed = {
+        "bn_group_size": ("BatchNorm group", f"the recipe's does not divide the batch of {batch}"),
+        "warmup_epoch": ("warm-up", f"the recipe's leaves nothing of {epochs} epochs"),
+        "shuffle_window": ("shuffle window", "the pictures are at an address"),
+        "shuffle_group": ("shuffle group", "the images of one node, where the run began"),
+        "clip_grad": ("gradient clipping", f"{config.run.deepspeed} says so"),
+    }
+    for name, (before, now) in different.items():
+        if name not in config.given:
+            what, why = followed.get(name, (name.replace("_", " "), "it follows from the rest"))
+            lines.append(f"{what} {_word(before)} -> {_word(now)}: {why}")
     return lines
 
 
@@ -121,11 +116,41 @@ def _groups(group: int, local: int) -> str:
     return f"BatchNorm groups of {group}, each over {group // local} processes"
 
 
-def _shuffles_in_vain(config: Config) -> bool:
-    return (
-        config.contrast.shuffle_bn != "off"
-        and config.model.bn_group_size == config.optim.batch_size
+def _shuffles_in_vain(config: Config) -> list[str]:
+    """A warning where one BatchNorm group is all there is, and how to have several."""
+    batch, group, mode = config.optim.batch_size, config.model.bn_group_size, config.contrast
+    if mode.shuffle_bn == "off" or group != batch:
+        return []
+    smaller = next((g for g in range(batch // 2, 1, -1) if batch % g == 0), None)
+    remedy = (
+        f"--bn-group-size {smaller} makes {batch // smaller} of them"
+        if smaller
+        else "choose a --batch-size that can be divided"
     )
+    return [
+        f"warning: the {batch} images of a step are one BatchNorm group"
+        + ("" if "bn_group_size" in config.given else ", as nobody said --bn-group-size")
+        + f", so that --shuffle-bn {mode.shuffle_bn} changes no statistics: queries and keys share "
+        f"them, and the loss can fall without anything being learned; {remedy}"
+    ]
+
+
+def crowded_queue(config: Config, pictures: int) -> list[str]:
+    """A warning where the queue holds each picture more than once.
+
+    pictures: of the training set.
+    """
+    keys = config.contrast.nce_k
+    if keys <= pictures or config.contrast.mask_same_image:
+        return []
+    fitting = 1 << (max(pictures // 2, 1).bit_length() - 1)
+    often = keys / pictures
+    return [
+        f"warning: the queue's {keys:,} keys hold each of the {pictures:,} pictures about "
+        f"{f'{often:,.0f}' if often >= 10 else f'{often:.2g}'} times, so that a query's negatives "
+        "are views of its own picture too; "
+        f"--nce-k {fitting} fits such a set, or leave these out with --mask-same-image"
+    ]
 
 
 def _extras(config: Config) -> list[str]:

@@ -1,9 +1,19 @@
-"""What argparse makes of a word: numbers in a range, and what it says of others."""
+"""What argparse makes of a word: numbers in a range, and what it says of them and of others."""
 
 from __future__ import annotations
 
 import argparse
 import math
+
+
+class DefaultsHelpFormatter(argparse.HelpFormatter):
+    """Adds the default to a flag's help, where there is one and the help does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        if not text or default in (None, "", False, argparse.SUPPRESS) or "default" in text:
+            return text
+        return f"{text} (default: {'yes' if default is True else '%(default)s'})"
 
 
 def positive_int(text: str) -> int:

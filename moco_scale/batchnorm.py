@@ -265,8 +265,8 @@ def lay_groups(
         return Layout(1, group_size // per_rank)
     fitting = [g for g in range(2, batch_size + 1) if _fits(g, per_rank, batch_size)]
     raise UserError(
-        f"--bn-group-size {group_size} does not fit {per_rank} images on each of "
-        f"{world} processes (--batch-size {batch_size}): a group must be "
+        f"a BatchNorm group of {group_size} (--bn-group-size) does not fit {per_rank} images on "
+        f"each of {world} processes (--batch-size {batch_size}): a group must be "
         f"a part of one process's images or span whole processes; "
         f"these fit: {', '.join(map(str, fitting))}"
     )

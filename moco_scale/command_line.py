@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="train.py",
         older=PRETRAINING,
         description="Momentum-contrast pretraining.",
-        epilog="Flags that are not given take the recipe's value.",
+        epilog="Flags whose default is not said take the recipe's value (docs/recipes.md).",
         allow_abbrev=False,
     )
     add_flags(parser)
@@ -35,7 +35,10 @@ def make_parser() -> argparse.ArgumentParser:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add everything that :func:`config_of` reads."""
     parser.add_argument(
-        "--recipe", choices=tuple(RECIPES), default=DEFAULT_RECIPE, help="published settings"
+        "--recipe",
+        choices=tuple(RECIPES),
+        default=DEFAULT_RECIPE,
+        help=f"published settings (default: {DEFAULT_RECIPE})",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -52,7 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
     meta = dict(field.metadata)
     names = ["--" + field.name.replace("_", "-"), *meta.get("flags", ())]
-    text = meta["help"].replace("%", "%%")
+    text = meta["help"].replace("%", "%%") + _default_of(field)
     keywords: dict[str, Any] = {"dest": field.name, "default": None}
     if isinstance(field.default, bool):
         group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **keywords)
@@ -65,6 +68,22 @@ def _add_flag(group: Any, field: dataclasses.Field[Any]) -> None:
         if not choices:
             keywords["metavar"] = meta.get("metavar", type(field.default).__name__.upper())
     group.add_argument(*names, choices=choices, help=text, **keywords)
+
+
+def _default_of(field: dataclasses.Field[Any]) -> str:
+    """What a flag's help says of its default, unless it is the recipe's or said already."""
+    text, default = field.metadata["help"], field.default
+    if (
+        default == ""
+        or "default" in text
+        or all(field.name in r.settings for r in RECIPES.values())
+    ):
+        return ""
+    if isinstance(default, bool):
+        return f" (default: {'yes' if default else 'no'})"
+    if isinstance(default, tuple):
+        return f" (default: {','.join(map(str, default))})"
+    return f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:

@@ -163,10 +163,12 @@ class OptimConfig:
 class RunConfig:
     """How the run is carried out: may change whenever it is resumed."""
 
-    output_dir: str = _option("output", "everything the run writes goes here")
+    output_dir: str = _option("output", "everything the run writes goes here", metavar="DIR")
     resume: str = _option("auto", "auto, none, or a checkpoint folder", metavar="auto|none|PATH")
     engine: str = _option("", "default: deepspeed with --deepspeed, else ddp", choices=ENGINES)
-    deepspeed: str = _option("", "DeepSpeed configuration, such as ds_configs/zero1.json")
+    deepspeed: str = _option(
+        "", "DeepSpeed configuration, such as ds_configs/zero1.json", metavar="FILE"
+    )
     precision: str = _option(
         "",
         "of the encoders' arithmetic (default: the DeepSpeed file's, else fp32)",
@@ -189,17 +191,19 @@ class RunConfig:
     num_workers: int = _option(4, "decoding processes for each training process")
     bad_samples: str = _option(
         "error",
-        "a picture that cannot be decoded ends the run, or another is seen in its place and both "
-        "are listed in OUT/bad_samples.jsonl",
+        "a picture that cannot be decoded ends the run (error), or another is seen in its place "
+        "and both are listed in OUT/bad_samples.jsonl (skip)",
         choices=POLICIES,
     )
     max_bad_share: float = _option(
         0.01, "of --bad-samples skip: largest share of the pictures read that may be bad"
     )
     shard_cache: str = _option(
-        "", "folder of this machine that fetched shards are kept in (default: in ~/.cache)"
+        "",
+        "folder of this machine that fetched shards are kept in (default: in ~/.cache)",
+        metavar="DIR",
     )
-    shard_cache_size: float = _option(CACHE_GB, "of all that is kept there, in GB")
+    shard_cache_size: float = _option(CACHE_GB, "GB that all shards kept there may take together")
     shard_timeout: float = _option(
         GIVE_UP_SECONDS, "seconds without anything new after which a shard is given up"
     )
@@ -239,13 +243,19 @@ class RunConfig:
     )
     max_steps: int = _option(0, "stop after this step of the whole run; 0: run to the end")
     preflight: bool = _option(
-        False, "check processes, data, folders and network, say what was found, and leave"
+        False,
+        "do all that comes before the first step, look at machines and network, say what was "
+        "found, and leave nothing behind",
     )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run needs to know."""
+    """Everything a run needs to know.
+
+    Attributes:
+        given: fields whose values were given by hand; the others are the recipe's or follow.
+    """
 
     recipe: str
     data: DataConfig
@@ -253,6 +263,7 @@ class Config:
     contrast: ContrastConfig
     optim: OptimConfig
     run: RunConfig
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     @property
     def preset(self) -> DatasetPreset:
@@ -273,6 +284,14 @@ class Config:
             cache_size=run.shard_cache_size,
             give_up=run.shard_timeout,
         )
+
+    def flag(self, name: str) -> str:
+        """A field's flag and value for messages, which blame nobody for what was not given."""
+        section = next(getattr(self, s) for s, cls in SECTIONS.items() if name in _names(cls))
+        value = getattr(section, name)
+        said = f"{value:g}" if isinstance(value, float) else str(value)
+        whose = "" if name in self.given else " (not given)"
+        return f"--{name.replace('_', '-')} {said}{whose}"
 
     def defining(self) -> dict[str, Any]:
         """What must agree on resume: plain values by flag name, without where the data lies."""
@@ -296,6 +315,10 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "run": RunConfig,
 }
+
+
+def _names(section: type) -> set[str]:
+    return {field.name for field in fields(section)}
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ def build(recipe: str, given: dict[str, Any]) -> Config:
         name: cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         for name, cls in SECTIONS.items()
     }
-    config = _resolve(Config(recipe=recipe, **sections), given)
+    config = _resolve(Config(recipe=recipe, **sections, given=frozenset(given)), given)
     _check(config)
     return config
 
@@ -76,10 +76,10 @@ def _numbers_of_file(
 ) -> tuple[RunConfig, OptimConfig]:
     """What the user's DeepSpeed file says and no flag does."""
     if "clip_grad" not in given:
-        norm = deepspeed_config.requested_number(run.deepspeed, "gradient_clipping", float)
+        norm = deepspeed_config.requested_number(run.deepspeed, "gradient_clipping")
         optim = dataclasses.replace(optim, clip_grad=norm or 0.0)
     if not run.accumulation_steps:
-        steps = deepspeed_config.requested_number(run.deepspeed, "gradient_accumulation_steps", int)
+        steps = deepspeed_config.requested_number(run.deepspeed, "gradient_accumulation_steps")
         run = dataclasses.replace(run, accumulation_steps=int(steps or 1))
     return run, optim
 
@@ -128,62 +128,76 @@ def _check(config: Config) -> None:
         "--sync-check-freq": run.sync_check_freq,
         "--rng-seed": optim.rng_seed,
     }
-    for name, number in config.flat().items():
-        if isinstance(number, float) and not math.isfinite(number):
-            raise UserError(f"--{name.replace('_', '-')} {number}: must be a finite number")
-    for flag, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{flag} {value}: must be greater than 0")
-    for flag, value in not_negative.items():
-        if not value >= 0:
-            raise UserError(f"{flag} {value}: must not be negative")
+    wrong = [
+        f"--{name.replace('_', '-')} {number}: must be a finite number"
+        for name, number in config.flat().items()
+        if isinstance(number, float) and not math.isfinite(number)
+    ]
+    wrong += [f"{f} {v}: must be greater than 0" for f, v in positive.items() if v <= 0]
+    wrong += [f"{f} {v}: must not be negative" for f, v in not_negative.items() if v < 0]
     if contrast.nce_t < MIN_TEMPERATURE:
-        raise UserError(f"--nce-t {contrast.nce_t}: must be at least {MIN_TEMPERATURE}")
+        wrong.append(f"--nce-t {contrast.nce_t}: must be at least {MIN_TEMPERATURE}")
     for flag, value in (("--alpha", contrast.alpha), ("--momentum", optim.momentum)):
         if not 0 <= value <= 1:
-            raise UserError(f"{flag} {value}: must lie between 0 and 1")
+            wrong.append(f"{flag} {value}: must lie between 0 and 1")
     if not 0 < run.max_bad_share <= 1:
-        raise UserError(
+        wrong.append(
             f"--max-bad-share {run.max_bad_share}: a share above 0 and at most 1; for no bad "
             "picture at all, --bad-samples error"
         )
     if not 0 < config.data.crop <= 1:
-        raise UserError(f"--crop {config.data.crop}: a share of the area, above 0 and at most 1")
-    if optim.batch_size % config.model.bn_group_size:
-        raise UserError(
-            f"--bn-group-size {config.model.bn_group_size} does not divide "
-            f"--batch-size {optim.batch_size}: groups must tile the global batch"
-        )
-    if config.model.bn_group_size == 1:
-        raise UserError(
-            f"BatchNorm needs at least 2 samples in a group (--batch-size {optim.batch_size}, "
-            f"--bn-group-size 1)"
-        )
+        wrong.append(f"--crop {config.data.crop}: a share of the area, above 0 and at most 1")
+    _refuse(wrong)  # before numbers are compared with each other
+    _refuse(_contradictions(config))
     if contrast.shuffle_group:
         check_shuffle_group(config)
+
+
+def _contradictions(config: Config) -> list[str]:
+    """What does not go together, a line each."""
+    optim, run, wrong = config.optim, config.run, []
+    group = config.model.bn_group_size
+    if group == 1:
+        wrong.append(
+            "BatchNorm needs at least 2 samples in a group (--bn-group-size 1)"
+            if "bn_group_size" in config.given or optim.batch_size == 1
+            else f"no BatchNorm group of 2 or more images, up to the recipe's, divides "
+            f"{config.flag('batch_size')}; choose another --batch-size, or --bn-group-size global"
+        )
+    elif optim.batch_size % group:
+        wrong.append(
+            f"{config.flag('bn_group_size')} does not divide {config.flag('batch_size')}: groups "
+            "must tile the global batch"
+        )
     if optim.warmup_epoch >= optim.epochs:
-        raise UserError(
-            f"--warmup-epoch {optim.warmup_epoch} leaves nothing of --epochs {optim.epochs}; "
-            "shorten the warm-up too"
+        wrong.append(
+            f"{config.flag('warmup_epoch')} leaves nothing of {config.flag('epochs')}; shorten the "
+            "warm-up too"
         )
     if optim.lr_scheduler != "step" and optim.lr_min > config.learning_rate > 0:
-        raise UserError(
-            f"--lr-min {optim.lr_min:g} is above the learning rate {config.learning_rate:g} "
-            f"(--base-lr {optim.base_lr:g} for a batch of {optim.batch_size}), which a cosine "
-            "falls from"
+        wrong.append(
+            f"{config.flag('lr_min')} is above the learning rate {config.learning_rate:g} "
+            f"({config.flag('base_lr')} for a batch of {optim.batch_size}), which a cosine falls "
+            "from"
         )
     if run.cache and run.decode == "gpu":
-        raise UserError(f"--cache {run.cache} keeps what --decode cpu makes, not --decode gpu")
+        wrong.append(f"--cache {run.cache} keeps what --decode cpu makes, not --decode gpu")
     if run.fsdp_shard_size and run.engine != "fsdp":
-        raise UserError(
+        wrong.append(
             f"--fsdp-shard-size {run.fsdp_shard_size} is for --engine fsdp, not {run.engine}"
         )
     if run.engine == "deepspeed" and not run.deepspeed:
-        raise UserError("--engine deepspeed needs --deepspeed FILE, such as ds_configs/zero1.json")
+        wrong.append("--engine deepspeed needs --deepspeed FILE, such as ds_configs/zero1.json")
     if run.engine != "deepspeed" and run.deepspeed:
-        raise UserError(
+        wrong.append(
             f"--engine {run.engine} contradicts --deepspeed {run.deepspeed}; drop one of them"
         )
+    return wrong
+
+
+def _refuse(wrong: list[str]) -> None:
+    if wrong:
+        raise UserError("\n  ".join(wrong if len(wrong) == 1 else ["these cannot be:", *wrong]))
 
 
 def check_shard_size(shard_size: int, world: int) -> None:
@@ -198,17 +212,20 @@ def check_shuffle_group(config: Config) -> None:
     """Whether ``--shuffle-group`` fits the rest. Raises UserError."""
     group, batch = config.contrast.shuffle_group, config.optim.batch_size
     normalised = config.model.bn_group_size
+    if "shuffle_group" in config.given:
+        name, instead = f"--shuffle-group {group}", "choose a larger one, or --shuffle-bn world"
+    else:
+        name = f"--shuffle-bn node: the {group} images of a node"
+        instead = "give a larger --shuffle-group, or --shuffle-bn world"
     if config.contrast.shuffle_bn != "node":
-        raise UserError(
-            f"--shuffle-group {group} is for --shuffle-bn node, not {config.contrast.shuffle_bn}"
-        )
+        raise UserError(f"{name} is for --shuffle-bn node, not {config.contrast.shuffle_bn}")
     if batch % group or group % normalised:
         raise UserError(
-            f"--shuffle-group {group}: must be a multiple of --bn-group-size {normalised} and "
-            f"divide --batch-size {batch}"
+            f"{name}: must be a multiple of {config.flag('bn_group_size')} and divide "
+            f"{config.flag('batch_size')}"
         )
     if group == normalised:
         raise UserError(
-            f"--shuffle-group {group}: that is one BatchNorm group, and shuffling inside it "
-            "changes nothing; choose a larger one, or --shuffle-bn world"
+            f"{name}: that is one BatchNorm group, and shuffling inside it changes nothing; "
+            f"{instead}"
         )

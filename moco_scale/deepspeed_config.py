@@ -5,68 +5,62 @@ Plain data in, plain data out: DeepSpeed itself is not imported here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from moco_scale.deepspeed_keys import check_keys
-from moco_scale.deepspeed_precision import (
-    HALF_NAMES,
-    check_sections,
-    is_enabled,
-    take_precision,
-)
+from moco_scale.deepspeed_keys import take_keys, take_other_stages, take_reports
+from moco_scale.deepspeed_precision import HALF_NAMES, is_enabled, take_precision
 from moco_scale.errors import UserError
-from moco_scale.files import read_json
 from moco_scale.loss_scale import LossScaling
+from moco_scale.untrusted.deepspeed_file import (
+    AUTO,
+    WHAT,
+    read_deepspeed_file,
+    remove,
+    shown,
+    wrong_types,
+)
+from moco_scale.untrusted.text import printable
 
-STAGES = (0, 1, 2, 3)
 
+def _read(path: str) -> tuple[dict[str, Any], list[str]]:
+    """What a file holds of the right types, and what is wrong with the types of the rest.
 
-def _read(path: str) -> dict[str, Any]:
-    given = read_json(path, "DeepSpeed configuration")
-    if not isinstance(given, dict):
-        raise UserError(f"DeepSpeed configuration {path}: must be a JSON object")
-    if not isinstance(given.get("zero_optimization", {}), dict):
-        raise UserError(f"DeepSpeed configuration {path}: zero_optimization must be a JSON object")
-    check_sections(path, given)
-    return given
+    Raises:
+        UserError: missing or malformed file.
+    """
+    given = read_deepspeed_file(path)
+    wrong = wrong_types(given)
+    for place in wrong:
+        remove(given, place)
+    return given, list(wrong.values())
 
 
 def requested_precision(path: str) -> str:
     """The precision a JSON switches on by itself: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
 
+    What is wrong with the file beyond that is said by :func:`look_through`.
+
     Raises:
         UserError: missing or malformed file.
     """
-    given = _read(path)
+    given, _ = _read(path)
     if is_enabled(given.get("fp16"), False):
         return "fp16"
     if is_enabled(given.get("torch_autocast"), False):
-        dtype = given["torch_autocast"].get("dtype", "auto")
-        return "fp16" if dtype != "auto" and dtype in HALF_NAMES["fp16"] else "bf16"
+        dtype = given["torch_autocast"].get("dtype", AUTO)
+        return "fp16" if dtype != AUTO and dtype in HALF_NAMES["fp16"] else "bf16"
     return "bf16" if is_enabled(given.get("bf16"), False) else "fp32"
 
 
-def requested_number(path: str, key: str, kind: type[float] | type[int]) -> float | None:
+def requested_number(path: str, key: str) -> float | None:
     """A number at the top of a JSON that a flag decides too; None: the JSON leaves it to the flag.
 
-    Args:
-        path: the JSON file.
-        key: in it.
-        kind: float for a number that is not negative, int for a whole one of at least 1.
-
     Raises:
-        UserError: missing or malformed file, or not a number of this kind.
+        UserError: missing or malformed file.
     """
-    value = _read(path).get(key, "auto")
-    if value == "auto":
-        return None
-    whole = kind is int
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not fits or value < whole:
-        must = "a whole number of at least 1" if whole else "a number, 0 for none"
-        raise UserError(f"DeepSpeed configuration {path}: {key} {value!r}: must be {must}")
-    return float(value)
+    value = _read(path)[0].get(key)
+    return None if value in (AUTO, None) else float(value)
 
 
 @dataclass(frozen=True)
@@ -76,12 +70,14 @@ class ReadConfiguration:
     Attributes:
         configuration: what DeepSpeed gets.
         scaling: fp16's loss scale, which is ours.
-        notes: lines that say what was changed, and why.
+        notes: lines that say what was changed or has no effect, and why.
+        problems: lines that say what has to be put right first; nothing else counts then.
     """
 
     configuration: dict[str, Any]
     scaling: LossScaling
     notes: list[str]
+    problems: list[str] = field(default_factory=list)
 
     @property
     def stage(self) -> int:
@@ -89,7 +85,17 @@ class ReadConfiguration:
         return int(self.configuration["zero_optimization"]["stage"])
 
 
-def read_configuration(
+def refuse(path: str, problems: list[str]) -> None:
+    """Raise a UserError that says all that is wrong with a file; nothing where nothing is."""
+    if not problems:
+        return
+    start = f"{WHAT} {printable(path)}:"
+    if len(problems) == 1:
+        raise UserError(f"{start} {problems[0]}")
+    raise UserError("\n  ".join([start, *problems]))
+
+
+def look_through(
     path: str,
     *,
     batch_size: int,
@@ -101,8 +107,9 @@ def read_configuration(
     overlap: bool,
     compiled: bool,
     may_overlap: bool = True,
+    batch_flag: str = "",
 ) -> ReadConfiguration:
-    """A DeepSpeed JSON with every ``"auto"`` replaced and every contradiction refused.
+    """Read a DeepSpeed JSON, replace every ``"auto"`` and find every contradiction.
 
     Half precision is not left to DeepSpeed: MoCo casts by itself and scales its loss by itself, so
     that weights, BatchNorm and the average stay fp32 whatever the stage. The sections that ask for
@@ -115,178 +122,150 @@ def read_configuration(
         precision: ``--precision``.
         clip_norm: ``--clip-grad``.
         parts: ``--accumulation-steps``.
-        parameters: how many numbers are trained; bounds ``"auto"`` bucket sizes.
+        parameters: how many numbers are trained; bounds bucket sizes.
         overlap: whether gradients are reduced while backward still runs, where it does not say.
         compiled: ``--compile``.
         may_overlap: False: they must not be, or processes might wait for each other for ever.
+        batch_flag: what messages call the batch; by default the flag and its value.
 
     Raises:
-        UserError: missing or malformed file, a value that contradicts a flag (both are named), or
-            something this engine does not do.
+        UserError: missing or malformed file.
     """
-    result = _read(path)
-    notes = check_keys(path, result)
-    _agree(
-        path,
-        result,
-        "train_batch_size",
-        batch_size,
-        f"--batch-size {batch_size}",
-    )
-    _agree(
-        path,
-        result,
-        "train_micro_batch_size_per_gpu",
-        batch_size // world // parts,
-        f"--batch-size {batch_size} over {world} processes, --accumulation-steps {parts}",
-    )
-    source = f"--accumulation-steps {parts}"
-    _agree(path, result, "gradient_accumulation_steps", parts, source)
-    if "gradient_clipping" not in result and not clip_norm:
-        notes.append(
-            f"{path} does not say gradient_clipping: it is 0 here, where DeepSpeed would clip at "
-            "1.0, because the recipes do not clip"
-        )
-    _agree(path, result, "gradient_clipping", clip_norm, f"--clip-grad {clip_norm}")
-    _agree(path, result, "zero_allow_untested_optimizer", True, "--deepspeed, which runs SGD")
+    batch_flag = batch_flag or f"--batch-size {batch_size}"
+    result, problems = _read(path)
+    notes: list[str] = []
     for section, instead in (
         ("optimizer", "--momentum, --weight-decay and --base-lr"),
         ("scheduler", "--lr-scheduler"),
     ):
-        if section in result:
-            raise UserError(
-                f"DeepSpeed configuration {path}: its {section!r} section contradicts "
-                f"{instead}, which decide here; remove the section"
+        if result.pop(section, None):
+            problems.append(
+                f"its {section!r} section contradicts {instead}, which decide here; remove the "
+                "section"
             )
-    scaling = take_precision(path, result, precision, notes)
-    norm = precision == "fp16" or clip_norm > 0
-    zero = result.get("zero_optimization", {})
+    take_keys(result, problems, notes)
+    if result.get("gradient_clipping") is None and not clip_norm:
+        notes.append(
+            "gradient_clipping is not said: it is 0 here, where DeepSpeed would clip at 1.0, "
+            "because the recipes do not clip"
+        )
+    micro = batch_size // world // parts
+    for key, value, source in (
+        ("train_batch_size", batch_size, batch_flag),
+        (
+            "train_micro_batch_size_per_gpu",
+            micro,
+            f"{batch_flag} over {world} processes, --accumulation-steps {parts}",
+        ),
+        ("gradient_accumulation_steps", parts, f"--accumulation-steps {parts}"),
+        ("gradient_clipping", clip_norm, f"--clip-grad {clip_norm}"),
+        ("zero_allow_untested_optimizer", True, "--deepspeed, which runs SGD"),
+    ):
+        if result.get(key) not in (AUTO, None, value):
+            problems.append(
+                f"{key} {shown(result[key])} contradicts {source} ({key} {value}); set it to "
+                '"auto" or change the flag'
+            )
+        result[key] = value
+    scaling = take_precision(result, precision, problems, notes)
+    zero = result.setdefault("zero_optimization", {})
+    stage = zero["stage"] = zero.get("stage") or 0
+    take_reports(result, stage, problems, notes)
+    _offload(result, zero, stage, problems)
     if not may_overlap and zero.get("overlap_comm") is True:
         zero["overlap_comm"] = False
         notes.append(
-            f"{path}: overlap_comm is false here: BatchNorm groups that span processes talk at the "
-            "same time, and NCCL does not keep the order of the two (NCCL_LAUNCH_ORDER_IMPLICIT)"
+            "overlap_comm is false here: BatchNorm groups that span processes talk at the same "
+            "time, and NCCL does not keep the order of the two (NCCL_LAUNCH_ORDER_IMPLICIT)"
         )
-    _zero(path, result, parameters, overlap, norm, notes)
-    if compiled and result["zero_optimization"]["stage"] == 3:
-        raise UserError(
-            f"--compile does not go with stage 3 of {path}, which gathers weights layer by layer "
-            "in hooks that cannot be compiled; use --engine fsdp, or a lower stage"
+    take_other_stages(zero, stage, notes)
+    if stage > 0:
+        _zero(zero, parameters, overlap, precision == "fp16" or clip_norm > 0, notes)
+    if compiled and stage == 3:
+        problems.append(
+            "--compile does not go with stage 3, which gathers weights layer by layer in hooks "
+            "that cannot be compiled; use --engine fsdp, or a lower stage"
         )
-    result.setdefault("steps_per_print", 1_000_000_000)
-    _timers(path, result)
-    return ReadConfiguration(result, scaling, notes)
-
-
-def _agree(path: str, section: dict[str, Any], key: str, value: Any, source: str) -> None:
-    if section.get(key, "auto") not in ("auto", value):
-        raise UserError(
-            f"DeepSpeed configuration {path}: {key} {section[key]!r} contradicts {source} "
-            f'({key} {value}); set it to "auto" or change the flag'
-        )
-    section[key] = value
+    # DeepSpeed's own images per second would make the host wait for the GPU twice a step.
+    result.setdefault("timers", {"throughput": {"enabled": False}})
+    notes = [f"{printable(path)}: {note}" for note in notes]
+    return ReadConfiguration(result, scaling, notes, problems)
 
 
 def _zero(
-    path: str,
-    config: dict[str, Any],
-    parameters: int,
-    overlap: bool,
-    norm: bool,
-    notes: list[str],
+    zero: dict[str, Any], parameters: int, overlap: bool, norm: bool, notes: list[str]
 ) -> None:
-    zero = config.setdefault("zero_optimization", {"stage": 0})
-    stage = zero.setdefault("stage", 0)
-    if type(stage) is not int or stage not in STAGES:  # true would be 1
-        raise UserError(
-            f"DeepSpeed configuration {path}: zero_optimization.stage {stage!r} is not supported; "
-            f"use one of {', '.join(map(str, STAGES))}"
-        )
-    _offload(path, config, zero, stage)
-    if stage == 0:
-        # The rest has no effect, but DeepSpeed still tells a misspelt key.
-        config["zero_optimization"] = {k: v for k, v in zero.items() if v != "auto"}
-        return
+    """Fill in the section of a stage from 1 on."""
     # Large enough to fill a link, small enough that the first is sent while backward goes on.
     size = min(parameters, max(parameters // 8, 2_000_000), 50_000_000)
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(bucket, "auto") == "auto":
-            zero[bucket] = size
-    if zero.get("overlap_comm", "auto") == "auto":
+        wish = zero.get(bucket)
+        # More than there is would only take memory: DeepSpeed makes buffers of this size.
+        zero[bucket] = size if wish in (AUTO, None) else max(1, min(int(wish), parameters))
+    if zero.get("overlap_comm") in (AUTO, None):
         zero["overlap_comm"] = overlap
-    if stage == 3:
-        _stage3(path, zero, size, notes)
+    for key in [key for key, value in zero.items() if value == AUTO]:
+        if key not in _STAGE_3_DEFAULTS:
+            del zero[key]  # DeepSpeed's own
+    if zero["stage"] == 3:
+        _stage3(zero, size, notes)
         return
     # The norm costs a device synchronisation, and turns a step whose gradients are not finite into
     # one that is left out: what scaled gradients need, and what must not happen silently else.
-    zero["compute_grad_norm"] = norm or "offload_optimizer" in zero  # which DeepSpeed insists on
-
-
-def _timers(path: str, config: dict[str, Any]) -> None:
-    """DeepSpeed's own images per second would make the host wait for the GPU twice a step."""
-    timers = config.setdefault("timers", {})
-    if not isinstance(timers, dict) or not isinstance(timers.get("throughput", {}), dict):
-        raise UserError(
-            f"DeepSpeed configuration {path}: timers must be a JSON object such as "
-            '{"throughput": {"enabled": true}}'
+    norm = norm or "offload_optimizer" in zero  # which DeepSpeed insists on
+    if zero.get("compute_grad_norm") not in (None, norm):
+        notes.append(
+            f"zero_optimization.compute_grad_norm is {str(norm).lower()} here: a step is left out "
+            "by its norm with fp16, --clip-grad or offloading, and counted (--max-nonfinite) else"
         )
-    timers.setdefault("throughput", {"enabled": False})
+    zero["compute_grad_norm"] = norm
 
 
-def _offload(path: str, config: dict[str, Any], zero: dict[str, Any], stage: int) -> None:
+def _offload(config: dict[str, Any], zero: dict[str, Any], stage: int, problems: list[str]) -> None:
     """Optimizer state on the CPU is DeepSpeed's business; weights there are refused."""
-    for key in ("cpu_offload", "offload_param"):
-        section = zero.get(key)
+    for key in ("cpu_offload", "cpu_offload_param", "offload_param"):
+        section = zero.pop(key, None)
         target = section.get("device") if isinstance(section, dict) else section
         if target not in ("none", None, False):
-            raise UserError(
-                f"DeepSpeed configuration {path}: zero_optimization.{key} is not supported; remove "
-                'it, or use "offload_optimizer": {"device": "cpu"}'
+            problems.append(
+                f"zero_optimization.{key} is not supported; remove it, or use "
+                '"offload_optimizer": {"device": "cpu"}'
             )
     section = zero.get("offload_optimizer")
-    if section is None:
-        return
-    if not isinstance(section, dict):
-        raise UserError(
-            f"DeepSpeed configuration {path}: zero_optimization.offload_optimizer must be an "
-            'object such as {"device": "cpu"}'
-        )
-    target = section.get("device")
+    target = (section or {}).get("device")
     if target in ("none", None):
+        zero.pop("offload_optimizer", None)
+    elif target != "cpu":
         del zero["offload_optimizer"]
-        return
-    if target != "cpu":
-        raise UserError(
-            f"DeepSpeed configuration {path}: zero_optimization.offload_optimizer to {target!r} is "
-            'not supported; use "cpu"'
+        problems.append(
+            f'zero_optimization.offload_optimizer to {shown(target)} is not supported; use "cpu"'
         )
-    if stage == 0:
-        raise UserError(
-            f"DeepSpeed configuration {path}: offload_optimizer needs zero_optimization.stage 1, 2 "
-            "or 3"
-        )
-    # DeepSpeed has no SGD of its own for the CPU; torch's is a single pass over memory.
-    config["zero_force_ds_cpu_optimizer"] = False
+    elif stage == 0:
+        del zero["offload_optimizer"]
+        problems.append("offload_optimizer needs zero_optimization.stage 1, 2 or 3")
+    else:
+        # DeepSpeed has no SGD of its own for the CPU; torch's is a single pass over memory.
+        config["zero_force_ds_cpu_optimizer"] = False
 
 
-def _stage3(path: str, zero: dict[str, Any], size: int, notes: list[str]) -> None:
+_STAGE_3_DEFAULTS = (
+    *("stage3_param_persistence_threshold", "stage3_prefetch_bucket_size"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+)
+
+
+def _stage3(zero: dict[str, Any], size: int, notes: list[str]) -> None:
     # Small parameters that stay gathered would not see the moving average, which works on shards.
-    threshold = zero.get("stage3_param_persistence_threshold", "auto")
-    if threshold not in ("auto", 0):
+    persistence, prefetch, live, reuse = _STAGE_3_DEFAULTS
+    threshold = zero.get(persistence)
+    if threshold not in (AUTO, 0, None):
         notes.append(
-            f"{path}: stage3_param_persistence_threshold is 0 here, not {threshold!r}: small "
-            "weights of the key encoder that stay gathered would not follow the query"
+            f"{persistence} is 0 here, not {shown(threshold)}: small weights of the key encoder "
+            "that stay gathered would not follow the query"
         )
-    zero["stage3_param_persistence_threshold"] = 0
+    zero[persistence] = 0
     # Who chooses this stage is short of memory: weights are let go after use and gathered again for
     # the backward pass. DeepSpeed's own 1e9 would keep any encoder whole from one to the other.
-    for key, value in (
-        ("stage3_prefetch_bucket_size", size),
-        ("stage3_max_live_parameters", 2 * size),
-        ("stage3_max_reuse_distance", 0),
-    ):
-        if zero.get(key, "auto") == "auto":
+    for key, value in ((prefetch, size), (live, 2 * size), (reuse, 0)):
+        if zero.get(key) in (AUTO, None):
             zero[key] = value
-    # Checkpoints gather weight by weight themselves; DeepSpeed's own saving is not used.
-    if zero.get("stage3_gather_16bit_weights_on_model_save", "auto") == "auto":
-        zero["stage3_gather_16bit_weights_on_model_save"] = False

@@ -1,12 +1,14 @@
-"""Which keys of a DeepSpeed JSON are known, and which would change what a run computes."""
+"""Which keys of a DeepSpeed JSON work here, which have no effect, and which change results."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
-from moco_scale.errors import UserError
+from moco_scale.untrusted.deepspeed_file import AUTO
+from moco_scale.untrusted.text import printable
 
 KNOWN = frozenset(
     """
@@ -26,86 +28,297 @@ KNOWN = frozenset(
 )
 """What DeepSpeed 0.19 reads at the top of a file, or refuses by name."""
 
-_HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
-    "communication_data_type": ("fp32",),
-    "seq_parallel_communication_data_type": ("fp32",),
-    "gradient_allreduce_op": ("mean",),
-    "prescale_gradients": (False,),
-    "gradient_predivide_factor": (1,),
-    "disable_allgather": (False,),
-    "managed_gradient_accumulation": (True,),
-    "amp": ({},),
-    "sequence_parallel_size": (1,),
-    "tensor_parallel": ({}, {"autotp_size": 0}, {"autotp_size": 1}),
-    "expert_parallel": ({}, {"enabled": False}),
-    "weight_quantization": (),
-    "data_efficiency": ({}, {"enabled": False}),
-    "hybrid_engine": ({}, {"enabled": False}),
-    "data_types.grad_accum_dtype": ("fp32",),
-    "data_types.param_dtype": ("fp32",),
-    "data_types.buffer_dtype": ("fp32",),
-    "zero_optimization.zero_quantized_weights": (False,),
-    "zero_optimization.zero_quantized_nontrainable_weights": (False,),
-    "zero_optimization.zero_quantized_gradients": (False,),
-    "zero_optimization.zero_hpz_partition_size": (1,),
-    "zero_optimization.mics_shard_size": (),
-    "zero_optimization.zenflow": (),
+_SUMS = "gradients would be summed otherwise than under other engines"
+_OTHER_RUN = "another model, or other batches, would be trained"
+_HALF = "weights or gradients would be rounded or late"
+_WHOLE_MODULES = "modules that are gathered whole fail when a step goes through them twice"
+# Keys that change what is computed or summed: values that do not, and what would be.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "communication_data_type": (("fp32",), _SUMS),
+    "seq_parallel_communication_data_type": (("fp32",), _SUMS),
+    "gradient_allreduce_op": (("mean",), _SUMS),
+    "prescale_gradients": ((), _SUMS),
+    "gradient_predivide_factor": ((1,), _SUMS),
+    "disable_allgather": ((), _SUMS),
+    "managed_gradient_accumulation": ((True,), _SUMS),
+    "amp": ((), "--precision decides"),
+    "sequence_parallel_size": ((1,), _OTHER_RUN),
+    "tensor_parallel": (({"autotp_size": 0}, {"autotp_size": 1}), _OTHER_RUN),
+    "expert_parallel": ((), _OTHER_RUN),
+    "weight_quantization": ((), _OTHER_RUN),
+    "data_efficiency": ((), _OTHER_RUN),
+    "hybrid_engine": ((), _OTHER_RUN),
+    "curriculum_learning": ((), _OTHER_RUN),
+    "progressive_layer_drop": ((), _OTHER_RUN),
+    "compression_training": ((), _OTHER_RUN),
+    "quantize_training": ((), _OTHER_RUN),
+    "sparse_attention": ((), _OTHER_RUN),
+    "data_types.grad_accum_dtype": (("fp32",), _SUMS),
+    "data_types.param_dtype": (("fp32",), _HALF),
+    "data_types.buffer_dtype": (("fp32",), _HALF),
+    "zero_optimization.zero_quantized_weights": ((), _HALF),
+    "zero_optimization.zero_quantized_nontrainable_weights": ((), _HALF),
+    "zero_optimization.zero_quantized_gradients": ((), _HALF),
+    "zero_optimization.zeropp_loco_param": ((), _HALF),
+    "zero_optimization.zero_hpz_partition_size": (
+        (1,),
+        "its second copy of the key encoder would not follow the moving average",
+    ),
+    "zero_optimization.mics_shard_size": ((-1,), "--engine fsdp --fsdp-shard-size N does this"),
+    "zero_optimization.mics_hierarchical_params_gather": ((), _SUMS),
+    "zero_optimization.zenflow": ((), _HALF),
+    "zero_optimization.leaf_module": ((), _WHOLE_MODULES),
+    "zero_optimization.stage3_module_granularity_threshold": ((0, AUTO), _WHOLE_MODULES),
+    "zero_optimization.module_granularity_threshold": ((0, AUTO), _WHOLE_MODULES),
+    "zero_optimization.offload_optimizer.ratio": (
+        (1, AUTO),
+        "what stays on the GPU would be trained by AdamW instead of SGD",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": ((), "it is for Adam, not for SGD"),
 }
-"""Keys that change what is computed or summed, with the values besides null that do not."""
-
+_EMPTY_IS_ON = ("zero_optimization.zenflow",)
+_OWN_CHECKPOINTS = "checkpoints are not DeepSpeed's here (--checkpoint-freq, --save-freq, --resume)"
+_OWN_DATA = "pictures are not read by DeepSpeed here (--data-dir, --num-workers)"
+_ONE_DENSE_MODEL = "no model here has such parts"
+# Keys that nothing here asks for: values that ask for nothing, and what does it instead.
+_WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "activation_checkpointing": ((), "--activation-checkpointing does this"),
+    "aio": ((), "nothing is offloaded to a disk"),
+    "autotuning": ((), "`python -m moco_scale plan` says what fits"),
+    "checkpoint": ((), _OWN_CHECKPOINTS),
+    "compile": ((), "--compile does this"),
+    "datastates_ckpt": ((), _OWN_CHECKPOINTS),
+    "dataloader_drop_last": ((), _OWN_DATA),
+    "dump_state": ((), "OUT/config.json has every setting"),
+    "eigenvalue": ((), "it is for quantised training"),
+    "elasticity": ((), "--batch-size is global, and any number of processes goes on with a run"),
+    "graph_harvesting": ((), "--compile is what makes kernels fewer"),
+    "nebula": ((), _OWN_CHECKPOINTS),
+    "pipeline": ((), "no model here is split into stages"),
+    "sparse_gradients": ((), _ONE_DENSE_MODEL),
+    "use_data_before_expert_parallelism": ((), _ONE_DENSE_MODEL),
+    "vocabulary_size": ((), _ONE_DENSE_MODEL),
+    "zero_force_ds_cpu_optimizer": ((AUTO,), "SGD is torch's"),
+    "data_types.keep_in_fp32_modules": (("auto",), "all weights are fp32 here"),
+    "zero_optimization.cpu_offload_use_pin_memory": ((), 'say it in "offload_optimizer"'),
+    "zero_optimization.load_from_fp32_weights": ((True,), _OWN_CHECKPOINTS),
+    "zero_optimization.elastic_checkpoint": ((), _OWN_CHECKPOINTS),
+    "zero_optimization.pipeline_loading_checkpoint": ((), _OWN_CHECKPOINTS),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": ((AUTO,), _OWN_CHECKPOINTS),
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": ((AUTO,), _OWN_CHECKPOINTS),
+    "zero_optimization.gather_16bit_weights_on_model_save": ((AUTO,), _OWN_CHECKPOINTS),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": ((), "the optimizer is SGD"),
+    **dict.fromkeys(
+        (
+            f"zero_optimization.offload_optimizer.{key}"
+            for key in ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init")
+        ),
+        ((AUTO,), "nothing is offloaded to a disk"),
+    ),
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": ((AUTO,), "SGD is torch's"),
+    "zero_optimization.allgather_partitions": ((True, AUTO), "DeepSpeed 0.19 does not read it"),
+}
+# Of sections whose keys DeepSpeed itself does not check.
+_INSIDE = {
+    "flops_profiler": {
+        *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules"),
+        *("detailed", "output_file"),
+    },
+    "timers": {"throughput"},
+    "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
+}
+MONITORS = {
+    "tensorboard": "tensorboard",
+    "csv_monitor": "",
+    "wandb": "wandb",
+    "comet": "comet_ml",
+}
+"""Sections that send figures of a run somewhere, and the package that each needs."""
+_INSTEAD = "OUT/metrics.jsonl and OUT/tensorboard have this run's figures"
+# What DeepSpeed reports after a step of its own, which stage 0 does not have.
+_REPORTS = {
+    **dict.fromkeys(MONITORS, _INSTEAD),
+    "flops_profiler": "the log says FLOPs (MFU); `python -m moco_scale flops` counts them",
+    "wall_clock_breakdown": "OUT/metrics.jsonl has the time of each phase",
+    "steps_per_print": "--print-freq",
+    "timers": "the log says images/s",
+}
+_STAGE_3_ONLY = frozenset(
+    """
+    prefetch_bucket_size param_persistence_threshold model_persistence_threshold
+    max_live_parameters max_reuse_distance
+    use_all_reduce_for_fetch_params allgather_sequential sub_group_size
+    """.split()  # noqa: SIM905
+)
 _OLD_NAMES = {"bfloat16": "bf16"}
 
 
-def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], place: str = "") -> None:
-    """Refuse a key that DeepSpeed does not know and that looks like one it does.
+def misspelt(given: Iterable[str], known: Iterable[str], place: str = "") -> dict[str, str]:
+    """Name keys that DeepSpeed does not know and that look like one it does.
 
     Args:
-        path: of the file.
-        given: its keys.
+        given: keys of a file.
         known: those there are.
         place: of both in the file, with a dot at its end; at the top by default.
 
-    Raises:
-        UserError: names the key and what it may be meant to be.
+    Returns:
+        What each may be meant to be, by key.
     """
     known = set(known)
+    found = {}
     for key in given:
         if key in known:
             continue
         meant = _OLD_NAMES.get(key) or next(
-            iter(difflib.get_close_matches(key, known, 1, 0.75)), ""
+            iter(difflib.get_close_matches(key[:100], known, 1, 0.75)), ""
         )
         if meant:
-            raise UserError(
-                f"DeepSpeed configuration {path}: {place}{key} is unknown; do you mean {meant}?"
-            )
+            found[key] = f"{place}{printable(key, 60)} is unknown; do you mean {meant}?"
+    return found
 
 
-def check_keys(path: str, config: dict[str, Any]) -> list[str]:
-    """Refuse what is misspelt or would change a run's results; a line for what is ignored.
+def is_off(value: Any) -> bool:
+    """Whether a value asks for nothing, whatever its key."""
+    return not value or (isinstance(value, dict) and value.get("enabled") is False)
+
+
+def take_keys(config: dict[str, Any], problems: list[str], notes: list[str]) -> None:
+    """Say what is misspelt, changes results or has no effect, and take all of it out.
 
     Args:
-        path: of the file, for messages.
-        config: what it holds.
-
-    Raises:
-        UserError: names the key.
+        config: what a file holds, of the right types.
+        problems: gets a line for each key that is refused.
+        notes: gets a line for each key, or set of them, that has no effect.
     """
-    refuse_unknown(path, config, KNOWN)
-    for place, harmless in _HARMLESS_VALUES.items():
-        *sections, key = place.split(".")
-        section: Any = config
-        for name in sections:
-            section = section.get(name) or {}
-            if not isinstance(section, dict):
-                raise UserError(f"DeepSpeed configuration {path}: {name} must be a JSON object")
-        value = section.get(key)
-        if value is not None and value not in harmless:
-            raise UserError(
-                f"DeepSpeed configuration {path}: {place} changes how gradients or weights are "
-                "computed, stored or summed, which must not depend on the engine; remove it"
+    _take_unknown(config, KNOWN, "", problems, notes)
+    for section, known in _INSIDE.items():
+        _take_unknown(config.get(section) or {}, known, f"{section}.", problems, notes)
+    for place, (harmless, why) in _REFUSED.items():
+        holder, key = _find(config, place)
+        if holder is not None:
+            value = holder.pop(key)
+            switches_on = value == {} and place in _EMPTY_IS_ON
+            if switches_on or not _asks_for_nothing(value, harmless):
+                problems.append(f"{place} is not done here: {why}; remove it")
+    for place, (harmless, instead) in _WITHOUT_EFFECT.items():
+        holder, key = _find(config, place)
+        if holder is not None:
+            value = holder.pop(key)
+            if not _asks_for_nothing(value, harmless):
+                notes.append(f"{place} has no effect: {instead}")
+
+
+def _take_unknown(
+    section: dict[str, Any], known: Iterable[str], place: str, problems: list[str], notes: list[str]
+) -> None:
+    known = set(known)
+    wrong = misspelt(list(section), known, place)
+    problems += wrong.values()
+    unknown = sorted(section.keys() - known - wrong.keys())
+    for key in (*wrong, *unknown):
+        del section[key]
+    if unknown:
+        names = ", ".join(place + printable(key, 60) for key in unknown)
+        notes.append(f"DeepSpeed does not know {names}: without effect")
+
+
+def take_reports(config: dict[str, Any], stage: int, problems: list[str], notes: list[str]) -> None:
+    """Take out what DeepSpeed cannot report here, with a line for each, or for a missing package.
+
+    Args:
+        config: what a file holds, of the right types.
+        stage: ZeRO's.
+        problems: gets a line for each package that is missing.
+        notes: gets a line for each key that has no effect.
+    """
+    for name, package in MONITORS.items():
+        if (config.get(name) or {}).get("enabled") and not _is_installed(package):
+            problems.append(
+                f"{name} needs a package that is not installed: `pip install {package}`, or remove "
+                f"the section ({_INSTEAD})"
             )
-    unknown = sorted(config.keys() - KNOWN)
-    if not unknown:
-        return []
-    return [f"{path}: DeepSpeed does not know {', '.join(unknown)}: without effect"]
+            del config[name]
+    for name, instead in _REPORTS.items():
+        value = config.get(name)
+        if name == "timers":
+            value = (value or {}).get("throughput")
+        if is_off(value) or value == AUTO:
+            config.pop(name, None)
+        elif isinstance(value, dict) and not value.get("enabled"):
+            config.pop(name)
+            notes.append(f'{name} has no effect without "enabled": true')
+        elif stage == 0:
+            config.pop(name)
+            notes.append(
+                f"{name} has no effect at stage 0, whose steps are not DeepSpeed's: {instead}"
+            )
+    if "timers" in config and "steps_per_print" not in config:
+        del config["timers"]
+        notes.append("timers.throughput has no effect without steps_per_print, which says when")
+    comms = config.get("comms_logger")
+    if is_off(comms):
+        config.pop("comms_logger", None)  # even one that is false would switch it on
+    elif not (comms and comms.get("enabled") and comms.get("verbose")):
+        del config["comms_logger"]
+        notes.append(
+            'comms_logger has no effect without "enabled": true and "verbose": true: nothing here '
+            "asks for its summary; `python -m moco_scale plan` says what a step sends"
+        )
+
+
+def reports_by_log(config: dict[str, Any]) -> bool:
+    """Whether what is left of a file is reported through DeepSpeed's log, which is muted else."""
+    return bool({"steps_per_print", "comms_logger"} & config.keys())
+
+
+def take_other_stages(zero: dict[str, Any], stage: int, notes: list[str]) -> None:
+    """Take out what belongs to another stage, with a line that names all of it.
+
+    Args:
+        zero: the section ``zero_optimization``, without what :func:`take_keys` has taken.
+        stage: in it.
+        notes: gets the line.
+    """
+    if stage == 3:
+        for key in _STAGE_3_ONLY - {"sub_group_size"}:  # DeepSpeed takes either name
+            if key in zero:
+                zero.setdefault(f"stage3_{key}", zero.pop(key))
+        return
+    if stage == 0:
+        others = sorted(zero.keys() - {"stage"})
+    else:
+        others = sorted(k for k in zero if k.removeprefix("stage3_") in _STAGE_3_ONLY)
+    said = [k for k in others if zero[k] not in (None, AUTO) and not is_off(zero[k])]
+    if stage == 0:
+        # DeepSpeed is to tell what it does not know: the rest it reads and leaves alone.
+        for key in others:
+            if zero[key] == AUTO:
+                del zero[key]
+    else:
+        for key in others:
+            del zero[key]
+    if said:
+        names = ", ".join(printable(key, 60) for key in said)
+        notes.append(f"zero_optimization at stage {stage}: {names} without effect")
+
+
+def _find(config: dict[str, Any], place: str) -> tuple[dict[str, Any] | None, str]:
+    """The object that has the last name of a place, None where none has; and that name."""
+    *sections, key = place.split(".")
+    holder: Any = config
+    for name in sections:
+        holder = holder.get(name)
+        if not isinstance(holder, dict):
+            return None, key
+    return (holder if key in holder else None), key
+
+
+def _asks_for_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+    if value is None or any(value == each for each in harmless):
+        return True
+    # Of a switch that is on by default, off is a wish.
+    return is_off(value) and True not in harmless
+
+
+def _is_installed(package: str) -> bool:
+    return not package or importlib.util.find_spec(package) is not None

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moco_scale.deepspeed_keys import refuse_unknown
-from moco_scale.errors import UserError
+from moco_scale.deepspeed_keys import misspelt
 from moco_scale.loss_scale import LossScaling
+from moco_scale.untrusted.deepspeed_file import is_number, shown
+from moco_scale.untrusted.text import printable
 
 SECTIONS = {"bf16": ("bf16",), "fp16": ("fp16",), "torch_autocast": ("bf16", "fp16")}
 """Sections that switch on a half precision, and which."""
@@ -45,26 +46,6 @@ _WITHOUT_EFFECT: dict[str, dict[str, tuple[Any, str]]] = {
 _LARGEST_POWER = 127  # of two in fp32, which the scaled loss is
 
 
-def check_sections(path: str, given: dict[str, Any]) -> None:
-    """Refuse sections that say something else than on, off or ``"auto"``, or a misspelt key.
-
-    Raises:
-        UserError: names the section and the key.
-    """
-    for name in SECTIONS:
-        section = given.get(name, {})
-        if not isinstance(section, dict):
-            raise UserError(f"DeepSpeed configuration {path}: {name} must be a JSON object")
-        enabled = section.get("enabled", "auto")
-        if not isinstance(enabled, bool) and enabled != "auto":
-            raise UserError(
-                f"DeepSpeed configuration {path}: {name}.enabled {enabled!r}: must be true, false "
-                'or "auto"'
-            )
-        known = _HONOURED[name] | _WITHOUT_EFFECT[name].keys()
-        refuse_unknown(path, section, known, f"{name}.")
-
-
 def is_enabled(section: dict[str, Any] | None, automatic: bool) -> bool:
     """Whether a section is on; an absent or empty one is off, ``"auto"`` is what is given."""
     value = (section or {}).get("enabled", "auto" if section else False)
@@ -72,84 +53,96 @@ def is_enabled(section: dict[str, Any] | None, automatic: bool) -> bool:
 
 
 def take_precision(
-    path: str, config: dict[str, Any], precision: str, notes: list[str]
+    config: dict[str, Any], precision: str, problems: list[str], notes: list[str]
 ) -> LossScaling:
     """Check what the sections say against ``--precision`` and take them out.
 
     Args:
-        path: of the file, for messages.
-        config: what it holds; the sections are removed.
+        config: what a file holds, of the right types; the sections are removed.
         precision: ``--precision``.
+        problems: gets a line for each contradiction, misspelt key and value that cannot be.
         notes: gets a line for each key that has no effect.
 
-    Raises:
-        UserError: a contradiction, or a value that cannot be.
+    Returns:
+        fp16's loss scale, ours where the file says nothing usable.
     """
     scaling = LossScaling()
+    sections = {name: config.pop(name, None) or {} for name in SECTIONS}
+    for name, section in sections.items():
+        known = _HONOURED[name] | _WITHOUT_EFFECT[name].keys()
+        wrong = misspelt(section, known, f"{name}.")
+        problems += wrong.values()
+        for key in wrong:
+            del section[key]
+    on = [name for name, section in sections.items() if section.get("enabled") is True]
+    if len({"bf16", "fp16"} & set(on)) == 2:
+        problems.append("bf16 and fp16 are both enabled: keep one of them")
+        return scaling
     for name, meant in SECTIONS.items():
-        section = config.pop(name, None)
+        section = sections[name]
         if not section:
             continue
         wanted = precision in meant
         if is_enabled(section, wanted) != wanted:
             state, instead = ("disabled", "fp32") if wanted else ("enabled", meant[0])
-            raise UserError(
-                f"DeepSpeed configuration {path}: {name} is {state} but --precision is "
-                f'{precision}; set "enabled": "auto" there or pass --precision {instead}'
+            problems.append(
+                f"{name} is {state} but --precision is {precision}; set "
+                f'"enabled": "auto" there or pass --precision {instead}'
             )
+            continue
         if section.get("lower_precision_safe_modules"):
-            raise UserError(
-                f"DeepSpeed configuration {path}: torch_autocast.lower_precision_safe_modules "
-                "would sum these modules' gradients in half precision; remove it"
+            problems.append(
+                "torch_autocast.lower_precision_safe_modules would sum these modules' gradients "
+                "in half precision; remove it"
             )
         if not wanted:
             continue
         if name == "fp16":
-            scaling = _loss_scaling(path, section)
-        dtype = section.get("dtype", "auto") if name == "torch_autocast" else "auto"
+            scaling = _loss_scaling(section, problems)
+        dtype = section.get("dtype") or "auto" if name == "torch_autocast" else "auto"
         if dtype not in HALF_NAMES[precision]:
-            raise UserError(
-                f"DeepSpeed configuration {path}: torch_autocast.dtype {dtype!r} contradicts "
-                f"--precision {precision}"
+            problems.append(
+                f"torch_autocast.dtype {shown(dtype)} contradicts --precision {precision}"
             )
         for key, value in section.items():
             if key not in _HONOURED[name]:
                 same, instead = _WITHOUT_EFFECT[name].get(key, (None, "it is unknown"))
-                if value != same and value != "auto":
-                    notes.append(f"{path}: {name}.{key} has no effect: {instead}")
+                if value not in (same, "auto", None):
+                    notes.append(f"{name}.{printable(key, 60)} has no effect: {instead}")
     return scaling
 
 
-def _loss_scaling(path: str, section: dict[str, Any]) -> LossScaling:
+def _loss_scaling(section: dict[str, Any], problems: list[str]) -> LossScaling:
     """The dynamic loss scaling of an ``fp16`` section; ``"auto"`` means our default."""
-    fixed = section.get("loss_scale", "auto")
-    if fixed != "auto" and (isinstance(fixed, bool) or fixed != 0):
-        raise UserError(
-            f"DeepSpeed configuration {path}: fp16.loss_scale {fixed!r} is no scale that adapts; "
-            "set it to 0, which does"
+    fixed = section.get("loss_scale")
+    if fixed not in ("auto", None) and (isinstance(fixed, bool) or fixed != 0):
+        problems.append(
+            f"fp16.loss_scale {shown(fixed)} is no scale that adapts; set it to 0, which does"
         )
     default = LossScaling()
-    values = {}
+    values, wrong = {}, False
     for key, usual, least, most in (
         ("initial_scale_power", math.log2(default.initial), 0, _LARGEST_POWER),
-        ("loss_scale_window", default.window, 1, math.inf),
+        ("loss_scale_window", default.window, 1, 2**31),
         ("min_loss_scale", default.minimum, 2.0**-_LARGEST_POWER, 2.0**_LARGEST_POWER),
     ):
-        value = section.get(key, "auto")
-        if value == "auto":
+        value = section.get(key)
+        if value in ("auto", None):
             value = usual
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not least <= value <= most or value == math.inf:
-            upto = "" if most == math.inf else f", at most {most:.4g}"
-            raise UserError(
-                f"DeepSpeed configuration {path}: fp16.{key} {value!r}: must be a number, at "
-                f"least {least:.2g}{upto}"
+        if not is_number(value) or not least <= value <= most:
+            wrong = True
+            problems.append(
+                f"fp16.{key} {shown(value)}: must be a number, at least {least:.2g}, at most "
+                f"{most:.4g}"
             )
         values[key] = value
+    if wrong:
+        return default
     initial, minimum = 2.0 ** values["initial_scale_power"], float(values["min_loss_scale"])
     if minimum > initial:
-        raise UserError(
-            f"DeepSpeed configuration {path}: fp16.min_loss_scale {minimum:g} is more than the "
-            f"scale begins with, {initial:g} (fp16.initial_scale_power)"
+        problems.append(
+            f"fp16.min_loss_scale {minimum:g} is more than the scale begins with, {initial:g} "
+            "(fp16.initial_scale_power)"
         )
+        return default
     return LossScaling(initial, int(values["loss_scale_window"]), minimum)

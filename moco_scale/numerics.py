@@ -28,6 +28,31 @@ def set_switches() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def slow_precision(device: torch.device, precision: str) -> list[str]:
+    """A warning where this processor has no arithmetic of a half precision, and emulates it.
+
+    Args:
+        device: where it computes; GPUs have both as far as they are offered.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+    """
+    if device.type != "cpu" or precision == "fp32":
+        return []
+    # What oneDNN answers for this processor and ONEDNN_MAX_CPU_ISA. (bf16 it also emulates well,
+    # from AVX-512 on.)
+    asked = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    try:
+        if asked is None or asked():
+            return []
+    except RuntimeError:  # a torch without oneDNN
+        pass
+    needs = "avx512_fp16, amx_fp16" if precision == "fp16" else "AVX-512"
+    other = "bf16 or fp32" if precision == "fp16" and not slow_precision(device, "bf16") else "fp32"
+    return [
+        f"warning: this CPU does not compute in {precision} ({needs} is missing), which torch then "
+        f"emulates: a step may take minutes instead of a second; use --precision {other}"
+    ]
+
+
 def can_repeat() -> bool:
     """Whether cuBLAS's workspace allows :func:`repeatable`; a user may have set another."""
     return os.environ.get(_WORKSPACE) in (":4096:8", ":16:8")

@@ -1,7 +1,8 @@
-"""``train.py --preflight``: is everything in place for a run? Looks, measures, says, and leaves.
+"""``train.py --preflight``: is everything in place for a run? Starts it, measures, and leaves.
 
-What has to be the same on all processes is compared at every start (`moco_scale.identity`), and so
-is the output folder. This adds what takes a second or two: the machines and the network.
+All that a start does before its first step is done by the start's own code: files read, processes
+compared, data opened, the output folder claimed, model and engine built, a checkpoint loaded. This
+adds what takes a second or two, the machines and the network, and takes back what was made.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,13 @@ from moco_scale.bandwidth import Bandwidth
 from moco_scale.config import Config
 from moco_scale.errors import UserError
 from moco_scale.messages import tell
-from moco_scale.pretrain import open_data
+from moco_scale.monitor import Monitor
+from moco_scale.pretrain import Pretraining
 from moco_scale.run_folder import RunFolder
+from moco_scale.stopping import StopRequest
+from moco_scale.telemetry import Telemetry
+from moco_scale.timing import Phases
+from moco_scale.untrusted.text import printable
 
 GIB = 1 << 30
 SHARED_MEMORY = Path("/dev/shm")
@@ -60,47 +66,91 @@ class Machine(NamedTuple):
     clock: float
 
 
-def run(config: Config, alive: Callable[[], None] = lambda: None) -> None:
+def run(config: Config, phases: Phases) -> None:
     """Check everything, print it on rank 0; all ranks call it.
 
-    alive: called now and then while an index is made, which may take hours.
+    Args:
+        config: of the run.
+        phases: says that this process gets on, for who watches it.
 
     Raises:
-        UserError: something would keep the run from starting or from going on.
+        UserError: something would keep the run from starting or from going on; what keeps it from
+            starting is said in the start's words.
     """
     started = time.monotonic()
-    facts = identity.of_run(config)
-    identity.require_alike(facts)
-    shards, plan = open_data(config, alive)
-    resumed_from, free = _try_folder(RunFolder(config, shards.fingerprint))
     machines = distributed.gather_objects(look())
     share = config.optim.batch_size // distributed.world_size()
     needed = shared_memory_needed(share, config.data.image_size, config.run.num_workers)
-    hosts = list(dict.fromkeys(machine.host for machine in machines))
+    if shared := shared_gpus(machines):  # with which nothing could be built
+        raise UserError(_not_ready(shared))
+    with _left_as_it_was(config):
+        run = Pretraining(config, phases)
+        try:
+            _say(*_found(run, machines))
+            telemetry = Telemetry(None, run.total_steps, run.step)
+            Monitor(run, telemetry, StopRequest(0, started)).announce(0)
+            telemetry.close()
+            if wrong := problems(machines, needed):
+                raise UserError(_not_ready(wrong))
+            if len(machines) > 1:
+                several = len({machine.host for machine in machines}) > 1
+                _say(*_measured(several_hosts=several), "")
+            free = shutil.disk_usage(run.folder.path).free
+            _say(*(f"note: {line}" for line in notes(machines, free)))
+            if run.cache is not None and not run.cache.passing:
+                run.cache.close()  # before who made it removes it
+            distributed.barrier()
+        finally:
+            run.folder.release()
+            if run.cache is not None:
+                run.cache.close()
+    _say(f"ready, after {time.monotonic() - started:.1f} s")
+
+
+def _found(run: Pretraining, machines: Sequence[Machine]) -> list[str]:
+    """What a run that could begin its first step is, and where."""
+    config, facts = run.config, identity.of_run(run.config)
+    hosts = {machine.host for machine in machines}
     versions = [f"{n} {v}" for n, v in facts.items() if _is_library(n)]
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(WATCHED)]
-    start = f"goes on from {resumed_from}" if resumed_from else "starts at step 0"
-    _say(
+    start = f"goes on from {run.resumed_from}" if run.resumed_from else "starts at step 0"
+    return [
         f"{len(machines)} process(es) on {len(hosts)} host(s), all with the same code, libraries, "
         "flags and index",
         f"code: {facts['code']}",
         f"libraries: {', '.join(versions)}",
-        f"data: {len(shards)} pictures, index {shards.fingerprint}, "
-        f"{plan.steps_per_epoch} steps an epoch of {config.optim.batch_size} pictures",
-        f"output: {config.run.output_dir}, seen and writable by all, {_gib(free)} free",
+        f"data: {len(run.shards)} pictures, index {run.shards.fingerprint}, "
+        f"{run.plan.steps_per_epoch} steps an epoch of {config.optim.batch_size} pictures",
+        f"output: {config.run.output_dir}, seen and writable by all, "
+        f"{_gib(shutil.disk_usage(run.folder.path).free)} free",
         f"run: {start}",
-        f"environment of rank 0: {' '.join(settings) or 'nothing of note'}",
+        f"environment of rank 0: {printable(' '.join(settings), 2000) or 'nothing of note'}",
         "",
         *machine_table(machines),
         "",
-    )
-    wrong = problems(machines, needed)
-    if wrong:
-        raise UserError("not ready:\n" + "\n".join(f"  {line}" for line in wrong))
-    if len(machines) > 1:
-        _say(*_measured(several_hosts=len(hosts) > 1), "")
-    _say(*(f"note: {line}" for line in notes(machines, free)))
-    _say(f"ready, after {time.monotonic() - started:.1f} s")
+    ]
+
+
+@contextlib.contextmanager
+def _left_as_it_was(config: Config) -> Iterator[None]:
+    """Remove within, on rank 0, the folders and the lock that a start makes, where they are new."""
+    output = Path(config.run.output_dir)
+    lock = RunFolder(config, "").lock.path
+    had_lock = lock.exists()
+    made = [p for p in (output, *output.parents) if not p.exists()]
+    try:
+        yield
+    finally:
+        if distributed.is_main():
+            with contextlib.suppress(OSError):
+                if not had_lock:
+                    lock.unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
+
+
+def _not_ready(lines: Sequence[str]) -> str:
+    return "not ready:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def look() -> Machine:
@@ -142,16 +192,8 @@ def problems(machines: Sequence[Machine], shared_memory: int) -> list[str]:
         machines: by rank.
         shared_memory: bytes that each process needs.
     """
-    lines = []
+    lines = shared_gpus(machines)
     hosts = [machine.host for machine in machines]
-    gpus: dict[str, list[int]] = {}
-    for rank, machine in enumerate(machines):
-        if machine.device_id:
-            gpus.setdefault(machine.device_id, []).append(rank)
-    for ranks in gpus.values():
-        if len(ranks) > 1:
-            who = identity.ranks_on_hosts(ranks, hosts)
-            lines.append(f"{who} share one GPU: start one process per GPU, each with LOCAL_RANK")
     for host in dict.fromkeys(hosts):
         ranks = [rank for rank, each in enumerate(hosts) if each == host]
         free = min(machines[rank].shared_memory for rank in ranks)
@@ -162,6 +204,21 @@ def problems(machines: Sequence[Machine], shared_memory: int) -> list[str]:
                 "--shm-size, Kubernetes: an emptyDir of medium Memory), or lower --num-workers"
             )
     return lines
+
+
+def shared_gpus(machines: Sequence[Machine]) -> list[str]:
+    """A line for each GPU that several processes compute on, of which NCCL would not have any."""
+    hosts = [machine.host for machine in machines]
+    gpus: dict[str, list[int]] = {}
+    for rank, machine in enumerate(machines):
+        if machine.device_id:
+            gpus.setdefault(machine.device_id, []).append(rank)
+    return [
+        f"{identity.ranks_on_hosts(ranks, hosts)} share one GPU: start one process per GPU, each "
+        "with LOCAL_RANK"
+        for ranks in gpus.values()
+        if len(ranks) > 1
+    ]
 
 
 def notes(machines: Sequence[Machine], free_disk: int) -> list[str]:
@@ -229,21 +286,6 @@ def bandwidth_table(columns: Sequence[tuple[str, Bandwidth]]) -> list[str]:
     ):
         lines.append(f"{what:30}" + "".join(f"{value:>22}" for value in values))
     return lines
-
-
-def _try_folder(folder: RunFolder) -> tuple[Path | None, int]:
-    """What a run would resume from, and bytes free; the folder is left as it was."""
-    made = [p for p in (folder.path, *folder.path.parents) if not p.exists()]
-    try:
-        return folder.prepare(), shutil.disk_usage(folder.path).free
-    finally:
-        distributed.barrier()
-        folder.release()
-        if distributed.is_main() and made:
-            with contextlib.suppress(OSError):
-                folder.lock.path.unlink()
-                for path in made:
-                    path.rmdir()
 
 
 def _is_library(name: str) -> bool:

@@ -26,7 +26,7 @@ from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.workers import BatchLoader
 from moco_scale.encoders import Encoder, build_encoder
-from moco_scale.engines import make_engine
+from moco_scale.engines import make_engine, read_deepspeed
 from moco_scale.errors import StoppedEarly
 from moco_scale.health import FiniteWatch
 from moco_scale.infonce import Contrast
@@ -82,6 +82,8 @@ class Pretraining:
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
         identity.require_alike(identity.of_run(config))
+        if config.run.deepspeed:  # all that is wrong with it, before anything takes time
+            read_deepspeed(config, self.world, 1)
         self.shards, self.plan = open_data(config, self.phases.alive)
         self.decoder = together.agree(self._decoder)
         self.cache = together.agree(self._cache)
@@ -142,8 +144,8 @@ class Pretraining:
         return DeviceDecoder.on_gpu(self.device) if self.config.run.decode == "gpu" else None
 
     def _cache(self) -> PixelCache | None:
-        place = self.config.run.cache
-        return PixelCache.open(self.shards, place) if place else None
+        run = self.config.run
+        return PixelCache.open(self.shards, run.cache, run.preflight) if run.cache else None
 
     def initial_encoder(self) -> Encoder:
         """The query encoder before training: a function of the configuration and its seed."""

@@ -63,15 +63,15 @@ class PixelCache:
         self._pixels = _mapped(folder / "pixels")
         self._done = _mapped(folder / "done")
         self._used: IO[bytes] | None = None
-        self._passing = False
+        self.passing = False
 
     @classmethod
-    def open(cls, shards: Shards, place: str) -> PixelCache:
+    def open(cls, shards: Shards, place: str, passing: bool = False) -> PixelCache:
         """The cache of these pictures in `place`, a folder on a local disk or RAM.
 
         One that is there and whole is used again, and gains from earlier runs. In RAM it is
         removed with the last run on this node that uses it; what a killed run left there is removed
-        by the next.
+        by the next. With `passing` one that was not there yet is removed on a disk, too.
 
         Raises UserError: it would not fit; the place cannot be written.
         """
@@ -91,13 +91,14 @@ class PixelCache:
                         with contextlib.suppress(ForeignFolderError):
                             _remove_unused(left)
             with _changing(parent / name):
+                was_there = (parent / name / "meta.json").exists()
                 _make_unless_whole(parent / name, shards, place)
                 used = _opened(parent / name / "used", "a+b")
                 fcntl.flock(used, fcntl.LOCK_SH)  # NFS: only of a file that can be read
                 cache = cls(parent / name)
         except OSError as error:
             raise UserError(f"--cache {place}: {_reason(error, parent)}") from error
-        cache._used, cache._passing = used, place == RAM
+        cache._used, cache.passing = used, place == RAM or (passing and not was_there)
         return cache
 
     def get(self, i: int) -> Pixels | None:
@@ -124,7 +125,7 @@ class PixelCache:
         used.close()
         # Somebody removed it, or its disk is full.
         with contextlib.suppress(OSError, DocumentError):
-            if self._passing:
+            if self.passing:
                 _remove_unused(self.folder)
             else:
                 _mark_if_complete(self.folder)

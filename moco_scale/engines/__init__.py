@@ -9,11 +9,51 @@ import torch
 from moco_scale import distributed
 from moco_scale.batchnorm import spans_ranks
 from moco_scale.config import Config
-from moco_scale.deepspeed_config import read_configuration
+from moco_scale.deepspeed_config import ReadConfiguration, look_through, refuse
+from moco_scale.deepspeed_keys import MONITORS
 from moco_scale.engines.base import Engine, EngineSettings
 from moco_scale.moco import MoCo
 
-__all__ = ["Engine", "EngineSettings", "make_engine"]
+__all__ = ["Engine", "EngineSettings", "make_engine", "read_deepspeed"]
+
+
+def read_deepspeed(
+    config: Config,
+    world: int,
+    parameters: int,
+    *,
+    overlap: bool = False,
+    may_overlap: bool = True,
+) -> ReadConfiguration:
+    """Read a configuration's ``--deepspeed`` file for so many processes, and ask DeepSpeed of it.
+
+    Args:
+        config: of the run.
+        world: number of processes.
+        parameters: how many numbers are trained.
+        overlap, may_overlap: as of :func:`moco_scale.deepspeed_config.look_through`.
+
+    Raises:
+        UserError: all that is wrong with the file, in one go.
+    """
+    from moco_scale.engines.deepspeed import ask_deepspeed
+
+    run = config.run
+    read = look_through(
+        run.deepspeed,
+        batch_size=config.optim.batch_size,
+        world=world,
+        precision=run.precision,
+        clip_norm=config.optim.clip_grad,
+        parts=run.accumulation_steps,
+        parameters=parameters,
+        overlap=overlap,
+        may_overlap=may_overlap,
+        compiled=run.compile,
+        batch_flag=config.flag("batch_size"),
+    )
+    refuse(run.deepspeed, [*read.problems, *ask_deepspeed(read.configuration)])
+    return read
 
 
 def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
@@ -41,26 +81,19 @@ def _make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
     )
     if run.engine == "deepspeed":
         # Imported late: it takes seconds, and the other engines work without it.
-        from moco_scale.engines.deepspeed import (
-            DeepSpeedEngine,
-            ShardedDeepSpeedEngine,
-            check_configuration,
-        )
+        from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
 
-        read = read_configuration(
-            run.deepspeed,
-            batch_size=optim.batch_size,
-            world=distributed.world_size(),
-            precision=run.precision,
-            clip_norm=optim.clip_grad,
-            parts=run.accumulation_steps,
-            parameters=sum(p.numel() for p in moco.trained_parameters().values()),
+        read = read_deepspeed(
+            config,
+            distributed.world_size(),
+            sum(p.numel() for p in moco.trained_parameters().values()),
             # Not while BatchNorm groups, which have communicators of their own, add theirs up.
             overlap=device.type == "cuda" and not spans_ranks(moco),
             may_overlap=distributed.launches_in_order() or not spans_ranks(moco),
-            compiled=run.compile,
         )
-        check_configuration(run.deepspeed, read.configuration)
+        if run.preflight:  # which is to leave nothing behind, here or on a server
+            for monitor in MONITORS:
+                read.configuration.pop(monitor, None)
         settings = dataclasses.replace(settings, scaling=read.scaling)
         kind = ShardedDeepSpeedEngine if read.stage == 3 else DeepSpeedEngine
         engine: Engine = kind(moco, settings, device, read.configuration)

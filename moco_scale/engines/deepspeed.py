@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_scale import distributed
+from moco_scale.deepspeed_keys import reports_by_log
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
@@ -27,49 +29,58 @@ from moco_scale.engines.base import (
     set_learning_rate,
     zero_momentum,
 )
-from moco_scale.errors import UserError
+from moco_scale.errors import UserError, first_line
+from moco_scale.messages import say
 from moco_scale.moco import MoCo
+from moco_scale.untrusted.deepspeed_file import shown
+from moco_scale.untrusted.text import printable
 
 GATHERS = "_DeepSpeedZeRoOffload__allgather_stream"
 """Where DeepSpeed keeps the stream that stage 3 gathers on."""
 
 
-def check_configuration(path: str, configuration: dict[str, Any]) -> None:
+def ask_deepspeed(configuration: dict[str, Any]) -> list[str]:
     """Let DeepSpeed itself look at a configuration that is complete; nothing is started yet.
 
-    Args:
-        path: the user's file, for messages.
-        configuration: what was made of it.
-
-    Raises:
-        UserError: DeepSpeed refuses it, in its words.
+    Returns:
+        What it refuses, a line for each value, in its words.
     """
-    _import_deepspeed()
+    _load_deepspeed()
+    # What a process holds is worked out from the rest: the plan of a run has other processes.
+    content = _without(configuration, "train_micro_batch_size_per_gpu")
+    batch = {"train_batch_size": content["train_batch_size"]}
+    if _problem_of(batch, ""):  # it cannot be shared among the processes, which others say better
+        return []
+    found = [
+        line
+        for key, value in content.items()
+        if key not in batch
+        for line in _problem_of(batch | {key: value}, key)
+    ]
+    return found or _problem_of(content, "")
+
+
+def _problem_of(content: dict[str, Any], key: str) -> list[str]:
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
-    def problem(content: dict[str, Any]) -> Exception | None:
-        try:
-            DeepSpeedConfig(copy.deepcopy(content))
-        except Exception as error:
-            return error
-        return None
-
-    error = problem(configuration)
-    if error is None:
-        return
-    # It seldom names the place: that is the key without which all is well.
-    place = next((k for k in configuration if problem(_without(configuration, k)) is None), "")
-    given, why = configuration.get(place), str(error)
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        place, given, why = ".".join([place, *map(str, first["loc"])]), first["input"], first["msg"]
-    named = f"{place} {given!r}: " if place else ""
-    raise UserError(f"DeepSpeed configuration {path}: {named}{why or type(error).__name__}")
+    try:
+        DeepSpeedConfig(copy.deepcopy(content))
+    except ValidationError as error:
+        lines = []
+        for each in error.errors(include_url=False, include_context=False):
+            loc = [str(part) for part in each["loc"]]
+            place = ".".join(loc if loc[:1] == [key] or not key else [key, *loc])
+            lines.append(f"{printable(place)} {shown(each['input'])}: {printable(each['msg'])}")
+        return lines
+    except Exception as error:  # whatever it is, it is of what the file says
+        place = f"{key} {shown(content[key])}: " if key else ""
+        return [f"{place}{printable(str(error)) or type(error).__name__}"]
+    return []
 
 
-def _without(configuration: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in configuration.items() if name != key}
+def _without(configuration: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {name: value for name, value in configuration.items() if name not in keys}
 
 
 class DeepSpeedEngine(Replicated, Engine):
@@ -90,6 +101,8 @@ class DeepSpeedEngine(Replicated, Engine):
     ) -> None:
         super().__init__(moco, settings, device)
         deepspeed = _import_deepspeed()
+        from deepspeed.utils.logging import set_log_level_from_string
+
         self._trained = moco.trained_parameters()
         zero = configuration["zero_optimization"]
         self._stage = zero["stage"]
@@ -99,10 +112,13 @@ class DeepSpeedEngine(Replicated, Engine):
         sgd = make_sgd(list(self._trained.values()), settings)
         if self._stage == 0:
             zero_momentum(sgd)
-        with _local_rank_of(device):
+        with _local_rank_of(device), _users_errors():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=moco, optimizer=sgd, config=configuration, dist_init_required=False
             )
+        if reports_by_log(configuration) and "log_level" not in configuration:
+            set_log_level_from_string("info")  # of its handlers too
+        _report_if_possible(self._engine)
         if self._stage == 3:
             for module in moco.modules():
                 if isinstance(module, nn.MultiheadAttention):
@@ -285,7 +301,61 @@ def _local_rank_of(device: torch.device) -> Iterator[None]:
         os.environ.update(before)
 
 
+def _report_if_possible(engine: Any) -> None:
+    """Have a report that cannot be written, to a file or a server, end no run."""
+    reports = [(engine.monitor, "write_events"), (engine, "_write_monitor")]
+    if engine.flops_profiler_enabled():
+        reports.append((engine.flops_profiler, "print_model_profile"))
+    for holder, name in reports:
+        setattr(holder, name, _without_failure(getattr(holder, name), name))
+
+
+def _without_failure(action: Callable[..., Any], name: str) -> Callable[..., None]:
+    failed = False
+
+    def attempt(*values: Any, **named: Any) -> None:
+        nonlocal failed
+        output = sys.stdout
+        try:
+            action(*values, **named)
+        except Exception as error:  # whatever it is, it is no part of the training
+            if not failed:
+                say(
+                    f"warning: DeepSpeed cannot report ({name}): {type(error).__name__}: "
+                    f"{printable(first_line(error))}; training goes on"
+                )
+            failed = True
+        finally:
+            sys.stdout = output  # which the profiler replaces while it writes to a file
+
+    return attempt
+
+
+@contextlib.contextmanager
+def _users_errors() -> Iterator[None]:
+    """Say what DeepSpeed cannot do with a file that it has read, such as reach a monitor."""
+    try:
+        yield
+    except Exception as error:
+        # Memory and network fail as RuntimeError; DeepSpeed's own refusals are of any other kind.
+        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+            raise
+        raise UserError(
+            f"DeepSpeed cannot start with this --deepspeed file: {type(error).__name__}: "
+            f"{printable(first_line(error))}"
+        ) from error
+
+
 def _import_deepspeed() -> Any:
+    deepspeed = _load_deepspeed()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def _load_deepspeed() -> Any:
+    if not torch.cuda.is_available():  # else it looks for an accelerator and warns of none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed import ops
 
@@ -296,6 +366,4 @@ def _import_deepspeed() -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Only its inference kernels use this extension; building it takes a minute at the first start.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_init_required=False)
     return deepspeed

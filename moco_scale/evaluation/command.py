@@ -104,6 +104,8 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
             f"(epoch {pretrained.epoch}, step {pretrained.step}), "
             f"{distributed.world_size()} process(es) on {distributed.device().type}"
         )
+        for warning in numerics.slow_precision(distributed.device(), args.precision):
+            say(warning)
     if isinstance(test, KnnMonitor):
         measured = _run_knn(args, test, pretrained)
     else:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from moco_scale.argument_types import (
+    DefaultsHelpFormatter,
     not_negative,
     not_negative_int,
     positive,
@@ -32,12 +33,16 @@ def make_parser() -> argparse.ArgumentParser:
         prog="eval.py",
         older=EVALUATION,
         description="Evaluate a pretrained encoder: linear classification or kNN.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--data-dir", required=True, help="shards with the splits train and val: folder or address")
-    add("--shard-cache", default="", help="folder that fetched shards are kept in")
+    add(
+        "--shard-cache",
+        default="",
+        help="folder that fetched shards are kept in (default: in ~/.cache)",
+    )
     add("--shard-cache-size", type=positive, default=CACHE_GB, help="of that folder, in GB")
     add(
         "--shard-timeout",
@@ -47,12 +52,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--pretrained-model", required=True, help="a run's current.pth")
     add("--output-dir", required=True, help="where results.json goes")
-    add("--protocol", choices=("linear", "knn"), default="linear", help="what to do")
+    add(
+        "--protocol",
+        choices=("linear", "knn"),
+        default="linear",
+        help="train a classifier, or a vote of the nearest",
+    )
     add("--features", choices=WHICH, default="features", help="backbone's or head's output")
     add("--encoder", choices=("query", "key"), default="query", help="key: the moving average")
     add("--dataset", choices=tuple(DATASETS), help="statistics and sizes; default: the run's")
     add("--image-size", type=positive_int, help="side of a crop in pixels; default: the run's")
-    add("--batch-size", "--total-batch-size", type=positive_int, default=256, help="GLOBAL batch")
+    add(
+        "--batch-size",
+        "--total-batch-size",
+        type=positive_int,
+        default=256,
+        help="GLOBAL batch: images at a time over all processes",
+    )
     add("--model", choices=MODELS, help="what --pretrained-model says anyway: must agree with it")
     add("--model-width", type=positive_int, help="likewise")
     add("--num-workers", type=not_negative_int, default=4, help="decoders a process")
@@ -118,7 +134,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=False,
         help="encode centre crops once and train on these: quick, not the published protocol",
     )
-    group.add_argument("--resume", choices=("auto", "none"), default="auto", help="after a stop")
+    group.add_argument(
+        "--resume",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: go on where a run into the same folder stopped",
+    )
     group.add_argument("--print-freq", type=positive_int, default=100, help="steps between lines")
     return parser
 

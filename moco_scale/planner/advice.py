@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moco_scale.announcement import crowded_queue
 from moco_scale.planner.plan import GIB, Plan
 
 _WAITING = 0.1  # share of a step from which waiting for the network is worth a word
@@ -29,7 +30,7 @@ def advice(plan: Plan) -> list[str]:
             f"reading needs {plan.cores_per_node:.0f} cores of each node: shards of smaller "
             "pictures (shard --short-side) need fewer"
         )
-    return lines
+    return lines + crowded_queue(config, plan.images)
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -7,9 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moco_scale.errors import UserError
-from moco_scale.files import read_json
+from moco_scale.untrusted.documents import read_json
+from moco_scale.untrusted.limits import SETTINGS_JSON
+from moco_scale.untrusted.text import printable
 
 GB = 1e9
+_SMALLEST, _LARGEST = 1e-6, 1e12  # of any figure of a machine
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def read_hardware(name: str) -> Hardware:
             f"--hardware {name}: known are {', '.join(PRESETS)}; or name a .json file with the "
             f"fields {', '.join(f.name for f in fields(Hardware))}"
         )
-    given = read_json(name, "hardware description")
+    given = read_json(name, SETTINGS_JSON, "hardware description")
     if not isinstance(given, dict):
         raise UserError(f"hardware description {name}: must be a JSON object")
     return _from_json(name, given)
@@ -97,23 +100,32 @@ def read_hardware(name: str) -> Hardware:
 def _from_json(path: str, given: dict[str, Any]) -> Hardware:
     values = dict(given)
     like = values.pop("like", None)
-    if like is not None and like not in PRESETS:
-        raise UserError(f'hardware description {path}: "like" {like!r} is none of {list(PRESETS)}')
+    if like is not None and (not isinstance(like, str) or like not in PRESETS):
+        raise UserError(
+            f'hardware description {path}: "like" {printable(repr(like), 80)} is none of '
+            f"{list(PRESETS)}"
+        )
     known = {f.name: f for f in fields(Hardware)}
     for key, value in values.items():
         if key not in known:
             raise UserError(
-                f"hardware description {path}: {key!r} is unknown; there are {', '.join(known)}"
+                f"hardware description {path}: {printable(repr(key), 80)} is unknown; there are "
+                f"{', '.join(known)}"
             )
         if key == "name":
             good = isinstance(value, str)
+            values["name"] = printable(value, 60)
         elif key == "half":
-            good = isinstance(value, list) and set(value) <= {"bf16", "fp16"}
+            good = isinstance(value, list) and all(v in ("bf16", "fp16") for v in value)
             values["half"] = tuple(value) if good else value
         else:
-            good = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            good = number and _SMALLEST <= value <= _LARGEST
         if not good:
-            raise UserError(f"hardware description {path}: {key} {value!r} is not what it must be")
+            raise UserError(
+                f"hardware description {path}: {key} {printable(repr(value), 80)} is not what it "
+                "must be"
+            )
     if like is not None:
         return dataclasses.replace(PRESETS[like], **{"name": path, **values})
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values]

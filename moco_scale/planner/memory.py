@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from moco_scale.config import Config
-from moco_scale.deepspeed_config import read_configuration
 from moco_scale.encoders import Encoder
+from moco_scale.engines import read_deepspeed
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import blocks_of
 from moco_scale.inputs import VIEWS
@@ -58,17 +58,8 @@ def sharding(config: Config, moco: MoCo, world: int) -> Sharding:
     if run.engine != "deepspeed":
         shard = (run.fsdp_shard_size or world) if run.engine == "fsdp" else 1
         return Sharding(run.engine, world, shard, {})
-    read = read_configuration(
-        run.deepspeed,
-        batch_size=config.optim.batch_size,
-        world=world,
-        precision=run.precision,
-        clip_norm=config.optim.clip_grad,
-        parts=run.accumulation_steps,
-        parameters=sum(p.numel() for p in moco.trained_parameters().values()),
-        overlap=False,
-        compiled=run.compile,
-    )
+    parameters = sum(p.numel() for p in moco.trained_parameters().values())
+    read = read_deepspeed(config, world, parameters)
     shard = 1 if read.stage == 0 else world
     return Sharding(f"zero{read.stage}", world, shard, read.configuration)
 

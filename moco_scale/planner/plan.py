@@ -175,7 +175,10 @@ def make_plan(
     if images is None:
         raise UserError(f"--dataset {config.data.dataset} may have any size: say --images N")
     if images < batch:
-        raise UserError(f"--images {images} do not fill one batch of {batch}")
+        raise UserError(
+            f"{images} training pictures (--images) do not fill one batch of "
+            f"{config.flag('batch_size')}"
+        )
     how = sharding(config, moco, world)
     trace = trace_step(config, world)
     # On a GPU inputs are made a step ahead, except beside groups that send messages of their own.

@@ -51,13 +51,13 @@ def engine_around(
     device: torch.device = CPU,
 ) -> Engine:
     if kind.startswith("zero"):
-        from moco_scale.deepspeed_config import read_configuration
+        from moco_scale.deepspeed_config import look_through
         from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
 
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump({"zero_optimization": {"stage": int(kind[4:]), **(zero or {})}}, file)
             file.flush()
-            read = read_configuration(
+            read = look_through(
                 file.name,
                 batch_size=BATCH,
                 world=distributed.world_size(),

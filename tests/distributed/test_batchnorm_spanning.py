@@ -134,5 +134,7 @@ def refused(group_size: int) -> str:
 def test_a_group_that_neither_splits_nor_spans_ranks_is_refused() -> None:
     messages = run_ranks(refused, 4, 6)
     assert len(set(messages)) == 1
-    assert "--bn-group-size 6 does not fit 2 images on each of 4 processes" in messages[0]
+    assert (
+        "group of 6 (--bn-group-size) does not fit 2 images on each of 4 processes" in messages[0]
+    )
     assert messages[0].endswith("these fit: 2, 4, 8")

@@ -1,6 +1,7 @@
 """DeepSpeed's own matters: the GPU it addresses, what it refuses, what gathering waits for."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -42,48 +43,57 @@ def test_deepspeed_uses_the_only_gpu_that_a_scheduler_shows() -> None:
 
 
 def refusals(contents: list[dict[str, Any]], folder: str) -> list[str]:
-    """What is said of DeepSpeed files whose values only DeepSpeed itself looks at."""
-    from moco_scale.deepspeed_config import read_configuration
-    from moco_scale.engines.deepspeed import check_configuration
+    """What is said of DeepSpeed files, DeepSpeed itself having been asked."""
+    from moco_scale.command_line import parse
+    from moco_scale.engines import read_deepspeed
 
     said = []
     for content in contents:
         path = Path(folder) / "ds.json"
         path.write_text(json.dumps(content))
-        read = read_configuration(
-            str(path),
-            batch_size=8,
-            world=1,
-            precision="fp32",
-            clip_norm=0.0,
-            parts=1,
-            parameters=1000,
-            overlap=False,
-            compiled=False,
-        )
         try:
-            check_configuration(str(path), read.configuration)
-            said.append("")
+            read = read_deepspeed(parse(["--deepspeed", str(path), "--batch-size", "8"]), 1, 1000)
+            said.append("\n".join(read.notes))
         except UserError as error:
             said.append(str(error))
     return said
 
 
 def test_what_deepspeed_refuses_is_a_users_error(tmp_path: Path) -> None:
-    wrong = {
+    wrong: dict[str, dict[str, Any]] = {
         "zero_optimization.reduce_bucket_size 'big'": {
             "zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}
         },
         "zero_optimization.stagee 3": {"zero_optimization": {"stagee": 3}},
-        "elasticity": {"elasticity": {"enabled": True}},
-        "tensorboard.enabled 'perhaps'": {"tensorboard": {"enabled": "perhaps"}},
+        "tensorboard.job_name 3": {
+            "tensorboard": {"enabled": True, "job_name": 3},
+            "zero_optimization": {"stage": 1},
+        },
         "comms_logger 3": {"comms_logger": 3},
     }
-    (said,) = run_ranks(refusals, 1, [{}, *wrong.values()], str(tmp_path))
+    together = {
+        "train_batch_size": 999,
+        "zero_optimisation": {"stage": 1},
+        "optimizer": {"type": "Adam"},
+        "csv_monitor": {"enabled": True, "output_path": {}},
+        "zero_optimization": {"stage": 2, "contiguous_gradients": "x", "round_robin": 1},
+        "fp16": {"enabled": "yes"},
+    }
+    quiet = {"gradient_clipping": 0}
+    (said,) = run_ranks(refusals, 1, [quiet, *wrong.values(), together], str(tmp_path))
     assert said[0] == ""
-    for name, message in zip(wrong, said[1:], strict=True):
+    for name, message in zip(wrong, said[1:], strict=False):
         assert message.startswith(f"DeepSpeed configuration {tmp_path}/ds.json: ")
         assert name in message
+    first, *problems = said[-1].splitlines()
+    assert first == f"DeepSpeed configuration {tmp_path}/ds.json:"
+    for name in (
+        *("train_batch_size 999", "zero_optimisation is unknown", "'optimizer' section"),
+        *("csv_monitor.output_path {}", "zero_optimization.contiguous_gradients 'x'"),
+        *("zero_optimization.round_robin 1", "fp16.enabled 'yes'"),
+    ):
+        assert sum(line.startswith(("  " + name, "  its " + name)) for line in problems) == 1, name
+    assert len(problems) == 7
 
 
 def order_of_gathers(of_its_own: bool) -> list[str]:
@@ -117,3 +127,63 @@ def order_of_gathers(of_its_own: bool) -> list[str]:
 def test_stage_3_gathers_what_was_written_last() -> None:
     assert run_ranks(order_of_gathers, 1, True) == [["waits", "step", "waits"]]
     assert run_ranks(order_of_gathers, 1, False) == [["stops", "step", "stops"]]
+
+
+def reports(folder: str) -> tuple[list[str], list[str], list[str]]:
+    """What DeepSpeed's log says of a step that it reports, the files it writes, and what follows
+    when it cannot write them."""
+    from deepspeed.utils import logger
+
+    from moco_scale.deepspeed_config import look_through
+    from moco_scale.engines import deepspeed as module
+
+    path = Path(folder) / "ds.json"
+    content = {
+        "zero_optimization": {"stage": 1},
+        "steps_per_print": 1,
+        "csv_monitor": {"enabled": True, "output_path": folder, "job_name": "job"},
+    }
+    path.write_text(json.dumps(content))
+    read = look_through(
+        str(path),
+        batch_size=4,
+        world=1,
+        precision="fp32",
+        clip_norm=0.0,
+        parts=1,
+        parameters=1000,
+        overlap=False,
+        compiled=False,
+    )
+    engine = module.DeepSpeedEngine(
+        MoCo(small_encoder()),
+        EngineSettings(MOMENTUM, 1e-4),
+        torch.device("cpu"),
+        read.configuration,
+    )
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    said: list[str] = []
+    setattr(module, "say", said.append)  # noqa: B010
+
+    def step() -> None:
+        (query,) = engine.query(torch.ones(4, 3, SIZE, SIZE))
+        engine.backward(query[:, 0].mean())
+        assert engine.step(RATE)
+
+    step()
+    written = [p.name for p in (Path(folder) / "job").iterdir()]
+    monitor = engine._engine.monitor.csv_monitor
+    monitor.write_events = lambda events: (Path(folder) / "ds.json" / "x").write_text("")
+    step()
+    step()
+    return heard, written, said
+
+
+def test_what_a_file_asks_deepspeed_to_report_is_seen(tmp_path: Path) -> None:
+    ((heard, written, said),) = run_ranks(reports, 1, str(tmp_path))
+    assert any("step=1" in line for line in heard)
+    assert "Train_Samples_lr.csv" in written
+    assert len(said) == 1 and "DeepSpeed cannot report" in said[0]  # and training went on

@@ -15,6 +15,7 @@ import yaml
 from commands import LIMIT, REPOSITORY, TINY
 
 from moco_scale import command_line, launchers
+from moco_scale.__main__ import main as moco_scale_main
 from moco_scale.config import Config
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -352,6 +353,9 @@ def test_kubeflow_trainer() -> None:
     runtime, job = manifest("kubernetes.yaml")
     assert [each["kind"] for each in (runtime, job)] == ["TrainingRuntime", "TrainJob"]
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    # Trainer 2.2 and later refuse any setting here; processes are counted by the GPUs asked for.
+    assert runtime["spec"]["mlPolicy"]["torch"] == {}
+    assert job["spec"]["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == 8
     (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     assert replicated["name"] == "node"
     assert check_pod(replicated["template"]["spec"]["template"]["spec"])["name"] == "node"
@@ -386,3 +390,12 @@ def test_flags_that_the_page_and_the_files_name_exist() -> None:
     sbatch_options |= {"--time", "--output"}
     assert named - sbatch_options <= known
     assert len(named & known) >= 5
+
+
+def test_the_readmes_example_of_several_hosts_is_what_the_plan_recommends(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    (nodes, flags) = re.findall(r"^sbatch --nodes=(\d+) scripts/slurm\.sbatch (.*)$", text, re.M)[0]
+    assert moco_scale_main(["plan", "--nodes", nodes, "--gpus", "8", *flags.split()]) == 0
+    assert "\n- " not in capsys.readouterr().out  # no advice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +87,45 @@ def test_what_is_not_the_recipes_is_listed_and_what_followed_from_it_is_explaine
     assert "--bn-group-size 64 (128)" in said(monkeypatch, "--bn-group-size 64")
 
 
+def test_what_was_given_by_hand_is_not_said_to_have_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = "--batch-size 24 --bn-group-size 8 --epochs 3 --warmup-epoch 1"
+    text = said(monkeypatch, flags)
+    assert "->" not in text
+    for words in ("--bn-group-size 8 (128)", "--warmup-epoch 1 (5)", "--batch-size 24 (1024)"):
+        assert words in text
+
+
+def test_what_nobody_gave_is_not_listed_as_a_flag(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"gradient_clipping": 0.5}')
+    text = said(monkeypatch, f"--data-dir https://host/d --deepspeed {file}")
+    assert "--shuffle-window" not in text and "--clip-grad" not in text
+    assert "shuffle window 0 -> 64: the pictures are at an address" in text
+    assert f"gradient clipping 0 -> 0.5: {file} says so" in text
+    given = said(monkeypatch, "--data-dir https://host/d --shuffle-window 8 --clip-grad 1")
+    assert "--shuffle-window 8 (0)" in given and "--clip-grad 1 (0)" in given
+
+
+def test_a_queue_that_holds_each_picture_often_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = said(monkeypatch, "--dataset images", pictures=3002)
+    (warning,) = (line for line in text.splitlines() if "queue" in line)
+    assert "65,536 keys hold each of the 3,002 pictures about 22 times" in warning
+    assert "--nce-k 1024" in warning and warning.startswith("warning: ")
+    for flags in ("--dataset images --nce-k 3002", "--dataset images --mask-same-image"):
+        assert "the queue's" not in said(monkeypatch, flags, pictures=3002)
+
+
+def test_a_precision_that_the_cpu_emulates_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False, raising=False)
+    text = said(monkeypatch, "--precision fp16")
+    assert "does not compute in fp16 (avx512_fp16" in text and "--precision bf16 or fp32" in text
+    assert "does not compute" not in said(monkeypatch, "--precision fp32")
+
+
 def test_shares_of_the_batch_and_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     text = said(monkeypatch, "--recipe v2", world=8)
     assert "global batch 256, 32 a process, BatchNorm groups of 32;" in text
@@ -95,6 +135,10 @@ def test_shares_of_the_batch_and_of_a_group(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_shuffling_inside_one_group_is_said_to_be_void(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "--recipe v2 --batch-size 32"
-    assert "--shuffle-bn world changes no statistics" in said(monkeypatch, flags)
+    text = said(monkeypatch, flags)
+    assert "--shuffle-bn world changes no statistics" in text
+    # The group was not the user's choice, and the remedy is a number that works.
+    assert "as nobody said --bn-group-size" in text and "--bn-group-size 16 makes 2" in text
+    assert "as nobody" not in said(monkeypatch, f"{flags} --bn-group-size global")
     assert "changes no" not in said(monkeypatch, f"{flags} --shuffle-bn off")
     assert "changes no" not in said(monkeypatch, f"{flags} --bn-group-size 16")

@@ -133,6 +133,6 @@ def test_groups_are_laid_over_the_batch(group_size: int, groups: int) -> None:
 
 @pytest.mark.parametrize("group_size", [3, 16])
 def test_a_group_size_that_does_not_fit_is_refused(group_size: int) -> None:
-    words = rf"--bn-group-size {group_size} does not fit 8 images.*these fit: 2, 4, 8"
+    words = rf"group of {group_size} \(--bn-group-size\) does not fit 8 images.*these fit: 2, 4, 8"
     with pytest.raises(UserError, match=words):
         set_groups(norm(GroupedBatchNorm2d), group_size, batch_size=8)

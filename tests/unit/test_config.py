@@ -217,8 +217,30 @@ def test_a_recipes_group_falls_back_to_one_that_tiles_another_batch() -> None:
     # A group chosen by hand is never changed.
     with pytest.raises(UserError, match="--bn-group-size 32 does not divide --batch-size 40"):
         build("v1", {"batch_size": 40, "bn_group_size": 32})
-    with pytest.raises(UserError, match=r"at least 2 samples.*--batch-size 37"):
+    # Nobody said --bn-group-size: it is not what is to blame.
+    with pytest.raises(UserError, match=r"no BatchNorm group .* divides --batch-size 37; choose"):
         build("v1", {"batch_size": 37})
+
+
+def test_all_that_does_not_go_together_is_said_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        parse(["--epochs", "0", "--alpha", "2", "--crop", "5"])
+    assert len(str(error.value).splitlines()) == 4
+    flags = ["--warmup-epoch", "9", "--epochs", "9", "--fsdp-shard-size", "2"]
+    with pytest.raises(UserError) as error:
+        parse([*flags, "--engine", "deepspeed"])
+    for words in ("--warmup-epoch 9 leaves nothing", "--fsdp-shard-size 2", "needs --deepspeed"):
+        assert words in str(error.value)
+
+
+def test_a_message_says_which_value_was_not_given() -> None:
+    config = parse(["--batch-size", "64"])
+    assert config.flag("batch_size") == "--batch-size 64"
+    assert config.flag("base_lr") == "--base-lr 0.1 (not given)"
+    with pytest.raises(
+        UserError, match=r"--lr-min 1e-06 \(not given\) is above .*--base-lr 1e-07 "
+    ):
+        parse(["--base-lr", "1e-7"])
 
 
 def test_a_recipes_warm_up_shrinks_with_the_run() -> None:

@@ -5,11 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from moco_scale import deepspeed_keys
 from moco_scale.command_line import parse
-from moco_scale.deepspeed_config import ReadConfiguration, read_configuration, requested_precision
+from moco_scale.deepspeed_config import (
+    ReadConfiguration,
+    look_through,
+    refuse,
+    requested_precision,
+)
 from moco_scale.errors import UserError
 from moco_scale.loss_scale import LossScaling
+from moco_scale.untrusted import deepspeed_file
+from moco_scale.untrusted.text import printable
 
 
 def write(folder: Path, content: Any) -> str:
@@ -23,7 +33,9 @@ def complete(path: str, **changed: Any) -> ReadConfiguration:
         **{"batch_size": 256, "world": 8, "precision": "fp32", "clip_norm": 0.0, "parts": 1},
         **{"parameters": 1000, "overlap": True, "compiled": False},
     }
-    return read_configuration(path, **usual | changed)
+    read = look_through(path, **usual | changed)
+    refuse(path, read.problems)
+    return read
 
 
 def read(path: str, **changed: Any) -> dict[str, Any]:
@@ -95,6 +107,7 @@ def test_buckets_and_overlap_follow_the_model_and_the_device(tmp_path: Path) -> 
 
 def test_values_that_agree_and_unknown_sections_pass_through(tmp_path: Path) -> None:
     content = {
+        "zero_optimization": {"stage": 1},
         "train_batch_size": 256,
         "train_micro_batch_size_per_gpu": 32,
         "gradient_accumulation_steps": 1,
@@ -181,7 +194,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"sequence_parallel_size": 2}, "fp32", ("sequence_parallel_size", "remove it")),
     ({"tensor_parallel": {"autotp_size": 2}}, "fp32", ("tensor_parallel", "remove it")),
     ({"data_types": {"grad_accum_dtype": "bf16"}}, "bf16", ("data_types.grad_accum", "remove it")),
-    ({"data_types": "bf16"}, "bf16", ("data_types must be a JSON object",)),
+    ({"data_types": "bf16"}, "bf16", ("data_types 'bf16': must be a JSON object",)),
     *(
         (
             {"zero_optimization": {"stage": 3, key: value}},
@@ -195,8 +208,19 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
             ("zero_hpz_partition_size", 8),
             ("mics_shard_size", 8),
             ("zenflow", {}),
+            ("leaf_module", {"classes": ["x"]}),
+            ("stage3_module_granularity_threshold", 5),
         )
     ),
+    *(
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", key: value}}},
+            "fp32",
+            (f"offload_optimizer.{key} is not done here", "remove it"),
+        )
+        for key, value in (("ratio", 0.5), ("super_offload", True))  # both train with Adam
+    ),
+    ({"flops_profiler": {"profil_step": 3}}, "fp32", ("flops_profiler.profil_step is unknown",)),
     ({"zero_optimisation": {"stage": 3}}, "fp32", ("zero_optimisation", "zero_optimization?")),
     ({"bfloat16": {"enabled": True}}, "fp32", ("bfloat16 is unknown", "bf16?")),
     ({"fp16": {"inital_scale_power": 8}}, "fp16", ("fp16.inital_scale_power", "initial_scale_po")),
@@ -205,10 +229,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"fp16": {"enabled": "false"}}, "fp32", ("fp16.enabled 'false'", "true, false")),
     ({"bf16": {"enabled": 1}}, "bf16", ("bf16.enabled 1", "true, false")),
     ({"torch_autocast": {"enabled": "yes"}}, "bf16", ("torch_autocast.enabled 'yes'",)),
-    ({"timers": {"throughput": True}}, "fp32", ("timers must be",)),
+    ({"timers": {"throughput": True}}, "fp32", ("timers.throughput True: must be",)),
     ({"fp16": {"initial_scale_power": 4000}}, "fp16", ("initial_scale_power 4000", "127")),
-    ({"fp16": {"loss_scale_window": float("inf")}}, "fp16", ("loss_scale_window inf",)),
-    ({"fp16": {"min_loss_scale": float("nan")}}, "fp16", ("min_loss_scale nan",)),
     ({"fp16": {"min_loss_scale": 0}}, "fp16", ("min_loss_scale 0",)),
     (
         {"fp16": {"initial_scale_power": 3, "min_loss_scale": 16}},
@@ -268,6 +290,11 @@ def test_a_contradiction_names_the_file_its_key_and_the_flag(
 
 
 BROKEN = ['{"train_batch_size": ', "", "[1, 2]", '"auto"', "null", '{"bf16": true}']
+BROKEN += ['{"a": 1, "a": 2}', '{"fp16": {"x": 1, "x": 1}}', '{"steps_per_print": NaN}']
+BROKEN += ['{"gradient_clipping": Infinity}', '{"gradient_clipping": 1e999}', "[" * 5000]
+BROKEN += ['{"a":' * 300 + "1" + "}" * 300, '{"x": ' + "9" * 5000 + "}", '{"x": "\\ud800"}']
+BROKEN += ['{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1e300}}', "{\0}"]
+BROKEN += ['{"gradient_clipping": ' + "9" * 400 + "}", '{"x": [[1e308, ' + "1" * 30 + "]]}"]
 BROKEN += ['{"torch_autocast": null}', '{"zero_optimization": 1}', '{"fp16": "auto"}']
 BROKEN += ['{"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}', "\udcff"]
 
@@ -277,6 +304,19 @@ def test_a_malformed_file_is_an_error_that_names_it(tmp_path: Path, text: str) -
     path = tmp_path / "ds.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"ds\.json"):
+        read(str(path))
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(b'\xef\xbb\xbf{"train_batch_size": 256}')
+    assert read(str(path))["train_batch_size"] == 256
+
+
+def test_a_file_is_read_no_further_than_one_can_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(b" " * (4 << 20) + b"{}")
+    with pytest.raises(UserError, match="has more than"):
         read(str(path))
 
 
@@ -314,8 +354,10 @@ def test_what_the_file_says_and_no_flag_does_is_done(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_of_the_file_are_numbers(tmp_path: Path, key: str, value: Any) -> None:
+    path = write(tmp_path, {key: value})
     with pytest.raises(UserError, match=rf"ds\.json: {key} {value!r}: must be a"):
-        parse(["--deepspeed", write(tmp_path, {key: value})])
+        read(path)
+    parse(["--deepspeed", path])  # with the rest of what is wrong, once all is known
 
 
 def test_what_is_changed_is_said(tmp_path: Path) -> None:
@@ -323,7 +365,7 @@ def test_what_is_changed_is_said(tmp_path: Path) -> None:
     done = complete(write(tmp_path, {"zero_optimization": zero}))
     assert done.configuration["zero_optimization"]["stage3_param_persistence_threshold"] == 0
     clipping, threshold = done.notes
-    assert "gradient_clipping: it is 0 here" in clipping
+    assert "gradient_clipping is not said: it is 0 here" in clipping
     assert "persistence_threshold is 0 here, not 100000" in threshold
     content = {"gradient_clipping": "auto", "zero_optimization": {"stage": 3}}
     assert complete(write(tmp_path, content)).notes == []
@@ -355,6 +397,11 @@ def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
     assert notes({"bf16": {"enabled": "auto", "bf16_optimizer_states": True}}, "bf16") != []
     (unknown,) = notes({"of_our_own": 1, "//": "a comment"})
     assert "does not know //, of_our_own" in unknown
+    (unknown,) = notes({"data_types": {"xyz": 1}})
+    assert "does not know data_types.xyz" in unknown
+    offload = {"device": "cpu", "pin_memory": True, "nvme_path": "/x", "buffer_count": "auto"}
+    (nvme,) = notes({"zero_optimization": {"stage": 2, "offload_optimizer": offload}})
+    assert "offload_optimizer.nvme_path has no effect: nothing is offloaded to a disk" in nvme
 
 
 def test_what_changes_nothing_is_let_through(tmp_path: Path) -> None:
@@ -364,13 +411,134 @@ def test_what_changes_nothing_is_let_through(tmp_path: Path) -> None:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 3, "zero_quantized_weights": False},
     }
-    assert read(write(tmp_path, harmless))["data_types"] == {"grad_accum_dtype": "fp32"}
+    done = complete(write(tmp_path, harmless | {"gradient_clipping": 0}))
+    assert (done.problems, done.notes) == ([], [])
 
 
 def test_deepspeeds_timer_does_not_wait_for_the_gpu_unless_asked_to(tmp_path: Path) -> None:
     assert read(write(tmp_path, {}))["timers"] == {"throughput": {"enabled": False}}
     asked = {"throughput": {"enabled": True, "synchronized": False}}
-    assert read(write(tmp_path, {"timers": asked}))["timers"] == asked
+    content = {"timers": asked, "steps_per_print": 10, "zero_optimization": {"stage": 1}}
+    assert read(write(tmp_path, content))["timers"] == asked
+
+
+SILENT = """
+    activation_checkpointing aio autotuning checkpoint compile datastates_ckpt dataloader_drop_last
+    dump_state elasticity eigenvalue graph_harvesting nebula pipeline sparse_gradients
+    use_data_before_expert_parallelism vocabulary_size zero_force_ds_cpu_optimizer
+"""
+OF_ANOTHER_RUN = """
+    amp communication_data_type compression_training curriculum_learning data_efficiency
+    expert_parallel hybrid_engine progressive_layer_drop quantize_training sparse_attention
+    tensor_parallel weight_quantization
+"""
+AFTER_A_STEP = "tensorboard csv_monitor flops_profiler wall_clock_breakdown steps_per_print timers"
+
+
+def asking(key: str) -> Any:
+    """A value by which a key asks for something."""
+    return {
+        **dict.fromkeys(("vocabulary_size", "steps_per_print"), 7),
+        **dict.fromkeys(("dump_state", "sparse_gradients", "wall_clock_breakdown"), True),
+        "zero_force_ds_cpu_optimizer": True,
+        "timers": {"throughput": {"enabled": True}},
+        "communication_data_type": "bf16",
+    }.get(key, {"enabled": True, "x": 1} if key in ("amp", "aio") else {"enabled": True})
+
+
+@pytest.mark.parametrize("key", SILENT.split())
+def test_no_section_is_silently_without_effect(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, {"gradient_clipping": 0, key: asking(key)})
+    done = complete(path)
+    (note,) = done.notes
+    assert f"{key} has no effect: " in note and key not in done.configuration
+    # What asks for nothing is no news, and nothing that DeepSpeed might refuse.
+    fits, _, _ = deepspeed_file._TYPES.get(key, (lambda value: True, "", False))
+    for off in (off for off in ({"enabled": False}, {}, False, None) if off is None or fits(off)):
+        assert complete(write(tmp_path, {"gradient_clipping": 0, key: off})).notes == []
+
+
+@pytest.mark.parametrize("key", OF_ANOTHER_RUN.split())
+def test_a_section_that_makes_another_run_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=rf"ds\.json: {key} is not done here: .*; remove it"):
+        read(write(tmp_path, {key: asking(key)}))
+    assert key not in read(write(tmp_path, {key: None}))
+
+
+@pytest.mark.parametrize("key", AFTER_A_STEP.split())
+def test_stage_0_says_what_it_cannot_report(tmp_path: Path, key: str) -> None:
+    content = {"gradient_clipping": 0, key: asking(key)}
+    if key == "timers":
+        content["steps_per_print"] = 5
+    notes = complete(write(tmp_path, content)).notes
+    assert any(f"{key} has no effect at stage 0" in note for note in notes)
+    done = complete(write(tmp_path, content | {"zero_optimization": {"stage": 1}}))
+    assert done.notes == [] and done.configuration[key] == asking(key)
+
+
+def test_every_key_of_deepspeed_is_decided_upon(tmp_path: Path) -> None:
+    decided = {
+        *deepspeed_keys._REFUSED,
+        *deepspeed_keys._WITHOUT_EFFECT,
+        *deepspeed_keys._REPORTS,
+        *("bf16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"),
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        *("gradient_clipping", "zero_allow_untested_optimizer", "comms_logger", "data_types"),
+        # DeepSpeed does these whatever the stage.
+        *("log_level", "memory_breakdown", "disable_python_gc"),
+    }
+    assert decided >= deepspeed_keys.KNOWN
+
+
+def test_a_monitor_without_its_package_is_a_users_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    zero = {"stage": 1}
+    for name, package in (("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorb")):
+        content = {name: {"enabled": True}, "zero_optimization": zero}
+        with pytest.raises(UserError, match=rf"{name} needs a package .*pip install {package}"):
+            read(write(tmp_path, content))
+        read(write(tmp_path, {name: {"enabled": False}, "zero_optimization": zero}))
+
+
+def test_reports_that_print_nothing_say_so(tmp_path: Path) -> None:
+    def notes(content: dict[str, Any]) -> list[str]:
+        usual = {"gradient_clipping": 0, "zero_optimization": {"stage": 1}}
+        done = complete(write(tmp_path, usual | content))
+        assert not content.keys() & done.configuration.keys() - {"timers"}
+        return done.notes
+
+    (comms,) = notes({"comms_logger": {"enabled": True}})
+    assert 'without "enabled": true and "verbose": true' in comms
+    (board,) = notes({"tensorboard": {"output_path": "x"}})
+    assert 'tensorboard has no effect without "enabled": true' in board
+    (timers,) = notes({"timers": {"throughput": {"enabled": True}}})
+    assert "without steps_per_print" in timers
+    assert notes({"comms_logger": {"enabled": False}}) == []
+
+
+def test_what_belongs_to_another_stage_is_named(tmp_path: Path) -> None:
+    zero = {"stage3_max_live_parameters": 10, "sub_group_size": 5, "reduce_bucket_size": 5}
+    for stage, named in ((0, "reduce_bucket_size, stage3_max_live_parameters, sub_group_size"),):
+        content = {"gradient_clipping": 0, "zero_optimization": {"stage": stage, **zero}}
+        (note,) = complete(write(tmp_path, content)).notes
+        assert note.endswith(f"zero_optimization at stage {stage}: {named} without effect")
+    content = {"gradient_clipping": 0, "zero_optimization": {"stage": 2, **zero}}
+    done = complete(write(tmp_path, content))
+    assert done.notes[0].endswith("stage3_max_live_parameters, sub_group_size without effect")
+    zero = {"stage": 3, "param_persistence_threshold": 77}  # DeepSpeed's other name for it
+    done = complete(write(tmp_path, {"zero_optimization": zero}))
+    section = done.configuration["zero_optimization"]
+    assert section["stage3_param_persistence_threshold"] == 0
+    assert "param_persistence_threshold" not in section
+
+
+def test_a_bucket_is_no_larger_than_what_there_is(tmp_path: Path) -> None:
+    zero = {"stage": 2, "reduce_bucket_size": 5e8, "allgather_bucket_size": 1 << 60}
+    section = read(write(tmp_path, {"zero_optimization": zero}), parameters=1000)
+    assert section["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert section["zero_optimization"]["allgather_bucket_size"] == 1000
 
 
 def test_optimizer_state_may_live_on_the_cpu(tmp_path: Path) -> None:
@@ -384,6 +552,65 @@ def test_optimizer_state_may_live_on_the_cpu(tmp_path: Path) -> None:
 
 def test_stage_3_cannot_be_compiled(tmp_path: Path) -> None:
     path = write(tmp_path, {"zero_optimization": {"stage": 3}})
-    with pytest.raises(UserError, match=r"--compile .* stage 3 .*--engine fsdp"):
+    with pytest.raises(UserError, match=r"--compile .* stage 3, .*--engine fsdp"):
         read(path, compiled=True)
     assert read(write(tmp_path, {"zero_optimization": {"stage": 2}}), compiled=True)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["auto", "fp32", "bf16", "cpu", "none", "info", "", "\x1b[2J", "é"])
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["enabled", "stage", "device", "dtype", "throughput", "loss_scale"])
+            | st.text(max_size=4),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+PLACES = sorted(
+    {
+        *deepspeed_keys.KNOWN,
+        *deepspeed_keys._REFUSED,
+        *deepspeed_keys._WITHOUT_EFFECT,
+        *deepspeed_file._TYPES,
+        *(f"fp16.{key}" for key in ("loss_scale", "initial_scale_power", "min_loss_scale")),
+        *(f"zero_optimization.{key}" for key in ("offload_param", "cpu_offload", "stage3_x")),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    values=st.dictionaries(st.sampled_from(PLACES) | st.text(max_size=6), VALUES, max_size=5),
+    stage=st.sampled_from([0, 1, 2, 3, None]),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+)
+def test_whatever_a_file_holds_is_read_or_named(
+    tmp_path: Path, values: dict[str, Any], stage: int | None, precision: str
+) -> None:
+    content: dict[str, Any] = {} if stage is None else {"zero_optimization": {"stage": stage}}
+    for place, value in values.items():
+        *sections, key = place.split(".")
+        holder = content
+        for name in sections:
+            if not isinstance(holder.get(name), dict):
+                holder[name] = {}
+            holder = holder[name]
+        holder[key] = value
+    path = write(tmp_path, json.dumps(content))
+    try:
+        done = complete(path, precision=precision)
+        said = done.notes
+        assert "auto" not in leaves(done.configuration["zero_optimization"])
+        parse(["--deepspeed", path])
+    except UserError as error:
+        said = str(error).splitlines()
+    assert [printable(line, 10**5) for line in said] == said

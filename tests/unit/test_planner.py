@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -331,12 +332,35 @@ def test_a_line_for_each_number_of_nodes(capsys: pytest.CaptureFixture[str]) -> 
         (["--hardware", "v100", "--precision", "bf16"], "does not compute in bf16"),
         (["--dataset", "images"], "say --images N"),
         (["--images", "3"], "do not fill one batch"),
+        (["--model", "vit_small", "--image-size", "33"], "not a multiple of vit_small's patches"),
+        (["--moco-k", "5"], "--moco-k is here: --nce-k"),
         (["--gpus", "8", "--bn-group-size", "16", "--batch-size", "48"], "does not fit 6 images"),
     ],
 )
 def test_bad_input(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *SMALL, *flags]) == 2
+    try:
+        status: Any = main(["plan", *SMALL, *flags])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_deepspeed_file_is_refused_as_a_start_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"optimizer": {"type": "Adam"}, "zero_optimization": {"stag": 1}}')
+    assert main(["plan", *SMALL, "--deepspeed", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "its 'optimizer' section contradicts" in said and "zero_optimization.stag 1" in said
+
+
+def test_a_queue_longer_than_the_set_is_advised_against(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["plan", *SMALL, "--images", "3002", "--nce-k", "65536"])
+    assert "hold each of the 3,002 pictures about 22 times" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--nodes", "--gpus", "--images", "--scale"])
@@ -355,7 +379,16 @@ def test_numbers_are_whole_and_from_one_on(flag: str, capsys: pytest.CaptureFixt
         ('{"name": "x"}', "memory_gib, tflops_fp32"),
         ('{"like": "z1"}', "is none of"),
         ('{"half": ["fp8"], "like": "a100"}', "half"),
+        ('{"half": [[]], "like": "a100"}', "half"),
+        ('{"like": []}', "is none of"),
+        ('{"memory_gib": 1e999, "like": "a100"}', "memory_gib inf"),
+        ('{"memory_gib": NaN, "like": "a100"}', "not valid JSON"),
+        ('{"memory_gib": 1e-300, "like": "a100"}', "memory_gib 1e-300"),
+        ('{"memory_gib": ' + "9" * 400 + ', "like": "a100"}', "memory_gib 999"),
+        ("[" * 10000, "not valid JSON"),
+        ('{"\\u001b[2J": 1}', r"x1b\[2J' is unknown"),
     ],
+    ids=range(14),
 )
 def test_bad_hardware(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "mine.json"
