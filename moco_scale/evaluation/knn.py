@@ -291,9 +291,10 @@ class KnnMonitor:
         missing = np.unique(self.queries.labels[strangers])
         names = self.queries.classes
         first = names[missing[0]] if missing[0] < len(names) else missing[0]
+        classes = f"{len(missing)} class{'es' * (len(missing) != 1)}"
         return (
             f"kNN: {int(strangers.sum())} of the {len(self.queries)} {self.queries.split} pictures "
-            f"are of {len(missing)} classes that none of the {len(self.bank)} "
+            f"are of {classes} that none of the {len(self.bank)} "
             f"{self.bank.split} pictures that vote has (first: {printable(first, 60)}): they count "
             "as wrong, whatever is learned"
         )
