@@ -26,7 +26,7 @@ from moco_scale.errors import UserError
 from moco_scale.files import sync_folder, write_atomically
 from moco_scale.messages import say
 from moco_scale.untrusted.limits import CLASSES
-from moco_scale.untrusted.shard_index import written
+from moco_scale.untrusted.shard_index import json_name
 from moco_scale.untrusted.text import printable
 
 _RULES = b"3"  # by which pictures and labels are found: an index made by others is made again
@@ -146,7 +146,7 @@ def write_index(
         "classes": classes,
         "splits": {},
         "made": {
-            "scanned": written(spec),
+            "scanned": json_name(spec),
             "without_picture": sum(s.without_picture for s in scans),
             "unlabelled": printable(why_none),
         },
@@ -163,7 +163,7 @@ def write_index(
             rows = np.concatenate(
                 [index_rows(number, scan, place) for number, (_, scan) in enumerate(chosen)]
             )
-            entry = [(written(name), sizes[name], len(scan.offset)) for name, scan in chosen]
+            entry = [(json_name(name), sizes[name], len(scan.offset)) for name, scan in chosen]
             described = index_file.split_entry(split, rows, entry)
             if remarks is not None:
                 for shard, (name, _) in zip(described["shards"], chosen, strict=True):

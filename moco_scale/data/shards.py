@@ -35,6 +35,7 @@ from moco_scale.data.shard_file import (
 )
 from moco_scale.errors import UserError
 from moco_scale.side_files import json_line, json_text
+from moco_scale.untrusted.shard_index import json_name
 from moco_scale.untrusted.text import printable
 
 
@@ -91,7 +92,7 @@ def write_shards(
     header: dict[str, Any] = {
         "format": index_file.FORMAT,
         "version": index_file.VERSION,
-        "classes": listing.classes,
+        "classes": [json_name(name) for name in listing.classes],
         "splits": {},
     }
     written = []

@@ -189,10 +189,10 @@ def rows_problem(rows: np.ndarray, split: Split | ScannedSplit, classes: int) ->
 def require_names(index: ScannedIndex, splits: dict[str, list[str]], what: str) -> None:
     """Raise UserError unless a scanned index is of these tars, by split and in this order."""
     found = {split: [s.name for s in entry.shards] for split, entry in index.splits.items()}
-    if found != {split: [written(name) for name in names] for split, names in splits.items()}:
+    if found != {split: [json_name(name) for name in names] for split, names in splits.items()}:
         raise UserError(f"{what} is of other tars")
 
 
-def written(name: str) -> str:
+def json_name(name: str) -> str:
     """A name of a file of this machine as JSON can hold it, which bytes may not be."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
