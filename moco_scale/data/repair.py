@@ -91,8 +91,8 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
     before = len(lost)
 
     def lose(place: str, reason: str) -> None:
-        # Fit to be shown, and to be found again by who examines the repaired folder.
-        lost.append(LeftOut(printable(split), f"{name}:{place}", printable(reason)))
+        # The name as it is: who examines the repaired folder looks for it.
+        lost.append(LeftOut(split, f"{expected.name}:{place}", printable(reason)))
 
     if examined.scan is not None:
         keep = np.array([o not in examined.bad for o in examined.scan.offset.tolist()], dtype=bool)

@@ -149,15 +149,16 @@ def _class(value: Any) -> int | str:
 
 def _name(text: str) -> str:
     """A class's name; what looks alike is one class however it is composed."""
-    if len(text) > LABEL_CHARACTERS:
-        raise OddLabel(f"whose label has {len(text):,} characters and is no name of a class")
     if "\0" in text:
         raise OddLabel("which is not text")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise OddLabel(f"whose label {_shown(text)} is not text") from None
-    return unicodedata.normalize("NFC", text)
+    name = unicodedata.normalize("NFC", text)
+    if len(name) > LABEL_CHARACTERS:
+        raise OddLabel(f"whose label has {len(name):,} characters and is no name of a class")
+    return name
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
