@@ -95,7 +95,7 @@ def write_shards(
         "classes": [written(name) for name in listing.classes],
         "splits": {},
     }
-    written = []
+    splits: list[Written] = []
     for split, pictures in listing.splits.items():
         ordered = random_order(pictures, seed, split)
         tasks = _tasks(folder, split, ordered, shard_size, verify, encoding)
@@ -127,14 +127,14 @@ def write_shards(
         changed = [path.stat().st_mtime_ns for path in paths]
         with write_errors(folder):
             note_checked(IndexedTars(folder, split, entry["checksum"], paths, changed, rows))
-        written.append(Written(split, len(rows), len(shards), sum(size for _, size, _ in shards)))
+        splits.append(Written(split, len(rows), len(shards), sum(size for _, size, _ in shards)))
     said = {k: printable(v, 4096) if isinstance(v, str) else v for k, v in (made or {}).items()}
     header["made"] = {**said, "seed": seed, "left_out": len(listing.left_out)}
     with write_errors(folder):
         if listing.left_out:
             _write(folder / LEFT_OUT, b"".join(json_line(e._asdict()) for e in listing.left_out))
         _write(folder / index_file.INDEX_JSON, json_text(header, indent=1).encode())
-    return written
+    return splits
 
 
 def random_order(pictures: Sequence[Picture], seed: int, split: str) -> list[Picture]:
