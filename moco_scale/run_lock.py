@@ -16,6 +16,7 @@ from typing import TextIO
 from moco_scale import together
 from moco_scale.errors import StoppedEarly, UserError
 from moco_scale.messages import say
+from moco_scale.own_folders import without_links
 
 LEASE = 120.0
 """Seconds that another host's lock is waited for: that of an NFS client that died ends with its
@@ -62,7 +63,7 @@ class RunLock:
                 command finds the folder free later.
             OSError: the file cannot be written.
         """
-        file = open(self.path, "a+")  # noqa: SIM115
+        file = open(self.path, "a+", opener=without_links)  # noqa: SIM115
         deadline: float | None = None
         while not _lock(file):
             file.seek(0)
@@ -106,7 +107,7 @@ class RunLock:
             if self._file is None or self._is_there(self._file):
                 return False
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+")  # noqa: SIM115
+            file = open(self.path, "a+", opener=without_links)  # noqa: SIM115
             file.seek(0)
             if not _lock(file) or file.read() not in ("", self.mark):
                 file.close()

@@ -14,6 +14,7 @@ from types import TracebackType
 from moco_scale.data.index_file import INDEX_JSON, PARTIAL
 from moco_scale.data.index_place import FOLDER
 from moco_scale.errors import UserError
+from moco_scale.own_folders import without_links
 
 LEFT_OUT = "left_out.jsonl"
 _REPLACED = ".replaced-"
@@ -54,7 +55,7 @@ class OutputFolder:
             self._check_place()
             # A file, since a network's file system (NFS) locks nothing that is not written to; it
             # comes before the folder and goes after it.
-            self._lock = os.open(_lock_of(self.path), os.O_RDWR | os.O_CREAT)
+            self._lock = without_links(str(_lock_of(self.path)), os.O_RDWR | os.O_CREAT)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             self.path.mkdir()
         except OSError as error:

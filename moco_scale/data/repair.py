@@ -197,7 +197,7 @@ def _put_in_place(
     for name in [index_file.INDEX_JSON, *map(index_file.index_name, rows)]:
         if (folder.path / name).exists():
             backups.append(_free_name(folder.path / name, "before-repair"))
-            shutil.copy2(folder.path / name, backups[-1])
+            shutil.copyfile(folder.path / name, backups[-1])  # with the mode of the umask
     if lost:
         file = folder.path / LEFT_OUT
         before = file.read_bytes() if file.exists() else b""

@@ -235,7 +235,8 @@ def index_rows(number: int, scan: ShardScan, place: Mapping[str, int]) -> np.nda
 def save_rows(path: Path, rows: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a killed process, or a link
+        with temporary.open("xb") as file:
             np.save(file, rows, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())

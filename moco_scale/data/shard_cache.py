@@ -49,11 +49,17 @@ GB = 10**9
 
 
 def cache_home() -> Path:
-    """The user's folder for what can be made again."""
+    """The user's folder for what can be made again.
+
+    Of a folder that several users name in the variable, each but its owner has a part.
+    """
     root = os.environ.get("MOCO_SCALE_CACHE")
     if not root:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        root = os.path.join(base, "moco_scale")
+        return Path(base) / "moco_scale"
+    with contextlib.suppress(OSError):
+        if os.stat(root).st_uid != os.geteuid():
+            return Path(root) / f"user-{os.geteuid()}"
     return Path(root)
 
 

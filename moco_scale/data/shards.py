@@ -95,7 +95,7 @@ def write_shards(
         "classes": [json_name(name) for name in listing.classes],
         "splits": {},
     }
-    splits = []
+    splits: list[Written] = []
     for split, pictures in listing.splits.items():
         ordered = random_order(pictures, seed, split)
         tasks = _tasks(folder, split, ordered, shard_size, verify, encoding)

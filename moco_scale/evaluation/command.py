@@ -136,7 +136,14 @@ def _require_agreement(args: argparse.Namespace, pretrained: Pretrained) -> None
 
 
 def _finish(folder: Path, result: dict[str, Any]) -> None:
-    results.add(folder, result)
+    # What took hours to find is said, whatever becomes of the file.
+    try:
+        results.add(folder, result)
+    finally:
+        _say(folder, result)
+
+
+def _say(folder: Path, result: dict[str, Any]) -> None:
     best = f" (best epoch {result['best_epoch']})" if "best_epoch" in result else ""
     missing = sum(result.get("left_out", {}).values())
     without = f"; without {missing} pictures that cannot be decoded" if missing else ""

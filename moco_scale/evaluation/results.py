@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def add(folder: Path, result: dict[str, Any]) -> None:
         UserError: it cannot be written.
     """
     path = folder / NAME
+    with contextlib.suppress(OSError):  # as the next lines find
+        folder.mkdir(parents=True, exist_ok=True)  # removed meanwhile, perhaps
     with alone(folder / f".{NAME}.lock", f"{path}: another evaluation writes it; waiting"):
         try:
             try:

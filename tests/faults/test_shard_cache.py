@@ -550,6 +550,18 @@ def test_a_cache_of_an_earlier_version_is_said_once_and_left_alone(
     assert (earlier / "000.tar").exists()
 
 
+def test_users_of_one_cache_home_have_a_part_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path))
+    assert shard_cache.cache_home() == tmp_path
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    assert shard_cache.cache_home() == tmp_path / f"user-{uid + 1}"
+    monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path / "to be made"))
+    assert shard_cache.cache_home() == tmp_path / "to be made"
+
+
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
 def test_nothing_is_more_open_than_the_umask_allows(
     cache: ShardCache, target: Path, serve: Serve, umask: int

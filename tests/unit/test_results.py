@@ -2,13 +2,14 @@
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moco_scale.errors import UserError
-from moco_scale.evaluation import results
+from moco_scale.evaluation import command, results
 
 
 def result(variant: str, top1: float = 50.0) -> dict[str, Any]:
@@ -49,6 +50,23 @@ def test_evaluations_beside_each_other_lose_nothing(tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0] * 4
     assert set(held(tmp_path)["all"]) == {f"{n}-{i}" for n in range(4) for i in range(5)}
     assert not list(tmp_path.glob(".results.json.[!l]*"))
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    results.require_usable(tmp_path / "a" / "eval")
+    shutil.rmtree(tmp_path / "a")
+    results.add(tmp_path / "a" / "eval", result("knn"))
+    assert set(held(tmp_path / "a" / "eval")["all"]) == {"knn"}
+
+
+def test_a_result_that_cannot_be_kept_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    found = {**result("knn"), "top5": 60.0}
+    with pytest.raises(UserError, match="cannot write"):
+        command._finish(tmp_path / "file", found)
+    assert "knn: top-1 50.00 %, top-5 60.00 %" in capsys.readouterr().out
 
 
 DAMAGED = [b"", b"[1]", b"{", b"\xff", b'{"top1": 3}', b'{"all": []}', b'{"all": {"a": 1}}']

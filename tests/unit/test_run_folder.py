@@ -461,6 +461,15 @@ def test_a_folder_that_another_run_has_taken_is_left_to_it(
     assert "another run's now; training goes on" in capsys.readouterr().err
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".lock").symlink_to(tmp_path / "thesis")
+    assert "cannot be written" in refusal(folder(out))
+    assert (tmp_path / "thesis").read_text() == "mine"
+
+
 def test_a_folder_that_cannot_be_made_again_is_an_error(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "out"
     run = folder(out)

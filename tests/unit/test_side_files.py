@@ -190,6 +190,14 @@ def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
     assert list(lines_of(tmp_path / "file")) == lines
 
 
+def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / metrics_file.NAME
+    path.symlink_to("/dev/zero")
+    assert not metrics_file.has_step(path, 1)
+    with pytest.raises(OSError, match="no regular file"):
+        forget_after(path, 1)
+
+
 def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
