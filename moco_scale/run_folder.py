@@ -23,6 +23,8 @@ from moco_scale.run_lock import RunLock
 from moco_scale.saver import BackgroundSaver
 
 T = TypeVar("T")
+LOCK = ".lock"
+"""Name of the file in an output folder by which one run keeps others out of it."""
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -41,7 +43,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.current = self.path / "current.pth"
         self.config, self._fingerprint = config, data_fingerprint
-        self.lock = RunLock(self.path / ".lock")
+        self.lock = RunLock(self.path / LOCK)
         self._saver, self._newest = BackgroundSaver(config.run.async_save), ""
 
     def prepare(self) -> Path | None:
