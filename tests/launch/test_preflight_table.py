@@ -110,9 +110,9 @@ def verdict(flags: list[str], act: Callable[[Config], None]) -> tuple[str, str]:
 
 def start(config: Config) -> None:
     """Start a run and stop it before its first step."""
-    with mock.patch.object(Pretraining, "_loop", side_effect=InterruptedError):
-        with contextlib.suppress(InterruptedError):
-            Pretraining(config).run()
+    stopped = mock.patch.object(Pretraining, "_loop", side_effect=InterruptedError)
+    with stopped, contextlib.suppress(InterruptedError):
+        Pretraining(config).run()
 
 
 def look(config: Config) -> None:
