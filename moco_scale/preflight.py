@@ -26,7 +26,7 @@ from moco_scale.errors import UserError
 from moco_scale.messages import tell
 from moco_scale.monitor import Monitor
 from moco_scale.pretrain import Pretraining
-from moco_scale.run_folder import RunFolder
+from moco_scale.run_folder import LOCK
 from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Telemetry
 from moco_scale.timing import Phases
@@ -135,7 +135,7 @@ def _found(run: Pretraining, machines: Sequence[Machine]) -> list[str]:
 def _left_as_it_was(config: Config) -> Iterator[None]:
     """Remove within, on rank 0, the folders and the lock that a start makes, where they are new."""
     output = Path(config.run.output_dir)
-    lock = RunFolder(config, "").lock.path
+    lock = output / LOCK
     had_lock = lock.exists()
     made = [p for p in (output, *output.parents) if not p.exists()]
     try:

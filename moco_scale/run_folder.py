@@ -25,6 +25,8 @@ from moco_scale.side_files import SideFile
 from moco_scale.untrusted.tensor_files import TensorFile
 
 T = TypeVar("T")
+LOCK = ".lock"
+"""Name of the file in an output folder by which one run keeps others out of it."""
 
 
 class RunFolder:
@@ -43,7 +45,7 @@ class RunFolder:
         self.current = self.path / "current.pth"
         self._config_file = self.path / "config.json"
         self.config, self._fingerprint = config, data_fingerprint
-        self.lock = RunLock(self.path / ".lock")
+        self.lock = RunLock(self.path / LOCK)
         self._saver, self._newest = BackgroundSaver(config.run.async_save), ""
 
     def prepare(self) -> Path | None:
