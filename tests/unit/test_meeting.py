@@ -8,8 +8,9 @@ from moco_scale import meeting
 from moco_scale.errors import UserError
 
 
-def environ(host: str, port: int = 0, **more: str) -> dict[str, str]:
-    return {"MASTER_ADDR": host, "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "1", **more}
+def environ(host: str, port: int = 0, local: str = "") -> dict[str, str]:
+    words = {"MASTER_ADDR": host, "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "1"}
+    return words | {"LOCAL_WORLD_SIZE": local}
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, "a..b", "-\u00e9\ud800"])
@@ -36,13 +37,13 @@ def test_a_port_that_nobody_listens_at(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_store_listens_where_it_is_reached_and_nowhere_else() -> None:
-    for host, more, bound in (
-        ("127.0.0.1", {}, "127.0.0.1"),
-        ("localhost", {"LOCAL_WORLD_SIZE": "2"}, None),  # either family
-        ("localhost", {"LOCAL_WORLD_SIZE": "1"}, ""),  # of several hosts: a name means more
-        ("192.0.2.200", {}, ""),  # of no interface here: a machine in between
+    for host, local, bound in (
+        ("127.0.0.1", "", "127.0.0.1"),
+        ("localhost", "2", None),  # either family
+        ("localhost", "1", ""),  # of several hosts: a name means more
+        ("192.0.2.200", "", ""),  # of no interface here: a machine in between
     ):
-        found = meeting.listen(environ(host, **more))
+        found = meeting.listen(environ(host, local=local))
         if bound == "":
             assert found is None
             continue
