@@ -4,6 +4,9 @@
 same under ``torchrun``, ``deepspeed``, or Slurm's ``srun`` with one task per GPU.
 """
 
+if __name__ == "__main__":
+    import moco_scale.quiet  # noqa: F401
+
 from moco_scale.cli import run_program
 
 

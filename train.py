@@ -3,6 +3,9 @@
 Also under ``torchrun``, under Slurm's ``srun`` with one task per GPU, or as plain ``python``.
 """
 
+if __name__ == "__main__":
+    import moco_scale.quiet  # noqa: F401
+
 from pathlib import Path
 
 from moco_scale.cli import run_program

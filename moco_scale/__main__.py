@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import moco_scale.quiet  # noqa: F401
+
 import importlib
 import sys
 from collections.abc import Sequence

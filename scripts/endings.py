@@ -267,7 +267,7 @@ ROWS = (
         flags=("--base-lr", "1e30", "--max-nonfinite", "2", "--warmup-epoch", "0"),
     ),
     Row("a mistake of the user's", None, statuses(2, 1, 2), flags=("--nce-k", "0")),
-    Row("30 open files", None, statuses(2, None), prepare=limit(resource.RLIMIT_NOFILE, 30)),
+    Row("30 open files", None, statuses(2, None, None), prepare=limit(resource.RLIMIT_NOFILE, 30)),
     Row("a long TMPDIR", None, statuses(2, 1), environment={"TMPDIR": "{tmp}/" + "x" * 150}),
     Row("MASTER_ADDR unknown", None, statuses(2, None, None), environment=NOWHERE),
 )
