@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_scale.data.decode import UPRIGHT, DecodeError, decode_rgb, jpeg_size
+from moco_scale.data.jpeg_header import HOLE
 from moco_scale.errors import UserError
-
-# Bytes no JPEG has so many of in a row, unless a part of it was never written.
-_HOLE = bytes(512)
 
 
 class EncodedViews(NamedTuple):
@@ -62,7 +60,7 @@ def can_decode(data: bytes | memoryview) -> bool:
     except DecodeError:
         return False
     whole = bytes(data)
-    return whole.rstrip(b"\0").endswith(b"\xff\xd9") and _HOLE not in whole.rstrip(b"\0")
+    return whole.rstrip(b"\0").endswith(b"\xff\xd9") and HOLE not in whole.rstrip(b"\0")
 
 
 class DeviceDecoder:

@@ -22,3 +22,19 @@ SHARD_BYTES = 1 << 50
 """Largest numbers of samples and bytes that an index may claim: sums of them fit 64 bits."""
 NAME_BYTES = 255
 """A component of a path, in UTF-8: the limit of every file system in use."""
+
+IMAGE_MEMORY = 1200 * 10**6
+"""What decoding one image holds at its peak, computed from its header: pixels, a copy of them turned
+or cropped, what the decoder itself needs. Enough for a telephone's JPEG of 200 million pixels."""
+IMAGE_PIXELS = IMAGE_MEMORY // 6
+"""Pixels of an image in the form that takes least: RGB, and a copy of it."""
+SLOW_IMAGE_PIXELS = 1 << 24
+"""Pixels of an image that is decoded by Python code, a few hundred thousand a second."""
+IMAGE_SCANS = 100
+"""Scans of a JPEG, each of which goes over all of it: cameras and tools write up to some 20."""
+IMAGE_PARTS = 1 << 18
+"""Chunks, segments, strips or tiles of an image, which are gone through one after the other."""
+IMAGE_METADATA = 4 * MB
+"""What is inflated of one text of an image to find its orientation."""
+DEVICE_PIXELS = 1 << 28
+"""Pixels that the training device decodes at once: 0.8 GB."""

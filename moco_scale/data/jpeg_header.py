@@ -1,0 +1,162 @@
+"""What stands before a JPEG's scans: sizes, metadata, and oddities that change no pixel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moco_scale.data.bad_image import DecodeError
+from moco_scale.data.image_orientation import orientation_of
+from moco_scale.untrusted.limits import IMAGE_PARTS, IMAGE_SCANS
+
+_MARKER = re.compile(rb"\xff+[^\0\xff]")
+_NEXT_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")  # after the first scan
+_FRAMES = frozenset(
+    (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
+)
+HOLE = bytes(512)
+"""Bytes no JPEG has so many of in a row, unless a part of it was never written."""
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+
+
+class Segment(NamedTuple):
+    """A segment before the scans."""
+
+    marker: int
+    start: int
+    """Where its length stands, behind the marker."""
+    stop: int
+
+
+class Header(NamedTuple):
+    """What is known of a JPEG before it is decoded."""
+
+    width: int
+    height: int
+    orientation: int
+    """A key of UPRIGHT."""
+    working: float
+    """Bytes a pixel that a decoder holds besides: coefficients, where there are several scans."""
+
+
+def segments(jpeg: bytes | memoryview) -> Iterator[Segment]:
+    """Walk over the segments up to the first scan, whose own is the last.
+
+    Bytes between them are passed over, as libjpeg does.
+
+    Raises:
+        DecodeError: they are more than any JPEG has.
+    """
+    at = 2
+    for _ in range(IMAGE_PARTS):
+        found = _MARKER.search(jpeg, at)
+        if found is None:
+            return
+        marker, start = jpeg[found.end() - 1], found.end()
+        if marker in (0x01, *range(0xD0, 0xD8)):  # alone, without a length
+            at = start
+            continue
+        at = start + int.from_bytes(jpeg[start : start + 2], "big")
+        yield Segment(marker, start, at)
+        if 0xD8 <= marker <= 0xDA or at < start + 2:
+            return
+    raise DecodeError(f"broken JPEG: it has more than {IMAGE_PARTS:,} segments")
+
+
+def exif_place(jpeg: bytes | memoryview) -> slice | None:
+    """Return where EXIF's TIFF structure lies."""
+    for marker, start, stop in segments(jpeg):
+        if marker == 0xE1 and bytes(jpeg[start + 2 : start + 8]) == _EXIF:
+            return slice(start + 8, max(start + 8, min(stop, len(jpeg))))
+    return None
+
+
+def orientation(jpeg: bytes | memoryview) -> int:
+    """Return the orientation from EXIF or XMP, a key of UPRIGHT; 1 when there is none."""
+    return _orientation(jpeg, list(segments(jpeg)))
+
+
+def _orientation(jpeg: bytes | memoryview, before: list[Segment]) -> int:
+    found: dict[bytes, bytes | memoryview] = {}
+    for marker, start, stop in before:
+        if marker == 0xE1:
+            for name in (_EXIF, _XMP):
+                if bytes(jpeg[start + 2 : start + 2 + len(name)]) == name:
+                    found.setdefault(name, jpeg[start + 2 + len(name) : stop])
+    return orientation_of(found.get(_EXIF, b""), found.get(_XMP, b"")) if found else 1
+
+
+def read_header(jpeg: bytes | memoryview) -> Header:
+    """Read what decides about memory and time.
+
+    Raises:
+        DecodeError: there is no frame; it has more scans than is reasonable.
+    """
+    before = list(segments(jpeg))
+    frame = next((each for each in before if each.marker in _FRAMES), None)
+    body = b"" if frame is None else bytes(jpeg[frame.start : frame.stop])
+    if frame is None or len(body) < 8 or len(body) < 8 + 3 * max(1, body[7]):
+        raise DecodeError("broken JPEG: its header is no whole one")
+    height, width = int.from_bytes(body[3:5], "big"), int.from_bytes(body[5:7], "big")
+    components = body[7]
+    scan = before[-1]
+    in_scan = jpeg[scan.start + 2] if scan.marker == 0xDA and scan.start + 2 < len(jpeg) else 0
+    several = in_scan < components or frame.marker in (0xC2, 0xC6, 0xCA, 0xCE)
+    if several:
+        _require_few_scans(jpeg, scan.stop)
+    factors = [(byte >> 4, byte & 15) for byte in body[9 : 8 + 3 * components : 3]]
+    most = (
+        max((across for across, _ in factors), default=1),
+        max((d for _, d in factors), default=1),
+    )
+    samples = sum(across * down for across, down in factors) / max(1, most[0] * most[1])
+    return Header(width, height, _orientation(jpeg, before), 2 * samples if several else 0)
+
+
+def _require_few_scans(jpeg: bytes | memoryview, at: int) -> None:
+    """Raise DecodeError for a JPEG whose scans after the first, which begins at `at`, are many."""
+    scans = 1
+    for _ in range(IMAGE_PARTS):
+        found = _NEXT_MARKER.search(jpeg, at)
+        if found is None or found[0] == b"\xff\xd9":
+            return
+        scans += found[0] == b"\xff\xda"
+        if scans > IMAGE_SCANS:
+            raise DecodeError(f"broken JPEG: it has more than {IMAGE_SCANS} scans")
+        at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+    raise DecodeError(f"broken JPEG: it has more than {IMAGE_PARTS:,} segments")
+
+
+def tidied(jpeg: bytes | memoryview) -> bytes:
+    """Return the same JPEG without what says nothing about pixels, for a strict decoder.
+
+    Stray bytes between the segments before the scans go, and so do metadata; a JFIF version that
+    nobody knows becomes 1, and a sequential scan is said to hold all coefficients, which it does by
+    definition.
+    """
+    data = bytes(jpeg)
+    parts, sequential = [data[:2]], False
+    for marker, start, stop in segments(data):
+        segment = data[start:stop]
+        if 0xD8 <= marker <= 0xDA or len(segment) < 2:
+            rest = data[start - 2 :]
+            return b"".join(parts) + (_all_coefficients(rest) if sequential else rest)
+        sequential |= marker in (0xC0, 0xC1)
+        if marker == 0xE0 and segment[2:7] == b"JFIF\0":
+            segment = segment[:7] + b"\1" + segment[8:]
+        if marker in (0xE0, 0xEE) or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            parts += [b"\xff", bytes([marker]), segment]
+    return data
+
+
+def _all_coefficients(scans: bytes) -> bytes:
+    """Scans, from the first one's marker on, whose headers say what sequential ones have to say."""
+    changed, at = bytearray(scans), 0
+    while (at := scans.find(b"\xff\xda", at)) >= 0:  # within a scan 255 is followed by 0
+        components = scans[at + 4] if at + 4 < len(scans) else 0
+        end = at + 5 + 2 * components
+        if end + 3 <= len(scans):
+            changed[end : end + 3] = b"\0\x3f\0"
+        at += 2
+    return bytes(changed)
