@@ -106,11 +106,8 @@ def read_header(jpeg: bytes | memoryview) -> Header:
     if several:
         _require_few_scans(jpeg, scan.stop)
     factors = [(byte >> 4, byte & 15) for byte in body[9 : 8 + 3 * components : 3]]
-    most = (
-        max((across for across, _ in factors), default=1),
-        max((d for _, d in factors), default=1),
-    )
-    samples = sum(across * down for across, down in factors) / max(1, most[0] * most[1])
+    most = max(factor[0] for factor in factors) * max(factor[1] for factor in factors)
+    samples = sum(across * down for across, down in factors) / max(1, most)
     return Header(width, height, _orientation(jpeg, before), 2 * samples if several else 0)
 
 

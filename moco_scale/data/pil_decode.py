@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,17 @@ Image.init()
 Image.MAX_IMAGE_PIXELS = IMAGE_PIXELS // 2
 # What it says of odd files goes to nobody: there is nothing a user could do about it.
 logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+
+
+def _silence_libtiff() -> None:
+    """Keep libtiff, which Pillow leaves as it is, from writing of bad files to the terminal."""
+    with contextlib.suppress(OSError, AttributeError, StopIteration):
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        loaded = next(line for line in lines if "/libtiff" in line)
+        ctypes.CDLL("/" + loaded.split("/", 1)[1]).TIFFSetErrorHandler(None)
+
+
+_silence_libtiff()
 
 _STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
 """Bytes a pixel of Pillow's modes; all others have four."""
