@@ -80,8 +80,7 @@ def picture_size(data: bytes | memoryview) -> tuple[int, int]:
     if kind != "JPEG":
         return pil_size(data, kind)
     with as_decode_error(kind):
-        header = read_header(data)
-        _require_memory(header)
+        header = _checked_header(data)
         _strict_header(data)
     size = header.height, header.width
     return size[::-1] if UPRIGHT[header.orientation][0] else size
@@ -96,8 +95,7 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     if image_kind(data) != "JPEG":
         return None
     with as_decode_error("JPEG"):
-        header = read_header(data)
-        _require_memory(header)
+        header = _checked_header(data)
         colours = _strict_header(data)[1]
     return None if colours in _OF_PILLOW else (header.height, header.width)
 
@@ -127,17 +125,25 @@ def _kind(data: bytes | memoryview) -> str:
     return kind
 
 
-def _require_memory(header: Header) -> None:
-    a_pixel = max(3 + header.working, 6)
+def _checked_header(data: bytes | memoryview) -> Header:
+    """Read the header. Raises DecodeError: it is damaged, or promises too much."""
+    header = read_header(data)
+    # RGB and coefficients, or RGB and a copy that is turned or cropped; CMYK has four bytes.
+    a_pixel = max(4 + header.working, 6)
     require_memory(header.width * header.height * a_pixel, header.width, header.height)
+    if header.least_bytes > len(data):
+        raise DecodeError(
+            f"broken JPEG: it is cut short, {len(data):,} bytes cannot hold "
+            f"{header.width} x {header.height} pixels"
+        )
+    return header
 
 
 def _decode(data: bytes | memoryview, decoder: Decoder | None) -> Pixels:
     kind = _kind(data)
     if kind == "JPEG":
         with as_decode_error(kind):
-            header = read_header(data)
-            _require_memory(header)
+            header = _checked_header(data)
             pixels = _decode_jpeg(data, header, decoder)
         if pixels is not None:
             return upright(pixels, header.orientation)

@@ -12,7 +12,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from moco_scale.data.bad_image import DecodeError
+from moco_scale.data.bad_image import DecodeError, require_memory
 from moco_scale.data.image_orientation import Entry, first_directory, orientation_of
 from moco_scale.data.jpeg_header import read_header, tidied
 from moco_scale.untrusted.limits import IMAGE_METADATA, IMAGE_PARTS
@@ -65,6 +65,8 @@ def image_pixels(data: bytes | memoryview, kind: str) -> Pixels:
 _AVIF_EXIF = re.compile(rb"(infe(?:\x02...|\x03.....)....)Exif", re.DOTALL)
 
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT")
+_PNG_SAMPLES = {2: 3, 4: 2, 6: 4}  # by the type of colours; others have one
+_DEFLATE = 1032  # so much shorter it makes anything at most
 _PNG_EXIF = (b"Raw profile type exif", b"Raw profile type APP1")
 _PNG_XMP = (b"XML:com.adobe.xmp", b"Raw profile type xmp")
 
@@ -109,7 +111,15 @@ def _png(data: bytes | memoryview) -> Pixels:
     else:
         raise DecodeError(f"broken PNG: it has more than {IMAGE_PARTS:,} chunks")
     parts.append(b"\0\0\0\0IEND\xaeB`\x82")
-    return Pixels(b"".join(parts), orientation_of(exif, xmp))
+    pixels = b"".join(parts)
+    width, height, depth, colours = struct.unpack_from(">IIBB", pixels.ljust(26, b"\0"), 16)
+    if width * height * depth * _PNG_SAMPLES.get(colours, 1) // 8 > _DEFLATE * len(pixels):
+        require_memory(width * height * 6, width, height)
+        raise DecodeError(
+            f"broken PNG: it is cut short, {len(pixels):,} bytes cannot hold "
+            f"{width} x {height} pixels"
+        )
+    return Pixels(pixels, orientation_of(exif, xmp))
 
 
 def _checksum_is_right(png: memoryview, at: int, size: int) -> bool:

@@ -38,6 +38,8 @@ class Header(NamedTuple):
     """A key of UPRIGHT."""
     working: float
     """Bytes a pixel that a decoder holds besides: coefficients, where there are several scans."""
+    least_bytes: float
+    """How long a file of so many pixels is at least."""
 
 
 def segments(jpeg: bytes | memoryview) -> Iterator[Segment]:
@@ -100,6 +102,8 @@ def read_header(jpeg: bytes | memoryview) -> Header:
         raise DecodeError("broken JPEG: its header is no whole one")
     height, width = int.from_bytes(body[3:5], "big"), int.from_bytes(body[5:7], "big")
     components = body[7]
+    if width == 0 or height == 0:
+        raise DecodeError("broken JPEG: its header says that it has no pixels")
     scan = before[-1]
     in_scan = jpeg[scan.start + 2] if scan.marker == 0xDA and scan.start + 2 < len(jpeg) else 0
     several = in_scan < components or frame.marker in (0xC2, 0xC6, 0xCA, 0xCE)
@@ -108,7 +112,10 @@ def read_header(jpeg: bytes | memoryview) -> Header:
     factors = [(byte >> 4, byte & 15) for byte in body[9 : 8 + 3 * components : 3]]
     most = max(factor[0] for factor in factors) * max(factor[1] for factor in factors)
     samples = sum(across * down for across, down in factors) / max(1, most)
-    return Header(width, height, _orientation(jpeg, before), 2 * samples if several else 0)
+    # Of Huffman's codes each block of 64 samples takes one bit or more.
+    least = width * height * samples / 64 / 8 if frame.marker <= 0xC2 else 0
+    turned = _orientation(jpeg, before)
+    return Header(width, height, turned, 2 * samples if several else 0, least)
 
 
 def _require_few_scans(jpeg: bytes | memoryview, at: int) -> None:

@@ -96,8 +96,8 @@ def webp_with(*chunks: tuple[bytes, bytes], flags: int = 0x2C) -> bytes:
     pixels = whole("WEBP")[12:]
     header = struct.pack("<I", flags) + (WIDTH - 1).to_bytes(3, "little")
     body = b"VP8X" + struct.pack("<I", 10) + header + (HEIGHT - 1).to_bytes(3, "little") + pixels
-    for kind, data in chunks:
-        body += kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+    behind = [kind + struct.pack("<I", len(d)) + d + bytes(len(d) % 2) for kind, d in chunks]
+    body += b"".join(behind)
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
 
 
