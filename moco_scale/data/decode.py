@@ -96,7 +96,7 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
         return None
     with as_decode_error("JPEG"):
         header = _checked_header(data)
-        colours = _strict_header(data)[1]
+        colours = _strict_header(data)
     return None if colours in _OF_PILLOW else (header.height, header.width)
 
 
@@ -160,18 +160,17 @@ def _decode_jpeg(
     Raises:
         DecodeError, ValueError: it is damaged, whoever decodes it.
     """
-    data, colours = _strict_header(data)
     try:
-        if colours is None:
-            if HOLE in tidied(data):
-                raise DecodeError("broken JPEG: a part of it was never written")
-            return None
-        if colours in _OF_PILLOW:
+        if header.components == 4:
             _strictly(data, "CMYK", None)  # Pillow would not notice damage
             return None
         memory = decoder.memory(3 * header.width * header.height) if decoder else None
         return _strictly(data, "RGB", memory)
     except ValueError as error:
+        if _is_unknown(error):
+            if HOLE in tidied(data):
+                raise DecodeError("broken JPEG: a part of it was never written") from None
+            return None
         if _BEFORE_THE_END in str(error):  # and Pillow still rejects a file that has no end
             return None
         raise
@@ -193,29 +192,27 @@ def _strictly(
     return pixels
 
 
-def _strict_header(data: bytes | memoryview) -> tuple[bytes | memoryview, str | None]:
-    """Return the same JPEG with a header that the strict decoder takes, and its colour space.
+def _strict_header(data: bytes | memoryview) -> str | None:
+    """Return the colour space; None: simplejpeg does not know it, or the sampling factors.
 
-    None: it is one that simplejpeg does not know, or such are its sampling factors. Raises
-    ValueError for a damaged header.
+    Raises ValueError for a header that the strict decoder does not take.
     """
     try:
-        return data, _colours(data)
+        try:
+            colours: str = simplejpeg.decode_jpeg_header(data)[2]
+        except ValueError as error:
+            if not _harmless(error):
+                raise
+            colours = simplejpeg.decode_jpeg_header(tidied(data))[2]
     except ValueError as error:
-        if not _harmless(error):
-            raise
-    data = tidied(data)
-    return data, _colours(data)
-
-
-def _colours(data: bytes | memoryview) -> str | None:
-    try:
-        colours: str = simplejpeg.decode_jpeg_header(data)[2]
-    except ValueError as error:
-        if any(words in str(error) for words in _UNKNOWN):
+        if _is_unknown(error):
             return None
         raise
     return colours
+
+
+def _is_unknown(error: Exception) -> bool:
+    return any(words in str(error) for words in _UNKNOWN)
 
 
 def _harmless(error: Exception) -> bool:

@@ -98,7 +98,9 @@ def orientation_of(
     if exif is not None and any(entry.tag == ORIENTATION for entry in exif.entries):
         value = exif.number(ORIENTATION, 1)
     else:
-        # UTF-16 is ASCII with zeros between, for what is looked for.
-        found = _XMP.search(bytes(xmp[:IMAGE_METADATA]).replace(b"\0", b""))
+        text = bytes(xmp[:IMAGE_METADATA])
+        if text[:4].count(b"\0"):  # UTF-16, which is ASCII with zeros between
+            text = text.replace(b"\0", b"")
+        found = _XMP.search(text)
         value = int(found[1]) if found else 1
     return value if value in UPRIGHT else 1

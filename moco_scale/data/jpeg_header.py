@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from moco_scale.data.bad_image import DecodeError
 from moco_scale.data.image_orientation import orientation_of
 from moco_scale.untrusted.limits import IMAGE_PARTS, IMAGE_SCANS
 
+_SEGMENT = struct.Struct(">BBH")
 _MARKER = re.compile(rb"\xff+[^\0\xff]")
 _NEXT_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")  # after the first scan
 _FRAMES = frozenset(
     (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 )
+_ALONE = frozenset((0x01, *range(0xD0, 0xD8)))  # markers without a length
 HOLE = bytes(512)
 """Bytes no JPEG has so many of in a row, unless a part of it was never written."""
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
-
-
-class Segment(NamedTuple):
-    """A segment before the scans."""
-
-    marker: int
-    start: int
-    """Where its length stands, behind the marker."""
-    stop: int
 
 
 class Header(NamedTuple):
@@ -34,6 +28,7 @@ class Header(NamedTuple):
 
     width: int
     height: int
+    components: int
     orientation: int
     """A key of UPRIGHT."""
     working: float
@@ -42,26 +37,31 @@ class Header(NamedTuple):
     """How long a file of so many pixels is at least."""
 
 
-def segments(jpeg: bytes | memoryview) -> Iterator[Segment]:
+def segments(jpeg: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
     """Walk over the segments up to the first scan, whose own is the last.
 
-    Bytes between them are passed over, as libjpeg does.
+    Gives (marker, where its length stands, where it ends). Bytes between them are passed over, as
+    libjpeg does.
 
     Raises:
         DecodeError: they are more than any JPEG has.
     """
-    at = 2
+    at, last = 2, len(jpeg) - 4
     for _ in range(IMAGE_PARTS):
-        found = _MARKER.search(jpeg, at)
-        if found is None:
-            return
-        marker, start = jpeg[found.end() - 1], found.end()
-        if marker in (0x01, *range(0xD0, 0xD8)):  # alone, without a length
-            at = start
+        first, marker, length = _SEGMENT.unpack_from(jpeg, at) if at <= last else (0, 0, 0)
+        # A search takes longer than a look, and nearly always there is nothing between.
+        if first != 0xFF or not 0 < marker < 0xFF:
+            found = _MARKER.search(jpeg, at)
+            if found is None:
+                return
+            at, marker = found.end() - 2, jpeg[found.end() - 1]
+            length = int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if marker in _ALONE:
+            at += 2
             continue
-        at = start + int.from_bytes(jpeg[start : start + 2], "big")
-        yield Segment(marker, start, at)
-        if 0xD8 <= marker <= 0xDA or at < start + 2:
+        start, at = at + 2, at + 2 + length
+        yield marker, start, at
+        if 0xD8 <= marker <= 0xDA or length < 2:
             return
     raise DecodeError(f"broken JPEG: it has more than {IMAGE_PARTS:,} segments")
 
@@ -76,17 +76,19 @@ def exif_place(jpeg: bytes | memoryview) -> slice | None:
 
 def orientation(jpeg: bytes | memoryview) -> int:
     """Return the orientation from EXIF or XMP, a key of UPRIGHT; 1 when there is none."""
-    return _orientation(jpeg, list(segments(jpeg)))
+    return _orientation(jpeg, segments(jpeg))
 
 
-def _orientation(jpeg: bytes | memoryview, before: list[Segment]) -> int:
-    found: dict[bytes, bytes | memoryview] = {}
+def _orientation(jpeg: bytes | memoryview, before: Iterable[tuple[int, int, int]]) -> int:
+    exif, xmp = b"", b""
     for marker, start, stop in before:
         if marker == 0xE1:
-            for name in (_EXIF, _XMP):
-                if bytes(jpeg[start + 2 : start + 2 + len(name)]) == name:
-                    found.setdefault(name, jpeg[start + 2 + len(name) : stop])
-    return orientation_of(found.get(_EXIF, b""), found.get(_XMP, b"")) if found else 1
+            segment = bytes(jpeg[start + 2 : stop])
+            if segment.startswith(_EXIF):
+                exif = exif or segment[len(_EXIF) :]
+            elif segment.startswith(_XMP):
+                xmp = xmp or segment[len(_XMP) :]
+    return orientation_of(exif, xmp) if exif or xmp else 1
 
 
 def read_header(jpeg: bytes | memoryview) -> Header:
@@ -96,26 +98,27 @@ def read_header(jpeg: bytes | memoryview) -> Header:
         DecodeError: there is no frame; it has more scans than is reasonable.
     """
     before = list(segments(jpeg))
-    frame = next((each for each in before if each.marker in _FRAMES), None)
-    body = b"" if frame is None else bytes(jpeg[frame.start : frame.stop])
-    if frame is None or len(body) < 8 or len(body) < 8 + 3 * max(1, body[7]):
+    kind, start, stop = next((each for each in before if each[0] in _FRAMES), (0, 0, 0))
+    frame = bytes(jpeg[start:stop])
+    components = frame[7] if len(frame) > 7 else 0
+    if not components or len(frame) < 8 + 3 * components:
         raise DecodeError("broken JPEG: its header is no whole one")
-    height, width = int.from_bytes(body[3:5], "big"), int.from_bytes(body[5:7], "big")
-    components = body[7]
+    height, width = frame[3] << 8 | frame[4], frame[5] << 8 | frame[6]
     if width == 0 or height == 0:
         raise DecodeError("broken JPEG: its header says that it has no pixels")
-    scan = before[-1]
-    in_scan = jpeg[scan.start + 2] if scan.marker == 0xDA and scan.start + 2 < len(jpeg) else 0
-    several = in_scan < components or frame.marker in (0xC2, 0xC6, 0xCA, 0xCE)
+    marker, start, stop = before[-1]
+    in_scan = jpeg[start + 2] if marker == 0xDA and start + 2 < len(jpeg) else 0
+    several = in_scan < components or kind in (0xC2, 0xC6, 0xCA, 0xCE)
     if several:
-        _require_few_scans(jpeg, scan.stop)
-    factors = [(byte >> 4, byte & 15) for byte in body[9 : 8 + 3 * components : 3]]
-    most = max(factor[0] for factor in factors) * max(factor[1] for factor in factors)
-    samples = sum(across * down for across, down in factors) / max(1, most)
+        _require_few_scans(jpeg, stop)
+    factors = [(byte >> 4, byte & 15) for byte in frame[9 : 8 + 3 * components : 3]]
+    across, down = (max(both) for both in zip(*factors, strict=True))
+    samples = sum(a * d for a, d in factors) / max(1, across * down)
     # Of Huffman's codes each block of 64 samples takes one bit or more.
-    least = width * height * samples / 64 / 8 if frame.marker <= 0xC2 else 0
-    turned = _orientation(jpeg, before)
-    return Header(width, height, turned, 2 * samples if several else 0, least)
+    least = width * height * samples / 64 / 8 if kind <= 0xC2 else 0
+    return Header(
+        width, height, components, _orientation(jpeg, before), 2 * samples if several else 0, least
+    )
 
 
 def _require_few_scans(jpeg: bytes | memoryview, at: int) -> None:
