@@ -141,15 +141,13 @@ def _checked_header(data: bytes | memoryview) -> Header:
 
 def _decode(data: bytes | memoryview, decoder: Decoder | None) -> Pixels:
     kind = _kind(data)
-    if kind == "JPEG":
-        with as_decode_error(kind):
+    with as_decode_error(kind):
+        if kind == "JPEG":
             header = _checked_header(data)
-            pixels = _decode_jpeg(data, header, decoder)
-        if pixels is not None:
-            return upright(pixels, header.orientation)
-    # Not within an argument list: what it was made from is freed before it is turned.
-    pixels, turned = pil_pixels(data, kind)
-    return upright(pixels, turned)
+            decoded = _decode_jpeg(data, header, decoder)
+            if decoded is not None:
+                return upright(decoded, header.orientation)
+        return upright(*pil_pixels(data, kind))
 
 
 def _decode_jpeg(
