@@ -43,7 +43,7 @@ def image_pixels(data: bytes | memoryview, kind: str) -> Pixels:
     match kind:
         case "JPEG":
             header = read_header(data)
-            return Pixels(tidied(data), header.orientation, header.working)
+            return Pixels(tidied(data), header.orientation, header.working, copies=4)
         case "PNG":
             return _png(data)
         case "WEBP":
@@ -67,8 +67,12 @@ _AVIF_EXIF = re.compile(rb"(infe(?:\x02...|\x03.....)....)Exif", re.DOTALL)
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT")
 _PNG_SAMPLES = {2: 3, 4: 2, 6: 4}  # by the type of colours; others have one
 _DEFLATE = 1032  # so much shorter it makes anything at most
-_PNG_EXIF = (b"Raw profile type exif", b"Raw profile type APP1")
-_PNG_XMP = (b"XML:com.adobe.xmp", b"Raw profile type xmp")
+_PNG_TEXTS = {
+    b"Raw profile type exif": "EXIF as text",
+    b"Raw profile type APP1": "EXIF as text",
+    b"Raw profile type xmp": "XMP",
+    b"XML:com.adobe.xmp": "XMP",
+}
 
 
 def _png(data: bytes | memoryview) -> Pixels:
@@ -77,7 +81,7 @@ def _png(data: bytes | memoryview) -> Pixels:
     An animation's other frames go too: the first, or the image that stands for it, is a PNG's own.
     """
     view, at, parts = memoryview(data), 8, [data[:8]]
-    exif, xmp = b"", b""
+    found: dict[str, tuple[int, int]] = {}  # where the first of each lies
     for _ in range(IMAGE_PARTS):
         if at + 8 > len(view):
             break
@@ -95,18 +99,8 @@ def _png(data: bytes | memoryview) -> Pixels:
             if not _checksum_is_right(view, at, size):
                 raise DecodeError(f"broken PNG: the checksum of a chunk {kind.decode()} is wrong")
             parts.append(view[at:end])
-        elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and end <= len(view):
-            keyword = bytes(body[:80]).split(b"\0")[0]
-            if (kind == b"eXIf" or keyword in _PNG_EXIF + _PNG_XMP) and _checksum_is_right(
-                view, at, size
-            ):
-                if kind == b"eXIf":
-                    exif = bytes(body[:IMAGE_METADATA])
-                elif keyword in _PNG_EXIF:
-                    exif = exif or _from_hex(_text(kind, body))
-                else:
-                    text = _text(kind, body)
-                    xmp = xmp or (_from_hex(text) if keyword.startswith(b"Raw") else text)
+        elif end <= len(view):
+            found.setdefault(_png_metadata(kind, body), (at, size))
         at = end
     else:
         raise DecodeError(f"broken PNG: it has more than {IMAGE_PARTS:,} chunks")
@@ -119,7 +113,20 @@ def _png(data: bytes | memoryview) -> Pixels:
             f"broken PNG: it is cut short, {len(pixels):,} bytes cannot hold "
             f"{width} x {height} pixels"
         )
+    exif = _png_text(view, *found["EXIF"]) if "EXIF" in found else b""
+    if not exif and "EXIF as text" in found:
+        exif = _png_text(view, *found["EXIF as text"])
+    xmp = _png_text(view, *found["XMP"]) if "XMP" in found else b""
     return Pixels(pixels, orientation_of(exif, xmp))
+
+
+def _png_metadata(kind: bytes, body: memoryview) -> str:
+    """Say what of interest a chunk beside the pixels holds; "": nothing."""
+    if kind == b"eXIf":
+        return "EXIF"
+    if kind in (b"tEXt", b"zTXt", b"iTXt"):
+        return _PNG_TEXTS.get(bytes(body[:80]).split(b"\0")[0], "")
+    return ""
 
 
 def _checksum_is_right(png: memoryview, at: int, size: int) -> bool:
@@ -127,21 +134,28 @@ def _checksum_is_right(png: memoryview, at: int, size: int) -> bool:
     return zlib.crc32(png[at + 4 : at + 8 + size]) == expected
 
 
-def _text(kind: bytes, body: memoryview) -> bytes:
-    """Return the text of a chunk, inflated so far as is ever looked at."""
-    text = bytes(body).partition(b"\0")[2]
-    deflated = kind == b"zTXt"
-    if kind == b"iTXt":
-        deflated = text[:1] == b"\1"
-        text = text[2:].partition(b"\0")[2].partition(b"\0")[2]
-    elif deflated:
-        text = text[1:]
-    if not deflated:
-        return text[:IMAGE_METADATA]
-    try:
-        return zlib.decompressobj().decompress(text, IMAGE_METADATA)
-    except zlib.error:
+def _png_text(png: memoryview, at: int, size: int) -> bytes:
+    """Return what a chunk of metadata holds, inflated so far as is ever looked at.
+
+    b"" where its checksum is wrong or nothing can be made of it.
+    """
+    kind, body = bytes(png[at + 4 : at + 8]), bytes(png[at + 8 : at + 8 + size])
+    if not _checksum_is_right(png, at, size):
         return b""
+    if kind == b"eXIf":
+        return body
+    keyword, _, text = body.partition(b"\0")
+    deflated = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
+    if kind == b"iTXt":
+        text = text[2:].partition(b"\0")[2].partition(b"\0")[2]
+    elif kind == b"zTXt":
+        text = text[1:]
+    if deflated:
+        try:
+            text = zlib.decompressobj().decompress(text, IMAGE_METADATA)
+        except zlib.error:
+            return b""
+    return _from_hex(text) if keyword.startswith(b"Raw") else text
 
 
 def _from_hex(profile: bytes) -> bytes:
@@ -159,7 +173,7 @@ _WEBP_METADATA = 0x20 | 0x08 | 0x04  # flags of VP8X: profile, EXIF, XMP
 
 def _webp(data: bytes | memoryview) -> Pixels:
     """Keep the chunks of pixels, and say in the header that there are no others."""
-    view, parts = memoryview(data), [b""]
+    view, parts = memoryview(data), list[bytes | memoryview]()
     exif, xmp, at = b"", b"", 12
     stop = min(len(view), 8 + int.from_bytes(view[4:8], "little"))
     for _ in range(IMAGE_PARTS):
@@ -170,10 +184,12 @@ def _webp(data: bytes | memoryview) -> Pixels:
         if kind in _WEBP_PIXELS:
             if at + 8 + size > len(view):
                 raise DecodeError(f"broken WEBP: it ends within a chunk {kind.decode().strip()}")
-            chunk = bytearray(view[at:end].tobytes().ljust(end - at, b"\0"))
             if kind == b"VP8X" and size:
-                chunk[8] &= ~_WEBP_METADATA
-            parts.append(bytes(chunk))
+                flags = bytes([view[at + 8] & ~_WEBP_METADATA])
+                parts += [view[at : at + 8], flags, view[at + 9 : at + 8 + size]]
+            else:
+                parts.append(view[at : at + 8 + size])
+            parts.append(bytes(size % 2))
         elif kind == b"EXIF":
             exif = exif or bytes(view[at + 8 : at + 8 + min(size, IMAGE_METADATA)])
         elif kind == b"XMP ":
@@ -181,8 +197,8 @@ def _webp(data: bytes | memoryview) -> Pixels:
         at = end
     else:
         raise DecodeError(f"broken WEBP: it has more than {IMAGE_PARTS:,} chunks")
-    parts[0] = b"RIFF" + struct.pack("<I", 4 + sum(map(len, parts))) + b"WEBP"
-    pixels = b"".join(parts)
+    start = b"RIFF" + struct.pack("<I", 4 + sum(map(len, parts))) + b"WEBP"
+    pixels = b"".join([start, *parts])
     # The decoder has a canvas of four bytes a pixel, one of the frame before, and gives a copy.
     return Pixels(pixels, orientation_of(exif, xmp), 12, 3, size=_webp_size(pixels))
 

@@ -70,6 +70,8 @@ def _opened(data: bytes | memoryview, kind: str) -> Iterator[tuple[Image.Image, 
     """Give the image as Pillow sees it, not loaded, and its orientation."""
     with as_decode_error(kind), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if kind not in Image.OPEN:
+            raise DecodeError(f"{kind}, which the installed Pillow does not decode")
         bare = image_pixels(data, kind)
         if bare.size is not None:
             _require_memory(bare, 4, *bare.size)

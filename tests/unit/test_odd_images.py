@@ -122,6 +122,13 @@ def test_texts_and_profiles_end_no_png(text: str, at_end: bool) -> None:
     assert picture_size(data) == (odd.HEIGHT, odd.WIDTH)
 
 
+def test_each_text_is_inflated_once() -> None:
+    """Else a file of some MB would be inflated to a thousand times as much."""
+    text = b"XML:com.adobe.xmp\0\1\0\0\0" + odd.zeros(4 << 20)[:-4] + b"abcd"
+    data = png_with(chunk(b"iTXt", text) * 10_000 + chunk(b"eXIf", exif(1)))
+    assert np.array_equal(decode_rgb(data), plain("PNG"))
+
+
 def test_other_metadata_ends_no_image() -> None:
     multi = b"MPF\0" + RANDOM
     for junk in (
