@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 from moco_scale.untrusted.limits import IMAGE_MEMORY
 from moco_scale.untrusted.text import printable
 
@@ -16,21 +13,24 @@ class DecodeError(Exception):
         super().__init__(printable(reason))
 
 
-@contextlib.contextmanager
-def as_decode_error(kind: str) -> Iterator[None]:
+class as_decode_error:
     """Turn whatever a decoder raises on foreign bytes into DecodeError.
 
     kind: what the image is taken for, "PNG" say.
     """
-    try:
-        yield
-    except DecodeError:
-        raise
-    except MemoryError:
-        raise DecodeError(f"no memory was left to decode this {kind}") from None
-    except Exception as error:  # decoders raise nearly anything
-        reason = str(error) or type(error).__name__
-        raise DecodeError(f"broken {kind}: {reason}") from None
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if error is None or isinstance(error, DecodeError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, MemoryError):
+            raise DecodeError(f"no memory was left to decode this {self.kind}") from None
+        # Decoders raise nearly anything: struct.error, KeyError, SystemError.
+        raise DecodeError(f"broken {self.kind}: {str(error) or type(error).__name__}") from None
 
 
 def require_memory(needed: float, width: int, height: int) -> None:

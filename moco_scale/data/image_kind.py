@@ -49,7 +49,10 @@ _START = 512
 def image_kind(data: bytes | memoryview) -> str | None:
     """Return Pillow's name of the format that `data` begins as; None: none that is decoded."""
     start = bytes(data[:64])
-    return next((kind for kind, pattern in _KINDS if pattern.match(start)), None)
+    for kind, pattern in _KINDS:
+        if pattern.match(start):
+            return kind
+    return None
 
 
 def no_image(data: bytes | memoryview) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from moco_scale.data.bad_image import DecodeError
@@ -17,6 +18,7 @@ _NEXT_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")  # after the first scan
 _FRAMES = frozenset(
     (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 )
+_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _ALONE = frozenset((0x01, *range(0xD0, 0xD8)))  # markers without a length
 HOLE = bytes(512)
 """Bytes no JPEG has so many of in a row, unless a part of it was never written."""
@@ -76,19 +78,19 @@ def exif_place(jpeg: bytes | memoryview) -> slice | None:
 
 def orientation(jpeg: bytes | memoryview) -> int:
     """Return the orientation from EXIF or XMP, a key of UPRIGHT; 1 when there is none."""
-    return _orientation(jpeg, segments(jpeg))
+    return _orientation(jpeg, [(at, stop) for marker, at, stop in segments(jpeg) if marker == 0xE1])
 
 
-def _orientation(jpeg: bytes | memoryview, before: Iterable[tuple[int, int, int]]) -> int:
+def _orientation(jpeg: bytes | memoryview, places: list[tuple[int, int]]) -> int:
+    """Return the same from the segments of a camera's metadata, which begin and end there."""
     exif, xmp = b"", b""
-    for marker, start, stop in before:
-        if marker == 0xE1:
-            segment = bytes(jpeg[start + 2 : stop])
-            if segment.startswith(_EXIF):
-                exif = exif or segment[len(_EXIF) :]
-            elif segment.startswith(_XMP):
-                xmp = xmp or segment[len(_XMP) :]
-    return orientation_of(exif, xmp) if exif or xmp else 1
+    for start, stop in places:
+        segment = bytes(jpeg[start + 2 : stop])
+        if segment.startswith(_EXIF):
+            exif = exif or segment[len(_EXIF) :]
+        elif segment.startswith(_XMP):
+            xmp = xmp or segment[len(_XMP) :]
+    return orientation_of(exif, xmp)
 
 
 def read_header(jpeg: bytes | memoryview) -> Header:
@@ -97,28 +99,37 @@ def read_header(jpeg: bytes | memoryview) -> Header:
     Raises:
         DecodeError: there is no frame; it has more scans than is reasonable.
     """
-    before = list(segments(jpeg))
-    kind, start, stop = next((each for each in before if each[0] in _FRAMES), (0, 0, 0))
-    frame = bytes(jpeg[start:stop])
+    # This is done for every image, and after a decoder has had all caches: less is faster.
+    kind = marker = start = stop = 0
+    frame, metadata = b"", []
+    for marker, start, stop in segments(jpeg):
+        if marker == 0xE1:
+            metadata.append((start, stop))
+        elif marker in _FRAMES and not frame:
+            kind, frame = marker, bytes(jpeg[start:stop])
     components = frame[7] if len(frame) > 7 else 0
     if not components or len(frame) < 8 + 3 * components:
         raise DecodeError("broken JPEG: its header is no whole one")
     height, width = frame[3] << 8 | frame[4], frame[5] << 8 | frame[6]
     if width == 0 or height == 0:
         raise DecodeError("broken JPEG: its header says that it has no pixels")
-    marker, start, stop = before[-1]
+    samples, working = _samples(frame[9 : 8 + 3 * components : 3]), 0.0
     in_scan = jpeg[start + 2] if marker == 0xDA and start + 2 < len(jpeg) else 0
-    several = in_scan < components or kind in (0xC2, 0xC6, 0xCA, 0xCE)
-    if several:
+    if in_scan < components or kind in _PROGRESSIVE:
         _require_few_scans(jpeg, stop)
-    factors = [(byte >> 4, byte & 15) for byte in frame[9 : 8 + 3 * components : 3]]
-    across, down = (max(both) for both in zip(*factors, strict=True))
-    samples = sum(a * d for a, d in factors) / max(1, across * down)
+        working = 2 * samples
     # Of Huffman's codes each block of 64 samples takes one bit or more.
-    least = width * height * samples / 64 / 8 if kind <= 0xC2 else 0
-    return Header(
-        width, height, components, _orientation(jpeg, before), 2 * samples if several else 0, least
-    )
+    least = width * height * samples / 64 / 8 if kind <= 0xC2 else 0.0
+    turned = _orientation(jpeg, metadata) if metadata else 1
+    return Header(width, height, components, turned, working, least)
+
+
+@functools.lru_cache(16)
+def _samples(factors: bytes) -> float:
+    """Return the samples of a pixel; factors: of each component, four bits across, four down."""
+    areas = [(byte >> 4) * (byte & 15) for byte in factors]
+    across, down = max(byte >> 4 for byte in factors), max(byte & 15 for byte in factors)
+    return sum(areas) / max(1, across * down)
 
 
 def _require_few_scans(jpeg: bytes | memoryview, at: int) -> None:
