@@ -9,7 +9,7 @@ On a CPU the same calls decode with libjpeg, so that all of it can be tested the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_scale.data.decode import UPRIGHT, DecodeError, decode_rgb, jpeg_size
+from moco_scale.data.jpeg_header import HOLE
 from moco_scale.errors import UserError
-
-# Bytes no JPEG has so many of in a row, unless a part of it was never written.
-_HOLE = bytes(512)
+from moco_scale.untrusted.limits import DEVICE_PIXELS
 
 
 class EncodedViews(NamedTuple):
@@ -57,12 +56,13 @@ def can_decode(data: bytes | memoryview) -> bool:
     such files are sent, says that it is damaged.
     """
     try:
-        if jpeg_size(data) is None:
-            return False
+        size = jpeg_size(data)
     except DecodeError:
         return False
+    if size is None or size[0] * size[1] > DEVICE_PIXELS // 4:  # resized there as fp32
+        return False
     whole = bytes(data)
-    return whole.rstrip(b"\0").endswith(b"\xff\xd9") and _HOLE not in whole.rstrip(b"\0")
+    return whole.rstrip(b"\0").endswith(b"\xff\xd9") and HOLE not in whole.rstrip(b"\0")
 
 
 class DeviceDecoder:
@@ -89,9 +89,8 @@ class DeviceDecoder:
         shape = (len(encoded.views), len(rows) + len(others), *encoded.views.shape[2:])
         views = torch.empty(shape, dtype=torch.uint8, device=self.device)
         views[:, others] = encoded.views.to(self.device, non_blocking=True)
-        pictures = self._pictures(encoded)
         boxes, turned = encoded.boxes.tolist(), encoded.turned.tolist()
-        for i, picture in enumerate(pictures):
+        for i, picture in self._pictures(encoded):
             swap, *flips = UPRIGHT[turned[i]]
             upright = picture.swapaxes(1, 2) if swap else picture
             axes = [axis for axis, flip in zip((1, 2), flips, strict=True) if flip]
@@ -100,18 +99,17 @@ class DeviceDecoder:
                 crop_into(view[rows[i]], upright, box)
         return views
 
-    def _pictures(self, encoded: EncodedViews) -> list[Tensor]:
-        """uint8 [3, H, W] of each JPEG, as it is stored, on the device."""
-        ends = encoded.ends.tolist()
-        if not ends:
-            return []
-        data = encoded.data
-        jpegs = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        try:
-            return self._decode(jpegs, self.device)
-        except RuntimeError:  # for one of them; which one, it does not say
-            rows = encoded.rows.tolist()
-            return [self._picture(jpeg, row) for jpeg, row in zip(jpegs, rows, strict=True)]
+    def _pictures(self, encoded: EncodedViews) -> Iterator[tuple[int, Tensor]]:
+        """(place among them, uint8 [3, H, W] as it is stored, on the device) of each JPEG."""
+        ends, rows = encoded.ends.tolist(), encoded.rows.tolist()
+        jpegs = [encoded.data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        for start, stop in _groups(jpegs):
+            try:
+                decoded = self._decode(jpegs[start:stop], self.device)
+            except RuntimeError:  # for one of them; which one, it does not say
+                group = zip(jpegs[start:stop], rows[start:stop], strict=True)
+                decoded = [self._picture(jpeg, row) for jpeg, row in group]
+            yield from enumerate(decoded, start)
 
     def _picture(self, jpeg: Tensor, row: int) -> Tensor:
         try:
@@ -122,6 +120,19 @@ class DeviceDecoder:
             except DecodeError as error:
                 raise BadPicture(row, str(error)) from None
             return torch.from_numpy(pixels).permute(2, 0, 1).to(self.device)
+
+
+def _groups(jpegs: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """[start, stop) of as many as are decoded at once: a batch, or less of very large ones."""
+    start, pixels = 0, 0
+    for i, jpeg in enumerate(jpegs):
+        height, width = jpeg_size(jpeg.numpy().data) or (0, 0)
+        if pixels and pixels + height * width > DEVICE_PIXELS:
+            yield start, i
+            start, pixels = i, 0
+        pixels += height * width
+    if jpegs:
+        yield start, len(jpegs)
 
 
 def crop_into(out: Tensor, picture: Tensor, box: Sequence[int]) -> None:

@@ -20,6 +20,8 @@ CROP_SLOTS = 2 * CROP_TRIES + 2
 RATIO_MIN, RATIO_MAX = 3 / 4, 4 / 3
 _LOG_RATIO_MIN, _LOG_RATIO_MAX = math.log(RATIO_MIN), math.log(RATIO_MAX)
 
+_LONGEST = 32  # times as long as wide, of which the evaluation view shows one
+
 Box = tuple[int, int, int, int]
 
 _resize_into = torch.ops.aten._upsample_bilinear2d_aa.out
@@ -76,6 +78,7 @@ def write_centre(out: Tensor, pixels: Pixels, resize_ratio: float) -> None:
     """
     size = out.shape[1]
     short = round(size * resize_ratio)
+    pixels = _middle(pixels)
     height, width = pixels.shape[:2]
     if height <= width:
         height, width = short, int(short * width / height)
@@ -84,6 +87,19 @@ def write_centre(out: Tensor, pixels: Pixels, resize_ratio: float) -> None:
     resized = _resized(torch.from_numpy(pixels).permute(2, 0, 1), height, width)
     top, left = round((height - size) / 2), round((width - size) / 2)
     out.copy_(resized[:, top : top + size, left : left + size])
+
+
+def _middle(pixels: Pixels) -> Pixels:
+    """Return what the centre view can show of an image that is very much longer than wide.
+
+    Resizing all of it would take memory in proportion to the square of how much longer it is.
+    """
+    height, width = pixels.shape[:2]
+    most = _LONGEST * min(height, width)
+    if max(height, width) <= most:
+        return pixels
+    top, left = max(0, height - most) // 2, max(0, width - most) // 2
+    return np.ascontiguousarray(pixels[top : top + most, left : left + most])
 
 
 def _resized(region: Tensor, height: int, width: int) -> Tensor:

@@ -78,3 +78,18 @@ GROUND_TRUTH = 64 * MB
 """A list of images and their classes: a million lines of 60 bytes."""
 MAT_FILE, MAT_INFLATED, MAT_ELEMENTS = 64 * MB, 64 * MB, 1 << 18
 """meta.mat of ImageNet: bytes, bytes when inflated, and elements; it has 0.2 MB and some 14,000."""
+IMAGE_MEMORY = 1200 * 10**6
+"""What decoding one image holds at its peak, computed from its header: pixels, a copy of them turned
+or cropped, what the decoder itself needs. Enough for a telephone's JPEG of 200 million pixels."""
+IMAGE_PIXELS = IMAGE_MEMORY // 6
+"""Pixels of an image in the form that takes least: RGB, and a copy of it."""
+SLOW_IMAGE_PIXELS = 1 << 24
+"""Pixels of an image that is decoded by Python code, a few hundred thousand a second."""
+IMAGE_SCANS = 100
+"""Scans of a JPEG, each of which goes over all of it: cameras and tools write up to some 20."""
+IMAGE_PARTS = 1 << 18
+"""Chunks, segments, strips or tiles of an image, which are gone through one after the other."""
+IMAGE_METADATA = 4 * MB
+"""What is inflated of one text of an image to find its orientation."""
+DEVICE_PIXELS = 1 << 28
+"""Pixels that the training device decodes at once: 0.8 GB."""

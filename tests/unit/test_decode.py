@@ -358,7 +358,7 @@ def png_bomb(side: int) -> bytes:
 def test_a_decompression_bomb_is_refused_before_anything_is_allocated(data: bytes) -> None:
     tracemalloc.start()
     try:
-        with pytest.raises(DecodeError, match="more than 179 million pixels"):
+        with pytest.raises(DecodeError, match="too large: "):
             decode_rgb(data)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:

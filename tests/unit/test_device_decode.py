@@ -1,7 +1,7 @@
 """Decoding on the training device, here a CPU, against what the workers do."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco_scale.config_rules import build
+from moco_scale.data import device_decode, reader
 from moco_scale.data.augment import Augmentation
 from moco_scale.data.decode import decode_rgb, orientation, without_exif
 from moco_scale.data.device_decode import DeviceDecoder, can_decode, crop_into
@@ -149,6 +150,40 @@ def test_one_bad_picture_does_not_take_the_others_with_it() -> None:
     for a, b in zip(batches(pictures, decode), expected, strict=True):
         assert torch.equal(a.views, b.views)
     assert failures
+
+
+def test_large_pictures_are_decoded_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many pixels at once as are allowed, and never less than one picture."""
+    pictures = InMemory([encoded(seed=i) for i in range(4)])
+    expected = batches(pictures, DeviceDecoder(CPU))
+    for allowed, group in ((1, 1), (2 * 70 * 52, 2), (3 * 70 * 52, 3)):
+        decode, sizes = DeviceDecoder(CPU), list[int]()
+        whole = decode._decode
+
+        def counted(
+            jpegs: list[Tensor],
+            device: torch.device,
+            whole: Callable[[list[Tensor], torch.device], list[Tensor]] = whole,
+            sizes: list[int] = sizes,
+        ) -> list[Tensor]:
+            sizes.append(len(jpegs))
+            return whole(jpegs, device)
+
+        decode._decode = counted
+        monkeypatch.setattr(device_decode, "DEVICE_PIXELS", allowed)
+        monkeypatch.setattr(reader, "can_decode", lambda data: True)
+        for a, b in zip(batches(pictures, decode), expected, strict=True):
+            assert torch.equal(a.views, b.views)
+        assert max(sizes) == group
+        assert sum(sizes) == 4 * 6
+
+
+def test_what_is_too_large_for_the_device_is_left_to_the_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert can_decode(encoded())
+    monkeypatch.setattr(device_decode, "DEVICE_PIXELS", 4 * 70 * 52 - 1)
+    assert not can_decode(encoded())
 
 
 @pytest.mark.parametrize("workers", [0, 1])

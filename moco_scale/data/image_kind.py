@@ -1,0 +1,64 @@
+"""What a file is, by its first bytes: an image that is decoded, or something else, by name."""
+
+from __future__ import annotations
+
+import re
+
+_KINDS: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
+    (kind, re.compile(pattern, re.DOTALL))
+    for kind, pattern in (
+        ("JPEG", rb"\xff\xd8\xff"),
+        ("PNG", rb"\x89PNG\r\n\x1a\n"),
+        ("WEBP", rb"RIFF....WEBP"),
+        ("GIF", rb"GIF8[79]a"),
+        ("TIFF", rb"II[*+]\0|MM\0[*+]"),
+        ("AVIF", rb"....ftyp(?:avi[fs]|m[is]f1(?:.{4})*?avi[fs])"),
+        ("JPEG2000", rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n"),
+        ("PPM", rb"P[1-6][\s#]"),
+        ("BMP", rb"BM"),
+    )
+)
+"""By Pillow's names. Photographs come in these; none of them runs a program."""
+
+_OTHERS: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
+    (name, re.compile(pattern, re.DOTALL | re.IGNORECASE))
+    for name, pattern in (
+        (
+            "a Git LFS pointer, which stands for the file: fetch it by `git lfs pull`",
+            rb"version https://git-lfs\.github\.com/",
+        ),
+        ("HEIC: convert it to JPEG", rb"....ftyp(?:hei[cxms]|hev[cmxs]|m[is]f1)"),
+        ("JPEG XL: convert it to JPEG", rb"\xff\x0a|\0\0\0\x0cJXL "),
+        ("a video", rb"....ftyp|\x1a\x45\xdf\xa3|RIFF....AVI |\0\0\x01[\xb3\xba]"),
+        ("HTML, perhaps a server's error", rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head)"),
+        ("SVG or other XML", rb"(?:\xef\xbb\xbf)?\s*<(?:\?xml|svg)"),
+        ("PostScript", rb"%!PS|\xc5\xd0\xd3\xc6"),
+        ("PDF", rb"%PDF"),
+        ("a zip archive", rb"PK\x03\x04"),
+        ("compressed by gzip, bzip2, xz or zstd", rb"\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd"),
+        ("Photoshop's PSD", rb"8BPS"),
+        ("an icon", rb"\0\0[\x01\x02]\0|icns"),
+        ("numpy's array", rb"\x93NUMPY"),
+        ("a file of zeros, perhaps never written", rb"\0{16}"),
+        ("text", rb"[\t\n\r\x20-\x7e]{4,}\Z"),
+    )
+)
+_START = 512
+
+
+def image_kind(data: bytes | memoryview) -> str | None:
+    """Return Pillow's name of the format that `data` begins as; None: none that is decoded."""
+    start = bytes(data[:64])
+    for kind, pattern in _KINDS:
+        if pattern.match(start):
+            return kind
+    return None
+
+
+def no_image(data: bytes | memoryview) -> str:
+    """Say what `data`, which is no image that is decoded, is instead."""
+    start = bytes(data[:_START])
+    if not start:
+        return "empty file"
+    what = next((name for name, pattern in _OTHERS if pattern.match(start)), None)
+    return "not a picture in any known format" + (f" ({what})" if what else "")
