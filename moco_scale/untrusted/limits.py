@@ -79,8 +79,8 @@ GROUND_TRUTH = 64 * MB
 MAT_FILE, MAT_INFLATED, MAT_ELEMENTS = 64 * MB, 64 * MB, 1 << 18
 """meta.mat of ImageNet: bytes, bytes when inflated, and elements; it has 0.2 MB and some 14,000."""
 IMAGE_MEMORY = 1200 * 10**6
-"""What decoding one image holds at its peak, computed from its header: pixels, a copy of them turned
-or cropped, what the decoder itself needs. Enough for a telephone's JPEG of 200 million pixels."""
+"""What decoding one image holds at its peak, computed from its header: pixels, a copy of them
+turned or cropped, what the decoder needs. Enough for a telephone's JPEG of 200 million pixels."""
 IMAGE_PIXELS = IMAGE_MEMORY // 6
 """Pixels of an image in the form that takes least: RGB, and a copy of it."""
 SLOW_IMAGE_PIXELS = 1 << 24

@@ -1,4 +1,4 @@
-"""Images as they are in the world: whole ones with damaged or huge metadata, and what is no image."""
+"""Images as they are in the world: whole ones with damaged or huge metadata, and others."""
 
 import io
 import itertools
