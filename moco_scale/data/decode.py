@@ -128,8 +128,8 @@ def _kind(data: bytes | memoryview) -> str:
 def _checked_header(data: bytes | memoryview) -> Header:
     """Read the header. Raises DecodeError: it is damaged, or promises too much."""
     header = read_header(data)
-    # RGB and coefficients, or RGB and a copy that is turned or cropped; CMYK has four bytes.
-    a_pixel = max(4 + header.working, 6)
+    # RGB or four inks, and coefficients; or RGB and a copy that is turned or cropped.
+    a_pixel = max(max(3, header.components) + header.working, 6)
     require_memory(header.width * header.height * a_pixel, header.width, header.height)
     if header.least_bytes > len(data):
         raise DecodeError(
