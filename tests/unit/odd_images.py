@@ -124,11 +124,10 @@ def tiff_with(entries: list[tuple[int, int, int, bytes]], order: str = "<") -> b
     body, directory = pixels, b""
     for tag, kind, count, value in sorted(everything):
         if len(value) > 4:
-            value, body = (
-                struct.pack(order + "I", 8 + len(body)),
-                body + value + bytes(len(value) % 2),
-            )
+            place = struct.pack(order + "I", 8 + len(body))
+            body += value + bytes(len(value) % 2)
+            value = place
         directory += struct.pack(order + "HHI", tag, kind, count) + value
     start = struct.pack(order + "HI", 42, 8 + len(body))
-    count = struct.pack(order + "H", len(everything))
-    return {"<": b"II", ">": b"MM"}[order] + start + body + count + directory + bytes(4)
+    entries = struct.pack(order + "H", len(everything))
+    return {"<": b"II", ">": b"MM"}[order] + start + body + entries + directory + bytes(4)
