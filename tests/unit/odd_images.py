@@ -124,9 +124,9 @@ def tiff_with(entries: list[tuple[int, int, int, bytes]], order: str = "<") -> b
     body, directory = pixels, b""
     for tag, kind, count, value in sorted(everything):
         if len(value) > 4:
-            place = struct.pack(order + "I", 8 + len(body))
+            pointer = struct.pack(order + "I", 8 + len(body))
             body += value + bytes(len(value) % 2)
-            value = place
+            value = pointer
         directory += struct.pack(order + "HHI", tag, kind, count) + value
     start = struct.pack(order + "HI", 42, 8 + len(body))
     entries = struct.pack(order + "H", len(everything))
