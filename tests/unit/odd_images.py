@@ -129,5 +129,5 @@ def tiff_with(entries: list[tuple[int, int, int, bytes]], order: str = "<") -> b
             value = pointer
         directory += struct.pack(order + "HHI", tag, kind, count) + value
     start = struct.pack(order + "HI", 42, 8 + len(body))
-    entries = struct.pack(order + "H", len(everything))
-    return {"<": b"II", ">": b"MM"}[order] + start + body + entries + directory + bytes(4)
+    number = struct.pack(order + "H", len(everything))
+    return {"<": b"II", ">": b"MM"}[order] + start + body + number + directory + bytes(4)
