@@ -64,7 +64,8 @@ def test_a_second_ctrl_c_waits_for_nothing() -> None:
     with started(SLOW_CLEANING) as process:
         assert process.stdout and process.stdout.readline() == "in\n"
         process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "cleaning\n"
+        # A signal in the middle of a write may have it written again.
+        assert next(line for line in process.stdout if line != "in\n") == "cleaning\n"
         while process.poll() is None:
             process.send_signal(signal.SIGINT)
             time.sleep(0.1)
