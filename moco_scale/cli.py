@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import multiprocessing
 import os
 import socket
@@ -21,6 +22,7 @@ from moco_scale.errors import (
     UserError,
     first_line,
     is_peer_gone,
+    open_failure,
 )
 from moco_scale.launchers import rank_of
 from moco_scale.messages import outlive_terminal, say
@@ -82,6 +84,11 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
     except PeerLost as error:
         say(f"{name}: {error}")
         return LOST_PEER
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        say(f"{name}: error: {_who()}{open_failure(error)}")
+        return UserError.status
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_peer_gone(error):
             raise

@@ -1,6 +1,8 @@
 """The exceptions a user is meant to see."""
 
+import errno
 import re
+import resource
 import socket
 
 
@@ -84,3 +86,22 @@ class RankError(UserError):
 def first_line(error: BaseException) -> str:
     """What an error says first; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def open_failure(error: OSError) -> str:
+    """Why a file could not be opened or mapped; what to do where too many are open already."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{reason}. {open_files_advice()}"
+    return reason
+
+
+def open_files_advice() -> str:
+    """What to do about the limit on open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    more = (
+        f"raise it with `ulimit -n {hard}` in the shell or script that starts this"
+        if soft < hard
+        else "the administrator can raise it (LimitNOFILE, /etc/security/limits.conf)"
+    )
+    return f"This process may have {soft} files open (`ulimit -n`); {more}"

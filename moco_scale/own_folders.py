@@ -119,8 +119,17 @@ def remove_own(folder: Path, names: Collection[str]) -> None:
 
 
 def without_links(path: str, flags: int) -> int:
-    """An ``opener`` for :func:`open` that fails where the path is a link."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    """An ``opener`` for :func:`open` that fails where the path is a link, at once.
+
+    Raises:
+        OSError: also where it is a folder, a pipe or a device.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its other end; to a file it means nothing.
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return file
 
 
 def _is_mine(folder: int) -> bool:

@@ -21,8 +21,7 @@ from moco_scale.data.order import Order
 from moco_scale.data.shard_set import Place
 from moco_scale.data.tar_scan import BLOCK, key_in
 from moco_scale.data.windows import order_of
-from moco_scale.errors import UserError
-from moco_scale.files import open_failure
+from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.shard_index import AnyIndex, Tar
 from moco_scale.untrusted.text import printable
 

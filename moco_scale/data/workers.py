@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import itertools
 import multiprocessing
@@ -28,8 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from moco_scale.data.fetch_ahead import FetchAhead
-from moco_scale.errors import ReaderLost, UserError
-from moco_scale.files import open_files_advice
+from moco_scale.errors import ReaderLost, UserError, open_files_advice
 from moco_scale.messages import say
 from moco_scale.parents import die_with
 
@@ -215,6 +215,8 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
             finally:
                 late.cancel()
                 _end(batches._workers)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._sockets)  # also where no more files can be opened
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def __enter__(self) -> BatchLoader[Batch]:

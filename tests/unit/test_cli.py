@@ -1,5 +1,6 @@
 """Who says what is wrong: everybody who may be the only one to know."""
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -101,3 +102,14 @@ def test_ranks_that_have_met_say_it_once(
         raise RankError(UserError("own"), 1)
 
     assert told(fail_alone, RANK="1", **PAIR) == f"train.py: error: {ALONE}own\n"
+
+
+def test_too_many_open_files_are_no_defect_wherever_they_are_met(
+    told: Callable[..., str],
+) -> None:
+    def full() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    said = told(full)
+    assert "train.py: error: Too many open files. This process may have" in said
+    assert "ulimit -n" in said

@@ -188,3 +188,15 @@ def test_a_list_that_cannot_be_read_is_named(nodes: str) -> None:
 def test_tasks_per_node() -> None:
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     assert tasks_per_node("8") == [8]
+
+
+@pytest.mark.parametrize("text", ["2(x999999999999)", "9" * 5000, "2(x)", "-1,3"])
+def test_tasks_per_node_that_no_cluster_has_are_named(text: str) -> None:
+    with pytest.raises(UserError, match="cannot read Slurm's tasks per node") as error:
+        tasks_per_node(text)
+    assert len(str(error.value)) < 400
+
+
+def test_a_job_has_a_process() -> None:
+    with pytest.raises(UserError, match="a job of 0 processes; there is at least 1"):
+        complete_environment({"RANK": "0", "WORLD_SIZE": "0"})
