@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import multiprocessing
 import os
 import socket
@@ -22,10 +21,11 @@ from moco_scale.errors import (
     UserError,
     first_line,
     is_peer_gone,
-    open_failure,
+    limit_met,
 )
 from moco_scale.launchers import rank_of
 from moco_scale.messages import outlive_terminal, say
+from moco_scale.own_folders import remove_passing
 from moco_scale.parents import leave_with_launcher
 from moco_scale.signals import interruptible
 from moco_scale.untrusted.text import printable_lines
@@ -84,12 +84,12 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
     except PeerLost as error:
         say(f"{name}: {error}")
         return LOST_PEER
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
+    except (OSError, MemoryError, RuntimeError) as error:
+        if met := limit_met(error):
+            say(f"{name}: error: {_who()}{met}")
+            return UserError.status
+        if not isinstance(error, RuntimeError):
             raise
-        say(f"{name}: error: {_who()}{open_failure(error)}")
-        return UserError.status
-    except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_peer_gone(error):
             raise
         # A traceback here would bury the message of the process that caused it.
@@ -110,6 +110,7 @@ def leave(status: int) -> NoReturn:
     """
     for child in multiprocessing.active_children():
         child.kill()
+    remove_passing()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

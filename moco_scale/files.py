@@ -8,8 +8,6 @@ import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """What `flock` answers on file systems, of networks as a rule, that have no locks or have lost who
 keeps them."""
@@ -35,6 +33,8 @@ def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) 
 
 def save_atomically(path: Path, value: Any) -> None:
     """``torch.save`` to a file that appears whole."""
+    import torch  # here: who fetches shards starts without it
+
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with _anew(temporary) as file:

@@ -11,11 +11,16 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+PASSING: set[str] = set()
+"""Folders in TMPDIR that nothing needs after this process, which removes them when it leaves."""
 
 
 class ForeignFolderError(OSError):
@@ -116,6 +121,15 @@ def remove_own(folder: Path, names: Collection[str]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
             raise
+
+
+def remove_passing(folders: Collection[str] | None = None) -> None:
+    """Remove these of :data:`PASSING`, all by default; what cannot be removed stays."""
+    for folder in PASSING.intersection(folders) if folders is not None else list(PASSING):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # also where no more files can be opened
+        shutil.rmtree(folder, ignore_errors=True)
+        PASSING.discard(folder)
 
 
 def without_links(path: str, flags: int) -> int:

@@ -104,12 +104,35 @@ def test_ranks_that_have_met_say_it_once(
     assert told(fail_alone, RANK="1", **PAIR) == f"train.py: error: {ALONE}own\n"
 
 
-def test_too_many_open_files_are_no_defect_wherever_they_are_met(
-    told: Callable[..., str],
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "This process may have"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "cannot write /a/b: No space"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 51 bytes"), "--nce-k"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "(CUDA out of memory. Tried to)"),
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+            "set TMPDIR to a folder that can be written",
+        ),
+    ],
+)
+def test_a_limit_of_the_machine_is_no_defect_wherever_it_is_met(
+    told: Callable[..., str], error: Exception, words: str
 ) -> None:
-    def full() -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    def meet() -> None:
+        raise error
 
-    said = told(full)
-    assert "train.py: error: Too many open files. This process may have" in said
-    assert "ulimit -n" in said
+    said = told(meet)
+    assert said.startswith("train.py: error: ") and said.count("\n") == 1
+    assert words in said
+
+
+def test_other_errors_of_the_system_are_defects() -> None:
+    def meet() -> int:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/a")
+
+    with pytest.raises(FileNotFoundError):
+        run_command("train.py", meet)

@@ -143,7 +143,7 @@ def test_what_is_wrong_is_named() -> None:
     assert "RANK=1 is set but WORLD_SIZE is not" in refused(RANK="1")
     assert "WORLD_SIZE=2 is set but RANK is not" in refused(WORLD_SIZE="2")
     assert "rank 2 of 2 processes" in refused(RANK="2", WORLD_SIZE="2")
-    assert "rank 0 of 0 processes" in refused(RANK="0", WORLD_SIZE="0")
+    assert "a job of 0 processes" in refused(RANK="0", WORLD_SIZE="0")
     assert "RANK='first' in the environment" in refused(RANK="first", WORLD_SIZE="2")
     assert "MASTER_PORT='any'" in refused(RANK="0", WORLD_SIZE="2", MASTER_PORT="any")
     assert "LOCAL_RANK='-1'" in refused(RANK="0", WORLD_SIZE="2", LOCAL_RANK="-1")
