@@ -317,9 +317,7 @@ def _check_shard(path: Path, size: int, of: int) -> int:
             "Copy it again from where the shards were made, or make them again."
         ) from None
     except OSError as error:
-        raise UserError(
-            f"Cannot read shard {printable(path)}: {error.strerror or error}."
-        ) from error
+        raise UserError(f"Cannot read shard {printable(path)}: {open_failure(error)}.") from error
     if status.st_size != size:
         raise UserError(_wrong_size(path, status.st_size, size))
     return status.st_mtime_ns
