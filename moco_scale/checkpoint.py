@@ -109,7 +109,7 @@ def _complete(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(temporary)
-    if folder.exists() and not (folder / META).exists():
+    if folder.exists() and not (folder / META).is_file():
         os.rename(folder, folder.with_name(f".{folder.name}.incomplete"))  # such as a partial copy
     os.rename(temporary, folder)
     sync_folder(folder.parent)

@@ -21,9 +21,11 @@ from moco_scale.errors import (
     UserError,
     first_line,
     is_peer_gone,
+    limit_met,
 )
 from moco_scale.launchers import rank_of
 from moco_scale.messages import outlive_terminal, say
+from moco_scale.own_folders import remove_passing
 from moco_scale.parents import leave_with_launcher
 from moco_scale.signals import interruptible
 from moco_scale.untrusted.text import printable_lines
@@ -82,7 +84,12 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
     except PeerLost as error:
         say(f"{name}: {error}")
         return LOST_PEER
-    except RuntimeError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if met := limit_met(error):
+            say(f"{name}: error: {_who()}{met}")
+            return UserError.status
+        if not isinstance(error, RuntimeError):
+            raise
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_peer_gone(error):
             raise
         # A traceback here would bury the message of the process that caused it.
@@ -103,6 +110,7 @@ def leave(status: int) -> NoReturn:
     """
     for child in multiprocessing.active_children():
         child.kill()
+    remove_passing()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from moco_scale.untrusted.deepspeed_file import AUTO
@@ -134,6 +136,8 @@ MONITORS = {
     "comet": "comet_ml",
 }
 """Sections that send figures of a run somewhere, and the package that each needs."""
+_PLACES = (("tensorboard", "output_path"), ("csv_monitor", "output_path"))
+_FILES = (("flops_profiler", "output_file"),)
 _INSTEAD = "OUT/metrics.jsonl and OUT/tensorboard have this run's figures"
 # What DeepSpeed reports after a step of its own, which stage 0 does not have.
 _REPORTS = {
@@ -264,6 +268,39 @@ def take_reports(config: dict[str, Any], stage: int, problems: list[str], notes:
             'comms_logger has no effect without "enabled": true and "verbose": true: nothing here '
             "asks for its summary; `python -m moco_scale plan` says what a step sends"
         )
+
+
+def unwritable_reports(config: dict[str, Any]) -> list[str]:
+    """A line for each place of a report, on this machine, where it cannot be written.
+
+    Only the first rank writes them. Nothing is made: preflight asks too.
+
+    Args:
+        config: what a file holds, once :func:`take_reports` has seen it.
+    """
+    lines = []
+    for section, key in (*_PLACES, *_FILES):
+        place = (config.get(section) or {}).get(key)
+        if not isinstance(place, str) or not place:
+            continue
+        path = Path(place).absolute()
+        if (section, key) in _FILES:
+            if path.is_dir():
+                lines.append(f"{section}.{key} {printable(place)}: is a folder; name a file")
+            path = path.parent
+        # What is missing is made, in the nearest folder that is there.
+        there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK) or _of_kernel(there):
+            lines.append(
+                f"{section}.{key} {printable(place)}: nothing can be written in "
+                f"{printable(there)}; name another place, or remove the section"
+            )
+    return lines
+
+
+def _of_kernel(folder: Path) -> bool:
+    """Whether nobody can make anything there, whatever its permissions say."""
+    return any(folder.is_relative_to(root) for root in ("/proc", "/sys"))
 
 
 def reports_by_log(config: dict[str, Any]) -> bool:

@@ -1,6 +1,8 @@
 """The exceptions a user is meant to see."""
 
+import errno
 import re
+import resource
 import socket
 
 
@@ -84,3 +86,66 @@ class RankError(UserError):
 def first_line(error: BaseException) -> str:
     """What an error says first; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_NO_MEMORY = re.compile(r"(allocate|enough) memory|out of memory")  # torch, on CPUs and GPUs
+
+
+def limit_met(error: Exception) -> str | None:
+    """Which limit of this machine an error is about that nobody expected there; None: of none."""
+    if isinstance(error, OSError):
+        return _limit_of_files(error)
+    if str(error) == "can't start new thread":
+        return processes_advice("thread")
+    network = any(kind.__name__ in _NETWORK_ERRORS for kind in type(error).__mro__)
+    if isinstance(error, MemoryError) or (_NO_MEMORY.search(str(error)) and not network):
+        return (
+            f"not enough memory ({first_line(error)[:300] or 'for Python'}): a lower --batch-size, "
+            "--image-size, --nce-k or --num-workers, --activation-checkpointing or more GPUs take "
+            "less; `python -m moco_scale plan` says what fits"
+        )
+    return None
+
+
+def _limit_of_files(error: OSError) -> str | None:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return open_failure(error)
+    if "No usable temporary directory" in str(error):  # `tempfile`, after a write to each
+        return (
+            f"there is no folder for temporary files ({error.strerror}): make room, or set TMPDIR "
+            "to a folder that can be written"
+        )
+    if error.errno in _FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"cannot write {where}{error.strerror}: make room, or name another place"
+    return None
+
+
+def processes_advice(what: str) -> str:
+    """What to do where no more of a "process" or "thread" can be started."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    return (
+        f"cannot start another {what}: this user may have {limit} processes and threads "
+        "(`ulimit -u`), and a container may have a limit of its own (pids); end some, lower "
+        "--num-workers, or raise it"
+    )
+
+
+def open_failure(error: OSError) -> str:
+    """Why a file could not be opened or mapped; what to do where too many are open already."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{reason}. {open_files_advice()}"
+    return reason
+
+
+def open_files_advice() -> str:
+    """What to do about the limit on open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    more = (
+        f"raise it with `ulimit -n {hard}` in the shell or script that starts this"
+        if soft < hard
+        else "the administrator can raise it (LimitNOFILE, /etc/security/limits.conf)"
+    )
+    return f"This process may have {soft} files open (`ulimit -n`); {more}"

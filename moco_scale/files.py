@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import resource
 import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import torch
-
-from moco_scale.errors import UserError
 
 NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """What `flock` answers on file systems, of networks as a rule, that have no locks or have lost who
@@ -39,6 +33,8 @@ def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) 
 
 def save_atomically(path: Path, value: Any) -> None:
     """``torch.save`` to a file that appears whole."""
+    import torch  # here: who fetches shards starts without it
+
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with _anew(temporary) as file:
@@ -66,20 +62,6 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """A JSON file of the user's.
-
-    Raises:
-        UserError: it is missing or not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{what} {path} is not valid JSON: {error}") from None
-
-
 def failure_reason(error: BaseException) -> str:
     """One line that says why writing or reading failed, for people.
 
@@ -103,22 +85,3 @@ def failure_reason(error: BaseException) -> str:
     # What Python itself says of these is little without their name.
     named = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError)
     return (f"{type(error).__name__}: " if named else "") + text.splitlines()[-1][:300]
-
-
-def open_failure(error: OSError) -> str:
-    """Why a file could not be opened or mapped; what to do where too many are open already."""
-    reason = error.strerror or str(error)
-    if error.errno == errno.EMFILE:
-        return f"{reason}. {open_files_advice()}"
-    return reason
-
-
-def open_files_advice() -> str:
-    """What to do about the limit on open files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    more = (
-        f"raise it with `ulimit -n {hard}` in the shell or script that starts this"
-        if soft < hard
-        else "the administrator can raise it (LimitNOFILE, /etc/security/limits.conf)"
-    )
-    return f"This process may have {soft} files open (`ulimit -n`); {more}"

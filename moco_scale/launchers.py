@@ -14,6 +14,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
 from moco_scale.errors import UserError
+from moco_scale.untrusted.text import printable
 
 SCHEDULERS = ("srun", "mpirun", "PMI")
 """Launchers, by :attr:`Place.launcher`, that may show each process its own GPU only."""
@@ -98,6 +99,8 @@ def complete_environment(environ: MutableMapping[str, str]) -> Place:
     place = find_place(environ)
     if place is None:
         place = Place("no launcher", 0, 1, 0, 1)
+    if place.world_size < 1:
+        raise UserError(f"{place.launcher}: a job of 0 processes; there is at least 1")
     if not 0 <= place.rank < place.world_size:
         raise UserError(
             f"{place.launcher}: rank {place.rank} of {place.world_size} processes: ranks are "
@@ -294,8 +297,8 @@ def first_host(nodes: str) -> str:
     host = re.sub(r"\[(\d+)[^\[\]]*\]", r"\1", entry[0]) if entry else ""
     if not re.fullmatch(r"[\w.-]+", host):
         raise UserError(
-            f"cannot read the first host from Slurm's list {nodes!r}; set MASTER_ADDR in the job "
-            f"script: {_EXPORT}"
+            f"cannot read the first host from Slurm's list {printable(nodes, 200)!r}; set "
+            f"MASTER_ADDR in the job script: {_EXPORT}"
         )
     return host
 
@@ -308,9 +311,9 @@ def tasks_per_node(text: str) -> list[int]:
     """
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part.strip())
         if match is None:
-            raise UserError(f"cannot read Slurm's tasks per node {text!r}")
+            raise UserError(f"cannot read Slurm's tasks per node {printable(text, 200)!r}")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -322,5 +325,5 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
             return default
         raise UserError(f"{name} is not set, although the launcher's other variables are")
     if not re.fullmatch(r"\d{1,18}", text.strip()):
-        raise UserError(f"{name}={text!r} in the environment is not a number")
+        raise UserError(f"{name}={printable(text, 60)!r} in the environment is not a number")
     return int(text)

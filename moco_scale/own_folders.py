@@ -11,11 +11,16 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+PASSING: set[str] = set()
+"""Folders in TMPDIR that nothing needs after this process, which removes them when it leaves."""
 
 
 class ForeignFolderError(OSError):
@@ -118,9 +123,27 @@ def remove_own(folder: Path, names: Collection[str]) -> None:
             raise
 
 
+def remove_passing(folders: Collection[str] | None = None) -> None:
+    """Remove these of :data:`PASSING`, all by default; what cannot be removed stays."""
+    for folder in PASSING.intersection(folders) if folders is not None else list(PASSING):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # also where no more files can be opened
+        shutil.rmtree(folder, ignore_errors=True)
+        PASSING.discard(folder)
+
+
 def without_links(path: str, flags: int) -> int:
-    """An ``opener`` for :func:`open` that fails where the path is a link."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    """An ``opener`` for :func:`open` that fails where the path is a link, at once.
+
+    Raises:
+        OSError: also where it is a folder, a pipe or a device.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for its other end; to a file it means nothing.
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return file
 
 
 def _is_mine(folder: int) -> bool:

@@ -25,6 +25,8 @@ from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.workers import BatchLoader
+from moco_scale.deepspeed_config import refuse
+from moco_scale.deepspeed_keys import unwritable_reports
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine, read_deepspeed
 from moco_scale.errors import StoppedEarly
@@ -83,7 +85,8 @@ class Pretraining:
         self.world, self.rank = distributed.world_size(), distributed.rank()
         identity.require_alike(identity.of_run(config))
         if config.run.deepspeed:  # all that is wrong with it, before anything takes time
-            read_deepspeed(config, self.world, 1)
+            asked = read_deepspeed(config, self.world, 1).configuration
+            together.on_main(lambda: refuse(config.run.deepspeed, unwritable_reports(asked)))
         self.shards, self.plan = open_data(config, self.phases.alive)
         self.decoder = together.agree(self._decoder)
         self.cache = together.agree(self._cache)

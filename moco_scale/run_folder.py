@@ -302,8 +302,9 @@ class RunFolder:
                 save_atomically(self.current, self._model(copies, model, meta))
                 self._drop_old()
             except Exception as error:  # whatever it is, the others wait to hear of it
+                where = getattr(error, "filename2", None) or self.path
                 raise UserError(
-                    f"cannot write to {self.path}: {failure_reason(error)}; checkpoint "
+                    f"cannot write to {where}: {failure_reason(error)}; checkpoint "
                     f"{folder.name} is complete: make room, then start again"
                 ) from error
 

@@ -37,6 +37,7 @@ from moco_scale.errors import (
     is_peer_gone,
 )
 from moco_scale.messages import say
+from moco_scale.own_folders import remove_passing
 from moco_scale.parents import children
 from moco_scale.timing import Phases
 from moco_scale.untrusted.documents import DocumentError
@@ -398,6 +399,7 @@ class Watch:
         for number, _ in children():  # one that is stopped does not end by itself
             with contextlib.suppress(OSError):
                 os.kill(number, signal.SIGKILL)
+        remove_passing()
         os._exit(LOST_PEER)
 
     def _write_down(self, line: str) -> None:

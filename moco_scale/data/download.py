@@ -13,10 +13,12 @@ from typing import NamedTuple, Protocol
 from moco_scale.data.progress import gets_on
 from moco_scale.data.remote_place import CHUNK, Body, FetchError, FileState, Place
 from moco_scale.errors import UserError
+from moco_scale.messages import say
 from moco_scale.untrusted.limits import LEAST_RATE
 from moco_scale.untrusted.text import printable
 
 _WRONG_AT_MOST = 3  # a file that arrives whole and wrong so often is wrong over there
+_SAID_AFTER = 10.0  # seconds of failures at a start that nobody has been told of
 _LOOK = 60.0  # seconds in which a connection has to bring something worth its while
 _jitter = random.SystemRandom()  # clients that failed together shall not come back together
 
@@ -115,7 +117,7 @@ def download_document(
     Unlike a shard it is given up when it advances too slowly. Raises as `download` does.
     """
     transfer = _Transfer(place, file, sink, never, seconds)
-    attempts = _Attempts(place, file, patience)
+    attempts = _Attempts(place, file, patience, says=True)
     while True:
         try:
             transfer.attempt()
@@ -127,7 +129,7 @@ def download_document(
 
 def state_of(place: Place, file: RemoteFile, patience: Patience) -> FileState:
     """What a place says of a file without sending it. Raises UserError as `download` does."""
-    attempts = _Attempts(place, file, patience)
+    attempts = _Attempts(place, file, patience, says=True)
     while True:
         try:
             return place.state(file.name)
@@ -137,9 +139,20 @@ def state_of(place: Place, file: RemoteFile, patience: Patience) -> FileState:
 
 
 class _Attempts:
-    """How long to go on trying, and what to say in the end."""
+    """How long to go on trying, and what to say in the end.
 
-    def __init__(self, place: Place, file: RemoteFile, patience: Patience, held: int = 0) -> None:
+    says: on the way as well, once. For what a start waits for; readers would say it all at once.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        file: RemoteFile,
+        patience: Patience,
+        held: int = 0,
+        says: bool = False,
+    ) -> None:
+        self._says = says
         self._place, self._file, self._patience = place, file, patience
         self._failures: Counter[str] = Counter()
         self._started = self._advanced = time.monotonic()
@@ -164,6 +177,12 @@ class _Attempts:
             raise UserError(
                 _gave_up(self._place, self._file, self._failures, str(error), seconds)
             ) from None
+        if self._says and now - self._advanced >= _SAID_AFTER:
+            self._says = False
+            say(
+                f"{self._place.address(self._file.name)}: {error}; it is tried for "
+                f"{patience.give_up:.0f} s (--shard-timeout)"
+            )
         return wait
 
 

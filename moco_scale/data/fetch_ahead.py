@@ -33,7 +33,7 @@ from moco_scale.data.order import BatchPlan, Indices, Plan
 from moco_scale.data.remote_place import Place
 from moco_scale.data.shard_cache import NoRoom, ShardCache, gigabytes, shard_path
 from moco_scale.data.windows import window_of
-from moco_scale.errors import UserError
+from moco_scale.errors import UserError, processes_advice
 from moco_scale.messages import outlive_terminal, say
 from moco_scale.parents import die_with
 
@@ -41,6 +41,8 @@ _FETCHERS = 4
 _REST = 30.0  # seconds for which a shard that cannot be had is left to those who read it
 _RESTARTS_APART = 60.0  # seconds, where the process dies again and again
 _END = b"end\n"
+# Whoever stops the run signals the whole group; to the process, the end of stdin is what counts.
+_NOT_OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 NOWHERE = np.uint32(2**32 - 1)
 
 
@@ -95,18 +97,26 @@ class FetchAhead:
 
     def __init__(self, job: Job) -> None:
         self._job, self._said, self._not_before = job, False, 0.0
-        self._start(job)
+        try:
+            self._start(job)
+        except BlockingIOError:
+            raise UserError(processes_advice("process")) from None
 
     def _start(self, job: Job) -> None:
         root = str(Path(moco_scale.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         in_main = threading.current_thread() is threading.main_thread()
         parent = str(os.getpid() if in_main else 0)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from {__name__} import main; main()", parent],
-            stdin=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
+        # What the whole group gets would end it, with a traceback, before it can ignore that.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", f"from {__name__} import main; main()", parent],
+                stdin=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         pipe = self._process.stdin
         assert pipe is not None
         self._pipe = pipe
@@ -143,7 +153,8 @@ class FetchAhead:
             )
         self._said, self._not_before = True, time.monotonic() + _RESTARTS_APART
         self.close()
-        self._start(self._job._replace(start=step))
+        with contextlib.suppress(OSError):  # of Popen; it is tried again
+            self._start(self._job._replace(start=step))
 
     def _say(self, line: bytes) -> None:
         # Lost when it is gone or too busy to listen: the next one will do.
@@ -289,8 +300,7 @@ class _Fetching:
 
 def main() -> None:
     """The process itself: a job, then a line for each step, on stdin."""
-    # Whoever stops the run signals the whole group; the end of stdin is what counts here.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in _NOT_OURS:
         signal.signal(number, signal.SIG_IGN)
     outlive_terminal()
     if parent := int(sys.argv[1]):

@@ -21,8 +21,7 @@ from moco_scale.data.order import Order
 from moco_scale.data.shard_set import Place
 from moco_scale.data.tar_scan import BLOCK, key_in
 from moco_scale.data.windows import order_of
-from moco_scale.errors import UserError
-from moco_scale.files import open_failure
+from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.shard_index import AnyIndex, Tar
 from moco_scale.untrusted.text import printable
 
@@ -318,9 +317,7 @@ def _check_shard(path: Path, size: int, of: int) -> int:
             "Copy it again from where the shards were made, or make them again."
         ) from None
     except OSError as error:
-        raise UserError(
-            f"Cannot read shard {printable(path)}: {error.strerror or error}."
-        ) from error
+        raise UserError(f"Cannot read shard {printable(path)}: {open_failure(error)}.") from error
     if status.st_size != size:
         raise UserError(_wrong_size(path, status.st_size, size))
     return status.st_mtime_ns

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from moco_scale.errors import UserError
+from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.documents import read_bounded, without_waiting
 from moco_scale.untrusted.limits import INDEX_JSON as INDEX_BYTES
 from moco_scale.untrusted.limits import NPY_HEADER
@@ -139,7 +139,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise UserError(f"Cannot read {path}: {open_failure(error)}.") from error
     except ValueError as error:  # a zero byte in the path
         raise UserError(f"Cannot read {printable(path)}: {error}.") from error
     except UserError as error:
@@ -194,9 +194,8 @@ def read_rows(index_dir: Path, split: str, header: AnyIndex) -> np.ndarray:
     try:
         rows = map_rows(index_dir, split, entry.samples)
     except OSError as error:
-        raise UserError(
-            f"Cannot read the index {path}: {error.strerror or error}. {_MAKE_AGAIN}"
-        ) from error
+        remedy = f" {_MAKE_AGAIN}" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"Cannot read the index {path}: {open_failure(error)}.{remedy}") from error
     except ValueError as error:
         raise UserError(f"The index {path} is damaged ({error}). {_MAKE_AGAIN}") from error
     if rows_checksum(rows) != entry.checksum:

@@ -22,7 +22,7 @@ from moco_scale.data import index, index_file
 from moco_scale.data.index_place import alone, first_writable, places, read_tars
 from moco_scale.data.shard_list import ShardList
 from moco_scale.data.tar_scan import ShardScan, dots_problem, scan_tar
-from moco_scale.errors import UserError
+from moco_scale.errors import UserError, open_failure
 from moco_scale.files import sync_folder, write_atomically
 from moco_scale.messages import say
 from moco_scale.untrusted.limits import CLASSES
@@ -102,7 +102,7 @@ def _key(shards: ShardList) -> tuple[_Key, dict[str, int], dict[str, int]]:
             try:
                 status = path.stat()
             except OSError as error:
-                raise UserError(f"Cannot read shard {path}: {error.strerror or error}.") from error
+                raise UserError(f"Cannot read shard {path}: {open_failure(error)}.") from error
             sizes[name], changed[name] = status.st_size, status.st_mtime_ns
             names.update(os.fsencode(f"{split}\0{name}\0"))
             state.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())

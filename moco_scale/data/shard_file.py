@@ -23,7 +23,7 @@ from moco_scale.data.source_folder import NOT_READABLE
 from moco_scale.data.source_zip import unpack
 from moco_scale.data.sources import LFS_POINTER, START_BYTES, suffix_to_write
 from moco_scale.data.tar_scan import scan_tar
-from moco_scale.errors import UserError
+from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.documents import without_waiting
 from moco_scale.untrusted.limits import PICTURE_FILE
 from moco_scale.untrusted.text import printable
@@ -213,7 +213,7 @@ def _archived_bytes(picture: Picture) -> bytes:
 
 
 def _unreadable(container: str, error: OSError) -> UserError:
-    return UserError(f"Cannot read {printable(container)}: {error.strerror or error}.")
+    return UserError(f"Cannot read {printable(container)}: {open_failure(error)}.")
 
 
 def _read_ahead(pictures: Sequence[Picture]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco_scale.data.index_file import INDEX_JSON
-from moco_scale.errors import UserError
+from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.limits import TARS_OF_A_PATTERN
 from moco_scale.untrusted.text import printable
 
@@ -158,7 +158,7 @@ def _tars(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"Cannot read {folder}: {error.strerror or error}.") from error
+        raise UserError(f"Cannot read {folder}: {open_failure(error)}.") from error
     # ImageNet's own tars hold tars and pictures of all kinds, and no samples.
     return [
         folder / name

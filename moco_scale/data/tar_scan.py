@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from moco_scale.data.sources import PICTURE_SUFFIXES
 from moco_scale.data.tar_groups import Groups
-from moco_scale.errors import UserError
+from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.limits import MEMBERS_OF_A_SAMPLE, PICTURE_FILE
 from moco_scale.untrusted.tar_headers import (
     BLOCK,
@@ -85,7 +85,7 @@ def scan_tar(path: Path) -> ShardScan:
             return _scan(tar)
     except OSError as error:
         raise UserError(
-            f"Cannot read shard {printable(path, _PATH_SHOWN)}: {error.strerror or error}."
+            f"Cannot read shard {printable(path, _PATH_SHOWN)}: {open_failure(error)}."
         ) from error
 
 

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from moco_scale.data.fetch_ahead import FetchAhead
-from moco_scale.errors import ReaderLost, UserError
-from moco_scale.files import open_files_advice
+from moco_scale.errors import ReaderLost, UserError, open_files_advice
 from moco_scale.messages import say
+from moco_scale.own_folders import PASSING, remove_passing
 from moco_scale.parents import die_with
 
 Batch = TypeVar("Batch")
@@ -174,6 +174,7 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
                 if self._reading is not None:
                     self._reading.share(self._loader.num_workers)
                 self._sockets = tempfile.mkdtemp(prefix="pymp-")
+                PASSING.add(self._sockets)
                 self._batches = _start(self._loader, self._no_longer, self._sockets)
                 # Who is interrupted between two batches may leave without closing. Registered
                 # after the workers, so that it comes before multiprocessing waits for them.
@@ -215,7 +216,7 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
             finally:
                 late.cancel()
                 _end(batches._workers)
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        remove_passing({self._sockets})
 
     def __enter__(self) -> BatchLoader[Batch]:
         return self

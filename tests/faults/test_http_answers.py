@@ -336,3 +336,18 @@ def test_a_place_can_be_sent_to_the_process_that_fetches_ahead(raw: Raw) -> None
     content = io.BytesIO()
     download_document(place, RemoteFile("x"), content, ONCE, 5.0)
     assert content.getvalue() == b"abc"
+
+
+def test_a_start_says_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, and without the password; where nobody listens that is minutes."""
+    monkeypatch.setattr(download, "_SAID_AFTER", 0.0)
+    patience = download.Patience(give_up=0.5, first_wait=0.02)
+    nobody = remote.place("http://joe:secret@127.0.0.1:1/data")
+    with pytest.raises(UserError, match="refused"):
+        download.state_of(nobody, download.RemoteFile("index.json"), patience)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "127.0.0.1:1/data/index.json" in said and "refused" in said
+    assert "--shard-timeout" in said and "secret" not in said

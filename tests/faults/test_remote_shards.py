@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -342,6 +344,9 @@ def test_shards_are_there_before_anybody_reads_and_the_process_goes(
         plan, parts = BatchPlan(shards.order(3, WINDOW), 8), shards.remote_parts()
         part = parts[0]
         with process_of(Job(parts, plan, 0, 12, in_flight=1)) as process:
+            # What the whole group gets is not this process's affair, from its first moment on.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                process._process.send_signal(number)
             process.at(0)
             deadline = time.monotonic() + 60
             while not all(part.cache.has(part.folder, file) for file in part.files):
@@ -352,6 +357,17 @@ def test_shards_are_there_before_anybody_reads_and_the_process_goes(
         before = len(server.requests)
         same(batches(shards, 0), batches(open_shards(tiny_shards, "train"), 0))
         assert len(server.requests) == before
+
+
+def test_where_no_process_can_be_started_the_limit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = mock.Mock(side_effect=BlockingIOError(errno.EAGAIN, "Resource unavailable"))
+    monkeypatch.setattr(fetch_ahead.subprocess, "Popen", start)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(UserError, match=r"cannot start another process: .*ulimit -u"):
+        FetchAhead(mock.Mock())
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_a_process_that_was_killed_is_replaced(

@@ -42,6 +42,10 @@ FILES: dict[str, Any] = {
         "tensorboard": {"enabled": True, "output_path": "IN/board"},
         "csv_monitor": {"enabled": True, "output_path": "IN/csv"},
     },
+    "nowhere": {
+        "zero_optimization": {"stage": 1},
+        "csv_monitor": {"enabled": True, "output_path": "IN/zero1.json/csv"},
+    },
     "many": {
         "optimizer": {},
         "fp16": {"enabled": "no"},
@@ -74,6 +78,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         "bf16 is enabled but --precision",
     ),
     ("--data-dir DATA --deepspeed IN/wandb.json", "wandb needs a package that is not installed"),
+    ("--data-dir DATA --deepspeed IN/nowhere.json", "name another place, or remove the section"),
     ("--data-dir DATA --deepspeed IN/moq.json", "quantize_training is not done here"),
     ("--data-dir DATA --deepspeed IN/nvme.json", "offload_optimizer to 'nvme' is not supported"),
     ("--data-dir DATA --deepspeed IN/legacy.json", "DeepSpeed cannot start with this"),

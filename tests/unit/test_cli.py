@@ -1,5 +1,6 @@
 """Who says what is wrong: everybody who may be the only one to know."""
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -101,3 +102,37 @@ def test_ranks_that_have_met_say_it_once(
         raise RankError(UserError("own"), 1)
 
     assert told(fail_alone, RANK="1", **PAIR) == f"train.py: error: {ALONE}own\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "This process may have"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "cannot write /a/b: No space"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 51 bytes"), "--nce-k"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "(CUDA out of memory. Tried to)"),
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+            "set TMPDIR to a folder that can be written",
+        ),
+    ],
+)
+def test_a_limit_of_the_machine_is_no_defect_wherever_it_is_met(
+    told: Callable[..., str], error: Exception, words: str
+) -> None:
+    def meet() -> None:
+        raise error
+
+    said = told(meet)
+    assert said.startswith("train.py: error: ") and said.count("\n") == 1
+    assert words in said
+
+
+def test_other_errors_of_the_system_are_defects() -> None:
+    def meet() -> int:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/a")
+
+    with pytest.raises(FileNotFoundError):
+        run_command("train.py", meet)

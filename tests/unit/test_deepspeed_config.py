@@ -614,3 +614,26 @@ def test_whatever_a_file_holds_is_read_or_named(
     except UserError as error:
         said = str(error).splitlines()
     assert [printable(line, 10**5) for line in said] == said
+
+
+def test_places_of_reports_are_looked_at_and_not_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    good = {
+        "tensorboard": {"enabled": True, "output_path": str(tmp_path / "new" / "board")},
+        "csv_monitor": {"enabled": True, "output_path": ""},
+        "flops_profiler": {"enabled": True, "output_file": str(tmp_path / "flops.txt")},
+    }
+    assert deepspeed_keys.unwritable_reports(good) == []
+    assert deepspeed_keys.unwritable_reports({}) == []
+    bad = {
+        "tensorboard": {"enabled": True, "output_path": "/proc/board"},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path / "file" / "csv")},
+        "flops_profiler": {"enabled": True, "output_file": str(tmp_path)},
+    }
+    lines = deepspeed_keys.unwritable_reports(bad)
+    assert [line.split(" ")[0] for line in lines] == [
+        "tensorboard.output_path",
+        "csv_monitor.output_path",
+        "flops_profiler.output_file",
+    ]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]

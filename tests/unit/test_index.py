@@ -1,5 +1,6 @@
 """Random access to shards: what it returns, what it holds open, and what it refuses."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -304,6 +306,16 @@ def _no_class(folder: Path) -> None:
         rows["label"][7] = 3
 
     consistent(folder, change)
+
+
+def test_what_is_whole_and_cannot_be_opened_is_not_to_be_made_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr(index_file, "map_rows", mock.Mock(side_effect=full))
+    message = refusal(folder)
+    assert "ulimit -n" in message
+    assert "--overwrite" not in message
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_what_is_wrong_is_named() -> None:
     assert "RANK=1 is set but WORLD_SIZE is not" in refused(RANK="1")
     assert "WORLD_SIZE=2 is set but RANK is not" in refused(WORLD_SIZE="2")
     assert "rank 2 of 2 processes" in refused(RANK="2", WORLD_SIZE="2")
-    assert "rank 0 of 0 processes" in refused(RANK="0", WORLD_SIZE="0")
+    assert "a job of 0 processes" in refused(RANK="0", WORLD_SIZE="0")
     assert "RANK='first' in the environment" in refused(RANK="first", WORLD_SIZE="2")
     assert "MASTER_PORT='any'" in refused(RANK="0", WORLD_SIZE="2", MASTER_PORT="any")
     assert "LOCAL_RANK='-1'" in refused(RANK="0", WORLD_SIZE="2", LOCAL_RANK="-1")
@@ -188,3 +188,15 @@ def test_a_list_that_cannot_be_read_is_named(nodes: str) -> None:
 def test_tasks_per_node() -> None:
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     assert tasks_per_node("8") == [8]
+
+
+@pytest.mark.parametrize("text", ["2(x999999999999)", "9" * 5000, "2(x)", "-1,3"])
+def test_tasks_per_node_that_no_cluster_has_are_named(text: str) -> None:
+    with pytest.raises(UserError, match="cannot read Slurm's tasks per node") as error:
+        tasks_per_node(text)
+    assert len(str(error.value)) < 400
+
+
+def test_a_job_has_a_process() -> None:
+    with pytest.raises(UserError, match="a job of 0 processes; there is at least 1"):
+        complete_environment({"RANK": "0", "WORLD_SIZE": "0"})

@@ -10,7 +10,15 @@ import pytest
 
 from moco_scale.engines import blocks
 from moco_scale.errors import UserError
-from moco_scale.own_folders import ForeignFolderError, make_own, open_own, remove_own
+from moco_scale.own_folders import (
+    PASSING,
+    ForeignFolderError,
+    make_own,
+    open_own,
+    remove_own,
+    remove_passing,
+    without_links,
+)
 
 
 def test_it_is_marked_once_and_known_again(tmp_path: Path) -> None:
@@ -99,3 +107,27 @@ def test_pictures_are_drawn_in_silence_where_the_home_cannot_be_written(tmp_path
     run = subprocess.run([sys.executable, "-c", DRAW], env=environment, capture_output=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Nor one that somebody reads, nor a folder, in the place of a file such as a lock's."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for flags in (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_RDWR | os.O_CREAT):
+        for name in ("pipe", "folder"):
+            with pytest.raises(OSError, match=r"No such device|no regular file|Is a directory"):
+                without_links(str(tmp_path / name), flags)
+        os.close(without_links(str(tmp_path / "file"), flags | os.O_CREAT))
+
+
+def test_what_passes_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    passing, other = tmp_path / "passing", tmp_path / "other"
+    for folder in (passing, other):
+        folder.mkdir()
+        (folder / "socket").touch()
+    PASSING.add(str(passing))
+    remove_passing({str(other)})
+    assert passing.exists() and other.exists()
+    remove_passing()
+    assert not passing.exists() and other.exists()
+    assert str(passing) not in PASSING
