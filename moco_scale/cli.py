@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import multiprocessing
 import os
 import socket
@@ -26,7 +27,7 @@ from moco_scale.launchers import rank_of
 from moco_scale.messages import outlive_terminal, say
 from moco_scale.parents import leave_with_launcher
 from moco_scale.signals import interruptible
-from moco_scale.untrusted.text import printable_lines
+from moco_scale.untrusted.text import printable, printable_lines
 
 
 def run_program(name: str, action: Callable[[], int | None]) -> NoReturn:
@@ -57,6 +58,10 @@ def run_program(name: str, action: Callable[[], int | None]) -> NoReturn:
     leave(status)
 
 
+_REFUSED = frozenset((errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EROFS))
+"""What the system answers where a path is the mistake."""
+
+
 def run_command(name: str, action: Callable[[], int | None]) -> int:
     """Run a command's body; print a :class:`UserError` without a traceback.
 
@@ -82,6 +87,13 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
     except PeerLost as error:
         say(f"{name}: {error}")
         return LOST_PEER
+    except OSError as error:
+        # A name that is too long, a folder that may not be entered: of the user's, wherever found.
+        if error.errno not in _REFUSED or not isinstance(error.filename, (str, bytes)):
+            raise
+        if _speaks():
+            say(f"{name}: error: {_who()}{printable(error.filename)}: {error.strerror}")
+        return UserError.status
     except RuntimeError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_peer_gone(error):
             raise

@@ -75,7 +75,7 @@ def read_json(path: str | Path, what: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror}") from None
+        raise UserError(f"{what} {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"{what} {path} is not valid JSON: {error}") from None
 
