@@ -11,7 +11,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,11 @@ from moco_scale.untrusted.documents import parse_document
 from moco_scale.untrusted.saved_scan import FORMAT, SavedScanText
 from moco_scale.untrusted.text import printable
 
-_COLUMNS = {"offset": np.dtype("<u8"), "size": np.dtype("<u4"), "label": np.dtype("<i8")}
+_COLUMNS: dict[str, np.dtype[Any]] = {
+    "offset": np.dtype("<u8"),
+    "size": np.dtype("<u4"),
+    "label": np.dtype("<i8"),
+}
 _NPY_HEADER = 128  # bytes of it, of one dimension
 _WORDS = ("odd", "dotted", "part")
 
@@ -65,7 +69,7 @@ def load_scan(path: Path) -> SavedScan | None:
     return SavedScan(ShardScan(offset, size, label, *words), said.bytes, said.checksum, state)
 
 
-def _column(archive: zipfile.ZipFile, name: str, kind: np.dtype[np.generic]) -> np.ndarray:
+def _column(archive: zipfile.ZipFile, name: str, kind: np.dtype[Any]) -> np.ndarray:
     """Read a one-dimensional array as np.savez writes it: nothing else has to be understood.
 
     Raises:
