@@ -5,6 +5,8 @@ import re
 import resource
 import socket
 
+from moco_scale.untrusted.text import printable
+
 
 class UserError(Exception):
     """Something the user can put right: says what is wrong, where, and what to do.
@@ -89,6 +91,8 @@ def first_line(error: BaseException) -> str:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_REFUSED = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
+"""What the system answers where a path is the mistake, wherever it is met."""
 _NO_MEMORY = re.compile(r"(allocate|enough) memory|out of memory")  # torch, on CPUs and GPUs
 
 
@@ -117,8 +121,10 @@ def _limit_of_files(error: OSError) -> str | None:
             "to a folder that can be written"
         )
     if error.errno in _FULL:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{printable(error.filename)}: " if error.filename else ""
         return f"cannot write {where}{error.strerror}: make room, or name another place"
+    if error.errno in _REFUSED and isinstance(error.filename, (str, bytes)):
+        return f"{printable(error.filename)}: {error.strerror}"
     return None
 
 

@@ -133,5 +133,7 @@ def listen(environ: Mapping[str, str]) -> socket.socket | None:
             if error.errno == errno.EADDRINUSE:
                 raise UserError(str(why_not_met(environ, "EADDRINUSE"))) from None
             if error.errno != errno.EADDRNOTAVAIL:
-                raise UserError(f"cannot listen at {host}:{port}: {error.strerror}") from None
+                raise UserError(
+                    f"cannot listen at {host}:{port}: {error.strerror or error}"
+                ) from None
     return None

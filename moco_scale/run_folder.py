@@ -23,6 +23,7 @@ from moco_scale.run_lock import RunLock, claim_for_all
 from moco_scale.saver import BackgroundSaver
 from moco_scale.side_files import SideFile
 from moco_scale.untrusted.tensor_files import TensorFile
+from moco_scale.untrusted.text import printable
 
 T = TypeVar("T")
 LOCK = ".lock"
@@ -87,7 +88,7 @@ class RunFolder:
             return action()
         except OSError as error:
             raise UserError(
-                f"--output-dir {self.path} cannot be written: {error.strerror}; "
+                f"--output-dir {self.path} cannot be written: {error.strerror or error}; "
                 "choose another folder or fix its permissions"
             ) from error
 
@@ -120,15 +121,15 @@ class RunFolder:
             if not self._config_file.is_file():
                 raise  # a new run, which has nothing to lose yet
             say(
-                f"cannot write {self._config_file}: {error.strerror}; it stays as it was, and "
-                "training goes on"
+                f"cannot write {self._config_file}: {error.strerror or error}; it stays as it was, "
+                "and training goes on"
             )
         try:
             return metrics_file.forget_after(self.metrics, step)
         except OSError as error:
             say(
-                f"cannot rewrite {self.metrics}: {error.strerror}; steps that are run again will "
-                "be in it twice, and training goes on"
+                f"cannot rewrite {self.metrics}: {error.strerror or error}; steps that are run "
+                "again will be in it twice, and training goes on"
             )
             return 0
 
@@ -413,12 +414,17 @@ def _is_kept(folder: Path) -> bool:
 def _named(wish: str) -> Path:
     """The checkpoint that ``--resume`` names, itself or by its run. Raises UserError: none."""
     named = Path(wish)
-    if (named / "checkpoints").is_dir():
-        inside = complete_checkpoints(named)
-        if not inside:
-            raise UserError(f"--resume {wish}: the run in it has no complete checkpoint")
-        named = inside[-1]
-    checkpoint.read_meta(named)
+    if not wish.strip():
+        raise UserError("--resume is empty: name a checkpoint, or a run's output folder")
+    try:
+        if (named / "checkpoints").is_dir():
+            inside = complete_checkpoints(named)
+            if not inside:
+                raise UserError(f"--resume {wish}: the run in it has no complete checkpoint")
+            named = inside[-1]
+        checkpoint.read_meta(named)
+    except OSError as error:
+        raise UserError(f"--resume {printable(wish)}: {error.strerror or error}") from None
     return named
 
 

@@ -147,7 +147,7 @@ def claim_for_all(lock: RunLock) -> None:
         except StoppedEarly as error:
             return error
         except OSError as error:
-            raise UserError(f"{lock.path} cannot be written: {error.strerror}") from error
+            raise UserError(f"{lock.path} cannot be written: {error.strerror or error}") from error
         return None
 
     busy = together.on_main(claim)

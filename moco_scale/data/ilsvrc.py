@@ -9,7 +9,6 @@ of the same facts name the picture and its class in each line, and need no kit.
 
 from __future__ import annotations
 
-import codecs
 import lzma
 import re
 import zlib
@@ -24,7 +23,7 @@ from moco_scale.errors import UserError
 from moco_scale.untrusted.documents import read_bounded
 from moco_scale.untrusted.limits import GROUND_TRUTH, MAT_FILE
 from moco_scale.untrusted.tar_headers import FILE, TarHeaders
-from moco_scale.untrusted.text import printable
+from moco_scale.untrusted.text import printable, text_of
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -61,7 +60,7 @@ def read_ground_truth(path: Path, pictures: Sequence[str]) -> dict[str, str | in
         lines = [(number, _first_box(line)) for number, line in lines]
     if not lines:
         raise UserError(f"{name} is empty. {ACCEPTED}.")
-    if all(len(re.split(r"[\s,]+", line.strip(" ,"))) == 1 for _, line in lines):
+    if all(len(re.split(r"[\s,;]+", line.strip(" ,;"))) == 1 for _, line in lines):
         return _in_order(name, lines, meta, stems)
     known = set(stems)
     labels: dict[str, str | int] = {}
@@ -81,11 +80,8 @@ def read_ground_truth(path: Path, pictures: Sequence[str]) -> dict[str, str | in
 def _lines(content: bytes, name: str) -> Iterable[tuple[int, str]]:
     """(number from 1, line without what surrounds it), whatever ends lines; UTF-8 or -16."""
     try:
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            text = content.decode("utf-16")
-        else:
-            # Names that are no UTF-8 are compared as bytes, as those of files are.
-            text = content.decode("utf-8-sig", "surrogateescape")
+        # Names that are no UTF-8 are compared as bytes, as those of files are.
+        text = text_of(content, "surrogateescape")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
@@ -103,11 +99,13 @@ def _first_box(line: str) -> str:
 def _named(line: str, known: set[str]) -> tuple[str, str]:
     """(picture, class) of a line; "" where it names none.
 
-    Separated by a tab, a comma or else a space; names may have spaces, on either side.
+    Separated by a tab, a comma, a semicolon or else a space; names may have spaces, on either side.
+    What follows a second tab is of something else, such as the box of an object.
     """
-    for separator in ("\t", ","):
+    for separator in ("\t", ",", ";"):
         picture, found, label = line.partition(separator)
-        if found:
+        if found and (separator != ";" or _stem(picture) in known):
+            label = label.partition("\t")[0]
             break
     else:
         picture, _, label = line.partition(" ")

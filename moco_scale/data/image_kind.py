@@ -15,7 +15,7 @@ _KINDS: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
         ("AVIF", rb"....ftyp(?:avi[fs]|m[is]f1(?:.{4})*?avi[fs])"),
         ("JPEG2000", rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n"),
         ("PPM", rb"P[1-6][\s#]"),
-        ("BMP", rb"BM"),
+        ("BMP", rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0"),  # text may begin so
     )
 )
 """By Pillow's names. Photographs come in these; none of them runs a program."""
@@ -44,11 +44,13 @@ _OTHERS: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
     )
 )
 _START = 512
+START_BYTES = 64
+"""By so many first bytes `image_kind` knows an image."""
 
 
 def image_kind(data: bytes | memoryview) -> str | None:
     """Return Pillow's name of the format that `data` begins as; None: none that is decoded."""
-    start = bytes(data[:64])
+    start = bytes(data[:START_BYTES])
     for kind, pattern in _KINDS:
         if pattern.match(start):
             return kind

@@ -227,7 +227,7 @@ def _beside(path: Path) -> Path:
     """Where shards of path could go: pictures.tar.gz -> pictures-shards, next to it."""
     named = path if path.name not in ("", "..") else path.resolve()
     stem = named.name.partition(".")[0] if path.is_file() else named.name
-    return named.with_name(f"{stem}-shards")
+    return named.parent / f"{stem}-shards"
 
 
 def _not_a_folder(data_dir: Path) -> str:

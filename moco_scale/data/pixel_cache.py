@@ -299,7 +299,7 @@ def _reason(error: OSError, parent: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no room left in {parent}"
     if error.errno in NO_LOCKS:
-        return f"{parent} has no locks ({error.strerror}); name a folder on a local disk"
+        return f"{parent} has no locks ({error.strerror or error}); name a folder on a local disk"
     if isinstance(error, ForeignFolderError):
-        return f"{error.strerror}; name another folder, or have that removed"
+        return f"{error.strerror or error}; name another folder, or have that removed"
     return f"cannot use {error.filename or parent}: {error.strerror or error}"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from moco_scale.data.sources import is_picture
+from moco_scale.data.sources import is_hidden, is_picture
 from moco_scale.data.tar_scan import picture_key, split_name
 from moco_scale.untrusted.limits import TAR_LOOKED_INTO
 from moco_scale.untrusted.tar_headers import FILE, FOLDER, Member, NoTarError, TarError, TarHeaders
@@ -46,6 +46,7 @@ def look_into(tar: Path) -> Seems:
     """
     first, damaged = _first_members(tar, _LOOKED_AT)
     names = [member.name.removeprefix("./") for member in first if member.kind == FILE]
+    names = [name for name in names if not any(map(is_hidden, name.split("/")))]
     pictures = {picture_key(name): name for name in names if is_picture(name)}
     labels = {picture_key(name): name for name in names if name.lower().endswith(_LABELS)}
     both = next((key for key in pictures if key in labels), None)

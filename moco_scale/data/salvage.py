@@ -14,7 +14,8 @@ import numpy as np
 
 from moco_scale.data.decode import DecodeError, decode_rgb
 from moco_scale.data.examine import header_before
-from moco_scale.data.sources import START_BYTES, picture_kind
+from moco_scale.data.image_kind import START_BYTES
+from moco_scale.data.sources import suffix_by_content
 from moco_scale.data.tar_labels import LABEL_SUFFIXES
 from moco_scale.data.tar_scan import KEY_SHOWN, by_last_dot, picture_suffix, raw_key_in, split_name
 from moco_scale.untrusted.limits import PICTURE_FILE
@@ -157,8 +158,7 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
 
 def _by_index(file: BinaryIO, offset: int, size: int, end: int) -> _Sample:
     """A picture that no whole header leads to."""
-    kind = picture_kind(_bytes(file, offset, START_BYTES)) if offset < end else ""
-    suffix = "jpg" if kind in ("jpeg", "") else kind
+    suffix = suffix_by_content(_bytes(file, offset, START_BYTES) if offset < end else b"")[1:]
     key = raw_key_in(header_before(file, offset)) or f"at-byte-{offset:012d}"
     return _Sample(key, {suffix: (offset, size)})
 

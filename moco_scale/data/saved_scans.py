@@ -11,7 +11,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,12 @@ from moco_scale.untrusted.documents import parse_document
 from moco_scale.untrusted.saved_scan import FORMAT, SavedScanText
 from moco_scale.untrusted.text import printable
 
-_COLUMNS = (np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8"))
+_COLUMNS: dict[str, np.dtype[Any]] = {
+    "offset": np.dtype("<u8"),
+    "size": np.dtype("<u4"),
+    "label": np.dtype("<i8"),
+}
+_NPY_HEADER = 128  # bytes of it, of one dimension
 _WORDS = ("odd", "dotted", "part")
 
 
@@ -52,17 +57,31 @@ def load_scan(path: Path) -> SavedScan | None:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 return None  # np.savez compresses nothing, so none is larger than the file
-        with np.load(path, allow_pickle=False) as found:
-            said = parse_document(found["said"].tobytes(), SavedScanText, str(path))
-            offset, size, label = (found[name] for name in ("offset", "size", "label"))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, UserError):
+            text = _column(archive, "said", np.dtype("u1"))
+            said = parse_document(text.tobytes(), SavedScanText, str(path))
+            offset, size, label = (_column(archive, *column) for column in _COLUMNS.items())
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, UserError):
         return None
-    kinds = (offset.dtype, size.dtype, label.dtype), {offset.shape, size.shape, label.shape}
-    if kinds != (_COLUMNS, {(len(offset),)}) or not _labels_fit(label, said.names):
+    if not len(offset) == len(size) == len(label) or not _labels_fit(label, said.names):
         return None
     words = said.names, said.without_picture, said.odd, said.dotted, said.part
     state = FileState(*said.state)
     return SavedScan(ShardScan(offset, size, label, *words), said.bytes, said.checksum, state)
+
+
+def _column(archive: zipfile.ZipFile, name: str, kind: np.dtype[Any]) -> np.ndarray:
+    """Read a one-dimensional array as np.savez writes it: nothing else has to be understood.
+
+    Raises:
+        ValueError: it is another array, or none.
+    """
+    content, header = archive.read(f"{name}.npy"), io.BytesIO()
+    shape = ((len(content) - _NPY_HEADER) // kind.itemsize,)
+    said = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, said)
+    if content[:_NPY_HEADER] != header.getvalue():
+        raise ValueError
+    return np.frombuffer(content, kind, offset=_NPY_HEADER)
 
 
 def _labels_fit(label: np.ndarray, names: list[str]) -> bool:

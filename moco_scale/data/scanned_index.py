@@ -29,7 +29,7 @@ from moco_scale.untrusted.limits import CLASSES
 from moco_scale.untrusted.shard_index import json_name
 from moco_scale.untrusted.text import printable
 
-_RULES = b"3"  # by which pictures and labels are found: an index made by others is made again
+_RULES = b"4"  # by which pictures and labels are found: an index made by others is made again
 
 
 class _Key(NamedTuple):

@@ -339,8 +339,9 @@ class ShardCache:
                     ) from None
             if error.errno in NO_LOCKS:
                 raise UserError(
-                    f"--shard-cache {self.root}: this file system has no locks ({error.strerror}), "
-                    "as many of networks have none; name a folder on a local disk of each node"
+                    f"--shard-cache {self.root}: this file system has no locks "
+                    f"({error.strerror or error}), as many of networks have none; name a folder on "
+                    "a local disk of each node"
                 ) from None
             advice = "choose another folder"
             if self.root.is_dir() and not os.access(self.root, os.W_OK):

@@ -16,12 +16,13 @@ import simplejpeg
 from PIL import Image
 
 from moco_scale.data.decode import DecodeError, decode_rgb
+from moco_scale.data.image_kind import START_BYTES
 from moco_scale.data.index_file import INDEX_DTYPE
 from moco_scale.data.layout import TOO_LARGE, LeftOut, Picture
 from moco_scale.data.output_folder import sync
 from moco_scale.data.source_folder import NOT_READABLE
 from moco_scale.data.source_zip import unpack
-from moco_scale.data.sources import LFS_POINTER, START_BYTES, suffix_to_write
+from moco_scale.data.sources import LFS_POINTER, suffix_to_write
 from moco_scale.data.tar_scan import scan_tar
 from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.documents import without_waiting

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from moco_scale.data.decode import DecodeError, picture_size
+from moco_scale.data.image_kind import image_kind
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.mixed_shards import MixedShards
 from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
-from moco_scale.data.sources import START_BYTES, picture_kind
 from moco_scale.messages import tell
 from moco_scale.untrusted.text import printable
 
@@ -67,7 +67,7 @@ def _sampled(shards: Shards) -> dict[str, Any]:
     for place in places.tolist():
         data = shards.read(place)
         sizes.append(len(data))
-        formats[picture_kind(bytes(data[:START_BYTES])) or "?"] += 1
+        formats[(image_kind(data) or "?").lower()] += 1
         try:
             sides.append(picture_size(data))
         except DecodeError:

@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from moco_scale.data.image_kind import START_BYTES, image_kind
 from moco_scale.data.sources import (
-    START_BYTES,
     Entry,
     PassedOver,
     is_picture,
-    picture_kind,
     suffix_of,
 )
 from moco_scale.errors import UserError
@@ -117,6 +116,6 @@ def _is_image(path: str) -> bool:
     """Whether a file without a suffix is one by its first bytes."""
     try:
         with open(path, "rb") as file:
-            return bool(picture_kind(file.read(START_BYTES)))
+            return bool(image_kind(file.read(START_BYTES)))
     except OSError:
         return False

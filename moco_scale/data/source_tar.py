@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from moco_scale.data.image_kind import START_BYTES, image_kind
 from moco_scale.data.progress import bar
 from moco_scale.data.sources import (
-    START_BYTES,
     Entry,
     PassedOver,
     is_picture,
-    picture_kind,
     suffix_of,
 )
 from moco_scale.errors import UserError
@@ -106,7 +105,7 @@ def _entry(
     if member.kind != FILE:
         return
     unnamed = bool(path) and not suffix_of(path)
-    if named or (unnamed and picture_kind(content(member.offset, START_BYTES))):
+    if named or (unnamed and image_kind(content(member.offset, START_BYTES))):
         yield Entry(path, str(tar), member.offset, member.size)
     else:
         passed.other(path)

@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from moco_scale.data.image_kind import START_BYTES, image_kind
 from moco_scale.data.sources import (
-    START_BYTES,
     Entry,
     Packed,
     PassedOver,
     is_picture,
-    picture_kind,
     suffix_of,
 )
 from moco_scale.errors import UserError
@@ -244,7 +243,7 @@ def _starts_as_image(file: BinaryIO, entry: Entry) -> bool:
             start = zlib.decompressobj(-zlib.MAX_WBITS).decompress(start, START_BYTES)
         except zlib.error:
             return False
-    return bool(picture_kind(start[:START_BYTES]))
+    return bool(image_kind(start[:START_BYTES]))
 
 
 def _damaged(source: Path, how: str) -> UserError:

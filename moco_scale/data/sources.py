@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from collections import Counter
 from typing import NamedTuple
 
 from PIL import features
 
+from moco_scale.data.image_kind import image_kind
 from moco_scale.untrusted.text import printable
 
 JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
@@ -21,25 +21,15 @@ PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
     *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
     *((".avif",) if features.check("avif") else ()),
+    *((".jp2", ".j2k") if features.check("jpg_2000") else ()),
 )
-START_BYTES = 18
-"""By so many first bytes `picture_kind` knows an image."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
-_KINDS = {
-    "jpeg": rb"\xff\xd8\xff",
-    "png": rb"\x89PNG\r\n\x1a\n",
-    "webp": rb"RIFF.{4}WEBP",
-    "gif": rb"GIF8[79]a",
-    "bmp": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
-    "tiff": rb"II\*\0|MM\0\*",
-    "pgm": rb"P[25]\s",
-    "ppm": rb"P[36]\s",
-    "avif": rb".{4}ftypavi[fs]",
+_SUFFIXES = {
+    **{"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "TIFF": ".tiff"},
+    **{"AVIF": ".avif", "JPEG2000": ".jp2", "PPM": ".ppm", "BMP": ".bmp"},
 }
-_KIND = re.compile(
-    b"|".join(b"(?P<%s>%s)" % (kind.encode(), magic) for kind, magic in _KINDS.items()), re.DOTALL
-)
+"""What the names of images of a kind end in."""
 # What systems and programs leave among a user's files, in lower case. Whatever begins with a dot
 # is theirs too: .AppleDouble, ._x.jpg, .ipynb_checkpoints, .Trash, .thumbnails, …
 _SYSTEM = frozenset(
@@ -54,13 +44,18 @@ _ADVICE = {
     **dict.fromkeys((".heic", ".heif", ".hif"), f"HEIC is not decoded here: {_CONVERT}"),
     ".avif": f"this Pillow decodes no AVIF: pip install -U pillow, or {_CONVERT}",
     **dict.fromkeys(
-        (".jp2", ".j2k", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"),
+        (".jp2", ".j2k", ".jpx", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"),
         f"not decoded here: {_CONVERT}",
     ),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".gz"), "name it as the --source to take it"),
 }
 _MOST_SUFFIXES = 1000  # that are told apart: files may be numbered by theirs
 _SHOWN = 12
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a component of a path is hidden, or what a system leaves."""
+    return name.casefold() in _SYSTEM or (name.startswith(".") and name not in (".", ".."))
 
 
 class Packed(NamedTuple):
@@ -92,7 +87,7 @@ class PassedOver:
 
     def is_hidden(self, name: str) -> bool:
         """Whether a component of a path is a system's or hidden; counts it then."""
-        if not name.startswith(".") and name.casefold() not in _SYSTEM:
+        if not is_hidden(name):
             return False
         shown = "._…" if name.startswith("._") else name
         self._hidden[shown if len(self._hidden) < _MOST_SUFFIXES else "…"] += 1
@@ -153,15 +148,14 @@ def is_picture(path: str) -> bool:
     return suffix_of(path) in PICTURE_SUFFIXES
 
 
-def picture_kind(start: bytes) -> str:
-    """What an image that begins with these START_BYTES is: "jpeg", "png", …; "": none known."""
-    found = _KIND.match(start)
-    return (found.lastgroup or "") if found else ""
+def suffix_by_content(start: bytes) -> str:
+    """The suffix of an image that begins with these bytes; of JPEG's where they are no image's."""
+    return _SUFFIXES[image_kind(start) or "JPEG"]
 
 
 def suffix_to_write(path: str, start: bytes) -> str:
     """The suffix of an image in a shard: its name's, or what its first bytes are."""
     suffix = suffix_of(path)
     if suffix not in PICTURE_SUFFIXES:
-        suffix = "." + (picture_kind(start) or "jpeg")
+        suffix = suffix_by_content(start)
     return ".jpg" if suffix in JPEG_SUFFIXES else suffix

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 import unicodedata
 from array import array
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, LABEL_JSON, LABEL_TEXT
-from moco_scale.untrusted.text import printable
+from moco_scale.untrusted.text import printable, text_of
 
 LABEL_SUFFIXES = ("cls", "json")
 """Of the members that may hold a label, in the order of preference."""
@@ -99,9 +98,10 @@ class TarLabels:
 
 
 def _text_label(content: bytes) -> int | str:
-    if len(content) == 8 and content[4:] in (bytes(4), b"\xff" * 4):
-        # A number as some programs keep it in memory: 64 bits, the lowest byte first.
-        return _class(struct.unpack("<q", content)[0])
+    half = len(content) // 2
+    if len(content) in (4, 8) and content[half:] in (bytes(half), b"\xff" * half):
+        # A number as some programs keep it in memory: 32 or 64 bits, the lowest byte first.
+        return _class(int.from_bytes(content, "little", signed=True))
     return _class(_decoded(content))
 
 
@@ -122,7 +122,7 @@ def _json_label(content: bytes) -> int | str:
 
 def _decoded(content: bytes) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return text_of(content)
     except UnicodeDecodeError as error:
         raise OddLabel(f"which is not text ({error.reason})") from None
 

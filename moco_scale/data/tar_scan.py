@@ -6,6 +6,7 @@ Reads the headers and about 4 KB an image, so that a shard costs a few per cent 
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import os
 import stat
@@ -17,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.sources import PICTURE_SUFFIXES
+from moco_scale.data.sources import PICTURE_SUFFIXES, is_hidden
 from moco_scale.data.tar_groups import Groups
 from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.limits import MEMBERS_OF_A_SAMPLE, PICTURE_FILE
@@ -267,7 +268,15 @@ def split_name(name: str) -> tuple[str, str]:
     """(key, suffix in lower case) by the first dot; "" where a name has no suffix or is hidden."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
-    return (folder + slash + stem, suffix.lower()) if dot and stem else ("", "")
+    if not dot or not stem or _is_hidden(folder):
+        return "", ""
+    return folder + slash + stem, suffix.lower()
+
+
+@functools.lru_cache(1024)
+def _is_hidden(folder: str) -> bool:
+    """Whether a folder of a tar is hidden or left by a system: @eaDir, __MACOSX, .AppleDouble."""
+    return any(map(is_hidden, folder.split("/")))
 
 
 def _neighbours(tar: _Tar) -> Iterator[tuple[str, dict[str, Member]]]:

@@ -40,7 +40,9 @@ def claim(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / MARKER).write_text(REPLACEABLE, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"--output-dir {out} cannot be written: {error.strerror or error}"
+        ) from None
 
 
 def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]) -> bool:
@@ -83,7 +85,9 @@ def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]
                 shutil.rmtree(out / name, ignore_errors=True)
         _mark(marker, pictures, train)
     except OSError as error:
-        raise UserError(f"--output-dir {out} cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"--output-dir {out} cannot be written: {error.strerror or error}"
+        ) from None
     return True
 
 

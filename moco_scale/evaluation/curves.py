@@ -90,7 +90,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         by_step = {record["step"]: record for record in metrics.records(path)}
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -239,7 +239,7 @@ def save(figure: Figure, out: Path) -> None:
     try:
         write_atomically(out, content.getvalue())
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
 def drawn(draw: Callable[[], None]) -> None:

@@ -34,7 +34,7 @@ def require_usable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"--output-dir {folder} cannot be written: {error.strerror}; "
+            f"--output-dir {folder} cannot be written: {error.strerror or error}; "
             "choose another folder or fix its permissions"
         ) from None
     try:
@@ -71,7 +71,7 @@ def add(folder: Path, result: dict[str, Any]) -> None:
             text = json_text({**result, "all": results}, indent=1)
             write_atomically(path, text + "\n", shared=True)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

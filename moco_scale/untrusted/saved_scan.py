@@ -10,14 +10,14 @@ from moco_scale.untrusted.documents import Document
 from moco_scale.untrusted.limits import SHARD_BYTES
 from moco_scale.untrusted.shard_index import Checksum
 
-FORMAT = 3
+FORMAT = 4
 _Size = Annotated[int, Field(ge=0, le=SHARD_BYTES)]
 
 
 class SavedScanText(Document):
     """All of a saved scan but its columns, and how it was fetched."""
 
-    format: Literal[3]
+    format: Literal[4]
     bytes: _Size
     checksum: Checksum
     state: Annotated[tuple[_Size | None, str, str], Field(strict=False)]  # JSON has lists

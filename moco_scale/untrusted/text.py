@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+
 SHOWN = 200
 """Characters of a foreign text that a message shows."""
 
@@ -41,6 +43,17 @@ def printable_lines(value: object, limit: int = 4000) -> str:
     text = str(value)[: limit + 1]
     shown = "\n".join(printable(line, limit) for line in text.split("\n"))
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def text_of(content: bytes, errors: str = "strict") -> str:
+    """Decode a small file of somebody's: UTF-8, or UTF-16 with a mark, as Windows' shells write it.
+
+    Raises:
+        UnicodeDecodeError: it is no text.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return content.decode("utf-8-sig", errors)
 
 
 def _escaped(character: str) -> str:

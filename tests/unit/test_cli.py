@@ -35,6 +35,15 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return told
 
 
+def test_a_path_that_the_system_refuses_is_a_users_error(told: Callable[..., str]) -> None:
+    name = "\x1b" + "x" * 5000
+    said = told(lambda: os.stat(name))
+    assert said.startswith("train.py: error: \\x1bxxx"), said
+    assert said.endswith("…: File name too long\n")
+    with pytest.raises(FileNotFoundError):  # which may be a fault of the program's
+        told(lambda: os.stat("nowhere"))
+
+
 def start() -> None:
     distributed.initialize("cpu")
 

@@ -21,6 +21,18 @@ from moco_scale.data.tar_scan import scan_tar
 from moco_scale.errors import UserError
 
 
+def test_what_systems_leave_in_a_tar_is_no_image(tmp_path: Path) -> None:
+    left = ("@eaDir/0.jpg", "a/@eaDir/1.jpg", "__MACOSX/._0.jpg", ".AppleDouble/0.jpg", "._0.jpg")
+    members = [(f"./{i}.jpg", picture(i)) for i in range(2)]
+    write_tar(tmp_path / "train-0.tar", [*members, *((name, picture(9)) for name in left)])
+    assert len(open_shards(tmp_path / "train-0.tar", "train")) == 2
+
+
+def test_the_root_folder_is_no_set() -> None:
+    with pytest.raises(UserError, match="/ is not a folder of shards"):
+        open_shards("/", "train")
+
+
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
     return foreign_set(tmp_path / "foreign")

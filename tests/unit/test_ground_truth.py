@@ -31,6 +31,8 @@ TABS = "a.JPEG\tash\nval/c 1.jpg\tgolden oak\nn\u00e4h\t2\n"
         TABS.replace("\n", "\r").encode(),
         TABS.replace("\t", ",").encode(),
         TABS.replace("\t", ' , "').replace("\n", '"\n').encode(),
+        TABS.replace("\t", ";").encode(),
+        TABS.replace("\n", "\t0\t0\t63\t63\n").encode(),
         b"\n\n" + TABS.encode() + b"\n" + TABS.encode(),
     ],
 )

@@ -165,6 +165,8 @@ def test_a_path_that_cannot_be_resumed_from(tmp_path: Path) -> None:
     assert "no such folder" in refusal(folder(new, resume=str(tmp_path / "nowhere")))
     assert "no complete checkpoint" in refusal(folder(new, resume=str(tmp_path / "old")))
     assert "has no meta.json" in refusal(folder(new, resume=str(tmp_path)))
+    assert "--resume is empty" in refusal(folder(new, resume=" "))
+    assert "--resume xxx" in refusal(folder(new, resume="x" * 5000))
     save(run, 5)
     other = folder(new)
     other.prepare()

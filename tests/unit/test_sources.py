@@ -17,8 +17,8 @@ from shard_runs import CLASSES, Command, packed, picture_bytes, splits, told
 
 from moco_scale.__main__ import main
 from moco_scale.data import shard_file, source_tar
+from moco_scale.data.image_kind import START_BYTES, image_kind
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.sources import picture_kind
 from moco_scale.evaluation import knn
 
 Shown = pytest.CaptureFixture[str]
@@ -173,12 +173,12 @@ def test_only_files_that_are_no_images(command: Command, tmp_path: Path) -> None
     [b"RIFF\0\0\0\0WAVEfmt ", b"BMW makes cars 2024", b"P6", b"\0\0\0\x20ftypheic", b"II", b""],
 )
 def test_what_only_begins_like_an_image(start: bytes) -> None:
-    assert picture_kind(start) == ""
+    assert image_kind(start) is None
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
 def test_kinds_of_images(kind: str) -> None:
-    assert picture_kind(picture_bytes(1, kind)[:18]) == kind.lower()
+    assert image_kind(picture_bytes(1, kind)[:START_BYTES]) == kind
 
 
 def test_files_that_cannot_be_taken_are_listed_and_the_others_are_taken(

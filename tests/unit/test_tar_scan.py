@@ -84,7 +84,9 @@ def test_fields_of_json(tmp_path: Path, content: Any, label: int) -> None:
     [
         ("cls", struct.pack("<q", 7), 7),
         ("cls", struct.pack("<q", -1), -1),
+        ("cls", struct.pack("<i", 7), 7),
         ("cls", b"\xef\xbb\xbf3\r\n", 3),
+        ("cls", "3\r\n".encode("utf-16"), 3),
         ("CLS", b"-0", 0),
         ("json", b'\xef\xbb\xbf{"label": 3}\r\n', 3),
         ("cls", "e\u0301cole".encode(), "\xe9cole"),  # composed in another way, the same name
