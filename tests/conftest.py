@@ -20,8 +20,9 @@ from PIL import Image
 if TYPE_CHECKING:
     from hosts import Host
 
-# Jobs in the background of a shell ignore Ctrl-C, and what they start would too.
+# Jobs in the background of a shell ignore Ctrl-C, those of nohup SIGHUP; what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -221,7 +221,7 @@ def test_resuming_from_what_is_no_checkpoint(tiny_shards: Path, tmp_path: Path) 
     missing = tmp_path / "missing"
     assert_refused(forked(*flags, "--resume", missing), missing, "no such folder")
     assert_refused(
-        forked(*flags, "--resume", tiny_shards), tiny_shards, "not a complete checkpoint"
+        forked(*flags, "--resume", tiny_shards), tiny_shards, "not a complete one of moco_scale"
     )
     assert not (tmp_path / "out").exists()
 

@@ -50,7 +50,7 @@ def test_overwrite_deletes_nothing_but_shards(command: Command, picture_folder: 
     assert "holds other things" in command.refused(picture_folder, "--overwrite")
     shutil.rmtree(command.out)
     command.out.touch()
-    assert "is a file" in command.refused(picture_folder, "--overwrite")
+    assert "is no folder" in command.refused(picture_folder, "--overwrite")
 
 
 def test_a_place_that_cannot_be_written(command: Command, picture_folder: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_disk_that_fills_up(
 def test_a_disk_that_fills_up_at_the_index(
     command: Command, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_write_text", full_disk)
+    monkeypatch.setattr(shards, "_write", full_disk)
     assert "The disk is full" in command.refused(picture_folder)
 
 
