@@ -84,19 +84,32 @@ def _watch(watched: dict[int, int | None]) -> None:
                 return
 
 
+def _status(process: int) -> tuple[str, int] | None:
+    """State of a process, as Linux has it (``T``: stopped), and its parent; None: there is none."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        # The name, in brackets, may hold anything.
+        words = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+        return words[0].decode(), int(words[1])
+    return None
+
+
 def _lives(process: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
-    return not os.path.isdir("/proc")
+    status = _status(process)
+    return not os.path.isdir("/proc") if status is None else status[0] != "Z"
+
+
+def _processes() -> list[int]:
+    names = os.listdir("/proc") if os.path.isdir("/proc") else ()
+    return [int(name) for name in names if name.isdigit()]
 
 
 def session(leader: int) -> list[int]:
     """Numbers of the living processes of a session."""
     found = []
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        with contextlib.suppress(OSError, ValueError):
-            if os.getsid(int(entry)) == leader and _lives(int(entry)):
-                found.append(int(entry))
+    for process in _processes():
+        with contextlib.suppress(OSError):
+            if os.getsid(process) == leader and _lives(process):
+                found.append(process)
     return found
 
 
@@ -104,24 +117,12 @@ def _parent_of(process: int) -> int | None:
     """Number of a process's parent; None: there is no such process."""
     if process == os.getpid():
         return os.getppid()
-    try:
-        # The name, in brackets, may hold anything.
-        words = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return int(words[1])
+    status = _status(process)
+    return None if status is None else status[1]
 
 
 def children(state: str = "") -> list[tuple[int, str]]:
-    """Processes that this one has started, with their states as Linux has them (``T``: stopped).
-
-    state: only those in one of these.
-    """
-    found, mine = [], os.getpid()
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        if entry.isdigit():
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                words = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()
-                if int(words[1]) == mine and (not state or words[0].decode() in state):
-                    found.append((int(entry), words[0].decode()))
-    return sorted(found)
+    """Processes that this one has started, with their states; only those in one of `state`."""
+    every = ((process, _status(process)) for process in _processes())
+    mine = [(process, of[0]) for process, of in every if of is not None and of[1] == os.getpid()]
+    return sorted(pair for pair in mine if not state or pair[1] in state)

@@ -63,7 +63,7 @@ class RunLock:
                 command finds the folder free later.
             OSError: the file cannot be written.
         """
-        file = open(self.path, "a+", opener=without_links)  # noqa: SIM115
+        file = self._open()
         deadline: float | None = None
         while not _lock(file):
             file.seek(0)
@@ -107,7 +107,7 @@ class RunLock:
             if self._file is None or self._is_there(self._file):
                 return False
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+", opener=without_links)  # noqa: SIM115
+            file = self._open()
             file.seek(0)
             if not _lock(file) or file.read() not in ("", self.mark):
                 file.close()
@@ -118,6 +118,10 @@ class RunLock:
             self._file.close()
             self._take(file)
             return True
+
+    def _open(self) -> TextIO:
+        # Whatever somebody has written there is shown, at most.
+        return open(self.path, "a+", encoding="utf-8", errors="replace", opener=without_links)
 
     def _is_there(self, file: TextIO) -> bool:
         try:

@@ -31,6 +31,8 @@ class EncodedViews(NamedTuple):
     """int64 [n], where each of them ends in `data`."""
     turned: Tensor
     """int64 [n], their orientation, a key of UPRIGHT."""
+    pixels: Tensor
+    """int64 [n], how many each of them has."""
     rows: Tensor
     """int64 [n], their places in the batch."""
     boxes: Tensor
@@ -103,7 +105,7 @@ class DeviceDecoder:
         """(place among them, uint8 [3, H, W] as it is stored, on the device) of each JPEG."""
         ends, rows = encoded.ends.tolist(), encoded.rows.tolist()
         jpegs = [encoded.data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        for start, stop in _groups(jpegs):
+        for start, stop in _groups(encoded.pixels.tolist()):
             try:
                 decoded = self._decode(jpegs[start:stop], self.device)
             except RuntimeError:  # for one of them; which one, it does not say
@@ -122,17 +124,16 @@ class DeviceDecoder:
             return torch.from_numpy(pixels).permute(2, 0, 1).to(self.device)
 
 
-def _groups(jpegs: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+def _groups(pixels: Sequence[int]) -> Iterator[tuple[int, int]]:
     """[start, stop) of as many as are decoded at once: a batch, or less of very large ones."""
-    start, pixels = 0, 0
-    for i, jpeg in enumerate(jpegs):
-        height, width = jpeg_size(jpeg.numpy().data) or (0, 0)
-        if pixels and pixels + height * width > DEVICE_PIXELS:
+    start, total = 0, 0
+    for i, count in enumerate(pixels):
+        if total and total + count > DEVICE_PIXELS:
             yield start, i
-            start, pixels = i, 0
-        pixels += height * width
-    if jpegs:
-        yield start, len(jpegs)
+            start, total = i, 0
+        total += count
+    if pixels:
+        yield start, len(pixels)
 
 
 def crop_into(out: Tensor, picture: Tensor, box: Sequence[int]) -> None:

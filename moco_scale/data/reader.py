@@ -338,15 +338,17 @@ class _EncodedCrops(_RandomCrops):
 
     def made(self, job: _Job) -> ViewBatch:
         draws, seen, bad = self.draws(job), job.samples.index.tolist(), list[BadSample]()
-        parts, turned, rows, boxes, others = [], [], [], [], []
+        parts, turned, pixels, rows, boxes, others = [], [], [], [], [], []
         for i, sample in enumerate(seen):
             self.reading.begin(sample)
             data = self.shards.read(sample)
             if can_decode(data):
                 parts.append(without_exif(data))
                 turned.append(orientation(data))
+                height, width = picture_size(data)
+                pixels.append(height * width)
                 rows.append(i)
-                boxes.append(self.boxes(draws[i], *picture_size(data)))
+                boxes.append(self.boxes(draws[i], height, width))
             else:
                 others.append(i)
         views = self.memory(len(others))
@@ -358,6 +360,7 @@ class _EncodedCrops(_RandomCrops):
             encoded,
             torch.tensor([len(part) for part in parts], dtype=torch.int64).cumsum(0),
             torch.tensor(turned, dtype=torch.int64),
+            torch.tensor(pixels, dtype=torch.int64),
             torch.tensor(rows, dtype=torch.int64),
             torch.tensor(boxes, dtype=torch.int64).reshape(len(rows), self.views, 4),
             torch.tensor(others, dtype=torch.int64),

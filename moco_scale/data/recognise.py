@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
 import lzma
 import os
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from moco_scale.data.source_tar import COMPRESSED, content_of
 from moco_scale.data.sources import is_hidden, is_picture
 from moco_scale.data.tar_scan import picture_key, split_name
 from moco_scale.untrusted.limits import TAR_LOOKED_INTO
@@ -19,11 +17,6 @@ from moco_scale.untrusted.tar_headers import FILE, FOLDER, Member, NoTarError, T
 from moco_scale.untrusted.text import printable
 
 _LOOKED_AT = 64
-_OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-}
 _LABELS = (".cls", ".json")
 
 
@@ -75,24 +68,19 @@ def _first_members(tar: Path, count: int) -> tuple[list[Member], bool]:
             return found, error is not None
         file.seek(0)
         start = file.read(8)
-        opener = next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
+        opener = next((o for magic, o in COMPRESSED.items() if start.startswith(magic)), None)
         if opener is not None:
             file.seek(0)
-            with opener(file) as unpacked:
+            with opener(file, "rb") as unpacked:
                 return _members(unpacked, count, TAR_LOOKED_INTO)[0], False
     return [], False
 
 
 def _members(file: BinaryIO, count: int, end: int) -> tuple[list[Member], Exception | None]:
     """The first members of a tar, and what ended them before there were so many."""
-
-    def at(offset: int, size: int) -> bytes:
-        file.seek(offset)
-        return file.read(size)
-
     found: list[Member] = []
     try:
-        for member in TarHeaders(at, "", "", end=end):
+        for member in TarHeaders(content_of(file), "", "", end=end):
             found.append(member)  # one by one: those before a damage count
             if len(found) == count:
                 break

@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from moco_scale.data.image_kind import START_BYTES, image_kind
 from moco_scale.data.progress import bar
@@ -30,11 +30,12 @@ from moco_scale.untrusted.tar_headers import BLOCK, FILE, LINK, Member, TarHeade
 from moco_scale.untrusted.text import printable
 
 UNPACKED = "unpacked-"  # how the names of decompressed tars begin
-_COMPRESSED: dict[bytes, Callable[[Path, str], IO[bytes]]] = {
-    b"\x1f\x8b": gzip.GzipFile,  # type: ignore[dict-item]
-    b"BZh": bz2.BZ2File,  # type: ignore[dict-item]
-    b"\xfd7zXZ\x00": lzma.LZMAFile,
+COMPRESSED: dict[bytes, Callable[[Any, str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
 }
+"""What opens, by path or as an open file, what begins so."""
 _UNREADABLE = {b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"}
 _AGAIN = "Fetch it again."
 _COPY_BYTES = 1 << 20
@@ -116,7 +117,7 @@ def decompressed(path: Path) -> IO[bytes]:
     return (_opener(path) or Path.open)(path, "rb")
 
 
-def _opener(path: Path) -> Callable[[Path, str], IO[bytes]] | None:
+def _opener(path: Path) -> Callable[[Any, str], Any] | None:
     """What decompresses a file; None: it is not compressed.
 
     Raises UserError: nothing here does. Raises OSError.
@@ -126,7 +127,7 @@ def _opener(path: Path) -> Callable[[Path, str], IO[bytes]] | None:
     for magic, kind in _UNREADABLE.items():
         if start.startswith(magic):
             raise UserError(f"{path} is a {kind} archive: unpack it, and name the folder.")
-    return next((o for magic, o in _COMPRESSED.items() if start.startswith(magic)), None)
+    return next((o for magic, o in COMPRESSED.items() if start.startswith(magic)), None)
 
 
 def plain_tar(source: Path, scratch: Path) -> Path:

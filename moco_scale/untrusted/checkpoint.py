@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 from moco_scale.errors import UserError
 from moco_scale.untrusted.documents import Document, check, parse_json
 from moco_scale.untrusted.limits import STEPS
-from moco_scale.untrusted.names import plain_problem
+from moco_scale.untrusted.names import plain_problem, without
 from moco_scale.untrusted.settings import Settings, at_most
 from moco_scale.untrusted.text import printable
 
@@ -29,14 +29,12 @@ def _shown(text: str) -> str:
     return text
 
 
-def _file(name: str) -> str:
-    if name != INDEX and (problem := plain_problem(name)):
-        raise ValueError(f"{printable(name, 60)!r} {problem}")
-    return name
+def _file_problem(name: str) -> str | None:
+    return None if name == INDEX else plain_problem(name)
 
 
 Shown = Annotated[str, AfterValidator(_shown)]
-_File = Annotated[str, AfterValidator(_file)]
+_File = Annotated[str, without(_file_problem)]
 _Sizes = Annotated[dict[_File, Count], at_most(_FILES)]
 _Sums = Annotated[dict[_File, Annotated[int, Field(ge=0, lt=1 << 32)]], at_most(_FILES)]
 

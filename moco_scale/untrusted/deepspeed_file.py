@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moco_scale.untrusted.documents import DocumentError, parse_json, read_bounded
+from moco_scale.untrusted.documents import DocumentError, parse_json, read_named
 from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.untrusted.text import printable
 
@@ -92,12 +92,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
         DocumentError: it is missing or unreadable, larger than it can be, no JSON object, or says
             a key twice.
     """
-    try:
-        content = read_bounded(path, SETTINGS_JSON, WHAT)
-    except OSError as error:
-        raise DocumentError(f"{WHAT} {printable(path)}: {error.strerror or error}") from None
-    except ValueError as error:  # a zero byte in the path
-        raise DocumentError(f"{WHAT} {printable(path)}: {error}") from None
+    content = read_named(path, SETTINGS_JSON, WHAT)
     what = f"{WHAT} {printable(path)}"
     given = parse_json(content, what)  # which bounds the depth: what follows cannot recurse far
     if not isinstance(given, dict):

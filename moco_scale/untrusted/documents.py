@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,8 +89,8 @@ def read_bounded(path: str | Path, limit: int, what: str) -> bytes:
     """Read a whole file of at most ``limit`` bytes.
 
     Raises:
-        DocumentError: it has more; it is no regular file.
-        OSError: it cannot be read.
+        DocumentError: it has more.
+        OSError: it cannot be read, or is no regular file.
     """
     with open(path, "rb", opener=without_waiting) as file:
         # One byte more shows that there is more; the size that a file claims may be another.
@@ -100,8 +101,33 @@ def read_bounded(path: str | Path, limit: int, what: str) -> bytes:
 
 
 def without_waiting(path: str, flags: int) -> int:
-    """Open a file; a pipe that nobody writes to is empty instead of waited for."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    """An ``opener`` for :func:`open` that takes regular files alone; a pipe is not waited for.
+
+    Raises:
+        OSError: also where it is a folder, a pipe or a device.
+    """
+    file = os.open(path, flags | os.O_NONBLOCK)
+    kind = os.fstat(file).st_mode
+    if stat.S_ISREG(kind):
+        return file
+    os.close(file)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "it is no regular file", path)
+
+
+def read_named(path: str | Path, limit: int, what: str) -> bytes:
+    """Read a whole file that a user has named.
+
+    Raises:
+        DocumentError: it is missing or unreadable, or too large.
+    """
+    try:
+        return read_bounded(path, limit, what)
+    except OSError as error:
+        raise DocumentError(f"{what} {printable(path)}: {error.strerror or error}") from None
+    except ValueError as error:  # a zero byte in the path
+        raise DocumentError(f"{what} {printable(path)}: {error}") from None
 
 
 def read_json(path: str | Path, limit: int, what: str) -> Any:
@@ -110,13 +136,7 @@ def read_json(path: str | Path, limit: int, what: str) -> Any:
     Raises:
         DocumentError: it is missing or unreadable, too large, or no JSON.
     """
-    try:
-        content = read_bounded(path, limit, what)
-    except OSError as error:
-        raise DocumentError(f"{what} {path}: {error.strerror or error}") from None
-    except ValueError as error:  # a zero byte in the path
-        raise DocumentError(f"{what} {printable(path)}: {error}") from None
-    return parse_json(content, f"{what} {path}")
+    return parse_json(read_named(path, limit, what), f"{what} {path}")
 
 
 def read_document(path: str | Path, schema: type[D], limit: int, what: str) -> D:
@@ -134,11 +154,9 @@ def lines_of(path: Path) -> Iterator[bytes]:
     A line of more than ``limits.LINE`` bytes comes in pieces.
 
     Raises:
-        OSError: it cannot be read, or has no end.
+        OSError: it cannot be read, or is no regular file.
     """
-    if not path.is_file() and path.exists():
-        raise OSError(errno.EINVAL, "it is no regular file")
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=without_waiting) as file:
         while line := file.readline(LINE):
             yield line
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -45,29 +46,20 @@ def plain_problem(name: str) -> str | None:
     return None
 
 
-def _component(name: str) -> str:
-    if problem := component_problem(name):
-        raise ValueError(f"{printable(name, 80)!r} {problem}")
-    return name
+def without(problem_of: Callable[[str], str | None]) -> AfterValidator:
+    """Make a check of a schema from one that says why a name is none."""
+
+    def check(name: str) -> str:
+        if problem := problem_of(name):
+            raise ValueError(f"{printable(name, 80)!r} {problem}")
+        return name
+
+    return AfterValidator(check)
 
 
-def _relative(name: str) -> str:
-    if problem := relative_problem(name):
-        raise ValueError(f"{printable(name, 80)!r} {problem}")
-    return name
-
-
-def _made_here(name: str) -> str:
-    if problem := plain_problem(name):
-        raise ValueError(f"{printable(name, 80)!r} {problem}")
-    return name
-
-
-Component = Annotated[str, AfterValidator(_component)]
-"""Schema type: one component of a path."""
-RelativePath = Annotated[str, AfterValidator(_relative)]
+RelativePath = Annotated[str, without(relative_problem)]
 """Schema type: components joined by ``/``, none of them ``..``, not absolute."""
-PlainName = Annotated[str, AfterValidator(_made_here)]
+PlainName = Annotated[str, without(plain_problem)]
 """Schema type: a name of the alphabet that this program itself uses."""
 
 

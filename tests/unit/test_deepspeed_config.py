@@ -587,7 +587,7 @@ PLACES = sorted(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     values=st.dictionaries(st.sampled_from(PLACES) | st.text(max_size=6), VALUES, max_size=5),
     stage=st.sampled_from([0, 1, 2, 3, None]),

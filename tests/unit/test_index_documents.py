@@ -230,7 +230,7 @@ def test_a_header_of_rows_that_is_another_is_refused(
 def test_a_file_without_an_end_is_neither_read_nor_waited_for(tmp_path: Path) -> None:
     header = header_for(good_rows())
     (tmp_path / index_name("train")).symlink_to("/dev/zero")
-    with pytest.raises(UserError, match="does not begin as an index"):
+    with pytest.raises(UserError, match="no regular file"):
         read_rows(tmp_path, "train", header)
     (tmp_path / index_file.INDEX_JSON).write_bytes(b" " * (1 << 20))
     with pytest.raises(UserError, match="damaged"):

@@ -239,7 +239,7 @@ def locked_by(path: Path, mark: str) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds a lock; killed at the end."""
     program = f"""
 import fcntl, sys
-lock = open({str(path)!r}, "w")
+lock = open({str(path)!r}, "w", encoding="utf-8", errors="surrogateescape")
 fcntl.lockf(lock, fcntl.LOCK_EX)
 print({mark!r}, end="", file=lock, flush=True)
 print("locked", flush=True)
@@ -256,7 +256,9 @@ sys.stdin.read()
 
 def test_a_folder_that_another_run_writes_is_refused(tmp_path: Path) -> None:
     here = f"{socket.gethostname()} 123 0123456789abcdef\n"
-    for mark, holder in (("", ""), (here, f" (process 123 on {socket.gethostname()})")):
+    junk = "\udcff\udcfe"  # bytes that are no UTF-8
+    named = f" (process 123 on {socket.gethostname()})"
+    for mark, holder in (("", ""), (junk, ""), (here, named)):
         with locked_by(tmp_path / ".lock", mark):
             message = refusal(folder(tmp_path))
             assert f"is being written by another run{holder}; wait" in message
