@@ -324,6 +324,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         if default is not None:
             return default
         raise UserError(f"{name} is not set, although the launcher's other variables are")
-    if not re.fullmatch(r"\d{1,18}", text.strip()):
+    number = text.strip()  # of more kinds of white space than int() takes
+    if not re.fullmatch(r"\d{1,18}", number):
         raise UserError(f"{name}={printable(text, 60)!r} in the environment is not a number")
-    return int(text)
+    return int(number)

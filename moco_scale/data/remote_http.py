@@ -114,8 +114,8 @@ class _HttpBody(Body):
             self.total = None if found[2] == "*" else int(found[2])
         elif answer.status != http.client.OK:
             raise FetchError(f"HTTP {answer.status}, which brings no file", passing=False)
-        elif _NUMBER.fullmatch(headers.get("Content-Length", "").strip()):
-            self.total = int(headers["Content-Length"])
+        else:
+            self.total = _number(headers.get("Content-Length", ""))
 
     def chunks(self) -> Iterator[bytes]:
         while True:
@@ -128,12 +128,17 @@ class _HttpBody(Body):
             yield chunk
 
 
+def _number(header: str) -> int | None:
+    """Return the number that a header is; None: it is none."""
+    digits = header.strip(" \t")  # other white space is none to int(), or none of HTTP
+    return int(digits) if _NUMBER.fullmatch(digits) else None
+
+
 def _http_error(error: urllib.error.HTTPError) -> FetchError:
     headers: Any = error.headers or {}
     if error.code == 416 and headers.get("Content-Range", "").replace(" ", "") == "bytes*/0":
         return FetchError("it is empty: 0 bytes", passing=False)
-    asked = headers.get("Retry-After", "").strip()
-    wait = float(asked) if _NUMBER.fullmatch(asked) else 0.0
+    wait = float(_number(headers.get("Retry-After", "")) or 0)
     passing = error.code in _PASSING
     return FetchError(f"HTTP {error.code} {said_by(error.reason)}", passing=passing, wait=wait)
 

@@ -115,6 +115,8 @@ def refusal(raw: Raw, answer: Answer, most: int | None = 10**6) -> str:
 
 
 NUMBERS = (
+    "5\x1d",
+    "\x1f5",
     *("0", "3", "-1", "\xb2", "\xbd", "1_0", "0x3", "+3", "nan", "inf", "1e3", " 3 ", "3,3", ""),
     *("9" * 30, "9" * 5000),
 )
