@@ -40,7 +40,7 @@ cifar10: $(STAMP) ## the same on CIFAR-10: SOURCE=folder or tar, EPOCHS=N, TRAIN
 	    $(if $(SOURCE),--source '$(SOURCE)') $(if $(EPOCHS),--epochs $(EPOCHS)) \
 	    $(if $(TRAIN_PER_CLASS),--train-per-class $(TRAIN_PER_CLASS))
 
-test: $(STAMP) ## all tests but the slow ones; under 15 minutes on two cores
+test: $(STAMP) ## all tests but the slow ones; 15 to 20 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-hosts: $(STAMP) ## runs across two hosts (network namespaces, so root): launchers, lost hosts, restarts

@@ -42,7 +42,7 @@ def harm_at(moment: str, numbers: tuple[int, ...], whom: str, ignored: int = 0) 
     ("number", "moment", "status"),
     [
         (signal.SIGHUP, "training", STOPPED_EARLY),
-        (signal.SIGINT, "training", INTERRUPTED),
+        pytest.param(signal.SIGINT, "training", INTERRUPTED, marks=pytest.mark.slow),
         (signal.SIGINT, "saving", INTERRUPTED),
     ],
 )
