@@ -39,7 +39,7 @@ def look_into(tar: Path) -> Seems:
     """
     first, damaged = _first_members(tar, _LOOKED_AT)
     names = [member.name.removeprefix("./") for member in first if member.kind == FILE]
-    names = [name for name in names if not any(map(is_hidden, name.split("/")))]
+    names = [name for name in names if not any(map(is_hidden, name.split("/")[:-1]))]
     pictures = {picture_key(name): name for name in names if is_picture(name)}
     labels = {picture_key(name): name for name in names if name.lower().endswith(_LABELS)}
     both = next((key for key in pictures if key in labels), None)
