@@ -5,7 +5,7 @@ same under ``torchrun``, ``deepspeed``, or Slurm's ``srun`` with one task per GP
 """
 
 if __name__ == "__main__":
-    import moco_scale.quiet  # noqa: F401
+    import moco_scale.utils.quiet  # noqa: F401
 
 from moco_scale.cli import run_program
 

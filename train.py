@@ -4,7 +4,7 @@ Also under ``torchrun``, under Slurm's ``srun`` with one task per GPU, or as pla
 """
 
 if __name__ == "__main__":
-    import moco_scale.quiet  # noqa: F401
+    import moco_scale.utils.quiet  # noqa: F401
 
 from pathlib import Path
 

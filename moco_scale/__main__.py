@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import moco_scale.quiet  # noqa: F401
+    import moco_scale.utils.quiet  # noqa: F401
 
 import importlib
 import sys
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from moco_scale.argument_types import DefaultsHelpFormatter
 from moco_scale.cli import run_command, run_program
-from moco_scale.errors import UserError
-from moco_scale.messages import say, tell, unwritten
 from moco_scale.older_flags import PRETRAINING, HintingParser
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import say, tell, unwritten
 
 # Name: (module with add_arguments and run, what it is for). A module is only imported when its
 # command runs, so that `shard` does not wait for DeepSpeed.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moco_scale import distributed
-from moco_scale.errors import PeerLost
+from moco_scale.utils.errors import PeerLost
 
 _SAMPLED = 64  # elements of each tensor
 _NAMED = 6

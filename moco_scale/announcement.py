@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moco_scale import __version__, distributed, numerics
+from moco_scale import __version__, distributed
 from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.config import Config
 from moco_scale.config_rules import build
 from moco_scale.data.mixed_shards import epoch_notes
 from moco_scale.recipes import RECIPES
+from moco_scale.utils import determinism
 
 if TYPE_CHECKING:
     from moco_scale.pretrain import Pretraining
@@ -45,7 +46,7 @@ def announcement(run: Pretraining, dropped: int) -> list[str]:
     if any(isinstance(m, GroupedBatchNorm2d) for m in run.engine.moco.modules()):
         lines += _shuffles_in_vain(config)
     lines += crowded_queue(config, len(run.shards))
-    lines += numerics.slow_precision(run.device, config.run.precision)
+    lines += determinism.slow_precision(run.device, config.run.precision)
     if run.resumed_from is not None:
         again = f" ({dropped} later log lines dropped)" if dropped else ""
         lines.append(f"resumed from {run.resumed_from} at step {run.step}{again}")

@@ -12,12 +12,12 @@ import torch
 from moco_scale import distributed, together
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import ViewBatch
-from moco_scale.errors import UserError
-from moco_scale.messages import say
-from moco_scale.side_files import SideFile, json_line, keep_lines
 from moco_scale.untrusted.bad_sample import BadSampleLine
 from moco_scale.untrusted.documents import DocumentError, parse_document
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import say
+from moco_scale.utils.side_files import SideFile, json_line, keep_lines
 
 FILE = "bad_samples.jsonl"
 FEWEST = 10

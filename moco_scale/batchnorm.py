@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_scale import distributed
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):

@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from moco_scale.errors import (
+from moco_scale.launchers import rank_of
+from moco_scale.untrusted.text import printable_lines
+from moco_scale.utils.errors import (
     INTERRUPTED,
     LOST_PEER,
     PeerLost,
@@ -23,12 +25,10 @@ from moco_scale.errors import (
     is_peer_gone,
     limit_met,
 )
-from moco_scale.launchers import rank_of
-from moco_scale.messages import outlive_terminal, say
-from moco_scale.own_folders import remove_passing
-from moco_scale.parents import leave_with_launcher
-from moco_scale.signals import interruptible
-from moco_scale.untrusted.text import printable_lines
+from moco_scale.utils.log import outlive_terminal, say
+from moco_scale.utils.own_folders import remove_passing
+from moco_scale.utils.parents import leave_with_launcher
+from moco_scale.utils.signals import interruptible
 
 
 def run_program(name: str, action: Callable[[], int | None]) -> NoReturn:

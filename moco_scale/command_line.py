@@ -12,9 +12,9 @@ from moco_scale.argument_types import whole_numbers
 from moco_scale.config import SECTIONS, Config
 from moco_scale.config_rules import build
 from moco_scale.data.remote_credentials import warn_of_printed
-from moco_scale.errors import UserError
 from moco_scale.older_flags import PRETRAINING, HintingParser
 from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
+from moco_scale.utils.errors import UserError
 
 AMP_LEVELS = ("O0", "O1", "O2", "O3")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from moco_scale.deepspeed_keys import take_keys, take_other_stages, take_reports
 from moco_scale.deepspeed_precision import HALF_NAMES, is_enabled, take_precision
-from moco_scale.errors import UserError
 from moco_scale.loss_scale import LossScaling
 from moco_scale.untrusted.deepspeed_file import (
     AUTO,
@@ -21,6 +20,7 @@ from moco_scale.untrusted.deepspeed_file import (
     wrong_types,
 )
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
 
 
 def _read(path: str) -> tuple[dict[str, Any], list[str]]:

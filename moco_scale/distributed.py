@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from moco_scale.allocator import keep_freed_memory
-from moco_scale.errors import RankError, UserError, first_line
 from moco_scale.interfaces import name_interface
 from moco_scale.launchers import complete_environment, gpu_of, why_not_met
 from moco_scale.meeting import meet
+from moco_scale.utils.allocator import keep_freed_memory
+from moco_scale.utils.errors import RankError, UserError, first_line
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective, where nothing else watches

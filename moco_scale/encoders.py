@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_scale.batchnorm import GroupedBatchNorm2d
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 from moco_scale.vit import VITS, build_vit
 from moco_scale.vit import Block as ViTBlock
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from moco_scale.argument_types import positive_int
 from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS, build_encoder
-from moco_scale.errors import UserError
-from moco_scale.messages import tell
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import tell
 
 # One pass over elements that are already there: no matrix product hides behind these.
 _ELEMENTWISE_NAMES = """

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moco_scale.messages import say
+from moco_scale.utils.log import say
 
 LOSS, WEIGHTS, GRADIENTS = KINDS = ("its loss", "the weights after it", "its gradients")
 

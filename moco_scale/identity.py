@@ -19,7 +19,7 @@ import torch
 import moco_scale
 from moco_scale import distributed
 from moco_scale.config import Config
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 LIBRARIES = ("torch", "torchvision", "numpy", "simplejpeg", "pillow")
 MAY_DIFFER = (

@@ -16,14 +16,14 @@ from moco_scale.data.open_shards import open_shards
 from moco_scale.data.remote_addresses import names_remote, shown
 from moco_scale.data.shard_list import is_pattern, list_shards
 from moco_scale.data.shard_summary import print_summary, summarise
-from moco_scale.errors import UserError
 from moco_scale.evaluation.pretrained import read_model_file
-from moco_scale.messages import tell
 from moco_scale.run_folder import complete_checkpoints
 from moco_scale.untrusted.documents import check
 from moco_scale.untrusted.settings import ModelFile
 from moco_scale.untrusted.tensor_files import StoredTensor
 from moco_scale.untrusted.text import printable, printable_path
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import tell
 
 PARTS = ("model.query", "model.key", "optimizer", "queue")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moco_scale.errors import UserError
 from moco_scale.launchers import why_not_met
-from moco_scale.messages import say
 from moco_scale.restarts import name_of_start
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import say
 
 RESOLVE_SECONDS = 30.0
 """How long a name may be unknown: that of a container comes with it."""

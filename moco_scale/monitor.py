@@ -19,7 +19,6 @@ from moco_scale.data.order import Samples
 from moco_scale.data.reader import ViewBatch
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import PRECISIONS
-from moco_scale.errors import RankError, UserError
 from moco_scale.evaluation import pictures
 from moco_scale.evaluation.features import LeftOut, chosen_output
 from moco_scale.evaluation.knn import (
@@ -35,6 +34,7 @@ from moco_scale.step_times import StepTimes
 from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Telemetry
 from moco_scale.timing import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
+from moco_scale.utils.errors import RankError, UserError
 
 if TYPE_CHECKING:
     from moco_scale.pretrain import Pretraining

@@ -22,8 +22,6 @@ import torch
 from moco_scale import bandwidth, distributed, identity
 from moco_scale.bandwidth import Bandwidth
 from moco_scale.config import Config
-from moco_scale.errors import UserError
-from moco_scale.messages import tell
 from moco_scale.monitor import Monitor
 from moco_scale.pretrain import Pretraining
 from moco_scale.run_folder import LOCK
@@ -31,6 +29,8 @@ from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Telemetry
 from moco_scale.timing import Phases
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import tell
 
 GIB = 1 << 30
 SHARED_MEMORY = Path("/dev/shm")

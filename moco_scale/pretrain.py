@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale import distributed, identity, numerics, timing, together
+from moco_scale import distributed, identity, timing, together
 from moco_scale.bad_pictures import FILE as BAD_PICTURES
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.batchnorm import set_groups, spans_ranks
@@ -29,11 +29,9 @@ from moco_scale.deepspeed_config import refuse
 from moco_scale.deepspeed_keys import unwritable_reports
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine, read_deepspeed
-from moco_scale.errors import StoppedEarly
 from moco_scale.health import FiniteWatch
 from moco_scale.infonce import Contrast
 from moco_scale.inputs import Inputs, StepInputs
-from moco_scale.messages import say
 from moco_scale.moco import MoCo
 from moco_scale.monitor import Monitor
 from moco_scale.queue import DTYPES, KeyQueue
@@ -44,6 +42,9 @@ from moco_scale.shuffle import ShuffleBN
 from moco_scale.stopping import StopRequest, status_of
 from moco_scale.telemetry import Meters, Telemetry
 from moco_scale.timing import Phases
+from moco_scale.utils import determinism
+from moco_scale.utils.errors import StoppedEarly
+from moco_scale.utils.log import say
 
 
 def open_data(config: Config, alive: Callable[[], None] = lambda: None) -> tuple[Shards, BatchPlan]:
@@ -80,7 +81,7 @@ class Pretraining:
         self.config, seed = config, config.optim.rng_seed
         self.phases = phases or Phases()
         self._started = time.monotonic()
-        numerics.set_switches()
+        determinism.set_switches()
         self.device = distributed.device()
         self.world, self.rank = distributed.world_size(), distributed.rank()
         identity.require_alike(identity.of_run(config))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_scale.infonce import Contrast, Negatives, infonce
-from moco_scale.transfer import on_device
+from moco_scale.utils.to_device import on_device
 
 KINDS = ("replicated", "sharded")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

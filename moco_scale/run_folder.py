@@ -16,14 +16,14 @@ from torch import Tensor
 from moco_scale import checkpoint, distributed, metrics_file, together
 from moco_scale.config import Config, differences
 from moco_scale.config_rules import check_shuffle_group
-from moco_scale.errors import UserError
-from moco_scale.files import failure_reason, save_atomically, write_atomically
-from moco_scale.messages import say
-from moco_scale.run_lock import RunLock, claim_for_all
 from moco_scale.saver import BackgroundSaver
-from moco_scale.side_files import SideFile
 from moco_scale.untrusted.tensor_files import TensorFile
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import failure_reason, save_atomically, write_atomically
+from moco_scale.utils.locks import RunLock, claim_for_all
+from moco_scale.utils.log import say
+from moco_scale.utils.side_files import SideFile
 
 T = TypeVar("T")
 LOCK = ".lock"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moco_scale import distributed
-from moco_scale.errors import UserError
-from moco_scale.messages import say
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import say
 
 
 class BackgroundSaver:

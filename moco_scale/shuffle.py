@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moco_scale import distributed
 from moco_scale.data.random import permutation
-from moco_scale.transfer import on_device
+from moco_scale.utils.to_device import on_device
 
 MODES = ("world", "node", "off")
 

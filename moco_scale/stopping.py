@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from moco_scale import distributed
-from moco_scale.errors import INTERRUPTED, LOST_PEER, STOPPED_EARLY
-from moco_scale.messages import say
-from moco_scale.parents import told_instead
-from moco_scale.signals import ONE_SIGNAL, Listening, is_ignored
+from moco_scale.utils.errors import INTERRUPTED, LOST_PEER, STOPPED_EARLY
+from moco_scale.utils.log import say
+from moco_scale.utils.parents import told_instead
+from moco_scale.utils.signals import ONE_SIGNAL, Listening, is_ignored
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 UNLESS_IGNORED = (signal.SIGHUP, signal.SIGINT)

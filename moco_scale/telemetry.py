@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moco_scale import distributed, metrics_file
-from moco_scale.messages import say
-from moco_scale.side_files import SideFile, json_line
 from moco_scale.untrusted.text import printable, printable_lines
+from moco_scale.utils.log import say
+from moco_scale.utils.side_files import SideFile, json_line
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from moco_scale import distributed
-from moco_scale.errors import PeerLost, UserError
+from moco_scale.utils.errors import PeerLost, UserError
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,11 @@ from typing import NoReturn
 
 from moco_scale import distributed
 from moco_scale.beats import Beat, Heard, place, silent, standing, waited_for
-from moco_scale.errors import (
+from moco_scale.timing import Phases
+from moco_scale.untrusted.documents import DocumentError
+from moco_scale.untrusted.store_message import Verdict, parse_verdict
+from moco_scale.untrusted.text import printable_lines
+from moco_scale.utils.errors import (
     LOST_PEER,
     PeerLost,
     RankError,
@@ -36,13 +40,9 @@ from moco_scale.errors import (
     first_line,
     is_peer_gone,
 )
-from moco_scale.messages import say
-from moco_scale.own_folders import remove_passing
-from moco_scale.parents import children
-from moco_scale.timing import Phases
-from moco_scale.untrusted.documents import DocumentError
-from moco_scale.untrusted.store_message import Verdict, parse_verdict
-from moco_scale.untrusted.text import printable_lines
+from moco_scale.utils.log import say
+from moco_scale.utils.own_folders import remove_passing
+from moco_scale.utils.parents import children
 
 _RANKS_PER_SECOND = 400  # beats that rank 0's store gets, at most, where ranks are many
 _BEATS = 20  # in a time-out, at least

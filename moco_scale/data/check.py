@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moco_scale.data.examine import examine_all, list_folder
 from moco_scale.data.output_folder import size_text
-from moco_scale.messages import tell
+from moco_scale.utils.log import tell
 
 _MOST_SHOWN = 100
 

@@ -34,7 +34,7 @@ from moco_scale.data.augment import (
     Augmentation,
     Params,
 )
-from moco_scale.transfer import on_device
+from moco_scale.utils.to_device import on_device
 
 _KINDS = (pixels.brightness, pixels.contrast, pixels.saturation, pixels.hue)
 _ORDER_TABLE = np.array(ORDERS)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moco_scale.data.decode import UPRIGHT, DecodeError, decode_rgb, jpeg_size
 from moco_scale.data.jpeg_header import HOLE
-from moco_scale.errors import UserError
 from moco_scale.untrusted.limits import DEVICE_PIXELS
+from moco_scale.utils.errors import UserError
 
 
 class EncodedViews(NamedTuple):

@@ -13,15 +13,15 @@ import numpy as np
 from moco_scale.data import index_file
 from moco_scale.data.decode import DecodeError, decode_rgb
 from moco_scale.data.output_folder import LEFT_OUT
-from moco_scale.data.pool import BrokenProcessPool, in_order
-from moco_scale.data.progress import Progress
 from moco_scale.data.shard_list import list_shards
 from moco_scale.data.shard_set import Place
 from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, open_shard, scan_tar, shard_shown
-from moco_scale.errors import UserError
 from moco_scale.untrusted.documents import lines_of, record_of
 from moco_scale.untrusted.limits import PICTURE_FILE
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.process_pool import BrokenProcessPool, in_order
+from moco_scale.utils.progress import Progress
 
 _CHUNK = 1 << 22
 

@@ -33,9 +33,9 @@ from moco_scale.data.order import BatchPlan, Indices, Plan
 from moco_scale.data.remote_place import Place
 from moco_scale.data.shard_cache import NoRoom, ShardCache, gigabytes, shard_path
 from moco_scale.data.windows import window_of
-from moco_scale.errors import UserError, processes_advice
-from moco_scale.messages import outlive_terminal, say
-from moco_scale.parents import die_with
+from moco_scale.utils.errors import UserError, processes_advice
+from moco_scale.utils.log import outlive_terminal, say
+from moco_scale.utils.parents import die_with
 
 _FETCHERS = 4
 _REST = 30.0  # seconds for which a shard that cannot be had is left to those who read it

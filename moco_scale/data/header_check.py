@@ -20,12 +20,12 @@ import numpy as np
 from moco_scale.data.index_file import rows_by_shard
 from moco_scale.data.index_place import FOLDER, alone, first_writable, places, read_tars
 from moco_scale.data.tar_scan import member_places
-from moco_scale.errors import UserError, open_failure
-from moco_scale.files import write_atomically
-from moco_scale.messages import say
 from moco_scale.untrusted.documents import read_document
 from moco_scale.untrusted.limits import INDEX_JSON
 from moco_scale.untrusted.shard_index import CheckedNote
+from moco_scale.utils.errors import UserError, open_failure
+from moco_scale.utils.files import write_atomically
+from moco_scale.utils.log import say
 
 _MOST_TIMES = 16
 _MOST_NAMED = 6

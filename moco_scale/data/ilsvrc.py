@@ -19,11 +19,11 @@ from moco_scale.data.layout import picture_stem
 from moco_scale.data.matfile import MatFileError, struct_array
 from moco_scale.data.source_tar import content_of, decompressed
 from moco_scale.data.sources import is_picture
-from moco_scale.errors import UserError
 from moco_scale.untrusted.documents import read_bounded
 from moco_scale.untrusted.limits import GROUND_TRUTH, MAT_FILE
 from moco_scale.untrusted.tar_headers import FILE, TarHeaders
 from moco_scale.untrusted.text import printable, text_of
+from moco_scale.utils.errors import UserError
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"

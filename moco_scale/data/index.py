@@ -21,9 +21,9 @@ from moco_scale.data.order import Order
 from moco_scale.data.shard_set import Place
 from moco_scale.data.tar_scan import BLOCK, key_in
 from moco_scale.data.windows import order_of
-from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.shard_index import AnyIndex, Tar
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError, open_failure
 
 
 class Scanned(NamedTuple):

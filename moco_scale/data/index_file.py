@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 
-from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.documents import read_bounded, without_waiting
 from moco_scale.untrusted.limits import INDEX_JSON as INDEX_BYTES
 from moco_scale.untrusted.limits import NPY_HEADER
@@ -56,6 +55,7 @@ from moco_scale.untrusted.shard_index import (
     rows_problem,
 )
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError, open_failure
 
 INDEX_JSON = "index.json"
 PARTIAL = ".partial-"  # what stands between a folder's name and a suffix while it is being written

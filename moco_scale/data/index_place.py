@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from moco_scale.data.pool import BrokenProcessPool, in_order
-from moco_scale.data.progress import Progress, gets_on, heard_by
 from moco_scale.data.shard_cache import cache_home
-from moco_scale.errors import UserError
-from moco_scale.messages import say
-from moco_scale.own_folders import NEW_FILE, without_links
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import say
+from moco_scale.utils.own_folders import NEW_FILE, without_links
+from moco_scale.utils.process_pool import BrokenProcessPool, in_order
+from moco_scale.utils.progress import Progress, gets_on, heard_by
 
 FOLDER = ".moco_scale-index"
 MOST_WORKERS = 32

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from moco_scale.data.sources import Entry, Packed
 from moco_scale.data.split_folders import Split, images, split_folders
-from moco_scale.errors import UserError
 from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, PICTURE_FILE
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
 
 UNLABELLED = -1
 _SHOWN = 5

@@ -16,8 +16,8 @@ from moco_scale.data.mixture import Mixture
 from moco_scale.data.order import FullPermutation, Indices, Order
 from moco_scale.data.remote_addresses import refuse_command, shown
 from moco_scale.data.shard_set import Place, Shards
-from moco_scale.errors import UserError
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
 
 _WEIGHT = re.compile(r"(?P<spec>.+):(?P<weight>[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+)")
 _LEAST, _MOST = 1e-9, 1e12

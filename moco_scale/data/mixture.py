@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moco_scale.data.order import Indices, Order, Samples
 from moco_scale.data.random import permutation
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 @dataclass(frozen=True)

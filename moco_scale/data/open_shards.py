@@ -8,7 +8,6 @@ from pathlib import Path
 
 from moco_scale.data import index, index_file
 from moco_scale.data.mixed_shards import MixedShards, split_mixture
-from moco_scale.data.progress import heard_by
 from moco_scale.data.recognise import look_into
 from moco_scale.data.remote_addresses import check_address, is_remote, names_remote
 from moco_scale.data.remote_shards import has_remote_split, open_remote
@@ -17,7 +16,8 @@ from moco_scale.data.scanned_index import open_scanned
 from moco_scale.data.shard_list import ShardList, is_pattern, list_shards
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.progress import heard_by
 
 
 def open_shards(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moco_scale.data.random import permutation
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 Indices = npt.NDArray[np.int64]
 

@@ -13,8 +13,8 @@ from types import TracebackType
 
 from moco_scale.data.index_file import INDEX_JSON, PARTIAL
 from moco_scale.data.index_place import FOLDER
-from moco_scale.errors import UserError
-from moco_scale.own_folders import without_links
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.own_folders import without_links
 
 LEFT_OUT = "left_out.jsonl"
 _REPLACED = ".replaced-"

@@ -31,12 +31,12 @@ import numpy.typing as npt
 from moco_scale.data.decode import DecodeError, Pixels, picture_size
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
-from moco_scale.errors import UserError
-from moco_scale.files import NO_LOCKS, write_atomically
-from moco_scale.own_folders import ForeignFolderError, make_own, remove_own, without_links
 from moco_scale.untrusted.documents import DocumentError, read_document
 from moco_scale.untrusted.limits import META_JSON
 from moco_scale.untrusted.pixel_cache import PixelCacheMeta
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import NO_LOCKS, write_atomically
+from moco_scale.utils.own_folders import ForeignFolderError, make_own, remove_own, without_links
 
 RAM = "ram"
 SHARED_MEMORY = Path("/dev/shm")

@@ -34,7 +34,7 @@ from moco_scale.data.random import uniforms
 from moco_scale.data.shard_set import Pictures
 from moco_scale.data.views import CROP_SLOTS, Box, crop_box, write_centre, write_crop
 from moco_scale.data.workers import PREFETCHED, BatchLoader, Failure, Reading, batch_memory
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 _SPARE_SHARDS = 8  # that an evaluation has fetched ahead
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 _PIPE = "pipe:"  # commands: WebDataset has them
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")

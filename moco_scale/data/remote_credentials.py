@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moco_scale.data.remote_addresses import holds_secret, shown
-from moco_scale.errors import UserError
 from moco_scale.launchers import rank_of
-from moco_scale.messages import say
 from moco_scale.untrusted.limits import NETRC
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import say
 
 USER = "MOCO_SCALE_HTTP_USER"
 PASSWORD = "MOCO_SCALE_HTTP_PASSWORD"

@@ -17,8 +17,8 @@ from moco_scale.data.http_connection import AUTHORIZATION, Response, opener
 from moco_scale.data.remote_addresses import shown
 from moco_scale.data.remote_credentials import authorization, signature
 from moco_scale.data.remote_place import CHUNK, Body, FetchError, FileState, Place, said_by
-from moco_scale.errors import UserError
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
 
 # What may stand in a path or after its ?, a % of the user's own included.
 _SAFE = "/%:@!$&'()*+,;=~"

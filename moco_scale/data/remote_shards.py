@@ -24,11 +24,11 @@ from moco_scale.data.remote_place import Place
 from moco_scale.data.shard_cache import SHARDS, ShardCache, gigabytes, shard_path, write_once
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.workers import closing
-from moco_scale.errors import UserError
-from moco_scale.own_folders import without_links
 from moco_scale.untrusted.limits import DOCUMENT_SECONDS, INDEX_JSON, NPY_HEADER
 from moco_scale.untrusted.shard_index import AnyIndex, ShardIndex, parse_index
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.own_folders import without_links
 
 _ROWS_RATE = 1e5  # bytes a second at which rows have to arrive
 _ATTEMPTS = 3  # to fetch an index that is whole and fits the rest

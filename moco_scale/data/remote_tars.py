@@ -23,7 +23,6 @@ from typing import NamedTuple
 from moco_scale.data import index_file
 from moco_scale.data.download import RemoteFile, TooLarge, state_of
 from moco_scale.data.index_place import alone
-from moco_scale.data.progress import Progress
 from moco_scale.data.remote import place
 from moco_scale.data.remote_addresses import shown
 from moco_scale.data.remote_place import FileState, Place
@@ -34,9 +33,10 @@ from moco_scale.data.shard_cache import cache_home, gigabytes, shard_path, write
 from moco_scale.data.shard_list import COMPRESSED_TAR, expand_braces, splits_of
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.tar_scan import scan_tar
-from moco_scale.errors import UserError
 from moco_scale.untrusted.documents import read_bounded
 from moco_scale.untrusted.limits import NAME_BYTES
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.progress import Progress
 
 _FETCHERS = 4
 _ASKERS = 16

@@ -22,12 +22,12 @@ from moco_scale.data.salvage import salvage
 from moco_scale.data.scanned_index import find_classes, index_rows, save_rows
 from moco_scale.data.shard_file import write_errors
 from moco_scale.data.tar_scan import ShardScan
-from moco_scale.errors import UserError
-from moco_scale.files import sync_folder, write_atomically
-from moco_scale.messages import tell
-from moco_scale.side_files import json_line, json_text
 from moco_scale.untrusted.names import relative_problem
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import sync_folder, write_atomically
+from moco_scale.utils.log import tell
+from moco_scale.utils.side_files import json_line, json_text
 
 _TEMPORARY = ".repaired-"
 _MOST_NAMED = 6

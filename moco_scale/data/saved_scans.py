@@ -18,10 +18,10 @@ import numpy as np
 from moco_scale.data.remote_place import FileState
 from moco_scale.data.shard_cache import write_once
 from moco_scale.data.tar_scan import ShardScan
-from moco_scale.errors import UserError
 from moco_scale.untrusted.documents import parse_document
 from moco_scale.untrusted.saved_scan import FORMAT, SavedScanText
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
 
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "offset": np.dtype("<u8"),

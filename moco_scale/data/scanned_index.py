@@ -22,12 +22,12 @@ from moco_scale.data import index, index_file
 from moco_scale.data.index_place import alone, first_writable, places, read_tars
 from moco_scale.data.shard_list import ShardList
 from moco_scale.data.tar_scan import ShardScan, dots_problem, scan_tar
-from moco_scale.errors import UserError, open_failure
-from moco_scale.files import sync_folder, write_atomically
-from moco_scale.messages import say
 from moco_scale.untrusted.limits import CLASSES
 from moco_scale.untrusted.shard_index import json_name
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError, open_failure
+from moco_scale.utils.files import sync_folder, write_atomically
+from moco_scale.utils.log import say
 
 _RULES = b"4"  # by which pictures and labels are found: an index made by others is made again
 

@@ -32,11 +32,11 @@ from pathlib import Path
 
 from moco_scale.data.download import Patience, RemoteFile, Stopped, download, never
 from moco_scale.data.remote_place import Place
-from moco_scale.errors import UserError
-from moco_scale.files import NO_LOCKS, write_atomically
-from moco_scale.messages import say
-from moco_scale.own_folders import ForeignFolderError, make_own, opened, without_links
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import NO_LOCKS, write_atomically
+from moco_scale.utils.log import say
+from moco_scale.utils.own_folders import ForeignFolderError, make_own, opened, without_links
 
 SHARDS = "shards"
 MARKER = ".moco_scale-shards"

@@ -27,10 +27,10 @@ from moco_scale.data.shard_list import list_shards
 from moco_scale.data.shards import Encoding, ShardSize, write_shards
 from moco_scale.data.source_scan import holds_pictures, scan
 from moco_scale.data.source_tar import UNPACKED
-from moco_scale.errors import UserError
-from moco_scale.messages import tell
-from moco_scale.signals import is_ignored
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import tell
+from moco_scale.utils.signals import is_ignored
 
 DEFAULT_QUALITY = 90
 _MOST_REASONS = 5

@@ -24,10 +24,10 @@ from moco_scale.data.source_folder import NOT_READABLE
 from moco_scale.data.source_zip import unpack
 from moco_scale.data.sources import LFS_POINTER, suffix_to_write
 from moco_scale.data.tar_scan import scan_tar
-from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.documents import without_waiting
 from moco_scale.untrusted.limits import PICTURE_FILE
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError, open_failure
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco_scale.data.index_file import INDEX_JSON
-from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.limits import TARS_OF_A_PATTERN
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError, open_failure
 
 JOIN = "::"
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -14,8 +14,8 @@ from moco_scale.data.mixed_shards import MixedShards
 from moco_scale.data.open_shards import local_splits, open_shards
 from moco_scale.data.output_folder import size_text
 from moco_scale.data.shard_set import Shards
-from moco_scale.messages import tell
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.log import tell
 
 SAMPLE = 1000
 _NAMED = 5  # classes with most and with fewest pictures

@@ -22,8 +22,6 @@ from moco_scale.data import index_file
 from moco_scale.data.header_check import IndexedTars, note_checked
 from moco_scale.data.layout import Listing, Picture, none_left
 from moco_scale.data.output_folder import LEFT_OUT, size_text, sync
-from moco_scale.data.pool import BrokenProcessPool, in_order
-from moco_scale.data.progress import Progress
 from moco_scale.data.shard_file import (
     Done,
     Encoding,
@@ -33,10 +31,12 @@ from moco_scale.data.shard_file import (
     write_errors,
     write_shard,
 )
-from moco_scale.errors import UserError
-from moco_scale.side_files import json_line, json_text
 from moco_scale.untrusted.shard_index import json_name
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.process_pool import BrokenProcessPool, in_order
+from moco_scale.utils.progress import Progress
+from moco_scale.utils.side_files import json_line, json_text
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from moco_scale.data.image_kind import START_BYTES, image_kind
-from moco_scale.data.progress import bar
 from moco_scale.data.sources import (
     Entry,
     PassedOver,
     is_picture,
     suffix_of,
 )
-from moco_scale.errors import UserError
 from moco_scale.untrusted.limits import SOURCE_INFLATION, SOURCE_INFLATION_FROM
 from moco_scale.untrusted.tar_headers import BLOCK, FILE, LINK, Member, TarHeaders
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.progress import bar
 
 UNPACKED = "unpacked-"  # how the names of decompressed tars begin
 COMPRESSED: dict[bytes, Callable[[Any, str], Any]] = {

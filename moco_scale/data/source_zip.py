@@ -24,9 +24,9 @@ from moco_scale.data.sources import (
     is_picture,
     suffix_of,
 )
-from moco_scale.errors import UserError
 from moco_scale.untrusted.limits import ZIP_DIRECTORY
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")

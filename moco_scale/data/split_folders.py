@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from moco_scale.data.shard_list import SPLIT_WORDS
 from moco_scale.data.sources import Entry
-from moco_scale.errors import UserError
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
 
 Split = list[tuple[tuple[str, ...], Entry]]
 """Images with their path below the split."""

@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from moco_scale.data.sources import PICTURE_SUFFIXES, is_hidden
 from moco_scale.data.tar_groups import Groups
-from moco_scale.errors import UserError, open_failure
 from moco_scale.untrusted.limits import MEMBERS_OF_A_SAMPLE, PICTURE_FILE
 from moco_scale.untrusted.tar_headers import (
     BLOCK,
@@ -32,6 +31,7 @@ from moco_scale.untrusted.tar_headers import (
     parse_header,
 )
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError, open_failure
 
 _T = TypeVar("_T")
 

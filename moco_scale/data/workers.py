@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from moco_scale.data.fetch_ahead import FetchAhead
-from moco_scale.errors import ReaderLost, UserError, open_files_advice
-from moco_scale.messages import say
-from moco_scale.own_folders import PASSING, remove_passing
-from moco_scale.parents import die_with
+from moco_scale.utils.errors import ReaderLost, UserError, open_files_advice
+from moco_scale.utils.log import say
+from moco_scale.utils.own_folders import PASSING, remove_passing
+from moco_scale.utils.parents import die_with
 
 Batch = TypeVar("Batch")
 PREFETCHED = 2

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from moco_scale.argument_types import positive_int
 from moco_scale.data.recognise import first_members
 from moco_scale.demo import output_folder, pipeline
-from moco_scale.errors import UserError
-from moco_scale.messages import tell
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import tell
 
 SETTINGS = {"recipe": "cifar10", "dataset": "cifar10"}
 HELP = (

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from moco_scale.config import differences
-from moco_scale.errors import UserError
-from moco_scale.files import write_atomically
 from moco_scale.untrusted.demo import DemoSettings
 from moco_scale.untrusted.documents import DocumentError, read_document
 from moco_scale.untrusted.limits import SETTINGS_JSON
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import write_atomically
 
 MARKER = ".moco_scale-demo"
 """The file that says: this folder was made by a demo."""

@@ -31,16 +31,16 @@ from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
 from moco_scale.demo.output_folder import SUMMARY
-from moco_scale.errors import StoppedEarly, UserError
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
-from moco_scale.files import write_atomically
-from moco_scale.messages import tell
-from moco_scale.parents import STARTER, session
-from moco_scale.signals import is_ignored
 from moco_scale.untrusted.documents import read_document
 from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.untrusted.metrics import records
 from moco_scale.untrusted.results import Accuracy
+from moco_scale.utils.errors import StoppedEarly, UserError
+from moco_scale.utils.files import write_atomically
+from moco_scale.utils.log import tell
+from moco_scale.utils.parents import STARTER, session
+from moco_scale.utils.signals import is_ignored
 
 _OWN_FLAGS = {
     "data_dir": "the shards are made here, from the pictures",

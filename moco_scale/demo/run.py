@@ -10,8 +10,8 @@ import time
 from moco_scale.argument_types import not_negative_int, positive_int
 from moco_scale.demo import output_folder, pipeline
 from moco_scale.demo.pictures import CLASSES, write_folder
-from moco_scale.errors import UserError
-from moco_scale.messages import tell
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import tell
 
 TRAIN_PER_CLASS = 200
 VAL_PER_CLASS = 60

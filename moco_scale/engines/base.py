@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moco_scale import distributed, numerics
+from moco_scale import distributed
 from moco_scale.batchnorm import StatisticsBefore
 from moco_scale.encoders import Encoder
 from moco_scale.engines.blocks import transform_blocks
 from moco_scale.loss_scale import LossScale, LossScaling
 from moco_scale.moco import MoCo, momentum_update
+from moco_scale.utils import determinism
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -85,7 +86,7 @@ class Engine(ABC):
         self.loss_scale = LossScale(settings.scaling) if half else None
         self._statistics = StatisticsBefore(moco)
         attends = any(isinstance(module, nn.MultiheadAttention) for module in moco.modules())
-        self._repeats_attention = attends and device.type == "cuda" and numerics.can_repeat()
+        self._repeats_attention = attends and device.type == "cuda" and determinism.can_repeat()
         if attends and device.type == "cuda" and not self._repeats_attention:
             self.notes.append(
                 "CUBLAS_WORKSPACE_CONFIG is neither :4096:8 nor :16:8: a transformer's gradients, "
@@ -113,7 +114,7 @@ class Engine(ABC):
 
     def _pass(self) -> contextlib.AbstractContextManager[None]:
         """What a forward or backward pass happens in."""
-        return numerics.repeatable() if self._repeats_attention else contextlib.nullcontext()
+        return determinism.repeatable() if self._repeats_attention else contextlib.nullcontext()
 
     def _note_statistics(self) -> None:
         """Of the encoders before a step's first forward pass, where the step may be left out."""

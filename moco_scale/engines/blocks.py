@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from moco_scale import together
 from moco_scale.batchnorm import statistics_kept
 from moco_scale.encoders import BLOCKS
-from moco_scale.errors import UserError
 from moco_scale.moco import MoCo
-from moco_scale.own_folders import make_own
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.own_folders import make_own
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

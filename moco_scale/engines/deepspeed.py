@@ -29,11 +29,11 @@ from moco_scale.engines.base import (
     set_learning_rate,
     zero_momentum,
 )
-from moco_scale.errors import UserError, first_line
-from moco_scale.messages import say
 from moco_scale.moco import MoCo
 from moco_scale.untrusted.deepspeed_file import shown
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError, first_line
+from moco_scale.utils.log import say
 
 GATHERS = "_DeepSpeedZeRoOffload__allgather_stream"
 """Where DeepSpeed keeps the stream that stage 3 gathers on."""

@@ -12,22 +12,23 @@ from typing import Any
 
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from moco_scale import distributed, identity, numerics, together
+from moco_scale import distributed, identity, together
 from moco_scale.config import DATASETS
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.remote_credentials import warn_of_printed
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.engines.base import PRECISIONS
-from moco_scale.errors import UserError
 from moco_scale.evaluation import linear, results
 from moco_scale.evaluation.command_line import KNN_K, KNN_T, parse
 from moco_scale.evaluation.features import LeftOut, Pixels
 from moco_scale.evaluation.knn import KnnMonitor, Splits, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.evaluation.pretrained import Pretrained, load_pretrained
-from moco_scale.messages import say, tell
 from moco_scale.timing import EVALUATION, Phases
+from moco_scale.utils import determinism
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import say, tell
 from moco_scale.watchdog import Watch
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     warn_of_printed(args.data_dir)
     distributed.initialize(args.device, hang_timeout=args.hang_timeout)
-    numerics.set_switches()
+    determinism.set_switches()
     phases = Phases()
     phases.enter(EVALUATION)
     with (
@@ -104,7 +105,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
             f"(epoch {pretrained.epoch}, step {pretrained.step}), "
             f"{distributed.world_size()} process(es) on {distributed.device().type}"
         )
-        for warning in numerics.slow_precision(distributed.device(), args.precision):
+        for warning in determinism.slow_precision(distributed.device(), args.precision):
             say(warning)
     if isinstance(test, KnnMonitor):
         measured = _run_knn(args, test, pretrained)

@@ -29,7 +29,6 @@ from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.windows import REMOTE_WINDOW
-from moco_scale.errors import UserError
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (
     LeftOut,
@@ -43,9 +42,10 @@ from moco_scale.evaluation.features import (
 )
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.evaluation.pretrained import Pretrained
-from moco_scale.messages import say
-from moco_scale.run_lock import RunLock, claim_for_all
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.locks import RunLock, claim_for_all
+from moco_scale.utils.log import say
 
 
 class LinearEvaluation:

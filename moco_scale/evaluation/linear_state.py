@@ -9,14 +9,14 @@ from torch import Tensor
 
 from moco_scale import together
 from moco_scale.engines.base import MOMENTUM
-from moco_scale.errors import UserError
-from moco_scale.files import failure_reason, save_atomically
-from moco_scale.messages import say
 from moco_scale.untrusted.documents import DocumentError, check
 from moco_scale.untrusted.linear_file import LinearFile, Momenta
 from moco_scale.untrusted.pickles import PickleError
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import failure_reason, save_atomically
+from moco_scale.utils.log import say
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from moco_scale.encoders import Encoder, build_encoder
-from moco_scale.errors import UserError
-from moco_scale.files import failure_reason
 from moco_scale.untrusted.documents import check
 from moco_scale.untrusted.pickles import ForeignError, PickleError
 from moco_scale.untrusted.settings import EncoderSettings, ModelFile
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile, describe
 from moco_scale.untrusted.text import printable, printable_path, some_of
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import failure_reason
 
 _ENCODERS = {"query": "model", "key": "model_ema"}
 

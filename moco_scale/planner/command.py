@@ -15,11 +15,11 @@ from pathlib import Path
 from moco_scale import command_line
 from moco_scale.argument_types import positive_int
 from moco_scale.config import Config
-from moco_scale.errors import UserError
-from moco_scale.messages import tell
 from moco_scale.planner.advice import advice
 from moco_scale.planner.cluster import PRESETS, read_hardware
 from moco_scale.planner.plan import GIB, Plan, make_plan
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import tell
 
 _PICTURES = (".png", ".pdf", ".svg")
 

@@ -8,12 +8,12 @@ from typing import Any
 from moco_scale.batchnorm import lay_groups
 from moco_scale.config import DATASETS, Config
 from moco_scale.config_rules import check_shard_size, check_shuffle_group
-from moco_scale.errors import UserError
 from moco_scale.planner.cluster import GB, Hardware
 from moco_scale.planner.estimate import MEAN_PICTURE_BYTES, StepTime, step_time
 from moco_scale.planner.memory import memory, sharding
 from moco_scale.planner.trace import build_model, trace_step
 from moco_scale.planner.traffic import Collective, traffic
+from moco_scale.utils.errors import UserError
 
 GIB = 2**30
 

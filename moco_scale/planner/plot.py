@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moco_scale.matplotlib_home import matplotlib_home
 from moco_scale.planner.plan import GIB, Plan
+from moco_scale.utils.matplotlib_home import matplotlib_home
 
 
 def draw(plans: list[Plan], path: Path) -> None:

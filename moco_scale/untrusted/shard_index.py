@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, StringConstraints, model_validator
 
-from moco_scale.errors import UserError
 from moco_scale.untrusted.documents import Document, DocumentError, check, parse_json
 from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, SAMPLES, SHARD_BYTES
 from moco_scale.untrusted.names import PlainName, RelativePath
+from moco_scale.utils.errors import UserError
 
 FORMAT = "moco_scale shards"
 VERSION = 1

@@ -6,7 +6,7 @@ from harness import run_ranks
 
 from moco_scale import distributed
 from moco_scale.agreement import disagreements, require_agreement, sampled_hash
-from moco_scale.errors import PeerLost
+from moco_scale.utils.errors import PeerLost
 
 HOSTS = ["a", "a", "b", "b"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moco_scale import distributed
 from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 SAMPLES, CHANNELS, STEPS = 8, 3, 2
 

@@ -11,7 +11,7 @@ from moco_scale import together
 from moco_scale.data import index_place, scanned_index, tar_scan
 from moco_scale.data.index_file import INDEX_JSON
 from moco_scale.data.open_shards import open_shards
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from harness import run_ranks
 
 from moco_scale import command_line, distributed, identity
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 def compared(facts_of_ranks: list[dict[str, str]], package_of_last: str = "") -> str:

@@ -20,8 +20,8 @@ from moco_scale.data.order import BatchPlan
 from moco_scale.data.random import uniforms
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.views import CROP_SLOTS, crop_box, write_crop
-from moco_scale.errors import UserError
 from moco_scale.evaluation.features import LeftOut, extract
+from moco_scale.utils.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
 SIZE = 16

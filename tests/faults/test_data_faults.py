@@ -15,7 +15,7 @@ from moco_scale.data.index import IndexedShards
 from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.workers import BatchLoader
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
 

@@ -18,7 +18,7 @@ from moco_scale.data.index import IndexedShards
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import pretraining_loader
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 MANY = 10_000
 

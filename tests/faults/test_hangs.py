@@ -15,8 +15,8 @@ from commands import TINY, Ranks, before_each_call, forked, forked_ranks
 
 from moco_scale.data.reader import ViewBatch
 from moco_scale.encoders import build_encoder
-from moco_scale.errors import LOST_PEER
 from moco_scale.pretrain import Pretraining
+from moco_scale.utils.errors import LOST_PEER
 
 pytestmark = pytest.mark.timeout(1800)
 

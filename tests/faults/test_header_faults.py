@@ -22,7 +22,7 @@ from moco_scale.data import examine, header_check, index_place
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.tar_scan import ShardScan, member_places, scan_tar
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 @pytest.fixture

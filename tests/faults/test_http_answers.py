@@ -32,7 +32,7 @@ from moco_scale.data.download import Patience, RemoteFile, download_document, st
 from moco_scale.data.index_file import INDEX_DTYPE, rows_checksum
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.shard_source import ShardSource
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 ONCE = Patience(give_up=0.0)
 Answer = Callable[[str], Iterator[bytes]]

@@ -15,7 +15,7 @@ from moco_scale.__main__ import main
 from moco_scale.data import index_place
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.tar_scan import scan_tar
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 Harm = Callable[[Path], None]
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\n2026-01-01 all is well\u2028caf\udce9"

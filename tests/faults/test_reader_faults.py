@@ -28,7 +28,7 @@ from moco_scale.data.open_shards import open_shards
 from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.shard_set import Pictures
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
 

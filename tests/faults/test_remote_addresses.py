@@ -18,8 +18,8 @@ from moco_scale.data import remote, remote_addresses, shard_source
 from moco_scale.data.mixed_shards import split_mixture
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.shard_source import ShardSource
-from moco_scale.errors import UserError
 from moco_scale.pretrain import Pretraining
+from moco_scale.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

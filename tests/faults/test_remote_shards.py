@@ -35,7 +35,7 @@ from moco_scale.data.shard_cache import GB, SHARDS, ShardCache
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.windows import WindowedPermutation
 from moco_scale.data.workers import BatchLoader
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_pa
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.tar_scan import ShardScan
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from commands import BIN, LIMIT, REPOSITORY, TINY, forked, free_port, kill_tree,
 from hosts import Host, Started
 from test_resume import assert_same_run
 
-from moco_scale.errors import LOST_PEER
+from moco_scale.utils.errors import LOST_PEER
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

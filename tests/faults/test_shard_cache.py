@@ -21,7 +21,7 @@ from moco_scale.data import download, http_connection, remote, shard_cache
 from moco_scale.data.download import Patience, RemoteFile, Stopped
 from moco_scale.data.remote_place import Place
 from moco_scale.data.shard_cache import SHARDS, NoRoom, ShardCache, shard_path
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 SIZE = 300_000
 HURRIED = Patience(give_up=20.0, first_wait=0.002, longest_wait=0.01)

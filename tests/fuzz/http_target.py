@@ -10,7 +10,7 @@ from unittest import mock
 
 from moco_scale.data.download import Patience, RemoteFile, download_document, state_of
 from moco_scale.data.remote import place
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 _ONCE = Patience(give_up=0.0)
 _MOST = 1 << 16

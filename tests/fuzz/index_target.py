@@ -18,8 +18,8 @@ from moco_scale.data.index_file import (
     read_scanned_header,
     split_entry,
 )
-from moco_scale.errors import UserError
 from moco_scale.untrusted.shard_index import FORMAT, INDEX_DTYPE
+from moco_scale.utils.errors import UserError
 
 _BETWEEN = b"\n--rows--\n"
 _SIZES = [("train-000000.tar", 10240, 2), ("a/train-000001.tar", 5000, 1)]

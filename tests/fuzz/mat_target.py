@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 from moco_scale.data.ilsvrc import read_ground_truth
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 _IDS = {1: "n00000003", 2: "n00000001", 3: "n00000002"}
 _DOUBLE, _CHAR, _STRUCT = 6, 4, 2  # classes of arrays

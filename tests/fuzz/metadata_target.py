@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from moco_scale import checkpoint
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 @cache

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from moco_scale.errors import UserError
 from moco_scale.evaluation.pretrained import load_pretrained, read_model_file
 from moco_scale.untrusted.tensor_files import StoredTensor
+from moco_scale.utils.errors import UserError
 
 
 @cache

@@ -13,8 +13,8 @@ from moco_scale.data.decode import DecodeError
 from moco_scale.data.layout import arrange
 from moco_scale.data.shard_file import close_sources, source_bytes
 from moco_scale.data.source_scan import scan
-from moco_scale.errors import UserError
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
 
 _NAMES = (
     *("Train/a/0.jpg", "Train/b/none", "Val/a/1.jpg", "../../etc/b.png", "C\\d\\e.jpg"),

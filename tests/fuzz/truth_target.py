@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from moco_scale.data.ilsvrc import read_ground_truth
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 _PICTURES = ("a.jpg", "b c.jpg", "\u00e4.JPEG")
 

@@ -12,7 +12,7 @@ import pytest
 from commands import TINY, before_each_call, forked
 from test_resume import steps_of_checkpoints
 
-from moco_scale.errors import INTERRUPTED, LOST_PEER, STOPPED_EARLY
+from moco_scale.utils.errors import INTERRUPTED, LOST_PEER, STOPPED_EARLY
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -11,7 +11,7 @@ import pytest
 from commands import TINY, before_each_call, forked, forked_ranks
 from test_resume import assert_same_run, steps_of_checkpoints
 
-from moco_scale.errors import STOPPED_EARLY
+from moco_scale.utils.errors import STOPPED_EARLY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from moco_scale import checkpoint
 from moco_scale.data.reader import ViewBatch
-from moco_scale.errors import STOPPED_EARLY
 from moco_scale.pretrain import Pretraining
+from moco_scale.utils.errors import STOPPED_EARLY
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -10,14 +10,14 @@ from typing import Any, cast
 import pytest
 from foreign_sets import picture, write_tar
 
-from moco_scale import side_files
 from moco_scale.bad_pictures import FILE, BadPictures
 from moco_scale.data.bad_samples import BadSample, bad_sample
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.reader import ViewBatch
-from moco_scale.side_files import SideFile
 from moco_scale.untrusted.limits import LINE
 from moco_scale.untrusted.text import printable
+from moco_scale.utils import side_files
+from moco_scale.utils.side_files import SideFile
 
 NAMES = [
     printable(name, 4096)  # as `bad_sample` gives them

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 CHANNELS = 5
 

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from moco_scale import checkpoint
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 def some_tensors(seed: int = 0) -> dict[str, Tensor]:

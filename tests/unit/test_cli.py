@@ -10,7 +10,7 @@ import torch
 
 from moco_scale import command_line, distributed
 from moco_scale.cli import run_command
-from moco_scale.errors import RankError, UserError
+from moco_scale.utils.errors import RankError, UserError
 
 PAIR = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 ALONE = f"rank 1 on {socket.gethostname()}: "

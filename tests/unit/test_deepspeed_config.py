@@ -16,10 +16,10 @@ from moco_scale.deepspeed_config import (
     refuse,
     requested_precision,
 )
-from moco_scale.errors import UserError
 from moco_scale.loss_scale import LossScaling
 from moco_scale.untrusted import deepspeed_file
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.errors import UserError
 
 
 def write(folder: Path, content: Any) -> str:

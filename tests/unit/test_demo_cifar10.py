@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from moco_scale.demo.cifar10 import prepare
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 NAMES = ("airplane", "automobile", "bird")
 

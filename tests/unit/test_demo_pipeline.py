@@ -13,8 +13,8 @@ import torch
 from moco_scale.__main__ import main
 from moco_scale.data.shard_set import Shards
 from moco_scale.demo import cifar10, output_folder, pipeline, run
-from moco_scale.errors import UserError
 from moco_scale.evaluation.knn import Splits
+from moco_scale.utils.errors import UserError
 
 
 def test_a_second_demo_replaces_the_first(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.shard_set import Place
 from moco_scale.data.views import write_crop
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 AUG = Augmentation(crop_min=0.2)
 SIZE = 24

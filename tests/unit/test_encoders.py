@@ -9,7 +9,7 @@ from torch import nn
 
 from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.encoders import RESNETS, Encoder, build_encoder
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:

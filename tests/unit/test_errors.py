@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from moco_scale.errors import first_line, is_peer_gone
+from moco_scale.utils.errors import first_line, is_peer_gone
 
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3699, "
 PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] "

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from moco_scale.__main__ import main
-from moco_scale.errors import UserError
 from moco_scale.evaluation import curves, pictures
 from moco_scale.evaluation.knn import open_splits
+from moco_scale.utils.errors import UserError
 
 Records = list[dict[str, Any]]
 

@@ -18,7 +18,7 @@ from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.recognise import look_into
 from moco_scale.data.shard_list import expand_braces, list_shards
 from moco_scale.data.tar_scan import scan_tar
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 def test_what_systems_leave_in_a_tar_is_no_image(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mat_target import SEEDS, mat_file, run
 from moco_scale.data import matfile
 from moco_scale.data.ilsvrc import read_ground_truth
 from moco_scale.data.matfile import MatFileError, struct_array
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 PICTURES = ["c 1.jpg", "a.JPEG", "na\u0308h.jpg"]
 CLASSES = {"a": "ash", "c 1": "golden oak", "n\u00e4h": 2}

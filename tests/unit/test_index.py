@@ -20,7 +20,7 @@ from moco_scale.data import index, index_file
 from moco_scale.data.header_check import IndexedTars, note_checked
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.index_file import INDEX_DTYPE, has_split
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from moco_scale.data import index_file
 from moco_scale.data.index_file import INDEX_DTYPE, index_name, read_rows, rows_checksum
-from moco_scale.errors import UserError
 from moco_scale.untrusted.shard_index import ShardIndex, parse_index, parse_scanned_index
+from moco_scale.utils.errors import UserError
 
 MOST = 2**64 - 1
 SHARD = {"name": "train-000000.tar", "bytes": 10240, "samples": 2, "checksum": "0" * 32}

@@ -2,7 +2,6 @@
 
 import pytest
 
-from moco_scale.errors import UserError
 from moco_scale.launchers import (
     complete_environment,
     first_host,
@@ -10,6 +9,7 @@ from moco_scale.launchers import (
     rank_of,
     tasks_per_node,
 )
+from moco_scale.utils.errors import UserError
 
 SRUN = {
     "SLURM_JOB_ID": "4711",

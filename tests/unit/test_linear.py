@@ -18,11 +18,11 @@ from moco_scale.__main__ import main
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.encoders import Encoder
-from moco_scale.errors import UserError
 from moco_scale.evaluation import linear, linear_state
 from moco_scale.evaluation.features import Pixels, extract
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation
 from moco_scale.evaluation.pretrained import Pretrained
+from moco_scale.utils.errors import UserError
 
 PIXELS = Pixels(8, 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 SMALL = LinearConfig(epochs=4, batch_size=8, learning_rate=0.05)
@@ -303,7 +303,7 @@ class TestFolderWithState:
 HOLD = """
 import sys
 from pathlib import Path
-from moco_scale.run_lock import RunLock
+from moco_scale.utils.locks import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.claim()
 print("held", flush=True)

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from moco_scale import meeting
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 def environ(host: str, port: int = 0, local: str = "") -> dict[str, str]:

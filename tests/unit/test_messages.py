@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from moco_scale.messages import say, tell
+from moco_scale.utils.log import say, tell
 
 WRITERS, LINES = 8, 200
 TALK = f"""
 import sys
-from moco_scale.messages import say
+from moco_scale.utils.log import say
 for number in range({LINES}):
     say(sys.argv[1] * 60)
 """
 OUTLIVE = """
 import logging, os, sys, warnings
-from moco_scale.messages import outlive_terminal, say, tell, unwritten
+from moco_scale.utils.log import outlive_terminal, say, tell, unwritten
 outlive_terminal()
 log = logging.StreamHandler(sys.stdout)
 if sys.argv[1] == "closed pipe":

@@ -15,7 +15,7 @@ from moco_scale.data.mixture import Mixture, in_whole_batches
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.order import BatchPlan, FullPermutation, Order
 from moco_scale.data.reader import pretraining_loader
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 
 def mixture(sizes: list[int], weights: list[float], epoch: int, seed: int = 3) -> Mixture:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from moco_scale import numerics, pretrain
+from moco_scale import pretrain
 from moco_scale.command_line import parse
 from moco_scale.encoders import build_encoder
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
 from moco_scale.evaluation import command
 from moco_scale.moco import MoCo
+from moco_scale.utils import determinism
 
 
 class Reached(Exception):
@@ -97,7 +98,7 @@ def strictness(model: str, device: torch.device) -> list[bool]:
 
 def test_attention_on_a_gpu_adds_up_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    numerics.set_switches()  # torch would refuse to multiply matrices on a GPU otherwise
+    determinism.set_switches()  # torch would refuse to multiply matrices on a GPU otherwise
     assert strictness("vit_small", GPU) == [True, True, True, False]
     assert strictness("vit_small", torch.device("cpu")) == [False] * 4
     assert strictness("resnet18", GPU) == [False] * 4  # nothing slower than it has to be
@@ -105,7 +106,7 @@ def test_attention_on_a_gpu_adds_up_in_one_order(monkeypatch: pytest.MonkeyPatch
 
 def test_a_workspace_of_the_users_own_is_kept_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    numerics.set_switches()
+    determinism.set_switches()
     assert strictness("vit_small", GPU) == [False] * 4
     engine = DDPEngine(MoCo(build_encoder("vit_small", dim=8, image_size=16)), SETTINGS, GPU)
     assert "CUBLAS_WORKSPACE_CONFIG" in engine.notes[0]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from moco_scale.engines import blocks
-from moco_scale.errors import UserError
-from moco_scale.own_folders import (
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.own_folders import (
     PASSING,
     ForeignFolderError,
     make_own,

@@ -15,7 +15,6 @@ from moco_scale.batchnorm import set_groups
 from moco_scale.config_rules import check_shuffle_group
 from moco_scale.encoders import build_encoder
 from moco_scale.engines import fsdp
-from moco_scale.errors import UserError
 from moco_scale.flops import count_flops
 from moco_scale.moco import MoCo
 from moco_scale.planner import trace
@@ -25,6 +24,7 @@ from moco_scale.planner.plan import Plan, make_plan
 from moco_scale.planner.trace import build_model, trace_step
 from moco_scale.planner.traffic import Collective
 from moco_scale.planner.utilisation import Utilisation, _known_peak
+from moco_scale.utils.errors import UserError
 
 SMALL = (
     *("--recipe", "v2", "--dataset", "cifar10", "--model", "resnet18", "--image-size", "16"),

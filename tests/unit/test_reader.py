@@ -28,7 +28,7 @@ from moco_scale.data.reader import (
 )
 from moco_scale.data.shard_set import Place
 from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 SIZE = 16
 AUG = AUGMENTATIONS["cifar"]

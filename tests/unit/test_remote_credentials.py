@@ -12,7 +12,7 @@ from remote_sets import HURRIED, batches, same, source_of
 from moco_scale.command_line import parse
 from moco_scale.data import remote_credentials, shard_source
 from moco_scale.data.open_shards import open_shards
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 
 ME = "Basic bWU6c2VjcmV0"  # me:secret
 

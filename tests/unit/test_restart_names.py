@@ -7,8 +7,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from moco_scale.errors import UserError
 from moco_scale.restarts import name_of_start
+from moco_scale.utils.errors import UserError
 
 
 def start(store: dist.Store, world: int, seed: int) -> set[str]:

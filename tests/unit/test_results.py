@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moco_scale.errors import UserError
 from moco_scale.evaluation import command, results
+from moco_scale.utils.errors import UserError
 
 
 def result(variant: str, top1: float = 50.0) -> dict[str, Any]:

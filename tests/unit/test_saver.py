@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco_scale.errors import UserError
 from moco_scale.saver import BackgroundSaver
+from moco_scale.utils.errors import UserError
 
 
 class Disk:

@@ -88,7 +88,11 @@ def test_where_ctrl_c_is_ignored_it_stays_so() -> None:
         ("sys.exit('why')", 1, "why\n"),
         ("sys.exit(3)", 3, ""),
         ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
-        ("from moco_scale.errors import ReaderLost; raise ReaderLost('x')", 69, "it: error: x\n"),
+        (
+            "from moco_scale.utils.errors import ReaderLost; raise ReaderLost('x')",
+            69,
+            "it: error: x\n",
+        ),
     ],
 )
 def test_every_end_has_a_status(action: str, status: int, said: str) -> None:
@@ -107,7 +111,7 @@ time.sleep(60)
 """
 BOUND = """
 import os, time
-from moco_scale.parents import die_with
+from moco_scale.utils.parents import die_with
 die_with(os.getppid())
 print("bound", flush=True)
 time.sleep(60)

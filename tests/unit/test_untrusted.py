@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from moco_scale.errors import UserError
 from moco_scale.untrusted.documents import (
     Document,
     DocumentError,
@@ -22,6 +21,7 @@ from moco_scale.untrusted.documents import (
 )
 from moco_scale.untrusted.names import PlainName, RelativePath, component_problem, inside, without
 from moco_scale.untrusted.text import printable, printable_lines
+from moco_scale.utils.errors import UserError
 
 
 class Shelf(Document):

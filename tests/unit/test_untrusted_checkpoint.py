@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from moco_scale import checkpoint
 from moco_scale.__main__ import main
 from moco_scale.encoders import Encoder
-from moco_scale.errors import UserError
 from moco_scale.moco import MoCo
 from moco_scale.queue import KeyQueue
 from moco_scale.run_state import read_state
 from moco_scale.telemetry import Meters
 from moco_scale.untrusted.checkpoint import parse_meta
+from moco_scale.utils.errors import UserError
 
 
 def error_of(action: Callable[[], Any]) -> str:
@@ -396,7 +396,7 @@ import io, json, pickle, resource, struct, sys, zipfile
 from pathlib import Path
 import torch
 from moco_scale import checkpoint
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 from moco_scale.evaluation.pretrained import load_pretrained
 sys.path[:0] = [sys.argv[2]]
 import model_file_target

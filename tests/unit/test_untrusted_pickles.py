@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moco_scale import checkpoint
-from moco_scale.errors import UserError
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.pretrained import load_pretrained
 from moco_scale.untrusted.pickles import ForeignError, PickleError, read_pickle
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile
+from moco_scale.utils.errors import UserError
 
 TEXT = st.text(max_size=300)
 LEAVES = st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats() | TEXT

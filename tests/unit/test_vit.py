@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from moco_scale.encoders import Encoder, build_encoder
-from moco_scale.errors import UserError
+from moco_scale.utils.errors import UserError
 from moco_scale.vit import VITS, MoCoViT, sincos_positions
 
 # Multiply-adds and parameters are those of the usual architecture: torchvision has three of them.

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import TypeVar
 
-from moco_scale.parents import die_with
+from moco_scale.utils.parents import die_with
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TextIO
 
 from moco_scale import together
-from moco_scale.errors import StoppedEarly, UserError
-from moco_scale.messages import say
-from moco_scale.own_folders import without_links
+from moco_scale.utils.errors import StoppedEarly, UserError
+from moco_scale.utils.log import say
+from moco_scale.utils.own_folders import without_links
 
 LEASE = 120.0
 """Seconds that another host's lock is waited for: that of an NFS client that died ends with its

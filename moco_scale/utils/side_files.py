@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moco_scale.errors import UserError
-from moco_scale.files import write_atomically
-from moco_scale.messages import say
 from moco_scale.untrusted.documents import lines_of
+from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import write_atomically
+from moco_scale.utils.log import say
 
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
 _WAITING = 4 << 20  # bytes that are kept until they can be written

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from moco_scale.launchers import has_launcher, started_by_deepspeed
-from moco_scale.messages import say
+from moco_scale.utils.log import say
 
 STARTER = "MOCO_SCALE_STARTER"
 """Variable that names a process, above any launcher, without which a program is to end."""

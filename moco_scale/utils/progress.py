@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moco_scale.messages import say
 from moco_scale.untrusted.text import printable
+from moco_scale.utils.log import say
 
 _LINE_SECONDS = 10.0
 _listeners: list[Callable[[], None]] = []
