@@ -12,11 +12,12 @@ from moco_scale.cli import run_program
 
 
 def main() -> None:
-    from moco_scale import command_line, distributed
+    from moco_scale import command_line
+    from moco_scale.distributed import collectives
 
     settings = command_line.parse()
     timeout = settings.run.hang_timeout
-    distributed.initialize(settings.run.device, hang_timeout=timeout)
+    collectives.initialize(settings.run.device, hang_timeout=timeout)
     from moco_scale.timing import Phases
     from moco_scale.watchdog import Watch
 
@@ -30,7 +31,7 @@ def main() -> None:
             from moco_scale.pretrain import Pretraining
 
             Pretraining(settings, phases).run()
-    distributed.shutdown()
+    collectives.shutdown()
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
+from moco_scale.distributed.spawn import run_ranks
 from moco_scale.encoders import build_encoder
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
 from moco_scale.health import FiniteWatch
 from moco_scale.infonce import Negatives, infonce
 from moco_scale.moco import MoCo
-from moco_scale.ranks import run_ranks
 
 RATE, MOMENTUM, DECAY, ALPHA, T, QUEUE = 0.03, 0.9, 1e-4, 0.999, 0.2, 4096
 WARM_UP = 3
@@ -45,22 +45,22 @@ WARM_UP = 3
 
 def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds of each step under the engine and by hand."""
-    generator = torch.Generator().manual_seed(distributed.rank())
+    generator = torch.Generator().manual_seed(collectives.rank())
     views = torch.randn(2, batch, 3, size, size, generator=generator)
     views = views.contiguous()
     queue = F.normalize(torch.randn(QUEUE, 128, generator=generator), dim=1)
-    mine = slice(distributed.rank() * batch, (distributed.rank() + 1) * batch)
+    mine = slice(collectives.rank() * batch, (collectives.rank() + 1) * batch)
     start = build_encoder("resnet18")
 
     engine = DDPEngine(
         MoCo(copy.deepcopy(start)), EngineSettings(MOMENTUM, DECAY), torch.device("cpu")
     )
     engine.moco.train()
-    watch = FiniteWatch(3, distributed.rank(), lambda: "none")
+    watch = FiniteWatch(3, collectives.rank(), lambda: "none")
 
     def under_engine(step: int) -> Tensor:
         (query,) = engine.query(views[0])
-        keys = distributed.all_gather_rows(engine.key(views[1]))
+        keys = collectives.all_gather_rows(engine.key(views[1]))
         loss = infonce(query, keys[mine], Negatives(queue), T).loss.mean()
         engine.backward(loss)
         if engine.step(RATE):
@@ -76,7 +76,7 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
             DistributedDataParallel(
                 query_encoder, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-            if distributed.world_size() > 1
+            if collectives.world_size() > 1
             else query_encoder
         )
     sgd = torch.optim.SGD(
@@ -89,7 +89,7 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
         query = F.normalize(wrapped(views[0]), dim=1)
         with torch.no_grad():
             key = F.normalize(key_encoder(views[1]), dim=1)
-            keys = distributed.all_gather_rows(key)
+            keys = collectives.all_gather_rows(key)
         loss = infonce(query, keys[mine], Negatives(queue), T).loss.mean()
         sgd.zero_grad(set_to_none=True)
         loss.backward()
@@ -103,10 +103,10 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
         losses = []
         # Neither always follows the other.
         for way in (under_engine, by_hand) if step % 2 else (by_hand, under_engine):
-            distributed.barrier()
+            collectives.barrier()
             begin = time.perf_counter()
             losses.append(way(step).item())
-            distributed.barrier()  # the slowest rank decides
+            collectives.barrier()  # the slowest rank decides
             if step >= WARM_UP:
                 times[way].append(time.perf_counter() - begin)
         if abs(losses[0] - losses[1]) > 1e-3 * abs(losses[1]):

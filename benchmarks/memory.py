@@ -25,11 +25,11 @@ import torch
 
 from moco_scale import command_line
 from moco_scale.batchnorm import set_groups
+from moco_scale.distributed.spawn import run_ranks
 from moco_scale.encoders import build_encoder
 from moco_scale.engines import make_engine
 from moco_scale.engines.base import storage_bytes
 from moco_scale.moco import MoCo
-from moco_scale.ranks import run_ranks
 from moco_scale.vit import VITS
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp")
@@ -39,9 +39,9 @@ PER_RANK = 2
 
 def measure(engine: str, model: str) -> dict[str, int]:
     """Bytes by kind on this rank, after a backward pass and before the step."""
-    from moco_scale import distributed
+    from moco_scale.distributed import collectives
 
-    batch = PER_RANK * distributed.world_size()
+    batch = PER_RANK * collectives.world_size()
     size = 2 * VITS[model].patch if model in VITS else 32
     flags = ["--dataset", "images", "--model", model, "--batch-size", str(batch)]
     flags += ["--bn-group-size", str(PER_RANK), "--image-size", str(size)]

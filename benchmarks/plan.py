@@ -35,11 +35,11 @@ os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 from moco_scale import command_line
 from moco_scale.demo.pictures import write_folder
+from moco_scale.distributed.spawn import run_ranks
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.measure import CollectiveCounter, peak_of_step
 from moco_scale.planner.plan import make_plan
 from moco_scale.pretrain import Pretraining
-from moco_scale.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4

@@ -65,9 +65,10 @@ else:
     import torch.nn.functional as F
     from torch import Tensor
 
-    from moco_scale import distributed, infonce
+    from moco_scale import infonce
+    from moco_scale.distributed import collectives
+    from moco_scale.distributed.spawn import run_ranks
     from moco_scale.queue import DTYPES, KeyQueue
-    from moco_scale.ranks import run_ranks
 
 T, SEED, WARM_UP, MIB = 0.2, 0, 2, 2**20
 LENGTH = 65536
@@ -157,7 +158,7 @@ def compare(queries: int, dim: int, repeats: int) -> dict[str, list[float]]:
 
 def sharded(length: int, dim: int, queries: int, dtype: str, repeats: int) -> dict[str, float]:
     """On this rank: MiB at the peak, CPU and wall seconds, bytes sent."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     mine = slice(rank * queries // world, (rank + 1) * queries // world)
     query, keys = unit_rows(queries, dim, 1), unit_rows(queries, dim, 2)
     images = np.arange(queries)
@@ -178,11 +179,11 @@ def sharded(length: int, dim: int, queries: int, dtype: str, repeats: int) -> di
     sent.clear()
     cpu, wall = [], []
     for _ in range(repeats):
-        distributed.barrier()
+        collectives.barrier()
         starts = time.process_time(), time.perf_counter()
         step(queue)
         cpu.append(time.process_time() - starts[0])
-        distributed.barrier()
+        collectives.barrier()
         wall.append(time.perf_counter() - starts[1])
     bytes_sent = sum(sent) / repeats
     del queue
@@ -200,13 +201,13 @@ def _count_bytes() -> list[int]:
     """The sizes of what is handed to collectives from now on."""
     sent: list[int] = []
     for name in ("all_gather_rows", "reduce_scatter_rows"):
-        real = getattr(distributed, name)
+        real = getattr(collectives, name)
 
         def watched(rows: Tensor, real: Any = real) -> Tensor:
-            sent.append(rows.numel() * rows.element_size() if distributed.world_size() > 1 else 0)
+            sent.append(rows.numel() * rows.element_size() if collectives.world_size() > 1 else 0)
             return real(rows)
 
-        setattr(distributed, name, watched)
+        setattr(collectives, name, watched)
     return sent
 
 

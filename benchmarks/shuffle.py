@@ -41,12 +41,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale import distributed
 from moco_scale.batchnorm import set_groups
+from moco_scale.distributed import collectives
+from moco_scale.distributed.spawn import run_ranks
 from moco_scale.encoders import build_encoder
 from moco_scale.moco import MoCo, momentum_update
 from moco_scale.queue import KeyQueue
-from moco_scale.ranks import run_ranks
 from moco_scale.shuffle import ShuffleBN
 
 SEED = 0
@@ -64,7 +64,7 @@ class Measured(NamedTuple):
 
 def measure(batch: int, size: int, repeats: int) -> Measured:
     """Measure on this rank, one of several."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     generator = torch.Generator().manual_seed(rank)
     crops = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
     images = crops.float()
@@ -76,7 +76,7 @@ def measure(batch: int, size: int, repeats: int) -> Measured:
 
     def gather(step: int) -> Tensor:
         wanted = orders[step]
-        return distributed.all_gather_rows(images).index_select(0, wanted)
+        return collectives.all_gather_rows(images).index_select(0, wanted)
 
     # The usual code draws one permutation on one rank; here it costs nothing.
     orders = [torch.from_numpy(shuffle.permutation(s)[mine]) for s in range(WARM_UP + repeats)]
@@ -86,10 +86,10 @@ def measure(batch: int, size: int, repeats: int) -> Measured:
         results: dict[Callable[[int], Tensor], Tensor] = {}
         # Neither always follows the other.
         for way in (exchange, gather) if step % 2 else (gather, exchange):
-            distributed.barrier()
+            collectives.barrier()
             start = time.perf_counter()
             results[way] = way(step)
-            distributed.barrier()  # the slowest rank decides
+            collectives.barrier()  # the slowest rank decides
             times[way] = time.perf_counter() - start
         if not torch.equal(results[exchange].float(), results[gather]):
             raise AssertionError("the two ways deliver different crops")
@@ -106,7 +106,7 @@ STEP_BATCH, STEP_SIZE, RATE, T, QUEUE = 16, 64, 0.03, 0.2, 4096
 
 def measure_step(repeats: int) -> dict[str, list[float]]:
     """Seconds of each training step with and without the exchange, and of waiting for it."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     batch = STEP_BATCH * world
     generator = torch.Generator().manual_seed(rank)
     shape = (2, STEP_BATCH, 3, STEP_SIZE, STEP_SIZE)
@@ -120,7 +120,7 @@ def measure_step(repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {"world": [], "off": [], "wait": []}
     for step in range(WARM_UP + repeats):
         for mode in ("world", "off") if step % 2 else ("off", "world"):
-            distributed.barrier()
+            collectives.barrier()
             start = time.perf_counter()
             exchange = ShuffleBN(batch, SEED, mode).send(views[1], step)
             (query,) = moco(views[0] / 255)
@@ -133,7 +133,7 @@ def measure_step(repeats: int) -> dict[str, list[float]]:
             sgd.zero_grad()
             momentum_update(averages, weights, 0.999)
             queue.enqueue(keys)
-            distributed.barrier()  # the slowest rank decides
+            collectives.barrier()  # the slowest rank decides
             if step >= WARM_UP:
                 times[mode].append(time.perf_counter() - start)
                 if mode == "world":

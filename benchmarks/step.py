@@ -45,13 +45,13 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_scale import distributed
 from moco_scale.batchnorm import set_groups
 from moco_scale.config import Config
 from moco_scale.config_rules import build
 from moco_scale.data import shard_command
 from moco_scale.data.reader import ViewBatch
 from moco_scale.demo.pictures import CLASSES, write_folder
+from moco_scale.distributed import collectives
 from moco_scale.engines import make_engine
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.moco import MoCo
@@ -141,7 +141,7 @@ class Plain:
         )
         self.pointer = 0
         size = config.data.image_size
-        self.share = optim.batch_size // distributed.world_size()
+        self.share = optim.batch_size // collectives.world_size()
         self.pictures = torch.randn(2, self.share, 3, size, size)
         if device.type == "cuda":
             self.pictures = self.pictures.pin_memory()
@@ -175,12 +175,12 @@ class Plain:
                     self.query.parameters(), self.key.parameters(), strict=True
                 ):
                     theirs.mul_(contrast.alpha).add_(ours, alpha=1 - contrast.alpha)
-                everyone = distributed.all_gather_rows(key)
+                everyone = collectives.all_gather_rows(key)
                 order = torch.randperm(len(everyone), device=self.device)
-                distributed.broadcast_([order])
-                mine = distributed.rank() * self.share
+                collectives.broadcast_([order])
+                mine = collectives.rank() * self.share
                 k = F.normalize(self.key(everyone[order[mine : mine + self.share]]), dim=1)
-                keys = distributed.all_gather_rows(k)[order.argsort()]
+                keys = collectives.all_gather_rows(k)[order.argsort()]
                 k = keys[mine : mine + self.share]
             positive = torch.einsum("nc,nc->n", q, k)[:, None]
             negative = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
@@ -274,8 +274,8 @@ def main() -> None:
     args.size = args.size or (224 if on_gpu else 64)
     args.keys = args.keys or (65536 if on_gpu else 4096)
     count, repeats = (10 if on_gpu else 1), args.repeats or (3 if args.quick else 8)
-    distributed.initialize(args.device)
-    device = distributed.device()
+    collectives.initialize(args.device)
+    device = collectives.device()
     result: dict[str, Any] = {}
     print(f"{args.model}, {args.batch} pictures of {args.size}x{args.size} on {device}")
     print(f"{'':14}{'images/s':>10}{'GiB':>8}{'of ceiling':>12}{'of plain':>10}")
@@ -323,7 +323,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     print(json.dumps(result))
-    distributed.shutdown()
+    collectives.shutdown()
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moco_scale import __version__, distributed
+from moco_scale import __version__
 from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.config import Config
 from moco_scale.config_rules import build
 from moco_scale.data.mixed_shards import epoch_notes
+from moco_scale.distributed import collectives
 from moco_scale.recipes import RECIPES
 from moco_scale.utils import determinism
 
@@ -27,7 +28,7 @@ def announcement(run: Pretraining, dropped: int) -> list[str]:
         run: complete, at the step it starts from.
         dropped: log lines of later steps that a resume has removed.
     """
-    config, local = run.config, run.config.optim.batch_size // distributed.world_size()
+    config, local = run.config, run.config.optim.batch_size // collectives.world_size()
     recipe = RECIPES[config.recipe]
     published = f"; published: {recipe.published}" if _is_published(config, len(run.shards)) else ""
     lines = [
@@ -35,7 +36,7 @@ def announcement(run: Pretraining, dropped: int) -> list[str]:
         f"{config.data.dataset} in {config.source} ({len(run.shards)} pictures)",
         f"source: {recipe.source}{published}",
         *_changes(config),
-        f"{distributed.world_size()} process(es) on {run.device.type}, engine "
+        f"{collectives.world_size()} process(es) on {run.device.type}, engine "
         f"{config.run.engine}, {config.run.precision}; global batch {config.optim.batch_size}, "
         f"{local} a process, {_groups(config.model.bn_group_size, local)}; "
         f"{config.optim.epochs} epochs of {run.plan.steps_per_epoch} steps",

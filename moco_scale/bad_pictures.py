@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from moco_scale import distributed, together
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import ViewBatch
+from moco_scale.distributed import collectives, consensus
 from moco_scale.untrusted.bad_sample import BadSampleLine
 from moco_scale.untrusted.documents import DocumentError, parse_document
 from moco_scale.untrusted.text import printable
@@ -58,7 +58,7 @@ class BadPictures:
             file: the list, which rank 0 adds to.
         """
         self._file = file
-        self._known, self._by_shard = together.on_main(lambda: self._up_to(step))
+        self._known, self._by_shard = consensus.on_main(lambda: self._up_to(step))
 
     def _up_to(self, step: int) -> tuple[set[int], Counter[str]]:
         """Samples and counts of shards in the list; what came later leaves it."""
@@ -98,9 +98,9 @@ class BadPictures:
             UserError: more pictures are bad than may be; on every rank.
         """
         count = torch.tensor([len(self._found)])
-        if not int(distributed.sum_(count)):
+        if not int(collectives.sum_(count)):
             return []
-        parts = distributed.gather_objects(self._found)
+        parts = collectives.gather_objects(self._found)
         self._found = []
         new: dict[int, dict[str, Any]] = {}
         for when, epoch, bad in sorted(item for part in parts for item in part):
@@ -108,7 +108,7 @@ class BadPictures:
                 new[bad.sample] = {**bad._asdict(), "step": when, "epoch": epoch}
         self._known |= new.keys()
         self._by_shard.update(printable(record["shard"]) for record in new.values())
-        if distributed.is_main():
+        if collectives.is_main():
             for record in new.values():
                 self._file.add(json_line(record))
         self._check(step)

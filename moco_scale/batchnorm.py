@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 from moco_scale.utils.errors import UserError
 
 
@@ -29,7 +29,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     """
 
     local_groups: int = 1
-    span: distributed.Subgroup | None = None
+    span: collectives.Subgroup | None = None
     share: Tensor | None = None
     counts: bool = True
 
@@ -184,11 +184,11 @@ class _SpanningBatchNorm(torch.autograd.Function):
         running_var: Tensor,
         momentum: float | Tensor,
         eps: float,
-        span: distributed.Subgroup,
+        span: collectives.Subgroup,
     ) -> Tensor:
         local_var, local_mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
         # Chan et al.'s combination of equal-sized parts: no cancellation of large squares.
-        parts = distributed.gather_stack(torch.stack([local_mean, local_var]), span)
+        parts = collectives.gather_stack(torch.stack([local_mean, local_var]), span)
         mean = parts[:, 0].mean(0)
         var = parts[:, 1].mean(0) + (parts[:, 0] - mean).square().mean(0)
         count = x.numel() // x.shape[1] * span.size
@@ -206,7 +206,7 @@ class _SpanningBatchNorm(torch.autograd.Function):
         x_hat = (x.float() - mean.view(shape)) * rstd.view(shape)
         sums = torch.stack([dy.sum((0, 2, 3)), (dy * x_hat).sum((0, 2, 3))])
         grad_bias, grad_weight = sums[0].clone(), sums[1].clone()
-        distributed.sum_(sums, ctx.span.handle)
+        collectives.sum_(sums, ctx.span.handle)
         sums /= ctx.count
         dx = (dy - sums[0].view(shape) - x_hat * sums[1].view(shape)) * (weight * rstd).view(shape)
         # The local sums are right for weight and bias: gradients are averaged over ranks anyway.
@@ -227,8 +227,8 @@ def set_groups(model: nn.Module, group_size: int, batch_size: int, parts: int = 
     Raises:
         UserError: the groups tile neither the ranks nor the batch, or do not fit into a part.
     """
-    layout = lay_groups(model, group_size, batch_size, distributed.world_size(), parts)
-    span = distributed.neighbours(layout.ranks) if layout.ranks > 1 else None
+    layout = lay_groups(model, group_size, batch_size, collectives.world_size(), parts)
+    span = collectives.neighbours(layout.ranks) if layout.ranks > 1 else None
     for module in model.modules():
         if isinstance(module, GroupedBatchNorm2d):
             module.local_groups, module.span = layout.local, span

@@ -24,8 +24,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from moco_scale import distributed, together
 from moco_scale.checkpoint_rows import Rows, RowsSavePlanner
+from moco_scale.distributed import collectives, consensus
 from moco_scale.untrusted.checkpoint import FORMAT, INDEX, parse_meta, sealed, usable
 from moco_scale.untrusted.checkpoint_index import Chunk, Entry, parse_index
 from moco_scale.untrusted.documents import DocumentError, read_bounded, read_json
@@ -45,7 +45,7 @@ STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 
 def owner(name: str) -> int:
     """The rank that writes a tensor: a function of its name, so that nobody has to ask."""
-    return zlib.crc32(name.encode()) % distributed.world_size()
+    return zlib.crc32(name.encode()) % collectives.world_size()
 
 
 def save(
@@ -69,7 +69,7 @@ def save(
         UserError: it cannot be written (disk full, no permission); nothing is left of it.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    main, detached = distributed.is_main(), {name: t.detach() for name, t in tensors.items()}
+    main, detached = collectives.is_main(), {name: t.detach() for name, t in tensors.items()}
 
     def begin() -> tuple[Any, Any]:
         if main:
@@ -84,7 +84,7 @@ def save(
                 storage_writer=writer,
                 planner=planner,
                 process_group=group,
-                no_dist=distributed.world_size() == 1,
+                no_dist=collectives.world_size() == 1,
             )
 
     # After each, ranks hear of each other: none begins what another does not.
@@ -133,9 +133,9 @@ def _attempt(action: Callable[[], T], temporary: Path, group: Any) -> T:
             ) from error
 
     try:
-        return together.agree(named, group)
+        return consensus.agree(named, group)
     except UserError:
-        if distributed.is_main():
+        if collectives.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from moco_scale.launchers import rank_of
+from moco_scale.distributed.launchers import rank_of
 from moco_scale.untrusted.text import printable_lines
 from moco_scale.utils.errors import (
     INTERRUPTED,
@@ -137,7 +137,9 @@ def _speaks() -> bool:
     Ranks that have met share their errors, and rank 0 says them for all. Before that nobody knows
     whether another has the same one.
     """
-    distributed = sys.modules.get("moco_scale.distributed")  # not loaded: nobody has met
+    distributed = sys.modules.get(
+        "moco_scale.distributed.collectives"
+    )  # not loaded: nobody has met
     return _rank() == 0 or distributed is None or not distributed.have_met()
 
 

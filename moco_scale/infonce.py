@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 
 # Elements of one block of logits: it should stay in a CPU's cache, and a GPU needs it large.
 _BLOCK_CPU = 1 << 17
@@ -131,12 +131,12 @@ def partial_sums(
 def _sums_over_ranks(
     scaled: Tensor, negatives: Negatives, temperature: float, samples: Tensor | None
 ) -> Sums:
-    every = distributed.all_gather_rows(scaled)
+    every = collectives.all_gather_rows(scaled)
     if samples is not None:
-        samples = distributed.all_gather_rows(samples)
+        samples = collectives.all_gather_rows(samples)
     sums = partial_sums(every, negatives, temperature, samples)
     columns = torch.cat([sums.weighted, *(column[:, None] for column in sums[1:])], 1)
-    mine = distributed.reduce_scatter_rows(columns)
+    mine = collectives.reduce_scatter_rows(columns)
     return Sums(mine[:, :-3], mine[:, -3], mine[:, -2], mine[:, -1])
 
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moco_scale import distributed
 from moco_scale.config import Config
 from moco_scale.data.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.device_augment import DeviceAugment, StaticAugment
 from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.reader import ViewBatch
+from moco_scale.distributed import collectives
 from moco_scale.shuffle import ShuffleBN
 
 VIEWS = 2
@@ -61,7 +61,7 @@ class Inputs:
         self.alone = alone
         self._stream = torch.cuda.Stream(device) if on_gpu and self._ahead else None
         self._ready: dict[int, StepInputs] = {}
-        self._share = config.optim.batch_size // distributed.world_size()
+        self._share = config.optim.batch_size // collectives.world_size()
         chains = [self.augmentation.of(view) for view in range(VIEWS)]
         preset = config.preset
         self._augments = [DeviceAugment(chain, preset.mean, preset.std) for chain in chains]
@@ -141,9 +141,9 @@ class StepInputs:
 
     def __init__(self, inputs: Inputs, batch: ViewBatch) -> None:
         self._inputs = inputs
-        plan, world = inputs.plan, distributed.world_size()
+        plan, world = inputs.plan, collectives.world_size()
         self._batch = plan.batch(batch.step)
-        self._mine = plan.share(batch.step, distributed.rank(), world)
+        self._mine = plan.share(batch.step, collectives.rank(), world)
         # The workers have a pixel's colours together; exchanges and augmentation want planes.
         self._crops = batch.views.to(inputs.device, non_blocking=True).contiguous()
         self._sent = [

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class LossScale:
         """
         torch._foreach_mul_(list(gradients), 1.0 / self.value)
         # The largest magnitude is inf or nan when any element is; a sum might overflow by itself.
-        zero = torch.zeros((), device=distributed.device())  # a rank may hold no element at all
+        zero = torch.zeros((), device=collectives.device())  # a rank may hold no element at all
         largest = torch.stack([zero, *(g.abs().max() for g in gradients if g.numel())])
         bad = (~largest.isfinite().all()).float()
-        return distributed.sum_(bad).item() == 0
+        return collectives.sum_(bad).item() == 0
 
     def update(self, applied: bool) -> None:
         """After a step: lower the scale if it was left out, raise it after a while if not."""

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 import torchvision
 
-from moco_scale import distributed, together
-from moco_scale.agreement import require_agreement
 from moco_scale.announcement import announcement
 from moco_scale.announcement import title as picture_title
 from moco_scale.data.order import Samples
 from moco_scale.data.reader import ViewBatch
+from moco_scale.distributed import collectives, consensus
+from moco_scale.distributed.same_state import require_agreement
+from moco_scale.distributed.stop_signal import StopRequest
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation import pictures
@@ -31,7 +32,6 @@ from moco_scale.evaluation.knn import (
 from moco_scale.planner.utilisation import Utilisation, device_name
 from moco_scale.run_state import numbers_alike
 from moco_scale.step_times import StepTimes
-from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Telemetry
 from moco_scale.timing import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
 from moco_scale.utils.errors import RankError, UserError
@@ -81,7 +81,7 @@ class Monitor:
     def _splits(self) -> Splits:
         """Of all ranks, which ask for them together."""
         opened = partial(open_splits, self.run.config.source, self.run.shards)
-        return together.in_turn(opened, self.run.phases.alive)
+        return consensus.in_turn(opened, self.run.phases.alive)
 
     def _make_evaluation(self) -> KnnMonitor | None:
         config = self.run.config
@@ -151,7 +151,7 @@ class Monitor:
             try:
                 batch = next(batches, None)
             except UserError as error:
-                raise RankError(error, distributed.rank()) from error
+                raise RankError(error, collectives.rank()) from error
             if batch is None:
                 return
             self._read = batch.step + 1
@@ -292,7 +292,7 @@ class Monitor:
     def is_finished(self) -> bool:
         """Whether the pictures of :meth:`finish` are there; the same on every rank."""
         out = self.run.folder.path
-        return together.on_main(
+        return consensus.on_main(
             lambda: all((out / name).exists() for name in ("report.png", "neighbours.png"))
         )
 
@@ -333,7 +333,7 @@ class Monitor:
 
         made = ["current.pth"]
         for name, draw in (
-            ("report.png", lambda: together.on_main(lambda: pictures.drawn(report))),
+            ("report.png", lambda: consensus.on_main(lambda: pictures.drawn(report))),
             ("neighbours.png", neighbours),
         ):
             try:

@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import torch
 
-from moco_scale import bandwidth, distributed, identity
-from moco_scale.bandwidth import Bandwidth
 from moco_scale.config import Config
+from moco_scale.distributed import bandwidth, collectives, same_setup
+from moco_scale.distributed.bandwidth import Bandwidth
+from moco_scale.distributed.stop_signal import StopRequest
 from moco_scale.monitor import Monitor
 from moco_scale.pretrain import Pretraining
 from moco_scale.run_folder import LOCK
-from moco_scale.stopping import StopRequest
 from moco_scale.telemetry import Telemetry
 from moco_scale.timing import Phases
 from moco_scale.untrusted.text import printable
@@ -78,8 +78,8 @@ def run(config: Config, phases: Phases) -> None:
             starting is said in the start's words.
     """
     started = time.monotonic()
-    machines = distributed.gather_objects(look())
-    share = config.optim.batch_size // distributed.world_size()
+    machines = collectives.gather_objects(look())
+    share = config.optim.batch_size // collectives.world_size()
     needed = shared_memory_needed(share, config.data.image_size, config.run.num_workers)
     if shared := shared_gpus(machines):  # with which nothing could be built
         raise UserError(_not_ready(shared))
@@ -99,7 +99,7 @@ def run(config: Config, phases: Phases) -> None:
             _say(*(f"note: {line}" for line in notes(machines, free)))
             if run.cache is not None and not run.cache.passing:
                 run.cache.close()  # before who made it removes it
-            distributed.barrier()
+            collectives.barrier()
         finally:
             run.folder.release()
             if run.cache is not None:
@@ -109,7 +109,7 @@ def run(config: Config, phases: Phases) -> None:
 
 def _found(run: Pretraining, machines: Sequence[Machine]) -> list[str]:
     """What a run that could begin its first step is, and where."""
-    config, facts = run.config, identity.of_run(run.config)
+    config, facts = run.config, same_setup.of_run(run.config)
     hosts = {machine.host for machine in machines}
     versions = [f"{n} {v}" for n, v in facts.items() if _is_library(n)]
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(WATCHED)]
@@ -141,7 +141,7 @@ def _left_as_it_was(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        if distributed.is_main():
+        if collectives.is_main():
             with contextlib.suppress(OSError):
                 if not had_lock:
                     lock.unlink(missing_ok=True)
@@ -155,13 +155,13 @@ def _not_ready(lines: Sequence[str]) -> str:
 
 def look() -> Machine:
     """What this process finds; all ranks call it, so that clocks are read at one moment."""
-    device = distributed.device()
+    device = collectives.device()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         gpu = properties.name, str(properties.uuid), properties.total_memory
     else:
         gpu = "CPU", "", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    distributed.barrier()
+    collectives.barrier()
     return Machine(
         socket.gethostname(),
         *gpu,
@@ -214,7 +214,7 @@ def shared_gpus(machines: Sequence[Machine]) -> list[str]:
         if machine.device_id:
             gpus.setdefault(machine.device_id, []).append(rank)
     return [
-        f"{identity.ranks_on_hosts(ranks, hosts)} share one GPU: start one process per GPU, each "
+        f"{same_setup.ranks_on_hosts(ranks, hosts)} share one GPU: start one process per GPU, each "
         "with LOCAL_RANK"
         for ranks in gpus.values()
         if len(ranks) > 1
@@ -242,7 +242,7 @@ def notes(machines: Sequence[Machine], free_disk: int) -> list[str]:
     few = [rank for rank, machine in enumerate(machines) if 0 <= machine.open_files < OPEN_FILES]
     if few:
         lines.append(
-            f"{identity.ranks_on_hosts(few, hosts)} may open {machines[few[0]].open_files} files "
+            f"{same_setup.ranks_on_hosts(few, hosts)} may open {machines[few[0]].open_files} files "
             "at a time, which is few for many shards and connections: ulimit -n 65536"
         )
     return lines
@@ -256,7 +256,7 @@ def machine_table(machines: Sequence[Machine]) -> list[str]:
         kinds.setdefault((m.host, m.device, *sizes), []).append(rank)
     rows: list[tuple[str, ...]] = [
         ("ranks", "host", "device", "memory", "cores", "/dev/shm free", "open files"),
-        *((identity.spans(ranks), *kind) for kind, ranks in kinds.items()),
+        *((same_setup.spans(ranks), *kind) for kind, ranks in kinds.items()),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
@@ -265,10 +265,10 @@ def machine_table(machines: Sequence[Machine]) -> list[str]:
 
 
 def _measured(several_hosts: bool) -> list[str]:
-    everyone = distributed.neighbours(distributed.world_size())
+    everyone = collectives.neighbours(collectives.world_size())
     columns = [("all processes", bandwidth.measure(everyone))]
     if several_hosts:
-        within = bandwidth.measure(distributed.host_group())
+        within = bandwidth.measure(collectives.host_group())
         if within.ranks > 1:
             columns.insert(0, ("within a host", within))
     return bandwidth_table(columns)
@@ -297,5 +297,5 @@ def _gib(size: int) -> str:
 
 
 def _say(*lines: str) -> None:
-    if distributed.is_main() and lines:
+    if collectives.is_main() and lines:
         tell("\n".join(lines))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale import distributed, identity, timing, together
+from moco_scale import timing
 from moco_scale.bad_pictures import FILE as BAD_PICTURES
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.batchnorm import set_groups, spans_ranks
@@ -27,6 +27,8 @@ from moco_scale.data.shard_set import Shards
 from moco_scale.data.workers import BatchLoader
 from moco_scale.deepspeed_config import refuse
 from moco_scale.deepspeed_keys import unwritable_reports
+from moco_scale.distributed import collectives, consensus, same_setup
+from moco_scale.distributed.stop_signal import StopRequest, status_of
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine, read_deepspeed
 from moco_scale.health import FiniteWatch
@@ -39,7 +41,6 @@ from moco_scale.run_folder import RunFolder
 from moco_scale.run_state import load_model, load_optimizer, read_state, restore_current, save_state
 from moco_scale.schedules import learning_rate
 from moco_scale.shuffle import ShuffleBN
-from moco_scale.stopping import StopRequest, status_of
 from moco_scale.telemetry import Meters, Telemetry
 from moco_scale.timing import Phases
 from moco_scale.utils import determinism
@@ -57,12 +58,12 @@ def open_data(config: Config, alive: Callable[[], None] = lambda: None) -> tuple
             the ranks can share.
     """
     opened = partial(open_shards, config.source, "train")
-    shards = together.in_turn(opened, alive)
-    identity.require_alike({"index of --data-dir": shards.fingerprint}, identity.SAME_DATA)
+    shards = consensus.in_turn(opened, alive)
+    same_setup.require_alike({"index of --data-dir": shards.fingerprint}, same_setup.SAME_DATA)
     order = shards.order(config.optim.rng_seed, config.data.shuffle_window)
     batch = config.optim.batch_size
     plan = BatchPlan(in_whole_batches(order, batch, config.data.samples_per_epoch), batch)
-    plan.check_world(distributed.world_size())
+    plan.check_world(collectives.world_size())
     return shards, plan
 
 
@@ -82,15 +83,15 @@ class Pretraining:
         self.phases = phases or Phases()
         self._started = time.monotonic()
         determinism.set_switches()
-        self.device = distributed.device()
-        self.world, self.rank = distributed.world_size(), distributed.rank()
-        identity.require_alike(identity.of_run(config))
+        self.device = collectives.device()
+        self.world, self.rank = collectives.world_size(), collectives.rank()
+        same_setup.require_alike(same_setup.of_run(config))
         if config.run.deepspeed:  # all that is wrong with it, before anything takes time
             asked = read_deepspeed(config, self.world, 1).configuration
-            together.on_main(lambda: refuse(config.run.deepspeed, unwritable_reports(asked)))
+            consensus.on_main(lambda: refuse(config.run.deepspeed, unwritable_reports(asked)))
         self.shards, self.plan = open_data(config, self.phases.alive)
-        self.decoder = together.agree(self._decoder)
-        self.cache = together.agree(self._cache)
+        self.decoder = consensus.agree(self._decoder)
+        self.cache = consensus.agree(self._cache)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch
         self.last_step = min(config.run.max_steps or self.total_steps, self.total_steps)
 
@@ -135,7 +136,7 @@ class Pretraining:
             config.optim.batch_size, seed, contrast.shuffle_bn, contrast.shuffle_group
         )
         # Two communicators at work at once, the exchange's and another, can deadlock.
-        spans, in_order = spans_ranks(moco), distributed.launches_in_order()
+        spans, in_order = spans_ranks(moco), collectives.launches_in_order()
         alone = spans or (self.engine.own_groups and not in_order)
         if alone and not in_order:
             self.engine.notes.append(
@@ -186,7 +187,7 @@ class Pretraining:
             start_step=self.step,
             end_step=self.last_step if end_step is None else end_step,
             bad_samples=run.bad_samples,
-            fetches_ahead=distributed.local_rank() == 0,
+            fetches_ahead=collectives.local_rank() == 0,
             cache=self.cache,
             decoder=self.decoder,
             lost=lost,
@@ -325,7 +326,7 @@ class Pretraining:
                 failed = self.folder.save_failed()
                 reason, (worst, unsaved) = stop.agree(self.watch.code(), failed)
                 if unsaved:
-                    together.agree(self.folder.settle)
+                    consensus.agree(self.folder.settle)
                 problem = self.watch.judge(worst)
                 if problem:
                     raise self.folder.not_finite(self.step, problem)

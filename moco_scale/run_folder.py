@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from moco_scale import checkpoint, distributed, metrics_file, together
+from moco_scale import checkpoint, metrics_file
 from moco_scale.config import Config, differences
 from moco_scale.config_rules import check_shuffle_group
+from moco_scale.distributed import collectives, consensus
 from moco_scale.saver import BackgroundSaver
 from moco_scale.untrusted.tensor_files import TensorFile
 from moco_scale.untrusted.text import printable
@@ -63,10 +64,10 @@ class RunFolder:
         """
         shuffled = _shuffled_here(self.config)
 
-        together.on_main(lambda: self._writing(self._make))
+        consensus.on_main(lambda: self._writing(self._make))
         claim_for_all(self.lock)
         # What is there is looked at when nobody else can change it any more.
-        start, self.config = together.on_main(
+        start, self.config = consensus.on_main(
             lambda: self._writing(lambda: self._prepare(shuffled))
         )
         self._require_shared()
@@ -81,7 +82,7 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        return together.on_main(lambda: self._writing(lambda: self._begin(step)))
+        return consensus.on_main(lambda: self._writing(lambda: self._begin(step)))
 
     def _writing(self, action: Callable[[], T]) -> T:
         try:
@@ -160,11 +161,11 @@ class RunFolder:
 
     def _require_shared(self) -> None:
         """Each rank writes a part of every checkpoint: all have to see what rank 0 sees."""
-        mark = distributed.broadcast_object(self.lock.mark)
+        mark = collectives.broadcast_object(self.lock.mark)
 
         def look() -> None:
             # Rank 0 must not: a process that closes a file loses its lock.
-            if not distributed.is_main() and _content(self.lock.path) != mark:
+            if not collectives.is_main() and _content(self.lock.path) != mark:
                 raise UserError(
                     f"--output-dir {self.path} is not here what it is for rank 0: name a folder "
                     "on a file system that all hosts share"
@@ -172,7 +173,7 @@ class RunFolder:
             if not os.access(self.path, os.W_OK):
                 raise UserError(f"--output-dir {self.path} cannot be written from here")
 
-        together.agree(look)
+        consensus.agree(look)
 
     def release(self) -> None:
         """Let other runs write here."""
@@ -287,14 +288,14 @@ class RunFolder:
             owned = {
                 n: t
                 for n, t in copies.items()
-                if n in rows or checkpoint.owner(n) == distributed.rank()
+                if n in rows or checkpoint.owner(n) == collectives.rank()
             }
-            together.agree(hold, group)
+            consensus.agree(hold, group)
             checkpoint.save(folder, owned, meta, group, rows)
-            together.agree(lambda: publish(copies) if distributed.is_main() else None, group)
+            consensus.agree(lambda: publish(copies) if collectives.is_main() else None, group)
 
         def hold() -> None:
-            if distributed.is_main():
+            if collectives.is_main():
                 self._writing(self.hold)
 
         def publish(copies: dict[str, Tensor]) -> None:
@@ -337,7 +338,7 @@ class RunFolder:
                 return False
             return isinstance(content, dict) and content.get("step") == step
 
-        return together.on_main(look)
+        return consensus.on_main(look)
 
     def write_current(
         self, tensors: dict[str, Tensor], names: dict[str, str], meta: dict[str, Any]
@@ -357,7 +358,7 @@ class RunFolder:
                     "again"
                 ) from error
 
-        together.on_main(write)
+        consensus.on_main(write)
 
     def save_failed(self) -> bool:
         """Whether a save in the background has failed on this rank, and :meth:`settle` raises."""
@@ -385,7 +386,7 @@ class RunFolder:
 
     def is_logged(self, step: int) -> bool:
         """Whether the metrics have a line of this step; all ranks call it."""
-        return together.on_main(lambda: metrics_file.has_step(self.metrics, step))
+        return consensus.on_main(lambda: metrics_file.has_step(self.metrics, step))
 
 
 def _content(file: Path) -> str:
@@ -400,8 +401,8 @@ def _shuffled_here(config: Config) -> int:
     contrast = config.contrast
     if contrast.shuffle_bn != "node" or contrast.shuffle_group:
         return 0
-    ranks = together.agree(distributed.ranks_per_node)
-    return config.optim.batch_size // distributed.world_size() * ranks
+    ranks = consensus.agree(collectives.ranks_per_node)
+    return config.optim.batch_size // collectives.world_size() * ranks
 
 
 def _is_kept(folder: Path) -> bool:

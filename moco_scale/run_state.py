@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moco_scale import checkpoint, distributed, together
-from moco_scale.agreement import sampled_hash
+from moco_scale import checkpoint
+from moco_scale.distributed import collectives, consensus
+from moco_scale.distributed.same_state import sampled_hash
 from moco_scale.engines.base import MOMENTUM
 from moco_scale.health import WEIGHTS
 from moco_scale.moco import MoCo
@@ -50,7 +51,7 @@ def read_state(
         checkpoint.refuse(folder, [*_wrong_numbers(run, meta, saved), *_not_finite(saved)])
         return meta, saved
 
-    return together.agree(read)
+    return consensus.agree(read)
 
 
 def _expected(run: Pretraining, moco: MoCo) -> dict[str, checkpoint.Expected]:
@@ -148,15 +149,15 @@ def save_state(run: Pretraining, epoch_done: bool, unlogged: Unlogged | None = N
         "BatchNorm's running statistics": _all_finite(list(moco.buffers()), run.device),
         "the queue": _all_finite([run.queue.keys], run.device),
     }
-    bad = distributed.sum_(torch.stack([~finite for finite in state_finite.values()]).float())
+    bad = collectives.sum_(torch.stack([~finite for finite in state_finite.values()]).float())
     for what, count in zip(state_finite, bad.tolist(), strict=True):
         if count:
             raise run.folder.not_finite(run.step, f"not finite: {what}")
     # Running statistics are linear in what they average: their mean over ranks is what one
     # process would have. In place, so that a resumed run goes on from the same numbers.
-    distributed.average_(list(moco.buffers()))
+    collectives.average_(list(moco.buffers()))
     epoch = run.step // run.plan.steps_per_epoch
-    main = distributed.is_main()
+    main = collectives.is_main()
 
     def mine(name: str) -> bool:
         return checkpoint.owner(name) == run.rank
@@ -198,7 +199,7 @@ def restore_current(run: Pretraining) -> None:
     """
     if run.folder.is_current(run.step):
         return
-    state = run.engine.model_state(lambda name: distributed.is_main())
+    state = run.engine.model_state(lambda name: collectives.is_main())
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     meta = {"step": run.step, "epoch": run.step // run.plan.steps_per_epoch}
     run.folder.write_current(tensors, _in_current(state), meta)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
 
@@ -27,7 +27,7 @@ class BackgroundSaver:
 
     def __init__(self, asynchronous: bool) -> None:
         self._asynchronous = asynchronous
-        self.group = distributed.side_group() if asynchronous else None
+        self.group = collectives.side_group() if asynchronous else None
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -68,17 +68,17 @@ class BackgroundSaver:
     def _run(
         self, copies: dict[str, Tensor], write: Callable[[dict[str, Tensor], Any], None]
     ) -> None:
-        if distributed.device().type == "cuda":
-            torch.cuda.set_device(distributed.device())  # a thread begins with the first GPU
+        if collectives.device().type == "cuda":
+            torch.cuda.set_device(collectives.device())  # a thread begins with the first GPU
         try:
             write(copies, self.group)
         except BaseException as error:
             self._failure = error
             # All ranks meet a UserError; one of them says it.
-            if distributed.is_main() or not isinstance(error, UserError):
+            if collectives.is_main() or not isinstance(error, UserError):
                 what = str(error) if isinstance(error, UserError) else repr(error)
                 say(
-                    f"rank {distributed.rank()}: saving has failed, so the run is about to stop: "
+                    f"rank {collectives.rank()}: saving has failed, so the run is about to stop: "
                     f"{what}"
                 )
 

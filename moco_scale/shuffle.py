@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from moco_scale import distributed
 from moco_scale.data.random import permutation
+from moco_scale.distributed import collectives
 from moco_scale.utils.to_device import on_device
 
 MODES = ("world", "node", "off")
@@ -34,7 +34,7 @@ class ShuffleBN:
     def __init__(self, batch_size: int, seed: int, mode: str = "world", group: int = 0) -> None:
         self.batch_size, self.seed, self.mode = batch_size, seed, mode
         self.group = group if mode == "node" else batch_size
-        self.per_rank = batch_size // distributed.world_size()
+        self.per_rank = batch_size // collectives.world_size()
 
     def permutation(self, step: int, stream: int = 0) -> np.ndarray:
         """int64 [G]: the sample of the global batch at each shuffled position."""
@@ -67,19 +67,19 @@ class Exchange:
     """
 
     def __init__(self, order: np.ndarray, crops: Tensor, keep_order: bool) -> None:
-        rank, per_rank = distributed.rank(), crops.shape[0]
-        world = distributed.world_size()
+        rank, per_rank = collectives.rank(), crops.shape[0]
+        world = collectives.world_size()
         self._order, self._keep_order = order, keep_order
         self._restore: Tensor | None = None
         self.received = order[rank * per_rank : (rank + 1) * per_rank]
         if keep_order:
-            self._pending = distributed.PendingRows(crops, None, None)
+            self._pending = collectives.PendingRows(crops, None, None)
             return
         owner = order // per_rank
         if np.array_equal(owner, np.arange(len(order)) // per_rank):
             # The same on every rank: nobody sends anything.
             stay = on_device(self.received - rank * per_rank, crops.device)
-            self._pending = distributed.PendingRows(crops.index_select(0, stay), None, None)
+            self._pending = collectives.PendingRows(crops.index_select(0, stay), None, None)
             return
         # Packed by destination, and for one destination in the order of its positions.
         positions = np.flatnonzero(owner == rank)
@@ -90,7 +90,7 @@ class Exchange:
         self._restore = on_device(np.argsort(arrival, kind="stable"), crops.device)
         # index_select copies whole crops; indexing would go byte by byte on a CPU.
         packed = crops.index_select(0, on_device(outgoing, crops.device))
-        self._pending = distributed.start_exchange_rows(
+        self._pending = collectives.start_exchange_rows(
             packed, send_counts.tolist(), receive_counts.tolist()
         )
 
@@ -101,7 +101,7 @@ class Exchange:
 
     def gather_back(self, features: Tensor) -> Tensor:
         """[B, D] features of :meth:`wait`'s crops -> [G, D] of all ranks, in global order."""
-        gathered = distributed.all_gather_rows(features)
+        gathered = collectives.all_gather_rows(features)
         if self._keep_order:
             return gathered
         return gathered.index_select(0, on_device(np.argsort(self._order), features.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 from moco_scale.timing import (
     AGREE,
     BACKWARD,
@@ -34,7 +34,7 @@ class StepTimes:
     """
 
     def __init__(self) -> None:
-        self._hosts = distributed.hosts()
+        self._hosts = collectives.hosts()
         self._late = np.zeros(len(self._hosts), dtype=np.int64)
 
     def gather(self, phases: Phases, steps: int) -> tuple[dict[str, float], list[str]]:
@@ -48,7 +48,7 @@ class StepTimes:
         """
         spent = phases.worked()
         row = torch.tensor([[spent[phase] / max(steps, 1) for phase in STEP_PHASES]])
-        rows = distributed.gather_rows_on_main(row)
+        rows = collectives.gather_rows_on_main(row)
         if rows is None:
             return {}, []
         table = dict(zip(STEP_PHASES, rows.numpy().T, strict=True))

@@ -18,7 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from moco_scale import distributed, metrics_file
+from moco_scale import metrics_file
+from moco_scale.distributed import collectives
 from moco_scale.untrusted.text import printable, printable_lines
 from moco_scale.utils.log import say
 from moco_scale.utils.side_files import SideFile, json_line
@@ -43,7 +44,7 @@ class Telemetry:
     """
 
     def __init__(self, folder: RunFolder | None, total_steps: int, first_step: int) -> None:
-        self._active, self._folder = distributed.is_main(), folder
+        self._active, self._folder = collectives.is_main(), folder
         self._files: dict[str, SideFile] = {}
         self._bar: tqdm[Any] | None = None
         if not self._active:
@@ -185,7 +186,7 @@ class Meters:
     def read(self) -> tuple[dict[str, float], float]:
         """Means since the last call, and the epoch's mean loss, over all ranks together."""
         sums = self.sums.clone()
-        distributed.sum_(sums)
+        collectives.sum_(sums)
         sums = sums.cpu()
         self.sums[0] = 0
         means = sums[0, :-1] / sums[0, -1]
@@ -193,7 +194,7 @@ class Meters:
 
     def globalize(self) -> Tensor:
         """The sums, made equal on all ranks in place; all ranks call it before a checkpoint."""
-        distributed.sum_(self.sums).div_(distributed.world_size())
+        collectives.sum_(self.sums).div_(collectives.world_size())
         return self.sums
 
     def start_epoch(self) -> None:

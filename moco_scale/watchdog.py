@@ -25,8 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from moco_scale import distributed
 from moco_scale.beats import Beat, Heard, place, silent, standing, waited_for
+from moco_scale.distributed import collectives
 from moco_scale.timing import Phases
 from moco_scale.untrusted.documents import DocumentError
 from moco_scale.untrusted.store_message import Verdict, parse_verdict
@@ -79,8 +79,8 @@ class Watch:
 
     def __init__(self, phases: Phases, timeout: float, folder: Path, program: str) -> None:
         self._phases, self._folder, self._program = phases, folder, program
-        self._rank, self._world = distributed.rank(), distributed.world_size()
-        self._first_of_host = distributed.local_rank() == 0
+        self._rank, self._world = collectives.rank(), collectives.world_size()
+        self._first_of_host = collectives.local_rank() == 0
         self._host = socket.gethostname()
         self._interval = max(min(timeout / _BEATS, 1.0), self._world / _RANKS_PER_SECOND)
         # With fewer beats in it, healthy ranks would seem to be silent.
@@ -109,7 +109,7 @@ class Watch:
             return self
         works = [self._judge]
         if self._world > 1:
-            self._store = distributed.side_store("watch")
+            self._store = collectives.side_store("watch")
             works.append(self._exchange)
         self._answered = time.monotonic()
         for work in works:
@@ -270,7 +270,7 @@ class Watch:
 
     @property
     def _patience(self) -> float:
-        return distributed.patience(self._timeout)
+        return collectives.patience(self._timeout)
 
     @property
     def _search(self) -> float:
@@ -412,7 +412,7 @@ class Watch:
                 file.write(line)
                 file.flush()
                 faulthandler.dump_traceback(file)
-            trace = distributed.flight_record()
+            trace = collectives.flight_record()
             if trace:
                 (folder / f"flight_rank_{self._rank}").write_bytes(trace)
 

@@ -43,9 +43,9 @@ from torchvision.models.resnet import BasicBlock
 from moco_scale import checkpoint, command_line, config
 from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.demo.pictures import write_folder
+from moco_scale.distributed.spawn import run_ranks
 from moco_scale.encoders import Encoder
 from moco_scale.pretrain import Pretraining
-from moco_scale.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")

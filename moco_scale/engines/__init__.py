@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from moco_scale import distributed
 from moco_scale.batchnorm import spans_ranks
 from moco_scale.config import Config
 from moco_scale.deepspeed_config import ReadConfiguration, look_through, refuse
 from moco_scale.deepspeed_keys import MONITORS
+from moco_scale.distributed import collectives
 from moco_scale.engines.base import Engine, EngineSettings
 from moco_scale.moco import MoCo
 
@@ -63,7 +63,7 @@ def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
         UserError: a DeepSpeed configuration that cannot be used.
     """
     engine = _make_engine(config, moco, device)
-    distributed.adopt_groups()
+    collectives.adopt_groups()
     return engine
 
 
@@ -85,11 +85,11 @@ def _make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
 
         read = read_deepspeed(
             config,
-            distributed.world_size(),
+            collectives.world_size(),
             sum(p.numel() for p in moco.trained_parameters().values()),
             # Not while BatchNorm groups, which have communicators of their own, add theirs up.
             overlap=device.type == "cuda" and not spans_ranks(moco),
-            may_overlap=distributed.launches_in_order() or not spans_ranks(moco),
+            may_overlap=collectives.launches_in_order() or not spans_ranks(moco),
         )
         if run.preflight:  # which is to leave nothing behind, here or on a server
             for monitor in MONITORS:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moco_scale import distributed
 from moco_scale.batchnorm import StatisticsBefore
+from moco_scale.distributed import collectives
 from moco_scale.encoders import Encoder
 from moco_scale.engines.blocks import transform_blocks
 from moco_scale.loss_scale import LossScale, LossScaling
@@ -288,11 +288,11 @@ def clip_(gradients: list[Tensor], norm: float, copies: int) -> None:
         norm: the largest length they may have.
         copies: ranks that hold the same numbers as this one; the others hold other shards.
     """
-    zero = torch.zeros(1, device=distributed.device())  # a rank may hold no element at all
+    zero = torch.zeros(1, device=collectives.device())  # a rank may hold no element at all
     parts = torch._foreach_norm([zero, *(g for g in gradients if g.numel())])
     square = torch.stack(parts).square().sum()
-    if copies < distributed.world_size():
-        square = distributed.sum_(square) / copies
+    if copies < collectives.world_size():
+        square = collectives.sum_(square) / copies
     torch._foreach_mul_(gradients, (norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
 
 

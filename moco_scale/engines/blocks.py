@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moco_scale import together
 from moco_scale.batchnorm import statistics_kept
+from moco_scale.distributed import consensus
 from moco_scale.encoders import BLOCKS
 from moco_scale.moco import MoCo
 from moco_scale.utils.errors import UserError
@@ -38,7 +38,7 @@ def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
             BatchNorm's running statistics then stay as the first pass left them.
     """
     if compiled:
-        together.agree(own_compile_cache)
+        consensus.agree(own_compile_cache)
         # All blocks of a class share one limit, and each shape, with gradients and without, in
         # each part of a step and recomputed, is a graph.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)

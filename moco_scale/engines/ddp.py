@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 from moco_scale.engines.base import (
     MOMENTUM,
     Engine,
@@ -33,7 +33,7 @@ class DDPEngine(Replicated, Engine):
         self._optimizer = make_sgd(list(self._trained.values()), settings)
         zero_momentum(self._optimizer)
         self._wrapped: nn.Module = moco
-        if distributed.world_size() > 1:
+        if collectives.world_size() > 1:
             # A 1x1 convolution's gradient is the same bytes under either of two strides.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             with warnings.catch_warnings():
@@ -62,7 +62,7 @@ class DDPEngine(Replicated, Engine):
 
     def _step(self, learning_rate: float) -> bool:
         return plain_step(
-            self, self._optimizer, self._gradients(), learning_rate, distributed.world_size()
+            self, self._optimizer, self._gradients(), learning_rate, collectives.world_size()
         )
 
     def optimizer_state(self, keep: Keep = everything) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco_scale import distributed
 from moco_scale.deepspeed_keys import reports_by_log
+from moco_scale.distributed import collectives
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
@@ -156,7 +156,7 @@ class DeepSpeedEngine(Replicated, Engine):
 
     def _step(self, learning_rate: float) -> bool:
         if self._stage == 0:  # DeepSpeed has summed the gradients; there is nothing else to it
-            world = distributed.world_size()
+            world = collectives.world_size()
             return plain_step(self, self._optimizer, self._gradients(), learning_rate, world)
         set_learning_rate(self._optimizer, learning_rate)
         self._engine.step()

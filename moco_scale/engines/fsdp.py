@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moco_scale import distributed
 from moco_scale.config_rules import check_shard_size
+from moco_scale.distributed import collectives
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
@@ -111,7 +111,7 @@ class FSDPEngine(Engine):
 
 
 def _mesh(device: torch.device, shard_size: int) -> DeviceMesh:
-    world = distributed.world_size()
+    world = collectives.world_size()
     if not shard_size or shard_size == world:
         return init_device_mesh(device.type, (world,))
     check_shard_size(shard_size, world)

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from moco_scale import distributed, identity, together
 from moco_scale.config import DATASETS
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.remote_credentials import warn_of_printed
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
+from moco_scale.distributed import collectives, consensus, same_setup
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation import linear, results
 from moco_scale.evaluation.command_line import KNN_K, KNN_T, parse
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse(argv)
     warn_of_printed(args.data_dir)
-    distributed.initialize(args.device, hang_timeout=args.hang_timeout)
+    collectives.initialize(args.device, hang_timeout=args.hang_timeout)
     determinism.set_switches()
     phases = Phases()
     phases.enter(EVALUATION)
@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         Watch(phases, args.hang_timeout, Path(args.output_dir), "eval.py"),
         _encoding_is_progress(phases),
     ):
-        installation = identity.installation(distributed.device())
-        identity.require_alike(installation | identity.of_flags(vars(args)))
+        installation = same_setup.installation(collectives.device())
+        same_setup.require_alike(installation | same_setup.of_flags(vars(args)))
         evaluate(args, phases.alive)
-    distributed.shutdown()
+    collectives.shutdown()
 
 
 @contextlib.contextmanager
@@ -81,31 +81,31 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
     started = time.monotonic()
     folder = Path(args.output_dir)
     # Which may index them.
-    train = together.in_turn(partial(open_shards, _source(args), "train"), alive)
+    train = consensus.in_turn(partial(open_shards, _source(args), "train"), alive)
 
     def prepare() -> Pretrained:
-        if distributed.is_main():
+        if collectives.is_main():
             results.require_usable(folder)
         pretrained = load_pretrained(args.pretrained_model, args.encoder)
         _require_agreement(args, pretrained)
         return pretrained
 
-    pretrained = together.agree(prepare)
+    pretrained = consensus.agree(prepare)
     test: KnnMonitor | Shards
     if args.protocol == "knn":
-        splits = together.in_turn(partial(open_splits, _source(args), train), alive)
-        test = together.agree(partial(_knn, args, pretrained, splits))
+        splits = consensus.in_turn(partial(open_splits, _source(args), train), alive)
+        test = consensus.agree(partial(_knn, args, pretrained, splits))
     else:
-        test = together.in_turn(partial(open_shards, _source(args), "val"), alive)
+        test = consensus.in_turn(partial(open_shards, _source(args), "val"), alive)
     weights = {"weights in --pretrained-model": pretrained.fingerprint}
-    identity.require_alike(weights, "give all of them the same file")
-    if distributed.is_main():
+    same_setup.require_alike(weights, "give all of them the same file")
+    if collectives.is_main():
         say(
             f"{args.protocol} evaluation of the {args.encoder} encoder in {pretrained.path} "
             f"(epoch {pretrained.epoch}, step {pretrained.step}), "
-            f"{distributed.world_size()} process(es) on {distributed.device().type}"
+            f"{collectives.world_size()} process(es) on {collectives.device().type}"
         )
-        for warning in determinism.slow_precision(distributed.device(), args.precision):
+        for warning in determinism.slow_precision(collectives.device(), args.precision):
             say(warning)
     if isinstance(test, KnnMonitor):
         measured = _run_knn(args, test, pretrained)
@@ -121,7 +121,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
         "step": pretrained.step,
         "seconds": round(time.monotonic() - started, 1),
     }
-    together.on_main(lambda: _finish(folder, result))
+    consensus.on_main(lambda: _finish(folder, result))
     return result
 
 
@@ -185,7 +185,7 @@ def _knn(args: argparse.Namespace, pretrained: Pretrained, splits: Splits) -> Kn
         **vars(_pixels(args, pretrained)),
         k=args.knn_k,
         temperature=args.knn_t,
-        batch_size=max(args.batch_size // distributed.world_size(), 1),
+        batch_size=max(args.batch_size // collectives.world_size(), 1),
         num_workers=args.num_workers,
         autocast=PRECISIONS[args.precision],
         label="encoding",
@@ -194,8 +194,8 @@ def _knn(args: argparse.Namespace, pretrained: Pretrained, splits: Splits) -> Kn
 
 
 def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained) -> dict[str, Any]:
-    encoder = pretrained.encoder.to(distributed.device())
-    if task.hopeless and distributed.rank() == 0:
+    encoder = pretrained.encoder.to(collectives.device())
+    if task.hopeless and collectives.rank() == 0:
         say(task.hopeless)
     return {
         **task.measure(encoder, args.features),
@@ -215,7 +215,7 @@ def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained)
             "features": args.features,
             "image_size": task.image_size,
             "precision": args.precision,
-            "processes": distributed.world_size(),
+            "processes": collectives.world_size(),
         },
     }
 
@@ -291,6 +291,6 @@ def _run_linear(
             **vars(config),
             "image_size": pixels.image_size,
             "precision": args.precision,
-            "processes": distributed.world_size(),
+            "processes": collectives.world_size(),
         },
     }

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moco_scale import distributed, together
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Shards
+from moco_scale.distributed import collectives, consensus
 from moco_scale.encoders import Encoder
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
@@ -35,7 +35,7 @@ def fetched_here(shards: Shards) -> list[int]:
     """Ranks for which this one fetches remote pictures ahead; every rank calls it."""
     if not shards.remote_parts():
         return []
-    rank, hosts = distributed.rank(), distributed.hosts()
+    rank, hosts = collectives.rank(), collectives.hosts()
     here = [number for number, host in enumerate(hosts) if host == hosts[rank]]
     return here if here[0] == rank else []
 
@@ -112,7 +112,7 @@ class LeftOut:
 
     def add(self, shards: Shards, mine: Sequence[BadSample]) -> None:
         """Take what this rank met in a set of pictures; all ranks call it."""
-        met = [bad for part in distributed.gather_objects(list(mine)) for bad in part]
+        met = [bad for part in collectives.gather_objects(list(mine)) for bad in part]
         # Subsets number their pictures anew; a picture's shard and key stay what they are.
         new = {}
         for bad in sorted(met):
@@ -121,7 +121,7 @@ class LeftOut:
                 new[name] = bad
         self._bad |= new
         self.counts[shards.split] += len(new)
-        if new and distributed.is_main():
+        if new and collectives.is_main():
             shown = [f"{b.shard} (key {b.key}): {b.reason}" for b in list(new.values())[:_SHOWN]]
             more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
             say(
@@ -176,7 +176,7 @@ def extract(
         UserError: a picture cannot be read, on whichever rank; every rank raises it.
     """
     pixels = Pixels(image_size, resize_ratio, mean, std)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world_size()
+    device, rank, world = collectives.device(), collectives.rank(), collectives.world_size()
     fetches_for = fetched_here(shards)
     # A rank with a batch less, or one that has failed, still answers the others.
     rounds = -(-len(range(0, len(shards), world)) // batch_size) if between else 0
@@ -214,7 +214,7 @@ def extract(
     for _ in range(rounds):
         assert between is not None
         between()
-    failure = together.first_error(failure)
+    failure = consensus.first_error(failure)
     if failure is not None:
         raise failure
     if left_out is not None:
@@ -222,7 +222,7 @@ def extract(
     features, targets = _joined(parts, labels, device)
     if not gather:
         return features, targets
-    return distributed.all_gather_uneven_rows(features), distributed.all_gather_uneven_rows(targets)
+    return collectives.all_gather_uneven_rows(features), collectives.all_gather_uneven_rows(targets)
 
 
 def _joined(
@@ -230,7 +230,7 @@ def _joined(
 ) -> tuple[Tensor, Tensor]:
     """One tensor of each; a rank without pictures learns the width from the others."""
     width = torch.tensor([parts[0].shape[1] if parts else 0])
-    width = distributed.all_gather_rows(width).max()
+    width = collectives.all_gather_rows(width).max()
     if not parts:
         return torch.empty(0, int(width), device=device), torch.empty(0, dtype=torch.int64)
     return torch.cat(parts), torch.cat(labels)
@@ -240,12 +240,12 @@ def autocasting(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[
     """Autocast on this process's device, or nothing for None."""
     if dtype is None:
         return contextlib.nullcontext()
-    return torch.autocast(distributed.device().type, dtype)
+    return torch.autocast(collectives.device().type, dtype)
 
 
 def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     """The same items; the main process shows a bar on a terminal, a line now and then elsewhere."""
-    if not label or not distributed.is_main():
+    if not label or not collectives.is_main():
         yield from items
         return
     if sys.stderr.isatty():

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale import distributed
 from moco_scale.data.fetch_ahead import NOWHERE
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
+from moco_scale.distributed import collectives
 from moco_scale.encoders import Encoder
 from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract
 from moco_scale.untrusted.text import printable
@@ -111,7 +111,7 @@ def _hits(
     share = torch.tensor([len(bank)])
     total, largest = len(bank), len(bank)
     if spread:
-        shares = distributed.all_gather_rows(share)
+        shares = collectives.all_gather_rows(share)
         total, largest = int(shares.sum()), int(shares.max())
     if not total or not len(queries):
         raise UserError(f"kNN needs pictures: {total} in the bank, {len(queries)} to classify")
@@ -136,14 +136,14 @@ def _nearest(
     mine = min(k, len(bank))
     similarity, place = (chunk @ bank.T).topk(mine, dim=1)
     labels = bank_labels[place]
-    if not spread or distributed.world_size() == 1:
+    if not spread or collectives.world_size() == 1:
         return similarity, labels
     # A share smaller than k is filled up with what is farther away than anything.
     similarity = F.pad(similarity, (0, k - mine), value=-torch.inf)
     labels = F.pad(labels, (0, k - mine))
-    by_rank = (distributed.world_size(), len(chunk), k)
-    all_similarity = distributed.all_gather_rows(similarity).view(by_rank).transpose(0, 1)
-    all_labels = distributed.all_gather_rows(labels).view(by_rank).transpose(0, 1)
+    by_rank = (collectives.world_size(), len(chunk), k)
+    all_similarity = collectives.all_gather_rows(similarity).view(by_rank).transpose(0, 1)
+    all_labels = collectives.all_gather_rows(labels).view(by_rank).transpose(0, 1)
     similarity, place = all_similarity.flatten(1).topk(k, dim=1)
     return similarity, all_labels.flatten(1).gather(1, place)
 

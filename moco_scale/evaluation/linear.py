@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_scale import distributed, together
 from moco_scale.data.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.device_augment import DeviceAugment
@@ -29,6 +28,7 @@ from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.windows import REMOTE_WINDOW
+from moco_scale.distributed import collectives, consensus
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (
     LeftOut,
@@ -96,8 +96,8 @@ class LinearEvaluation:
         self.left_out = LeftOut() if bad_samples == "skip" else None
         self._replaced: list[BadSample] = []  # by another in training; of this rank, not yet told
         self._unread: list[BadSample] = []
-        self.world, self.rank = distributed.world_size(), distributed.rank()
-        self.device = distributed.device()
+        self.world, self.rank = collectives.world_size(), collectives.rank()
+        self.device = collectives.device()
         self.num_classes = _count_classes(train, val)
         order = train.order(config.seed, REMOTE_WINDOW if train.remote_parts() else 0)
         self.plan = BatchPlan(order, config.batch_size)
@@ -244,7 +244,7 @@ class LinearEvaluation:
             start_step=steps.start,
             end_step=steps.stop,
             bad_samples=self.bad_samples,
-            fetches_ahead=distributed.local_rank() == 0,
+            fetches_ahead=collectives.local_rank() == 0,
         ) as loader:
             for batch in loader:
                 self._replaced += batch.bad
@@ -295,10 +295,10 @@ class LinearEvaluation:
         failed = torch.tensor(float(self._failure is not None), device=self.device)
         extra = torch.stack([loss.detach(), right.float(), failed])
         # All ranks' sums in one message.
-        flat = distributed.sum_(torch.cat([*(g.flatten() for g in gradients), extra]))
+        flat = collectives.sum_(torch.cat([*(g.flatten() for g in gradients), extra]))
         loss_value, hits, failures = flat[-3:].tolist()
         if failures:
-            raise together.first_error(self._failure) or UserError("a process failed")
+            raise consensus.first_error(self._failure) or UserError("a process failed")
         if not math.isfinite(loss_value):
             raise UserError(
                 f"linear evaluation: the loss is {loss_value}; use a smaller --lr than "
@@ -326,12 +326,12 @@ class LinearEvaluation:
                 hits += torch.stack([right[:, 0].sum(), right.sum(), tested])
         except UserError as error:
             failure = error
-        failure = together.first_error(failure)
+        failure = consensus.first_error(failure)
         if failure is not None:
             raise failure
         if self.left_out is not None and cache is None:
             self.left_out.add(self.val, self._unread)
-        *right_ones, tested = distributed.sum_(hits).tolist()
+        *right_ones, tested = collectives.sum_(hits).tolist()
         if not tested:
             raise UserError(f"none of the {len(self.val)} test pictures can be decoded")
         top1, top5 = (100.0 * count / tested for count in right_ones)
@@ -358,7 +358,7 @@ class LinearEvaluation:
                 yield self._features(self.pixels.normalise(crops)), self._labels(batch)
 
     def _say(self, text: str) -> None:
-        if distributed.is_main():
+        if collectives.is_main():
             say(text)
 
     def _save(self) -> None:

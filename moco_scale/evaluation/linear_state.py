@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moco_scale import together
+from moco_scale.distributed import consensus
 from moco_scale.engines.base import MOMENTUM
 from moco_scale.untrusted.documents import DocumentError, check
 from moco_scale.untrusted.linear_file import LinearFile, Momenta
@@ -25,7 +25,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written; the earlier state is untouched.
     """
-    together.on_main(lambda: _write(path, state))
+    consensus.on_main(lambda: _write(path, state))
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ def load(
         UserError: the state belongs to something else that is not finished (each difference is
             named), is damaged, or is not wanted.
     """
-    return together.on_main(lambda: _read(path, identity, described, resume, classifier))
+    return consensus.on_main(lambda: _read(path, identity, described, resume, classifier))
 
 
 def _read(

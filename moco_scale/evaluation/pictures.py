@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale import together
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Pictures
+from moco_scale.distributed import consensus
 from moco_scale.evaluation.curves import INK, drawn, new_figure, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract
 from moco_scale.evaluation.knn import Splits, bank_and_queries
@@ -237,7 +237,7 @@ def neighbours_sheet(
             title=title,
         )
 
-    together.on_main(lambda: drawn(draw))
+    consensus.on_main(lambda: drawn(draw))
 
 
 def _varied(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from moco_scale import together
+from moco_scale.distributed import consensus
 from moco_scale.utils.errors import StoppedEarly, UserError
 from moco_scale.utils.log import say
 from moco_scale.utils.own_folders import without_links
@@ -154,7 +154,7 @@ def claim_for_all(lock: RunLock) -> None:
             raise UserError(f"{lock.path} cannot be written: {error.strerror or error}") from error
         return None
 
-    busy = together.on_main(claim)
+    busy = consensus.on_main(claim)
     if busy is not None:
         raise busy
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from moco_scale.launchers import has_launcher, started_by_deepspeed
+from moco_scale.distributed.launchers import has_launcher, started_by_deepspeed
 from moco_scale.utils.log import say
 
 STARTER = "MOCO_SCALE_STARTER"

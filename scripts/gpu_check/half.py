@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
@@ -85,9 +85,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="a tiny network, nothing is compiled")
     args = parser.parse_args()
-    distributed.initialize(args.device)
+    collectives.initialize(args.device)
     global DEVICE
-    DEVICE = distributed.device()
+    DEVICE = collectives.device()
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     generator = torch.Generator().manual_seed(0)
     batch, size = (4, 16) if args.tiny else (32, 224)
@@ -104,7 +104,7 @@ def main() -> None:
         if not distance < BOUNDS[precision]:
             wrong.append(precision)
     print(json.dumps(result))
-    distributed.shutdown()
+    collectives.shutdown()
     if wrong:
         sys.exit(f"compiled blocks differ too much in {', '.join(wrong)}")
 

@@ -1,7 +1,7 @@
 """Run a function on several gloo processes and hand its results, or its failures, to a test.
 
 ``results = run_ranks(function, world, *args)``: ``function`` is a module-level function, called on
-each rank with the same arguments, in a process group that ``moco_scale.distributed`` has joined.
+each rank with the same arguments, in a process group that ``distributed.collectives`` has joined.
 """
 
 from __future__ import annotations
@@ -141,15 +141,15 @@ def _one_rank(
     )
     import torch
 
-    from moco_scale import distributed
+    from moco_scale.distributed import collectives
 
     torch.set_num_threads(1)
     outcome: tuple[bool, Any]
     try:
-        distributed.initialize(device)
+        collectives.initialize(device)
         outcome = (True, function(*args))
         content = pickle.dumps(outcome)
-        distributed.shutdown()
+        collectives.shutdown()
     except BaseException:
         outcome = (False, traceback.format_exc())
         content = pickle.dumps(outcome)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from moco_scale import distributed
 from moco_scale.batchnorm import GroupedBatchNorm2d
+from moco_scale.distributed import collectives
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import Engine, EngineSettings
 from moco_scale.moco import MoCo
@@ -60,7 +60,7 @@ def engine_around(
             read = look_through(
                 file.name,
                 batch_size=BATCH,
-                world=distributed.world_size(),
+                world=collectives.world_size(),
                 precision=settings.precision,
                 clip_norm=settings.clip_norm,
                 parts=settings.parts,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from harness import run_ranks
 
-from moco_scale import distributed
-from moco_scale.agreement import disagreements, require_agreement, sampled_hash
+from moco_scale.distributed import collectives
+from moco_scale.distributed.same_state import disagreements, require_agreement, sampled_hash
 from moco_scale.utils.errors import PeerLost
 
 HOSTS = ["a", "a", "b", "b"]
@@ -48,7 +48,7 @@ def test_the_same_numbers_in_another_order_are_others() -> None:
 
 
 def compare(strayed: int) -> str:
-    rank = distributed.rank()
+    rank = collectives.rank()
     weights = torch.ones(10) + (rank == strayed)
     try:
         require_agreement({"step": 5, "weights": sampled_hash([weights], 0)}, 5)

@@ -7,8 +7,8 @@ import torch
 from harness import run_ranks
 from torch import Tensor, nn
 
-from moco_scale import distributed
 from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
+from moco_scale.distributed import collectives
 from moco_scale.utils.errors import UserError
 
 SAMPLES, CHANNELS, STEPS = 8, 3, 2
@@ -59,11 +59,11 @@ def one_rank(group_size: int, offset: float, dtype: torch.dtype) -> Outcome:
     module = GroupedBatchNorm2d(CHANNELS)
     prepare(module)
     set_groups(module, group_size, SAMPLES)
-    per_rank = SAMPLES // distributed.world_size()
-    part = slice(distributed.rank() * per_rank, (distributed.rank() + 1) * per_rank)
+    per_rank = SAMPLES // collectives.world_size()
+    part = slice(collectives.rank() * per_rank, (collectives.rank() + 1) * per_rank)
     outcome = train(module, part, offset, dtype)
     # As whenever a checkpoint or an evaluation needs the statistics.
-    distributed.average_([outcome.running_mean, outcome.running_var])
+    collectives.average_([outcome.running_mean, outcome.running_var])
     return outcome
 
 

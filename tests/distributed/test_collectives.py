@@ -14,7 +14,8 @@ import torch
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import command_line, distributed, together
+from moco_scale import command_line
+from moco_scale.distributed import collectives, consensus
 from moco_scale.encoders import build_encoder
 from moco_scale.engines import make_engine
 from moco_scale.moco import MoCo
@@ -28,21 +29,21 @@ def rows_of(rank: int, count: int) -> Tensor:
 
 
 def gathers() -> dict[str, Any]:
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     even = rows_of(rank, 3)
     # Column slices are not contiguous.
     results: dict[str, Any] = {
-        "even": distributed.all_gather_rows(even),
-        "slice": distributed.all_gather_rows(even.float()[:, 1:]),
-        "bytes": distributed.all_gather_rows(even.to(torch.uint8)),
-        "shared out": distributed.reduce_scatter_rows(rows_of(rank, 2 * world).float()),
-        "per node": distributed.ranks_per_node(),
-        "identity": (rank, world, distributed.is_main(), distributed.local_rank()),
+        "even": collectives.all_gather_rows(even),
+        "slice": collectives.all_gather_rows(even.float()[:, 1:]),
+        "bytes": collectives.all_gather_rows(even.to(torch.uint8)),
+        "shared out": collectives.reduce_scatter_rows(rows_of(rank, 2 * world).float()),
+        "per node": collectives.ranks_per_node(),
+        "identity": (rank, world, collectives.is_main(), collectives.local_rank()),
     }
     results["uneven"] = [
-        distributed.all_gather_uneven_rows(rows_of(rank, counts[rank])) for counts in ROWS
+        collectives.all_gather_uneven_rows(rows_of(rank, counts[rank])) for counts in ROWS
     ]
-    distributed.barrier()
+    collectives.barrier()
     return results
 
 
@@ -64,37 +65,39 @@ def mixed_tensors(rank: int) -> list[Tensor]:
 
 
 def averages() -> tuple[list[Tensor], list[bool]]:
-    tensors = mixed_tensors(distributed.rank())
+    tensors = mixed_tensors(collectives.rank())
     before = [(t.data_ptr(), t.stride()) for t in tensors]
-    distributed.average_(tensors)
-    distributed.average_([])
-    distributed.average_(tensors[2:3])
+    collectives.average_(tensors)
+    collectives.average_([])
+    collectives.average_(tensors[2:3])
     in_place = [(t.data_ptr(), t.stride()) == b for t, b in zip(tensors, before, strict=True)]
     return [t.detach() for t in tensors], in_place
 
 
 def sums_and_broadcasts() -> tuple[Tensor, list[Tensor], Any]:
-    rank = distributed.rank()
+    rank = collectives.rank()
     total = torch.tensor([1.0, 10.0**rank], dtype=torch.float64)
-    assert distributed.sum_(total) is total
+    assert collectives.sum_(total) is total
     tensors = [torch.full((2,), float(rank)), torch.tensor(rank)]
-    distributed.broadcast_(tensors)
-    return total, tensors, distributed.broadcast_object({"rank": rank, "path": None})
+    collectives.broadcast_(tensors)
+    return total, tensors, collectives.broadcast_object({"rank": rank, "path": None})
 
 
 def errors() -> list[str | None]:
-    rank, found = distributed.rank(), []
+    rank, found = collectives.rank(), []
     for failing in FAILING:
-        error = together.first_error(UserError(f"rank {rank} says so") if rank in failing else None)
+        error = consensus.first_error(
+            UserError(f"rank {rank} says so") if rank in failing else None
+        )
         assert error is None or type(error) is UserError
         found.append(None if error is None else str(error))
     return found
 
 
 def fail_on_the_last() -> int:
-    if distributed.rank() == distributed.world_size() - 1:
+    if collectives.rank() == collectives.world_size() - 1:
         raise UserError("a defect of one rank")
-    return distributed.rank()
+    return collectives.rank()
 
 
 def fail_as_main() -> None:
@@ -108,61 +111,61 @@ def message(action: Callable[[], Any]) -> str:
 
 
 def agreement() -> dict[str, Any]:
-    rank = distributed.rank()
+    rank = collectives.rank()
     results = {
-        "agreed": together.agree(lambda: 10 * rank),
-        "gathered": distributed.gather_objects(f"of rank {rank}"),
-        "on_main": together.on_main(lambda: f"of rank {distributed.rank()}"),
-        "one_failed": message(lambda: together.agree(fail_on_the_last)),
-        "main_failed": message(lambda: together.on_main(fail_as_main)),
+        "agreed": consensus.agree(lambda: 10 * rank),
+        "gathered": collectives.gather_objects(f"of rank {rank}"),
+        "on_main": consensus.on_main(lambda: f"of rank {collectives.rank()}"),
+        "one_failed": message(lambda: consensus.agree(fail_on_the_last)),
+        "main_failed": message(lambda: consensus.on_main(fail_as_main)),
     }
     return results
 
 
 def blocks() -> dict[int, tuple[Tensor, float]]:
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     results: dict[int, tuple[Tensor, float]] = {}
     for size in (1, 2, 4):
         if world == 1 or size > world:
             continue
-        group = distributed.neighbours(size)
+        group = collectives.neighbours(size)
         assert group.size == size
-        stacked = distributed.gather_stack(torch.tensor([rank, 10 * rank]), group)
-        total = distributed.sum_(torch.tensor(float(rank)), group.handle).item()
+        stacked = collectives.gather_stack(torch.tensor([rank, 10 * rank]), group)
+        total = collectives.sum_(torch.tensor(float(rank)), group.handle).item()
         results[size] = stacked, total
     with pytest.raises(ValueError, match=f"blocks of 3 ranks do not tile {world} ranks"):
-        distributed.neighbours(3)
+        collectives.neighbours(3)
     return results
 
 
 def hosts() -> tuple[int, float, list[int]]:
     """Size of this host's group, the sum of its ranks, and what an exchange within it brings."""
-    rank = distributed.rank()
+    rank = collectives.rank()
     with pytest.MonkeyPatch.context() as patch:  # ranks take turns, as srun may deal them out
         patch.setattr(socket, "gethostname", lambda: f"host-{rank % 2}")
-        group = distributed.host_group()
-    total = distributed.sum_(torch.tensor(float(rank)), group.handle).item()
+        group = collectives.host_group()
+    total = collectives.sum_(torch.tensor(float(rank)), group.handle).item()
     ones, rows = [1] * group.size, torch.full((group.size, 1), rank)
-    got = distributed.start_exchange_rows(rows, ones, ones, group).wait()
+    got = collectives.start_exchange_rows(rows, ones, ones, group).wait()
     return group.size, total, got[:, 0].tolist()
 
 
 def exchange() -> Tensor:
     """Rank r sends the number r * 10 + destination in (r + destination) % 3 rows."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     send = [(rank + to) % 3 for to in range(world)]
     receive = [(source + rank) % 3 for source in range(world)]
     values = torch.tensor([rank * 10 + to for to in range(world)], dtype=torch.uint8)
     rows = values.repeat_interleave(torch.tensor(send))[:, None].expand(-1, 5)
-    pending = distributed.start_exchange_rows(rows, send, receive)
-    distributed.barrier()  # other messages may pass while it is under way
+    pending = collectives.start_exchange_rows(rows, send, receive)
+    collectives.barrier()  # other messages may pass while it is under way
     return pending.wait()
 
 
 def turns() -> tuple[set[int], str]:
     """Which ranks had had their turn before this one, on hosts of two ranks each."""
-    rank = distributed.rank()
-    folder = Path(distributed.broadcast_object(tempfile.mkdtemp() if rank == 0 else ""))
+    rank = collectives.rank()
+    folder = Path(collectives.broadcast_object(tempfile.mkdtemp() if rank == 0 else ""))
 
     signs: list[int] = []
 
@@ -176,9 +179,9 @@ def turns() -> tuple[set[int], str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", str(rank % 2))
-        before = together.in_turn(action, lambda: signs.append(1))
+        before = consensus.in_turn(action, lambda: signs.append(1))
         assert signs
-        failed = message(lambda: together.in_turn(lambda gets_on: fail_as_main()))
+        failed = message(lambda: consensus.in_turn(lambda gets_on: fail_as_main()))
     return before, failed
 
 
@@ -200,7 +203,7 @@ Ranks = list[dict[str, Any]]
 
 def test_who_waits_for_a_turn_waits_as_long_as_it_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten hours in steps of a tenth of what is waited at most, then nothing more."""
-    limit = distributed.time_out()
+    limit = collectives.time_out()
     now, got_on, alive = [0.0], [0], []
 
     def state(wait: float) -> tuple[bool, int]:
@@ -209,15 +212,15 @@ def test_who_waits_for_a_turn_waits_as_long_as_it_gets_on(monkeypatch: pytest.Mo
         return now[0] < 40_000, got_on[0]
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(distributed, "sum_", lambda tensor: tensor)
+    monkeypatch.setattr(collectives, "sum_", lambda tensor: tensor)
     with pytest.raises(PeerLost, match=r"1 rank\(s\) .* not got on"):
-        together._until_all_are_done(state, lambda: alive.append(now[0]))
+        consensus._until_all_are_done(state, lambda: alive.append(now[0]))
     assert (
         alive[-1] + limit / 10 >= 36_000 and alive[-1] + limit < now[0] <= alive[-1] + 1.2 * limit
     )
     assert len(alive) == got_on[0] > 100
     alive.clear()
-    together._until_all_are_done(lambda wait: (False, 0), lambda: alive.append(0.0))
+    consensus._until_all_are_done(lambda wait: (False, 0), lambda: alive.append(0.0))
     assert not alive
 
 
@@ -301,14 +304,14 @@ def test_one_process_has_one_turn() -> None:
         taken.append(1)
         return "done"
 
-    assert together.in_turn(action) == "done"
+    assert consensus.in_turn(action) == "done"
     assert taken == [1]
 
 
 def test_one_process_keeps_its_own_error() -> None:
     error = RankError(UserError("a picture"), 0)
-    assert together.first_error(error) is error
-    assert together.first_error(None) is None
+    assert consensus.first_error(error) is error
+    assert consensus.first_error(None) is None
 
 
 def test_neighbours_share_a_block(ranks: Ranks) -> None:
@@ -337,28 +340,28 @@ def test_rows_are_exchanged_in_uneven_numbers(ranks: Ranks) -> None:
 
 
 def test_one_process_needs_no_group() -> None:
-    assert distributed.world_size() == 1 and distributed.rank() == 0 and distributed.is_main()
+    assert collectives.world_size() == 1 and collectives.rank() == 0 and collectives.is_main()
     rows = torch.arange(6).view(3, 2)
-    assert torch.equal(distributed.all_gather_rows(rows), rows)
-    assert torch.equal(distributed.all_gather_uneven_rows(rows), rows)
-    assert torch.equal(distributed.start_exchange_rows(rows, [3], [3]).wait(), rows)
-    assert distributed.sum_(rows.clone()).equal(rows)
-    assert distributed.broadcast_object("x") == "x"
+    assert torch.equal(collectives.all_gather_rows(rows), rows)
+    assert torch.equal(collectives.all_gather_uneven_rows(rows), rows)
+    assert torch.equal(collectives.start_exchange_rows(rows, [3], [3]).wait(), rows)
+    assert collectives.sum_(rows.clone()).equal(rows)
+    assert collectives.broadcast_object("x") == "x"
     means = torch.ones(2)
-    distributed.average_([means])
-    distributed.broadcast_([means])
-    distributed.barrier()
-    distributed.shutdown()
+    collectives.average_([means])
+    collectives.broadcast_([means])
+    collectives.barrier()
+    collectives.shutdown()
     assert means.tolist() == [1, 1]
 
 
 def blocks_in_turn() -> list[float]:
     """The second block is made when the first one is done with its own."""
-    turn, rank = distributed.side_store("turn"), distributed.rank()
+    turn, rank = collectives.side_store("turn"), collectives.rank()
     if rank >= 2:
         turn.get("0")  # waits for it
-    group = distributed.neighbours(2)
-    found = distributed.sum_(torch.full((1,), float(rank)), group.handle).tolist()
+    group = collectives.neighbours(2)
+    found = collectives.sum_(torch.full((1,), float(rank)), group.handle).tolist()
     if rank == 0:
         turn.set("0", "done")
     return found
@@ -372,7 +375,7 @@ def engine_groups(flags: tuple[str, ...]) -> list[bool]:
     """Whether each group that there is has the time-out of this program."""
     from torch.distributed import distributed_c10d
 
-    distributed._timeout = timedelta(seconds=1234)
+    collectives._timeout = timedelta(seconds=1234)
     small = ["--dataset", "cifar10", "--batch-size", "8", "--bn-group-size", "2"]
     config = command_line.parse([*small, *flags])
     moco = MoCo(build_encoder("resnet18", stem="cifar", dim=8, image_size=8))
@@ -406,16 +409,16 @@ def test_slurm_tasks_without_an_address_are_told_what_to_export(
 ) -> None:
     environment(monkeypatch, SLURM_STEP_ID="0", SLURM_PROCID="1", SLURM_NTASKS="2")
     with pytest.raises(UserError, match="export MASTER_ADDR="):
-        distributed.initialize("cpu")
+        collectives.initialize("cpu")
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     environment(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
-        distributed.initialize("cuda")
+        collectives.initialize("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     environment(monkeypatch, LOCAL_RANK="2", RANK="6", WORLD_SIZE="8")
     with pytest.raises(RankError, match=r"rank 6 .*: local rank 2 has no GPU of its own"):
-        distributed.initialize("cuda")
+        collectives.initialize("cuda")

@@ -12,8 +12,8 @@ from harness import run_ranks
 from small_engines import ALPHA, BATCH, DIM, ENCODERS, MOMENTUM, RATE, SIZE, engine_around
 from torch import Tensor, nn
 
-from moco_scale import distributed
 from moco_scale.batchnorm import set_groups
+from moco_scale.distributed import collectives
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import EngineSettings, clip_
 from moco_scale.infonce import Negatives, infonce
@@ -56,14 +56,14 @@ def train(
     engine = engine_around(kind, moco, chosen, zero)
     generator = torch.Generator().manual_seed(1)
     queue = nn.functional.normalize(torch.randn(40, DIM, generator=generator), dim=1)
-    per_rank = BATCH // distributed.world_size()
-    mine = slice(distributed.rank() * per_rank, (distributed.rank() + 1) * per_rank)
+    per_rank = BATCH // collectives.world_size()
+    mine = slice(collectives.rank() * per_rank, (collectives.rank() + 1) * per_rank)
     result: dict[str, Any] = {"losses": [], "applied": [], "scales": [], "frozen": []}
     last = cloned(engine.model_state()) | cloned(engine.optimizer_state())
     engine.moco.train()
     for step in range(steps):
         pictures = torch.randn(views + 1, BATCH, 3, SIZE, SIZE, generator=generator)[:, mine]
-        if step == overexposed and distributed.rank() == 0:
+        if step == overexposed and collectives.rank() == 0:
             pictures = pictures * 1e6
         keys = engine.key(pictures[-1])
         if engine.loss_scale is not None:
@@ -87,7 +87,7 @@ def train(
             last = now
         result["losses"].append(mean)
         result["applied"].append(applied)
-    distributed.average_(list(moco.buffers()))
+    collectives.average_(list(moco.buffers()))
     result["state"] = cloned(engine.model_state())
     result["momenta"] = cloned(engine.optimizer_state())
     whole = engine.query_encoder(ENCODERS[encoder]).eval()
@@ -303,7 +303,7 @@ def average_for_long(kind: str, precision: str) -> float:
     start = {n: t.double() for n, t in cloned(moco.query.state_dict()).items()}
     exact = dict(start)
     engine = engine_around(kind, moco, EngineSettings(MOMENTUM, 1e-4, precision))
-    generator = torch.Generator().manual_seed(distributed.rank())
+    generator = torch.Generator().manual_seed(collectives.rank())
     for _ in range(1000):
         (query,) = engine.query(torch.randn(4, 3, 2, 2, generator=generator))
         engine.key(torch.randn(4, 3, 2, 2, generator=generator))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from harness import run_ranks
 
-from moco_scale import together
 from moco_scale.data import index_place, scanned_index, tar_scan
 from moco_scale.data.index_file import INDEX_JSON
 from moco_scale.data.open_shards import open_shards
+from moco_scale.distributed import consensus
 from moco_scale.utils.errors import UserError
 
 
@@ -34,7 +34,7 @@ def scans(folder: Path) -> tuple[int, int, str, str]:
     scanned_index.scan_tar = counted
     index_place.MOST_WORKERS = 1
     try:
-        shards = together.in_turn(partial(open_shards, folder, "train"))
+        shards = consensus.in_turn(partial(open_shards, folder, "train"))
     except UserError as error:
         return 0, len(scanned), "", str(error)
     return len(shards), len(scanned), shards.fingerprint, ""

@@ -8,18 +8,18 @@ import pytest
 import torch
 from harness import RankError, run_ranks
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 
 
 def sum_of_ranks(offset: int) -> tuple[int, float]:
-    total = distributed.sum_(torch.tensor(float(distributed.rank() + offset)))
-    return distributed.rank(), total.item()
+    total = collectives.sum_(torch.tensor(float(collectives.rank() + offset)))
+    return collectives.rank(), total.item()
 
 
 def fail_on_rank_one() -> None:
-    if distributed.rank() == 1:
+    if collectives.rank() == 1:
         raise ValueError("a defect on purpose")
-    distributed.barrier()
+    collectives.barrier()
 
 
 def hang() -> None:

@@ -10,8 +10,9 @@ from commands import TINY
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import command_line, distributed
+from moco_scale import command_line
 from moco_scale.data.reader import ViewBatch
+from moco_scale.distributed import collectives
 from moco_scale.inputs import Inputs
 from moco_scale.pretrain import Pretraining
 from moco_scale.run_state import save_state
@@ -114,7 +115,7 @@ def order_of_messages(flags: list[str]) -> tuple[bool, list[str]]:
     """Whether nothing is made ahead, and what happened in one step, in this order."""
     happened: list[str] = []
     run = Pretraining(command_line.parse(flags))
-    wait, query = distributed.PendingRows.wait, run.engine.query
+    wait, query = collectives.PendingRows.wait, run.engine.query
 
     def noted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
         def noting(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +125,7 @@ def order_of_messages(flags: list[str]) -> tuple[bool, list[str]]:
         return noting
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed.PendingRows, "wait", noted("exchanged", wait))
+        patch.setattr(collectives.PendingRows, "wait", noted("exchanged", wait))
         patch.setattr(run.engine, "query", noted("queries", query))
         run.engine.moco.train()
         run.train_step(next(run.loader(STEPS)))
@@ -148,10 +149,10 @@ def alone_without_order(flags: list[str]) -> list[tuple[bool, list[str]]]:
     results = []
     for kept in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distributed, "launches_in_order", lambda kept=kept: kept)
+            patch.setattr(collectives, "launches_in_order", lambda kept=kept: kept)
             run = Pretraining(command_line.parse(flags))
             results.append((run.inputs.alone, run.engine.notes))
-    distributed.barrier()  # rank 0 keeps the store where groups are made
+    collectives.barrier()  # rank 0 keeps the store where groups are made
     return results
 
 
@@ -174,15 +175,15 @@ def test_engines_with_communicators_of_their_own_need_nccls_order(
 def test_whether_nccls_order_is_kept(
     version: tuple[int, ...], value: str, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert distributed.launches_in_order()  # one process
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    assert distributed.launches_in_order()  # over gloo
-    monkeypatch.setattr(distributed, "_device", torch.device("cuda", 0))
+    assert collectives.launches_in_order()  # one process
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    assert collectives.launches_in_order()  # over gloo
+    monkeypatch.setattr(collectives, "_device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: version)
-    monkeypatch.delenv(distributed.LAUNCH_ORDER, raising=False)
-    assert not distributed.launches_in_order()
-    monkeypatch.setenv(distributed.LAUNCH_ORDER, value)
-    assert distributed.launches_in_order() is kept
+    monkeypatch.delenv(collectives.LAUNCH_ORDER, raising=False)
+    assert not collectives.launches_in_order()
+    monkeypatch.setenv(collectives.LAUNCH_ORDER, value)
+    assert collectives.launches_in_order() is kept
 
 
 def trained_on_a_gpu(flags: list[str], ahead: bool) -> dict[str, Tensor]:

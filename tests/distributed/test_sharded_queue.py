@@ -14,7 +14,8 @@ from dense_infonce import compare, enqueue, loss_and_gradient, new_ring
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import checkpoint, command_line, distributed
+from moco_scale import checkpoint, command_line
+from moco_scale.distributed import collectives
 from moco_scale.infonce import Negatives, infonce
 from moco_scale.pretrain import Pretraining
 from moco_scale.queue import DTYPES, KeyQueue, share
@@ -61,7 +62,7 @@ STEPS = 6  # empty, filling, full, overwritten
 
 def one_rank() -> list[list[list[Tensor]]]:
     """Of each case and step: loss and gradient of this rank's queries, their mean similarity."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     results = []
     for case in cases():
@@ -108,7 +109,7 @@ def test_a_query_that_is_not_finite_spoils_no_other() -> None:
 
 
 def with_a_bad_query() -> Tensor:
-    rank = distributed.rank()
+    rank = collectives.rank()
     query, keys = unit_rows(3, rank), unit_rows(3, 10 + rank)
     if rank == 0:
         query[1] = math.nan
@@ -120,14 +121,14 @@ def traffic() -> dict[str, int]:
     """Bytes handed to each collective by one loss and one enqueue of a queue of 10,000 keys."""
     sent: dict[str, int] = {}
     for name in ("_all_gather", "_reduce_scatter"):
-        real = getattr(distributed, name)
+        real = getattr(collectives, name)
 
         def watched(out: Tensor, rows: Tensor, real: Any = real, name: str = name) -> Any:
             sent[name] = sent.get(name, 0) + rows.numel() * rows.element_size()
             return real(out, rows)
 
-        setattr(distributed, name, watched)
-    queue = KeyQueue(10_000, DIM, 0, "cpu", shard=(distributed.rank(), distributed.world_size()))
+        setattr(collectives, name, watched)
+    queue = KeyQueue(10_000, DIM, 0, "cpu", shard=(collectives.rank(), collectives.world_size()))
     images = np.arange(6)
     queue.contrast(unit_rows(6, 0), unit_rows(6, 1), T, images)
     queue.enqueue(unit_rows(12, 2), np.arange(12))
@@ -144,7 +145,7 @@ def test_what_travels_does_not_depend_on_the_queue() -> None:
 
 
 def write(folder: str, length: int, sharded: bool) -> None:
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     whole = unit_rows(length, 1).bfloat16()
     first, end = share(length, rank, world)
     tensors = {"other": torch.ones(2), "queue.keys": whole[first:end] if sharded else whole}
@@ -154,7 +155,7 @@ def write(folder: str, length: int, sharded: bool) -> None:
 
 
 def read(folder: str, length: int) -> tuple[Tensor, Tensor]:
-    first, end = share(length, distributed.rank(), distributed.world_size())
+    first, end = share(length, collectives.rank(), collectives.world_size())
     rows = {"queue.keys": checkpoint.Rows(first, end - first, length)}
     return (
         checkpoint.load(Path(folder), rows)["queue.keys"],

@@ -10,8 +10,9 @@ from commands import TINY
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import command_line, distributed
+from moco_scale import command_line
 from moco_scale.data.random import permutation
+from moco_scale.distributed import collectives
 from moco_scale.pretrain import Pretraining
 from moco_scale.queue import KeyQueue
 from moco_scale.run_state import save_state
@@ -40,7 +41,7 @@ def encode(crops: Tensor) -> Tensor:
 def watch_messages() -> list[dict[str, Any]]:
     """Record what is handed to the all-to-all, without touching it."""
     sent: list[dict[str, Any]] = []
-    real = distributed.dist.all_to_all_single
+    real = collectives.dist.all_to_all_single
 
     def watched(
         out: Tensor, rows: Tensor, receive: list[int], send: list[int], **options: Any
@@ -56,12 +57,12 @@ def watch_messages() -> list[dict[str, Any]]:
         )
         return real(out, rows, receive, send, **options)
 
-    distributed.dist.all_to_all_single = watched  # type: ignore[assignment]
+    collectives.dist.all_to_all_single = watched  # type: ignore[assignment]
     return sent
 
 
 def one_rank(mode: str, group: int = 0) -> dict[str, Any]:
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = collectives.rank(), collectives.world_size()
     per_rank = BATCH // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     sent = watch_messages()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from harness import run_ranks
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 from moco_scale.step_times import PERSISTS, StepTimes
 from moco_scale.timing import AGREE, DATA, FORWARD, PHASES, SHUFFLE, Phases
 
@@ -27,7 +27,7 @@ def reports(slow: int, phase: str, times: list[float]) -> list[tuple[dict[str, f
     for more in times:
         seconds = {DATA: 0.2, FORWARD: 2.0, SHUFFLE: 0.0, AGREE: 0.1}
         # All ranks take equally long: who does not work waits.
-        seconds[phase if distributed.rank() == slow else SHUFFLE] += more
+        seconds[phase if collectives.rank() == slow else SHUFFLE] += more
         results.append(step_times.gather(Spent(**seconds), 2))
     return results
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from harness import CONTEXT, free_port, run_ranks
 
-from moco_scale import distributed, stopping
-from moco_scale.stopping import StopRequest
+from moco_scale.distributed import collectives, stop_signal
+from moco_scale.distributed.stop_signal import StopRequest
 
 
 def stand_in_a_collective(rank: int, port: int, ready: Any) -> None:
@@ -22,18 +22,18 @@ def stand_in_a_collective(rank: int, port: int, ready: Any) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    stopping.ONE_SIGNAL = 0.0
-    distributed.initialize("cpu")
+    stop_signal.ONE_SIGNAL = 0.0
+    collectives.initialize("cpu")
     if rank == 1:
         ready.wait()  # for the other; nobody sets it a second time
         signal.pause()
     with StopRequest(0, 0.0):
-        work = distributed.start_max(torch.ones(1))
+        work = collectives.start_max(torch.ones(1))
         ready.set()
         work.wait()  # in C++, where no Python handler runs
 
 
-@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("number", stop_signal.SIGNALS)
 def test_a_second_signal_ends_a_process_that_waits_for_another(number: int) -> None:
     port, ready = free_port(), CONTEXT.Event()
     ranks = [
@@ -60,7 +60,7 @@ def test_a_second_signal_ends_a_process_that_waits_for_another(number: int) -> N
 def agree_and_look(number: int) -> list[Any]:
     """What ranks are told in each of five rounds, the last of them having got a signal."""
     told: list[Any] = []
-    last = distributed.rank() == distributed.world_size() - 1
+    last = collectives.rank() == collectives.world_size() - 1
     with StopRequest(0, 0.0) as stop:
         for turn in range(5):
             if turn == 1 and last:
@@ -81,10 +81,10 @@ def test_all_ranks_hear_of_it_in_the_same_round(world: int) -> None:
 
 def signals_after_the_block() -> tuple[Any, int]:
     """What is left of the handlers."""
-    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    before = [signal.getsignal(number) for number in stop_signal.SIGNALS]
     with StopRequest(0, 0.0):
-        inside = [signal.getsignal(number) for number in stopping.SIGNALS]
-    after = [signal.getsignal(number) for number in stopping.SIGNALS]
+        inside = [signal.getsignal(number) for number in stop_signal.SIGNALS]
+    after = [signal.getsignal(number) for number in stop_signal.SIGNALS]
     return (before == after, before != inside), signal.set_wakeup_fd(-1)
 
 

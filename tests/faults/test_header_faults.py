@@ -16,12 +16,12 @@ import numpy.typing as npt
 import pytest
 from harness import in_processes, run_ranks
 
-from moco_scale import together
 from moco_scale.__main__ import main
 from moco_scale.data import examine, header_check, index_place
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.tar_scan import ShardScan, member_places, scan_tar
+from moco_scale.distributed import consensus
 from moco_scale.utils.errors import UserError
 
 
@@ -304,7 +304,7 @@ def opened(folder: Path) -> tuple[int, list[str], str]:
     header_check.member_places = partial(counted, names)
     index_place.MOST_WORKERS = 1
     try:
-        return len(together.in_turn(partial(open_shards, folder, "train"))), names, ""
+        return len(consensus.in_turn(partial(open_shards, folder, "train"))), names, ""
     except UserError as error:
         return 0, names, str(error)
 

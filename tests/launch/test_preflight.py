@@ -15,7 +15,8 @@ import pytest
 from commands import TINY, forked, make_shards
 from conftest import write_picture
 
-from moco_scale import command_line, distributed, identity, preflight
+from moco_scale import command_line, preflight
+from moco_scale.distributed import collectives, same_setup
 
 
 def other_flags(*flags: str) -> None:
@@ -28,7 +29,7 @@ def other_flags(*flags: str) -> None:
 def other_code(package: str) -> None:
     """Rank 1's package lies elsewhere."""
     if os.environ["RANK"] == "1":
-        identity.PACKAGE = Path(package)
+        same_setup.PACKAGE = Path(package)
 
 
 def other_library(name: str, version: str) -> None:
@@ -41,7 +42,7 @@ def other_library(name: str, version: str) -> None:
 
 @pytest.fixture
 def edited(tmp_path: Path) -> Path:
-    package = shutil.copytree(identity.PACKAGE, tmp_path / "edited")
+    package = shutil.copytree(same_setup.PACKAGE, tmp_path / "edited")
     (package / "schedules.py").write_text("# edited\n")
     return package
 
@@ -104,7 +105,7 @@ def alone_of_two(rank: int, port: int) -> None:
     """The other process never comes."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
-    distributed.MEETING = timedelta(seconds=1)
+    collectives.MEETING = timedelta(seconds=1)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from moco_scale import announcement as module
-from moco_scale import distributed
 from moco_scale.announcement import announcement, title
 from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.command_line import parse
+from moco_scale.distributed import collectives
 from moco_scale.recipes import RECIPES
 
 
@@ -22,7 +22,7 @@ def said(
     monkeypatch: pytest.MonkeyPatch, line: str, *, pictures: int = 1_281_167, world: int = 1
 ) -> str:
     """The announcement of a run with these flags."""
-    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    monkeypatch.setattr(collectives, "world_size", lambda: world)
     monkeypatch.setattr(module, "epoch_notes", lambda *_: [])
     run: Any = SimpleNamespace(
         config=parse(line.split()),

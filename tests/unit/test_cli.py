@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moco_scale import command_line, distributed
+from moco_scale import command_line
 from moco_scale.cli import run_command
+from moco_scale.distributed import collectives
 from moco_scale.utils.errors import RankError, UserError
 
 PAIR = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -45,7 +46,7 @@ def test_a_path_that_the_system_refuses_is_a_users_error(told: Callable[..., str
 
 
 def start() -> None:
-    distributed.initialize("cpu")
+    collectives.initialize("cpu")
 
 
 def train(*flags: str) -> Callable[[], object]:
@@ -87,7 +88,7 @@ def test_a_rank_without_a_gpu_says_so(
     told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = told(lambda: distributed.initialize("cuda"), RANK="1", **PAIR)
+    said = told(lambda: collectives.initialize("cuda"), RANK="1", **PAIR)
     assert said.startswith(f"train.py: error: {ALONE}--device cuda: torch sees no CUDA device")
 
 
@@ -99,7 +100,7 @@ def test_rank_0_says_how_a_command_line_is_written(told: Callable[..., str]) -> 
 def test_ranks_that_have_met_say_it_once(
     told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "have_met", lambda: True)
+    monkeypatch.setattr(collectives, "have_met", lambda: True)
 
     def fail() -> None:
         raise UserError("shared")

@@ -4,15 +4,15 @@ import socket
 
 import pytest
 
-from moco_scale import interfaces
-from moco_scale.interfaces import interface_to, name_interface
+from moco_scale.distributed import network_interface
+from moco_scale.distributed.network_interface import interface_to, name_interface
 
 FAR = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node-a"}
 
 
 def named(monkeypatch: pytest.MonkeyPatch, own: str, **routes: str) -> dict[str, str]:
     """Interfaces by address, and what this host's own name means."""
-    monkeypatch.setattr(interfaces, "interface_to", {k: v for k, v in routes.items()}.get)
+    monkeypatch.setattr(network_interface, "interface_to", {k: v for k, v in routes.items()}.get)
     monkeypatch.setattr(socket, "gethostbyname", lambda name: own)
     environ = dict(FAR)
     name_interface(environ)
@@ -32,7 +32,7 @@ def test_the_interface_to_rank_0_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_who_knows_better_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interfaces, "interface_to", lambda host: "eth0")
+    monkeypatch.setattr(network_interface, "interface_to", lambda host: "eth0")
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
     for environ in (
         FAR | {"GLOO_SOCKET_IFNAME": "ib1"},
@@ -48,5 +48,5 @@ def test_interfaces_are_found() -> None:
     assert interface_to("127.0.0.1") is None
     assert interface_to("no-such-host.invalid") is None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        assert interfaces._address_of("lo", probe) == "127.0.0.1"
-        assert interfaces._address_of("nothing", probe) is None
+        assert network_interface._address_of("lo", probe) == "127.0.0.1"
+        assert network_interface._address_of("nothing", probe) is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moco_scale.launchers import (
+from moco_scale.distributed.launchers import (
     complete_environment,
     first_host,
     gpu_of,

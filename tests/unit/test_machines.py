@@ -1,6 +1,6 @@
 """What a preflight makes of what it finds."""
 
-from moco_scale.bandwidth import Bandwidth
+from moco_scale.distributed.bandwidth import Bandwidth
 from moco_scale.preflight import (
     GIB,
     Machine,

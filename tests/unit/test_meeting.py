@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from moco_scale import meeting
+from moco_scale.distributed import rendezvous
 from moco_scale.utils.errors import UserError
 
 
@@ -17,10 +17,10 @@ def environ(host: str, port: int = 0, local: str = "") -> dict[str, str]:
 def test_a_name_that_is_unknown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str
 ) -> None:
-    monkeypatch.setattr(meeting, "RESOLVE_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "RESOLVE_SECONDS", 0.0)
     for way in (
-        lambda: meeting.reach(environ(host, 1), 1.0),
-        lambda: meeting.listen(environ(host)),
+        lambda: rendezvous.reach(environ(host, 1), 1.0),
+        lambda: rendezvous.listen(environ(host)),
     ):
         with pytest.raises(UserError, match=r"MASTER_ADDR=.* is no host that is known here"):
             way()
@@ -31,9 +31,9 @@ def test_a_port_that_nobody_listens_at(capsys: pytest.CaptureFixture[str]) -> No
         holder.bind(("127.0.0.1", 0))  # and does not listen
         port = holder.getsockname()[1]
         with pytest.raises(UserError, match=rf"cannot reach rank 0 at 127.0.0.1:{port} .*refused"):
-            meeting.reach(environ("127.0.0.1", port), 0.0)
+            rendezvous.reach(environ("127.0.0.1", port), 0.0)
         holder.listen()
-        meeting.reach(environ("127.0.0.1", port), 0.0)
+        rendezvous.reach(environ("127.0.0.1", port), 0.0)
 
 
 def test_the_store_listens_where_it_is_reached_and_nowhere_else() -> None:
@@ -43,7 +43,7 @@ def test_the_store_listens_where_it_is_reached_and_nowhere_else() -> None:
         ("localhost", "1", ""),  # of several hosts: a name means more
         ("192.0.2.200", "", ""),  # of no interface here: a machine in between
     ):
-        found = meeting.listen(environ(host, local=local))
+        found = rendezvous.listen(environ(host, local=local))
         if bound == "":
             assert found is None
             continue
@@ -58,4 +58,4 @@ def test_a_port_that_is_taken() -> None:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         with pytest.raises(UserError, match="is taken: another run"):
-            meeting.listen(environ("127.0.0.1", holder.getsockname()[1]))
+            rendezvous.listen(environ("127.0.0.1", holder.getsockname()[1]))

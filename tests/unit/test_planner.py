@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from moco_scale import command_line, distributed
+from moco_scale import command_line
 from moco_scale.__main__ import main
 from moco_scale.batchnorm import set_groups
 from moco_scale.config_rules import check_shuffle_group
+from moco_scale.distributed import collectives
 from moco_scale.encoders import build_encoder
 from moco_scale.engines import fsdp
 from moco_scale.flops import count_flops
@@ -296,8 +297,8 @@ def test_a_plan_refuses_what_a_run_refuses(
         make_plan(config, 1, world, PRESETS["a100"])
 
     def run() -> None:
-        monkeypatch.setattr(distributed, "world_size", lambda: world)
-        monkeypatch.setattr(distributed, "neighbours", lambda size: distributed.Subgroup(None, 1))
+        monkeypatch.setattr(collectives, "world_size", lambda: world)
+        monkeypatch.setattr(collectives, "neighbours", lambda size: collectives.Subgroup(None, 1))
         parts = config.run.accumulation_steps
         set_groups(build_model(config), config.model.bn_group_size, config.optim.batch_size, parts)
         if config.run.engine == "fsdp":

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from moco_scale.restarts import name_of_start
+from moco_scale.distributed.restart_id import name_of_start
 from moco_scale.utils.errors import UserError
 
 

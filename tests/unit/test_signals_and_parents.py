@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from moco_scale.launchers import has_launcher, started_by_deepspeed
+from moco_scale.distributed.launchers import has_launcher, started_by_deepspeed
 
 # A mutex that is locked twice: no signal brings this thread back to Python.
 STUCK = """

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moco_scale import distributed
 from moco_scale.beats import Beat
+from moco_scale.distributed import collectives
 from moco_scale.timing import DATA, Phases
 from moco_scale.untrusted.documents import DocumentError
 from moco_scale.untrusted.store_message import Verdict, parse_verdict
@@ -81,8 +81,8 @@ class Store:
 
 
 def watch_of(patch: pytest.MonkeyPatch, folder: Path, store: Store) -> Watch:
-    patch.setattr(distributed, "world_size", lambda: 2)
-    patch.setattr(distributed, "rank", lambda: 0)
+    patch.setattr(collectives, "world_size", lambda: 2)
+    patch.setattr(collectives, "rank", lambda: 0)
     phases = Phases()
     phases.enter(DATA, 1)
     watch = Watch(phases, 100.0, folder, "train.py")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from moco_scale import distributed, watchdog
+from moco_scale import watchdog
+from moco_scale.distributed import collectives
 from moco_scale.timing import DATA, EVALUATION, FORWARD, Phases
 from moco_scale.untrusted.store_message import Verdict
 from moco_scale.watchdog import Watch
@@ -54,14 +55,14 @@ class Job:
     def __init__(self, patch: pytest.MonkeyPatch, timeout: float, world: int = 8) -> None:
         self.clock = Clock()
         patch.setattr(watchdog.time, "monotonic", self.clock.monotonic)
-        patch.setattr(distributed, "world_size", lambda: world)
+        patch.setattr(collectives, "world_size", lambda: world)
         self.store = Store(self.clock)
         self.ended: dict[int, tuple[float, str]] = {}
         self.frozen: set[int] = set()
         self.watches = []
         for rank in range(world):
-            patch.setattr(distributed, "rank", lambda rank=rank: rank)
-            patch.setattr(distributed, "local_rank", lambda rank=rank: rank % 4)
+            patch.setattr(collectives, "rank", lambda rank=rank: rank)
+            patch.setattr(collectives, "local_rank", lambda rank=rank: rank % 4)
             phases = Phases(self.clock.monotonic)
             for step in (1, 2, 3):
                 phases.enter(DATA, step)
@@ -158,7 +159,7 @@ def test_who_waits_for_a_rank_that_gets_on_is_patient(monkeypatch: pytest.Monkey
     job = Job(monkeypatch, 100.0)
     for watch in job.watches:
         watch._phases.enter(EVALUATION)
-    patience = distributed.patience(100.0)
+    patience = collectives.patience(100.0)
     until = 2 * patience
     while job.clock.now < until:
         job.watches[5]._phases.alive()  # it has more to encode than the others
@@ -188,7 +189,7 @@ def test_a_process_on_its_own_is_watched_too(monkeypatch: pytest.MonkeyPatch) ->
     (watch,) = job.watches
     del watch._store
     watch._phases.enter(EVALUATION)
-    for seconds, phase in ((distributed.patience(100.0) - 1, FORWARD), (99.0, DATA), (102.0, "")):
+    for seconds, phase in ((collectives.patience(100.0) - 1, FORWARD), (99.0, DATA), (102.0, "")):
         while seconds > 0 and not job.ended:
             watch._look()
             job.clock.now += watch._interval

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 from moco_scale.utils.errors import PeerLost, UserError
 
 T = TypeVar("T")
@@ -22,12 +22,12 @@ T = TypeVar("T")
 def first_error(error: UserError | None, group: Any = None) -> UserError | None:
     """The error of the lowest rank that has one, on every rank: all stop for the same reason.
 
-    group: of :func:`moco_scale.distributed.side_group`; the default is for the main thread.
+    group: of :func:`collectives.side_group`; the default is for the main thread.
     """
-    if distributed.world_size() == 1:
+    if collectives.world_size() == 1:
         return error
     mine = None if error is None else (socket.gethostname(), str(error), error.status)
-    for number, each in enumerate(distributed.gather_objects(mine, group)):
+    for number, each in enumerate(collectives.gather_objects(mine, group)):
         if each is not None:
             # Rank 0 meets what all ranks meet; what it does not meet needs a place.
             place = f"rank {number} on {each[0]}: " if number else ""
@@ -72,7 +72,7 @@ def in_turn(
         UserError: that of the lowest rank in whose turn ``action`` raised one.
         PeerLost: nobody whose turn it is has got on for as long as a collective may take.
     """
-    turn = 0 if distributed.rank() == 0 else 1 if distributed.local_rank() == 0 else 2
+    turn = 0 if collectives.rank() == 0 else 1 if collectives.local_rank() == 0 else 2
     results = [agree(lambda now=now: _turn(action, turn == now, alive)) for now in range(3)]  # type: ignore[misc]
     return cast(T, results[turn])
 
@@ -80,7 +80,7 @@ def in_turn(
 def _turn(
     action: Callable[[Callable[[], None]], T], mine: bool, alive: Callable[[], None]
 ) -> T | None:
-    if distributed.world_size() == 1:
+    if collectives.world_size() == 1:
         return action(alive) if mine else None
     if not mine:
         _until_all_are_done(lambda wait: (False, 0), alive)
@@ -121,8 +121,8 @@ def _until_all_are_done(
     while True:
         working, signs = state(wait)
         now = time.monotonic()
-        late = now - since > distributed.time_out()
-        at_work, signs, given_up = distributed.sum_(torch.tensor([working, signs, late])).tolist()
+        late = now - since > collectives.time_out()
+        at_work, signs, given_up = collectives.sum_(torch.tensor([working, signs, late])).tolist()
         if not at_work:
             return
         if signs != before:
@@ -138,4 +138,4 @@ def _until_all_are_done(
 
 def on_main(action: Callable[[], T]) -> T:
     """Run something on rank 0; its result, a small picklable object, or its error is everyone's."""
-    return distributed.broadcast_object(agree(lambda: action() if distributed.is_main() else None))
+    return collectives.broadcast_object(agree(lambda: action() if collectives.is_main() else None))

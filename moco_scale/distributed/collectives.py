@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from moco_scale.interfaces import name_interface
-from moco_scale.launchers import complete_environment, gpu_of, why_not_met
-from moco_scale.meeting import meet
+from moco_scale.distributed.launchers import complete_environment, gpu_of, why_not_met
+from moco_scale.distributed.network_interface import name_interface
+from moco_scale.distributed.rendezvous import meet
 from moco_scale.utils.allocator import keep_freed_memory
 from moco_scale.utils.errors import RankError, UserError, first_line
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 
 
 def run_ranks(
@@ -25,7 +25,7 @@ def run_ranks(
         function: importable by name; called in a process group that has been joined.
         world: number of processes.
         args: and the result must pickle.
-        device: as :func:`moco_scale.distributed.initialize` takes it.
+        device: as :func:`moco_scale.distributed.collectives.initialize` takes it.
 
     Raises:
         SystemExit: a process failed; it has printed why.
@@ -81,7 +81,7 @@ def _one_rank(
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
-    distributed.initialize(device)
+    collectives.initialize(device)
     out.put((rank, function(*args)))
-    distributed.barrier()
+    collectives.barrier()
     os._exit(0)  # without the teardown of gloo's and DeepSpeed's threads

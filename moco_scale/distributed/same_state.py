@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 from moco_scale.utils.errors import PeerLost
 
 _SAMPLED = 64  # elements of each tensor
@@ -25,13 +25,13 @@ def require_agreement(numbers: Mapping[str, int | Tensor], step: int) -> None:
     Raises:
         PeerLost: ranks differ; says which of them, and in what.
     """
-    if distributed.world_size() == 1:
+    if collectives.world_size() == 1:
         return
     row = torch.stack([torch.as_tensor(value).cpu() for value in numbers.values()])
-    table = distributed.all_gather_rows(row[None])
+    table = collectives.all_gather_rows(row[None])
     if bool((table == table[0]).all()):
         return
-    found = disagreements(table.tolist(), list(numbers), distributed.hosts())
+    found = disagreements(table.tolist(), list(numbers), collectives.hosts())
     raise PeerLost(
         f"after step {step} the ranks are no longer in the same state: {'; '.join(found)}. "
         "The newest checkpoint is from when they were: the same command goes on from it. If it "

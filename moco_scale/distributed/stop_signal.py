@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moco_scale import distributed
+from moco_scale.distributed import collectives
 from moco_scale.utils.errors import INTERRUPTED, LOST_PEER, STOPPED_EARLY
 from moco_scale.utils.log import say
 from moco_scale.utils.parents import told_instead
@@ -73,7 +73,7 @@ class StopRequest:
         now = time.monotonic()
         if self._first is None:
             self._first, self._signal = now, self._signal or number
-            if distributed.is_main():
+            if collectives.is_main():
                 say(
                     f"{signal.Signals(number).name}: this run stops after the step under way and "
                     f"saves; a second signal, from {ONE_SIGNAL:g} s on, ends it at once and unsaved"
@@ -83,7 +83,7 @@ class StopRequest:
 
     def _launcher_gone(self, why: str) -> None:
         if not self._signal:
-            say(f"{why}: rank {distributed.rank()} stops after the step under way and saves")
+            say(f"{why}: rank {collectives.rank()} stops after the step under way and saves")
             self._signal = signal.SIGTERM
 
     def reader_lost(self) -> None:
@@ -122,8 +122,8 @@ class _LaterMax:
         """What the ranks gave the last time, zeros the first time; all ranks call it."""
         known = self.settle() or [0] * len(mine)
         numbers = torch.tensor(mine, dtype=torch.int64)  # on the CPU: no GPU is waited for
-        self._pending = (numbers, distributed.start_max(numbers))
-        if distributed.world_size() == 1:
+        self._pending = (numbers, collectives.start_max(numbers))
+        if collectives.world_size() == 1:
             known = self.settle()
         return known
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import moco_scale
-from moco_scale import distributed
 from moco_scale.config import Config
+from moco_scale.distributed import collectives
 from moco_scale.utils.errors import UserError
 
 LIBRARIES = ("torch", "torchvision", "numpy", "simplejpeg", "pillow")
@@ -54,7 +54,7 @@ def of_run(config: Config) -> dict[str, str]:
 
     Its DeepSpeed file has been read and checked.
     """
-    facts = installation(distributed.device(), config.run.engine) | of_flags(config.flat())
+    facts = installation(collectives.device(), config.run.engine) | of_flags(config.flat())
     if config.run.deepspeed:
         content = Path(config.run.deepspeed).read_bytes()
         facts["content of the --deepspeed file"] = _short_digest(content)
@@ -94,14 +94,14 @@ def require_alike(facts: Mapping[str, str], remedy: str = SAME_START) -> None:
     Raises:
         UserError: names each fact that differs, with the ranks, their hosts and values.
     """
-    if distributed.world_size() == 1:
+    if collectives.world_size() == 1:
         return
     content = json.dumps(facts, sort_keys=True).encode()
     digest = torch.tensor([list(hashlib.blake2b(content, digest_size=16).digest())])
-    if (distributed.all_gather_rows(digest.to(torch.uint8)) == digest).all():
+    if (collectives.all_gather_rows(digest.to(torch.uint8)) == digest).all():
         return
     mine = socket.gethostname(), dict(facts), source_digests()
-    hosts, values, digests = zip(*distributed.gather_objects(mine), strict=True)
+    hosts, values, digests = zip(*collectives.gather_objects(mine), strict=True)
     lines = [
         f"  {name}: {_who_has_what([each.get(name, 'nothing') for each in values], hosts)}"
         for name in dict.fromkeys(name for each in values for name in each)

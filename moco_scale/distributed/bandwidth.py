@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from moco_scale import distributed
-from moco_scale.distributed import Subgroup
+from moco_scale.distributed import collectives
+from moco_scale.distributed.collectives import Subgroup
 
 SECONDS = 0.15
 """Roughly what each figure may cost."""
@@ -42,17 +42,17 @@ def measure(group: Subgroup) -> Bandwidth:
     Args:
         group: of this rank; the groups of all ranks tile the job.
     """
-    device = distributed.device()
+    device = collectives.device()
     size = (64 if device.type == "cuda" else 8) << 20
-    ranks = max(distributed.gather_objects(group.size))
+    ranks = max(collectives.gather_objects(group.size))
     floats = torch.zeros(size // 4, device=device)
     number = torch.zeros(1, device=device)
     # One row for each rank of this group; what is left over stays at home.
     rows = torch.zeros(group.size, size // group.size, dtype=torch.uint8, device=device)
     ones = [1] * group.size
-    reduced = _seconds(lambda: distributed.sum_(floats, group.handle))
-    exchanged = _seconds(lambda: distributed.start_exchange_rows(rows, ones, ones, group).wait())
-    latency = _seconds(lambda: distributed.sum_(number, group.handle))
+    reduced = _seconds(lambda: collectives.sum_(floats, group.handle))
+    exchanged = _seconds(lambda: collectives.start_exchange_rows(rows, ones, ones, group).wait())
+    latency = _seconds(lambda: collectives.sum_(number, group.handle))
     sent = size * (ranks - 1) / ranks
     return Bandwidth(ranks, size, 2 * sent / reduced, sent / exchanged, latency)
 
@@ -65,12 +65,12 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def _timed(action: Callable[[], object]) -> float:
-    distributed.barrier()
+    collectives.barrier()
     start = time.perf_counter()
     action()
-    if distributed.device().type == "cuda":
+    if collectives.device().type == "cuda":
         torch.cuda.synchronize()
     slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    if (work := distributed.start_max(slowest)) is not None:
+    if (work := collectives.start_max(slowest)) is not None:
         work.wait()
     return max(float(slowest), 1e-9)

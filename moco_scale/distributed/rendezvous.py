@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moco_scale.launchers import why_not_met
-from moco_scale.restarts import name_of_start
+from moco_scale.distributed.launchers import why_not_met
+from moco_scale.distributed.restart_id import name_of_start
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
 
