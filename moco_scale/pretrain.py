@@ -36,10 +36,10 @@ from moco_scale.infonce import Contrast
 from moco_scale.inputs import Inputs, StepInputs
 from moco_scale.moco import MoCo
 from moco_scale.monitor import Monitor
+from moco_scale.optim.schedules import learning_rate
 from moco_scale.queue import DTYPES, KeyQueue
 from moco_scale.run_folder import RunFolder
 from moco_scale.run_state import load_model, load_optimizer, read_state, restore_current, save_state
-from moco_scale.schedules import learning_rate
 from moco_scale.shuffle import ShuffleBN
 from moco_scale.telemetry import Meters, Telemetry
 from moco_scale.timing import Phases

@@ -14,8 +14,8 @@ from moco_scale.batchnorm import StatisticsBefore
 from moco_scale.distributed import collectives
 from moco_scale.encoders import Encoder
 from moco_scale.engines.blocks import transform_blocks
-from moco_scale.loss_scale import LossScale, LossScaling
 from moco_scale.moco import MoCo, momentum_update
+from moco_scale.optim.loss_scale import LossScale, LossScaling
 from moco_scale.utils import determinism
 
 PRECISIONS: dict[str, torch.dtype | None] = {

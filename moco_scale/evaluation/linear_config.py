@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moco_scale.schedules import learning_rate
+from moco_scale.optim.schedules import learning_rate
 
 SCHEDULES = ("official", "bl0")
 _EPOCHS = 100  # the published length; decays and warm-up keep their place in other lengths

@@ -17,8 +17,8 @@ from moco_scale.distributed import collectives
 from moco_scale.encoders import Encoder
 from moco_scale.engines.base import EngineSettings, clip_
 from moco_scale.infonce import Negatives, infonce
-from moco_scale.loss_scale import LossScaling
 from moco_scale.moco import MoCo
+from moco_scale.optim.loss_scale import LossScaling
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -16,7 +16,7 @@ from moco_scale.deepspeed_config import (
     refuse,
     requested_precision,
 )
-from moco_scale.loss_scale import LossScaling
+from moco_scale.optim.loss_scale import LossScaling
 from moco_scale.untrusted import deepspeed_file
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError

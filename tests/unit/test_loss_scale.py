@@ -2,7 +2,7 @@
 
 import torch
 
-from moco_scale.loss_scale import LossScale, LossScaling
+from moco_scale.optim.loss_scale import LossScale, LossScaling
 
 
 def test_the_loss_scale_grows_back_and_survives_a_checkpoint() -> None:

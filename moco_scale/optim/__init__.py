@@ -1,0 +1,1 @@
+"""Learning rates and loss scales: how weights are moved."""
