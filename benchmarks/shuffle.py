@@ -41,11 +41,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale.batchnorm import set_groups
 from moco_scale.distributed import collectives
 from moco_scale.distributed.spawn import run_ranks
-from moco_scale.encoders import build_encoder
 from moco_scale.moco import MoCo, momentum_update
+from moco_scale.models.batchnorm import set_groups
+from moco_scale.models.encoder import build_encoder
 from moco_scale.queue import KeyQueue
 from moco_scale.shuffle import ShuffleBN
 

@@ -45,7 +45,6 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_scale.batchnorm import set_groups
 from moco_scale.config import Config
 from moco_scale.config_rules import build
 from moco_scale.data import shard_command
@@ -55,6 +54,7 @@ from moco_scale.distributed import collectives
 from moco_scale.engines import make_engine
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.moco import MoCo
+from moco_scale.models.batchnorm import set_groups
 from moco_scale.pretrain import Pretraining
 
 Step = Callable[[], Any]

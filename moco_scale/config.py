@@ -11,7 +11,7 @@ from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.bad_samples import POLICIES
 from moco_scale.data.shard_source import CACHE_GB, GIVE_UP_SECONDS, ShardSource
 from moco_scale.data.windows import REMOTE_WINDOW
-from moco_scale.encoders import HEADS, MODELS, STEMS, WIDTHS
+from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.optim.schedules import SCHEDULES
 from moco_scale.queue import DTYPES, KINDS
 from moco_scale.shuffle import MODES

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_scale.batchnorm import set_part
-from moco_scale.encoders import Encoder
+from moco_scale.models.batchnorm import set_part
+from moco_scale.models.encoder import Encoder
 
 
 class MoCo(nn.Module):

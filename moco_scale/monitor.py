@@ -18,7 +18,6 @@ from moco_scale.data.reader import ViewBatch
 from moco_scale.distributed import collectives, consensus
 from moco_scale.distributed.same_state import require_agreement
 from moco_scale.distributed.stop_signal import StopRequest
-from moco_scale.encoders import Encoder
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation import pictures
 from moco_scale.evaluation.features import LeftOut, chosen_output
@@ -29,6 +28,7 @@ from moco_scale.evaluation.knn import (
     open_splits,
     unlabelled_split,
 )
+from moco_scale.models.encoder import Encoder
 from moco_scale.planner.utilisation import Utilisation, device_name
 from moco_scale.run_state import numbers_alike
 from moco_scale.step_times import StepTimes

@@ -14,7 +14,6 @@ from torch import Tensor
 from moco_scale import timing
 from moco_scale.bad_pictures import FILE as BAD_PICTURES
 from moco_scale.bad_pictures import BadPictures
-from moco_scale.batchnorm import set_groups, spans_ranks
 from moco_scale.config import Config
 from moco_scale.data.bad_samples import how_to_check
 from moco_scale.data.device_decode import DeviceDecoder
@@ -29,12 +28,13 @@ from moco_scale.deepspeed_config import refuse
 from moco_scale.deepspeed_keys import unwritable_reports
 from moco_scale.distributed import collectives, consensus, same_setup
 from moco_scale.distributed.stop_signal import StopRequest, status_of
-from moco_scale.encoders import Encoder, build_encoder
 from moco_scale.engines import make_engine, read_deepspeed
 from moco_scale.health import FiniteWatch
 from moco_scale.infonce import Contrast
 from moco_scale.inputs import Inputs, StepInputs
 from moco_scale.moco import MoCo
+from moco_scale.models.batchnorm import set_groups, spans_ranks
+from moco_scale.models.encoder import Encoder, build_encoder
 from moco_scale.monitor import Monitor
 from moco_scale.optim.schedules import learning_rate
 from moco_scale.queue import DTYPES, KeyQueue

@@ -41,10 +41,10 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from moco_scale import checkpoint, command_line, config
-from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.demo.pictures import write_folder
 from moco_scale.distributed.spawn import run_ranks
-from moco_scale.encoders import Encoder
+from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.encoder import Encoder
 from moco_scale.pretrain import Pretraining
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -172,11 +172,11 @@ class PackageStep:
     """The same by the package's parts."""
 
     def __init__(self, net: nn.Module, queue: Tensor, args: argparse.Namespace) -> None:
-        from moco_scale.batchnorm import set_groups
-        from moco_scale.encoders import build_encoder
         from moco_scale.engines.base import EngineSettings
         from moco_scale.engines.ddp import DDPEngine
         from moco_scale.moco import MoCo
+        from moco_scale.models.batchnorm import set_groups
+        from moco_scale.models.encoder import build_encoder
         from moco_scale.queue import KeyQueue
 
         query = build_encoder("resnet18", stem="cifar", dim=DIM, seed=args.seed)

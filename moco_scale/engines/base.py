@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moco_scale.batchnorm import StatisticsBefore
 from moco_scale.distributed import collectives
-from moco_scale.encoders import Encoder
 from moco_scale.engines.blocks import transform_blocks
 from moco_scale.moco import MoCo, momentum_update
+from moco_scale.models.batchnorm import StatisticsBefore
+from moco_scale.models.encoder import Encoder
 from moco_scale.optim.loss_scale import LossScale, LossScaling
 from moco_scale.utils import determinism
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moco_scale.batchnorm import statistics_kept
 from moco_scale.distributed import consensus
-from moco_scale.encoders import BLOCKS
 from moco_scale.moco import MoCo
+from moco_scale.models.batchnorm import statistics_kept
+from moco_scale.models.encoder import BLOCKS
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.own_folders import make_own
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from moco_scale.deepspeed_keys import reports_by_log
 from moco_scale.distributed import collectives
-from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
     Engine,
@@ -30,6 +29,7 @@ from moco_scale.engines.base import (
     zero_momentum,
 )
 from moco_scale.moco import MoCo
+from moco_scale.models.encoder import Encoder
 from moco_scale.untrusted.deepspeed_file import shown
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, first_line

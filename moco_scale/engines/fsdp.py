@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moco_scale.config_rules import check_shard_size
 from moco_scale.distributed import collectives
-from moco_scale.encoders import Encoder
 from moco_scale.engines.base import (
     MOMENTUM,
     PRECISIONS,
@@ -33,6 +32,7 @@ from moco_scale.engines.base import (
 )
 from moco_scale.engines.blocks import blocks_of
 from moco_scale.moco import MoCo
+from moco_scale.models.encoder import Encoder
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 """Modules whose weights are gathered in fp32 whatever the precision."""

@@ -18,10 +18,10 @@ from moco_scale.config import DATASETS, RunConfig
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.bad_samples import POLICIES
 from moco_scale.data.shard_source import CACHE_GB, GIVE_UP_SECONDS
-from moco_scale.encoders import MODELS
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation.features import WHICH
 from moco_scale.evaluation.linear_config import SCHEDULES
+from moco_scale.models.encoder import MODELS
 from moco_scale.older_flags import EVALUATION, HintingParser
 
 KNN_K, KNN_T = 200, 0.1

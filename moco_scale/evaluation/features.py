@@ -18,7 +18,7 @@ from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import evaluation_loader
 from moco_scale.data.shard_set import Shards
 from moco_scale.distributed import collectives, consensus
-from moco_scale.encoders import Encoder
+from moco_scale.models.encoder import Encoder
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
 

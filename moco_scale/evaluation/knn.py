@@ -22,8 +22,8 @@ from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.distributed import collectives
-from moco_scale.encoders import Encoder
 from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract
+from moco_scale.models.encoder import Encoder
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 

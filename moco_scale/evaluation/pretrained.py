@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco_scale.encoders import Encoder, build_encoder
+from moco_scale.models.encoder import Encoder, build_encoder
 from moco_scale.untrusted.documents import check
 from moco_scale.untrusted.pickles import ForeignError, PickleError
 from moco_scale.untrusted.settings import EncoderSettings, ModelFile

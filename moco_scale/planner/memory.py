@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from moco_scale.config import Config
-from moco_scale.encoders import Encoder
 from moco_scale.engines import read_deepspeed
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import blocks_of
 from moco_scale.inputs import VIEWS
 from moco_scale.moco import MoCo
+from moco_scale.models.encoder import Encoder
 from moco_scale.planner.trace import Trace
 from moco_scale.queue import DTYPES
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.config import Config
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import blocks_of
 from moco_scale.engines.fsdp import NORMS
 from moco_scale.moco import MoCo
+from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.planner.memory import FP32, Sharding, flat_partition, share
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = (

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from moco_scale.batchnorm import GroupedBatchNorm2d
 from moco_scale.distributed import collectives
-from moco_scale.encoders import Encoder
 from moco_scale.engines.base import Engine, EngineSettings
 from moco_scale.moco import MoCo
-from moco_scale.vit import MoCoViT, ViTShape
+from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.encoder import Encoder
+from moco_scale.models.vit import MoCoViT, ViTShape
 
 BATCH, SIZE, DIM = 8, 12, 16
 RATE, MOMENTUM, ALPHA = 0.05, 0.9, 0.9

@@ -7,8 +7,8 @@ import torch
 from harness import run_ranks
 from torch import Tensor, nn
 
-from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
 from moco_scale.distributed import collectives
+from moco_scale.models.batchnorm import GroupedBatchNorm2d, set_groups
 from moco_scale.utils.errors import UserError
 
 SAMPLES, CHANNELS, STEPS = 8, 3, 2

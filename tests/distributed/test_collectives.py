@@ -16,9 +16,9 @@ from torch import Tensor
 
 from moco_scale import command_line
 from moco_scale.distributed import collectives, consensus
-from moco_scale.encoders import build_encoder
 from moco_scale.engines import make_engine
 from moco_scale.moco import MoCo
+from moco_scale.models.encoder import build_encoder
 from moco_scale.utils.errors import PeerLost, RankError, UserError
 
 ROWS = [[3, 1, 2, 4], [0, 2, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0]]

@@ -14,12 +14,12 @@ from torch import nn
 
 from moco_scale.__main__ import main
 from moco_scale.data.index import IndexedShards
-from moco_scale.encoders import Encoder
 from moco_scale.evaluation.features import Pixels, extract
 from moco_scale.evaluation.knn import KnnMonitor, open_splits
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation
 from moco_scale.evaluation.pictures import neighbours_sheet
 from moco_scale.evaluation.pretrained import Pretrained
+from moco_scale.models.encoder import Encoder
 
 PIXELS = Pixels(8, 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 

@@ -17,8 +17,8 @@ from commands import make_shards
 from conftest import write_picture
 
 from moco_scale.cli import run_command
-from moco_scale.encoders import build_encoder
 from moco_scale.evaluation import command
+from moco_scale.models.encoder import build_encoder
 
 Evaluate = Callable[..., tuple[int, str]]
 

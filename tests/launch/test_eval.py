@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import LIMIT, REPOSITORY, command, forked, make_shards
 
-from moco_scale.encoders import build_encoder
+from moco_scale.models.encoder import build_encoder
 
 
 @pytest.fixture

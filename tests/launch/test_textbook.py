@@ -25,7 +25,7 @@ from moco_scale.data.device_augment import DeviceAugment
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.data.reader import pretraining_loader
-from moco_scale.encoders import build_encoder
+from moco_scale.models.encoder import build_encoder
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco_scale.batchnorm import GroupedBatchNorm2d, set_groups
+from moco_scale.models.batchnorm import GroupedBatchNorm2d, set_groups
 from moco_scale.utils.errors import UserError
 
 CHANNELS = 5

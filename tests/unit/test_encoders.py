@@ -7,8 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_scale.batchnorm import GroupedBatchNorm2d
-from moco_scale.encoders import RESNETS, Encoder, build_encoder
+from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.encoder import RESNETS, Encoder, build_encoder
 from moco_scale.utils.errors import UserError
 
 

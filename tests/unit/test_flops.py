@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from moco_scale import flops
-from moco_scale.encoders import build_encoder
+from moco_scale.models.encoder import build_encoder
 from moco_scale.utils.errors import UserError
 
 IMAGE = torch.zeros(1, 3, 224, 224)

@@ -17,11 +17,11 @@ from torch import nn
 from moco_scale.__main__ import main
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.order import BatchPlan, FullPermutation
-from moco_scale.encoders import Encoder
 from moco_scale.evaluation import linear, linear_state
 from moco_scale.evaluation.features import Pixels, extract
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation
 from moco_scale.evaluation.pretrained import Pretrained
+from moco_scale.models.encoder import Encoder
 from moco_scale.utils.errors import UserError
 
 PIXELS = Pixels(8, 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

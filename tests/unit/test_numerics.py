@@ -11,11 +11,11 @@ import torch
 
 from moco_scale import pretrain
 from moco_scale.command_line import parse
-from moco_scale.encoders import build_encoder
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
 from moco_scale.evaluation import command
 from moco_scale.moco import MoCo
+from moco_scale.models.encoder import build_encoder
 from moco_scale.utils import determinism
 
 

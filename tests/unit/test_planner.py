@@ -11,13 +11,13 @@ import torch
 
 from moco_scale import command_line
 from moco_scale.__main__ import main
-from moco_scale.batchnorm import set_groups
 from moco_scale.config_rules import check_shuffle_group
 from moco_scale.distributed import collectives
-from moco_scale.encoders import build_encoder
 from moco_scale.engines import fsdp
 from moco_scale.flops import count_flops
 from moco_scale.moco import MoCo
+from moco_scale.models.batchnorm import set_groups
+from moco_scale.models.encoder import build_encoder
 from moco_scale.planner import trace
 from moco_scale.planner.cluster import PRESETS, read_hardware
 from moco_scale.planner.memory import flat_partition, sharding

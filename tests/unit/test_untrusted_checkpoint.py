@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from moco_scale import checkpoint
 from moco_scale.__main__ import main
-from moco_scale.encoders import Encoder
 from moco_scale.moco import MoCo
+from moco_scale.models.encoder import Encoder
 from moco_scale.queue import KeyQueue
 from moco_scale.run_state import read_state
 from moco_scale.telemetry import Meters

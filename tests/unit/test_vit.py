@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_scale.encoders import Encoder, build_encoder
+from moco_scale.models.encoder import Encoder, build_encoder
+from moco_scale.models.vit import VITS, MoCoViT, sincos_positions
 from moco_scale.utils.errors import UserError
-from moco_scale.vit import VITS, MoCoViT, sincos_positions
 
 # Multiply-adds and parameters are those of the usual architecture: torchvision has three of them.
 TORCHVISION = {"vit_base": "vit_b_16", "vit_large": "vit_l_16", "vit_huge": "vit_h_14"}

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from moco_scale.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.vit import VITS, build_vit
+from moco_scale.models.vit import Block as ViTBlock
 from moco_scale.utils.errors import UserError
-from moco_scale.vit import VITS, build_vit
-from moco_scale.vit import Block as ViTBlock
 
 Block = type[BasicBlock] | type[Bottleneck]
 
