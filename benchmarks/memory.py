@@ -27,7 +27,7 @@ from moco_scale import command_line
 from moco_scale.distributed.spawn import run_ranks
 from moco_scale.engines import make_engine
 from moco_scale.engines.base import storage_bytes
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import set_groups
 from moco_scale.models.encoder import build_encoder
 from moco_scale.models.vit import VITS

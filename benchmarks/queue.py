@@ -65,10 +65,10 @@ else:
     import torch.nn.functional as F
     from torch import Tensor
 
-    from moco_scale import infonce
     from moco_scale.distributed import collectives
     from moco_scale.distributed.spawn import run_ranks
-    from moco_scale.queue import DTYPES, KeyQueue
+    from moco_scale.methods import infonce
+    from moco_scale.methods.key_queue import DTYPES, KeyQueue
 
 T, SEED, WARM_UP, MIB = 0.2, 0, 2, 2**20
 LENGTH = 65536

@@ -2,7 +2,7 @@
 
     python benchmarks/shuffle.py [--quick] [--ranks 2 4 8] [--batch 64] [--size 112] [--repeats N]
 
-The first is what this package does: :class:`moco_scale.shuffle.ShuffleBN`, an all-to-all of the
+The first is what this package does: :class:`methods.shuffle_bn.ShuffleBN`, an all-to-all of the
 crops that a rank will encode, unpacked into their order, the permutation included. The second is
 the usual way: every rank gathers the normalised images of all ranks into one preallocated-size
 tensor and indexes its part out of it; its permutation is free. Ranks are gloo processes of this
@@ -43,11 +43,11 @@ from torch import Tensor
 
 from moco_scale.distributed import collectives
 from moco_scale.distributed.spawn import run_ranks
-from moco_scale.moco import MoCo, momentum_update
+from moco_scale.methods.key_queue import KeyQueue
+from moco_scale.methods.moco import MoCo, momentum_update
+from moco_scale.methods.shuffle_bn import ShuffleBN
 from moco_scale.models.batchnorm import set_groups
 from moco_scale.models.encoder import build_encoder
-from moco_scale.queue import KeyQueue
-from moco_scale.shuffle import ShuffleBN
 
 SEED = 0
 WARM_UP = 2

@@ -53,7 +53,7 @@ from moco_scale.demo.pictures import CLASSES, write_folder
 from moco_scale.distributed import collectives
 from moco_scale.engines import make_engine
 from moco_scale.engines.base import PRECISIONS
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import set_groups
 from moco_scale.pretrain import Pretraining
 

@@ -19,7 +19,7 @@ from moco_scale.data.device_augment import DeviceAugment, StaticAugment
 from moco_scale.data.order import BatchPlan, Samples
 from moco_scale.data.reader import ViewBatch
 from moco_scale.distributed import collectives
-from moco_scale.shuffle import ShuffleBN
+from moco_scale.methods.shuffle_bn import ShuffleBN
 
 VIEWS = 2
 

@@ -30,17 +30,17 @@ from moco_scale.distributed import collectives, consensus, same_setup
 from moco_scale.distributed.stop_signal import StopRequest, status_of
 from moco_scale.engines import make_engine, read_deepspeed
 from moco_scale.health import FiniteWatch
-from moco_scale.infonce import Contrast
 from moco_scale.inputs import Inputs, StepInputs
-from moco_scale.moco import MoCo
+from moco_scale.methods.infonce import Contrast
+from moco_scale.methods.key_queue import DTYPES, KeyQueue
+from moco_scale.methods.moco import MoCo
+from moco_scale.methods.shuffle_bn import ShuffleBN
 from moco_scale.models.batchnorm import set_groups, spans_ranks
 from moco_scale.models.encoder import Encoder, build_encoder
 from moco_scale.monitor import Monitor
 from moco_scale.optim.schedules import learning_rate
-from moco_scale.queue import DTYPES, KeyQueue
 from moco_scale.run_folder import RunFolder
 from moco_scale.run_state import load_model, load_optimizer, read_state, restore_current, save_state
-from moco_scale.shuffle import ShuffleBN
 from moco_scale.telemetry import Meters, Telemetry
 from moco_scale.timing import Phases
 from moco_scale.utils import determinism

@@ -174,10 +174,10 @@ class PackageStep:
     def __init__(self, net: nn.Module, queue: Tensor, args: argparse.Namespace) -> None:
         from moco_scale.engines.base import EngineSettings
         from moco_scale.engines.ddp import DDPEngine
-        from moco_scale.moco import MoCo
+        from moco_scale.methods.key_queue import KeyQueue
+        from moco_scale.methods.moco import MoCo
         from moco_scale.models.batchnorm import set_groups
         from moco_scale.models.encoder import build_encoder
-        from moco_scale.queue import KeyQueue
 
         query = build_encoder("resnet18", stem="cifar", dim=DIM, seed=args.seed)
         expected = net.state_dict()

@@ -11,7 +11,7 @@ from moco_scale.deepspeed_config import ReadConfiguration, look_through, refuse
 from moco_scale.deepspeed_keys import MONITORS
 from moco_scale.distributed import collectives
 from moco_scale.engines.base import Engine, EngineSettings
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import spans_ranks
 
 __all__ = ["Engine", "EngineSettings", "make_engine", "read_deepspeed"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moco_scale.distributed import collectives
 from moco_scale.engines.blocks import transform_blocks
-from moco_scale.moco import MoCo, momentum_update
+from moco_scale.methods.moco import MoCo, momentum_update
 from moco_scale.models.batchnorm import StatisticsBefore
 from moco_scale.models.encoder import Encoder
 from moco_scale.optim.loss_scale import LossScale, LossScaling

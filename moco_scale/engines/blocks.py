@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moco_scale.distributed import consensus
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import statistics_kept
 from moco_scale.models.encoder import BLOCKS
 from moco_scale.utils.errors import UserError

@@ -21,7 +21,7 @@ from moco_scale.engines.base import (
     plain_step,
     zero_momentum,
 )
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 
 
 class DDPEngine(Replicated, Engine):

@@ -28,7 +28,7 @@ from moco_scale.engines.base import (
     set_learning_rate,
     zero_momentum,
 )
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import Encoder
 from moco_scale.untrusted.deepspeed_file import shown
 from moco_scale.untrusted.text import printable

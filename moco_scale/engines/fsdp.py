@@ -31,7 +31,7 @@ from moco_scale.engines.base import (
     zero_momentum,
 )
 from moco_scale.engines.blocks import blocks_of
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import Encoder
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)

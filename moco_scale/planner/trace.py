@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from moco_scale.config import Config
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import transform_blocks
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.models.encoder import build_encoder
 

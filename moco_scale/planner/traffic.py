@@ -11,7 +11,7 @@ from moco_scale.config import Config
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import blocks_of
 from moco_scale.engines.fsdp import NORMS
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.planner.memory import FP32, Sharding, flat_partition, share
 

@@ -1,6 +1,6 @@
 """InfoNCE against a long queue: ``python scripts/gpu_check/contrast.py [--device cuda] [--tiny]``.
 
-Forward and backward of :func:`moco_scale.infonce.infonce` and of the usual clone, einsum, cat and
+Forward and backward of :func:`methods.infonce.infonce` and of the usual clone, einsum, cat and
 cross_entropy, N = 256 queries of 128 numbers against K = 65,536 and 1,048,576 keys, in fp32 without
 TF32. Losses and gradients must agree. The last line is one JSON object; for each K:
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale.infonce import Negatives, infonce
+from moco_scale.methods.infonce import Negatives, infonce
 
 DIM, TEMPERATURE = 128, 0.2
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

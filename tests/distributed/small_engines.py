@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock
 
 from moco_scale.distributed import collectives
 from moco_scale.engines.base import Engine, EngineSettings
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.models.encoder import Encoder
 from moco_scale.models.vit import MoCoViT, ViTShape

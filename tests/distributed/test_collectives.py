@@ -17,7 +17,7 @@ from torch import Tensor
 from moco_scale import command_line
 from moco_scale.distributed import collectives, consensus
 from moco_scale.engines import make_engine
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import build_encoder
 from moco_scale.utils.errors import PeerLost, RankError, UserError
 

@@ -12,7 +12,7 @@ from harness import run_ranks
 from small_engines import ALPHA, MOMENTUM, RATE, SIZE, engine_around, small_encoder
 
 from moco_scale.engines.base import EngineSettings
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.utils.errors import UserError
 
 pytestmark = pytest.mark.timeout(600)

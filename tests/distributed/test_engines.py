@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from moco_scale.distributed import collectives
 from moco_scale.engines.base import EngineSettings, clip_
-from moco_scale.infonce import Negatives, infonce
-from moco_scale.moco import MoCo
+from moco_scale.methods.infonce import Negatives, infonce
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import set_groups
 from moco_scale.models.encoder import Encoder
 from moco_scale.optim.loss_scale import LossScaling

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from moco_scale.infonce import Negatives, Sums, infonce, partial_sums
-from moco_scale.queue import DTYPES, KeyQueue
+from moco_scale.methods.infonce import Negatives, Sums, infonce, partial_sums
+from moco_scale.methods.key_queue import DTYPES, KeyQueue
 
 DIM, IMAGES, T = 4, 6, 0.1
 

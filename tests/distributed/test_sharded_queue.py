@@ -16,9 +16,9 @@ from torch import Tensor
 
 from moco_scale import checkpoint, command_line
 from moco_scale.distributed import collectives
-from moco_scale.infonce import Negatives, infonce
+from moco_scale.methods.infonce import Negatives, infonce
+from moco_scale.methods.key_queue import DTYPES, KeyQueue, share
 from moco_scale.pretrain import Pretraining
-from moco_scale.queue import DTYPES, KeyQueue, share
 from moco_scale.run_state import save_state
 
 DIM, BATCH, IMAGES, T = 5, 12, 20, 0.1

@@ -13,10 +13,10 @@ from torch import Tensor
 from moco_scale import command_line
 from moco_scale.data.random import permutation
 from moco_scale.distributed import collectives
+from moco_scale.methods.key_queue import KeyQueue
+from moco_scale.methods.shuffle_bn import ShuffleBN
 from moco_scale.pretrain import Pretraining
-from moco_scale.queue import KeyQueue
 from moco_scale.run_state import save_state
-from moco_scale.shuffle import ShuffleBN
 from moco_scale.utils.errors import UserError
 
 BATCH, SEED, STEPS = 16, 5, 4

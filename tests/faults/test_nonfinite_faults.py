@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(1800)
 def spoil(where: str, first: int, last: int, rank: int) -> None:
     """Let one rank's loss, or what its backward pass starts from, be no number in some steps."""
     from moco_scale.engines.ddp import DDPEngine
-    from moco_scale.queue import KeyQueue
+    from moco_scale.methods.key_queue import KeyQueue
 
     now = {"step": 0}
     contrast, backward = KeyQueue.contrast, DDPEngine._backward

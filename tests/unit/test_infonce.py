@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco_scale import infonce as module
-from moco_scale.infonce import MIN_TEMPERATURE, Negatives, infonce
+from moco_scale.methods import infonce as module
+from moco_scale.methods.infonce import MIN_TEMPERATURE, Negatives, infonce
 
 DIM = 16
 

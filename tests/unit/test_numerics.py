@@ -14,7 +14,7 @@ from moco_scale.command_line import parse
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
 from moco_scale.evaluation import command
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import build_encoder
 from moco_scale.utils import determinism
 

@@ -15,7 +15,7 @@ from moco_scale.config_rules import check_shuffle_group
 from moco_scale.distributed import collectives
 from moco_scale.engines import fsdp
 from moco_scale.flops import count_flops
-from moco_scale.moco import MoCo
+from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import set_groups
 from moco_scale.models.encoder import build_encoder
 from moco_scale.planner import trace

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco_scale import queue as module
-from moco_scale.queue import KeyQueue
+from moco_scale.methods import key_queue as module
+from moco_scale.methods.key_queue import KeyQueue
 
 DIM = 3
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale.infonce import Contrast, Negatives, infonce
+from moco_scale.methods.infonce import Contrast, Negatives, infonce
 from moco_scale.utils.to_device import on_device
 
 KINDS = ("replicated", "sharded")
@@ -110,7 +110,7 @@ class KeyQueue:
         temperature: float,
         samples: npt.NDArray[np.int64],
     ) -> Contrast:
-        """InfoNCE of queries against this queue: see :func:`moco_scale.infonce.infonce`.
+        """InfoNCE of queries against this queue: see :func:`moco_scale.methods.infonce.infonce`.
 
         Of a sharded queue all ranks call it, with equally many queries.
 

@@ -1,0 +1,1 @@
+"""The papers: encoder pair, key queue, InfoNCE, ShuffleBN."""
