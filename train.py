@@ -18,8 +18,8 @@ def main() -> None:
     settings = command_line.parse()
     timeout = settings.run.hang_timeout
     collectives.initialize(settings.run.device, hang_timeout=timeout)
-    from moco_scale.timing import Phases
-    from moco_scale.watchdog import Watch
+    from moco_scale.observe.phases import Phases
+    from moco_scale.observe.watchdog import Watch
 
     phases = Phases()
     with Watch(phases, timeout, Path(settings.run.output_dir), "train.py"):

@@ -34,10 +34,10 @@ from moco_scale.distributed import collectives
 from moco_scale.distributed.spawn import run_ranks
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
-from moco_scale.health import FiniteWatch
 from moco_scale.methods.infonce import Negatives, infonce
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import build_encoder
+from moco_scale.observe.finite import FiniteWatch
 
 RATE, MOMENTUM, DECAY, ALPHA, T, QUEUE = 0.03, 0.9, 1e-4, 0.999, 0.2, 4096
 WARM_UP = 3

@@ -29,11 +29,11 @@ from moco_scale.evaluation.knn import (
     unlabelled_split,
 )
 from moco_scale.models.encoder import Encoder
+from moco_scale.observe.loggers import Telemetry
+from moco_scale.observe.phases import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
+from moco_scale.observe.stragglers import StepTimes
 from moco_scale.planner.utilisation import Utilisation, device_name
 from moco_scale.run_state import numbers_alike
-from moco_scale.step_times import StepTimes
-from moco_scale.telemetry import Telemetry
-from moco_scale.timing import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
 from moco_scale.utils.errors import RankError, UserError
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale import timing
 from moco_scale.bad_pictures import FILE as BAD_PICTURES
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.config import Config
@@ -29,7 +28,6 @@ from moco_scale.deepspeed_keys import unwritable_reports
 from moco_scale.distributed import collectives, consensus, same_setup
 from moco_scale.distributed.stop_signal import StopRequest, status_of
 from moco_scale.engines import make_engine, read_deepspeed
-from moco_scale.health import FiniteWatch
 from moco_scale.inputs import Inputs, StepInputs
 from moco_scale.methods.infonce import Contrast
 from moco_scale.methods.key_queue import DTYPES, KeyQueue
@@ -38,11 +36,24 @@ from moco_scale.methods.shuffle_bn import ShuffleBN
 from moco_scale.models.batchnorm import set_groups, spans_ranks
 from moco_scale.models.encoder import Encoder, build_encoder
 from moco_scale.monitor import Monitor
+from moco_scale.observe.finite import FiniteWatch
+from moco_scale.observe.loggers import Meters, Telemetry
+from moco_scale.observe.phases import (
+    AGREE,
+    BACKWARD,
+    EMA,
+    FORWARD,
+    LOG,
+    QUEUE,
+    SAVE,
+    SHUFFLE,
+    SUMMING,
+    UPDATE,
+    Phases,
+)
 from moco_scale.optim.schedules import learning_rate
 from moco_scale.run_folder import RunFolder
 from moco_scale.run_state import load_model, load_optimizer, read_state, restore_current, save_state
-from moco_scale.telemetry import Meters, Telemetry
-from moco_scale.timing import Phases
 from moco_scale.utils import determinism
 from moco_scale.utils.errors import StoppedEarly
 from moco_scale.utils.log import say
@@ -131,7 +142,7 @@ class Pretraining:
         self.engine = make_engine(config, moco, self.device)
         if saved:
             load_optimizer(self, saved)
-        self.engine.when_differentiated(lambda: self.phases.enter(timing.SUMMING))
+        self.engine.when_differentiated(lambda: self.phases.enter(SUMMING))
         self.shuffle = ShuffleBN(
             config.optim.batch_size, seed, contrast.shuffle_bn, contrast.shuffle_group
         )
@@ -196,7 +207,7 @@ class Pretraining:
     def train_step(self, batch: ViewBatch) -> None:
         """One step: keys from shuffled crops, queries, loss, update, enqueue."""
         config, queue, enter = self.config.contrast, self.queue, self.phases.enter
-        enter(timing.SHUFFLE)
+        enter(SHUFFLE)
         inputs = self.inputs.take(batch)  # augmented crops, the keys' sent to where they belong
         mine = self.plan.share(batch.step, self.rank, self.world)
         self.negatives = queue.used
@@ -204,44 +215,44 @@ class Pretraining:
         total = torch.zeros((), device=self.device)
         for part, rows in enumerate(np.split(np.arange(len(mine.index)), self.parts)):
             own = slice(rows[0], rows[-1] + 1)
-            enter(timing.FORWARD)
+            enter(FORWARD)
             queries = self.engine.query(*inputs.queries(own), part=part)
             if part == 0:  # the exchange has been under way during the first queries
                 all_keys = [self._keys(inputs, term) for term in range(len(queries))]
             first = self.rank * len(mine.index)
-            enter(timing.QUEUE)
+            enter(QUEUE)
             positives = [keys[first + own.start : first + own.stop] for keys in all_keys]
             parts_terms = [
                 queue.contrast(query, positive, config.nce_t, mine.index[own])
                 for query, positive in zip(queries, positives, strict=True)
             ]
             loss = torch.stack([term.loss.mean() for term in parts_terms]).sum()
-            enter(timing.BACKWARD)
+            enter(BACKWARD)
             self.engine.backward(loss / self.parts)
             self._measure(loss, parts_terms[0], queries[0], positives[0])
             total = total + loss.detach()
-        enter(timing.UPDATE)
+        enter(UPDATE)
         scale = self.engine.loss_scale
         lowest = scale is None or scale.value <= scale.settings.minimum
         applied = self.engine.step(self.learning_rate(batch.step))
         if applied:
-            enter(timing.EMA)
+            enter(EMA)
             self.engine.ema(config.alpha)
-            enter(timing.QUEUE)
+            enter(QUEUE)
             for keys in all_keys:  # of a step that was left out, some may not be finite
                 queue.enqueue(keys, self.plan.batch(batch.step).index)
-        enter(timing.AGREE)
+        enter(AGREE)
         finite = self.engine.weights_finite()
         self.watch.record(batch.step + 1, total, finite, skipped=lowest and not applied)
 
     def _keys(self, inputs: StepInputs, term: int) -> Tensor:
         """Keys of the whole global batch, of which this rank computes those it was sent."""
         enter = self.phases.enter
-        enter(timing.SHUFFLE)
+        enter(SHUFFLE)
         inputs.receive(term)
-        enter(timing.FORWARD)
+        enter(FORWARD)
         keys = self.engine.key(inputs.keys(term))
-        enter(timing.SHUFFLE)
+        enter(SHUFFLE)
         return inputs.gather_back(term, keys)
 
     def learning_rate(self, step: int) -> float:
@@ -284,7 +295,7 @@ class Pretraining:
                 monitor.log_resumed(self._unlogged)
                 if self.step < self.last_step:
                     self._loop(telemetry, monitor, stop)
-                    self.phases.enter(timing.SAVE)
+                    self.phases.enter(SAVE)
                     self.folder.settle()
                     monitor.finish()
                 else:
@@ -334,7 +345,7 @@ class Pretraining:
                 save = epoch_done or last or due or reason
                 report = self.step == 1 or self.step % run.print_freq == 0 or epoch_done or last
                 if report or save:
-                    self.phases.enter(timing.LOG)
+                    self.phases.enter(LOG)
                     for line in self.bad.collect(self.step):
                         telemetry.say(line)
                 if report:
@@ -344,7 +355,7 @@ class Pretraining:
                     self.meters.start_epoch()
                 monitor.require_agreement(bool(save))
                 if save:
-                    self.phases.enter(timing.SAVE)
+                    self.phases.enter(SAVE)
                     save_state(self, epoch_done, monitor.unlogged)
                     monitor.restart_clock()
                 if reason:

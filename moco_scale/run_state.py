@@ -12,9 +12,9 @@ from moco_scale import checkpoint
 from moco_scale.distributed import collectives, consensus
 from moco_scale.distributed.same_state import sampled_hash
 from moco_scale.engines.base import MOMENTUM
-from moco_scale.health import WEIGHTS
 from moco_scale.methods.key_queue import KeyQueue, share
 from moco_scale.methods.moco import MoCo
+from moco_scale.observe.finite import WEIGHTS
 
 if TYPE_CHECKING:
     from moco_scale.monitor import Unlogged

@@ -45,8 +45,8 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
 
     Args:
         device: ``"auto"`` (CUDA when there is one), ``"cuda"`` or ``"cpu"``.
-        hang_timeout: seconds after which a :class:`~moco_scale.watchdog.Watch` ends a run; the
-            time-out of the collectives, which says less, comes later.
+        hang_timeout: seconds after which a :class:`observe.watchdog.Watch` ends a run; the time-out
+            of the collectives, which says less, comes later.
 
     Raises:
         UserError: CUDA is asked for and absent, there are more processes than GPUs here, the
@@ -384,7 +384,7 @@ def adopt_groups() -> None:
     """Give the groups that libraries have made, such as engines, this program's time-out too.
 
     Theirs is torch's default, which may be shorter than what a rank may take before a
-    :class:`~moco_scale.watchdog.Watch` gives it up. To be called after they were made.
+    :class:`~moco_scale.observe.watchdog.Watch` gives it up. To be called after they were made.
     """
     for group in list(distributed_c10d._world.pg_map):
         _set_timeout(_timeout, group)

@@ -25,11 +25,11 @@ from moco_scale.evaluation.features import LeftOut, Pixels
 from moco_scale.evaluation.knn import KnnMonitor, Splits, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.evaluation.pretrained import Pretrained, load_pretrained
-from moco_scale.timing import EVALUATION, Phases
+from moco_scale.observe.phases import EVALUATION, Phases
+from moco_scale.observe.watchdog import Watch
 from moco_scale.utils import determinism
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say, tell
-from moco_scale.watchdog import Watch
 
 
 def main(argv: Sequence[str] | None = None) -> None:

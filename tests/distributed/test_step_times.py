@@ -6,8 +6,8 @@ import pytest
 from harness import run_ranks
 
 from moco_scale.distributed import collectives
-from moco_scale.step_times import PERSISTS, StepTimes
-from moco_scale.timing import AGREE, DATA, FORWARD, PHASES, SHUFFLE, Phases
+from moco_scale.observe.phases import AGREE, DATA, FORWARD, PHASES, SHUFFLE, Phases
+from moco_scale.observe.stragglers import PERSISTS, StepTimes
 
 
 class Spent(Phases):

@@ -25,8 +25,8 @@ HOST = os.uname().nodename
 
 def break_at(step: int, phase: str, rank: int, how: str) -> None:
     """Let one rank come to harm as soon as it has entered a phase of a step."""
-    from moco_scale.timing import Phases, Position
-    from moco_scale.watchdog import Watch
+    from moco_scale.observe.phases import Phases, Position
+    from moco_scale.observe.watchdog import Watch
 
     enter, beat = Phases.enter, Watch._beat
     told: list[Position] = []
@@ -122,7 +122,7 @@ def model(tmp_path: Path) -> Path:
 def break_evaluation(rank: int, how: str) -> None:
     """Let one rank come to harm in the middle of an evaluation, once others can know of it."""
     from moco_scale.evaluation.features import Pixels
-    from moco_scale.watchdog import Watch
+    from moco_scale.observe.watchdog import Watch
 
     normalise, talk = Pixels.normalise, Watch._talk
     rounds: list[int] = []
@@ -203,7 +203,7 @@ def test_a_rank_that_goes_astray(
 
 def dawdle(rank: int, phase: str) -> None:
     """Let one rank report more time in a phase than it has spent."""
-    from moco_scale.timing import Phases
+    from moco_scale.observe.phases import Phases
 
     worked = Phases.worked
 

@@ -18,8 +18,8 @@ from harness import run_ranks
 from moco_scale import preflight
 from moco_scale.command_line import parse
 from moco_scale.config import Config
+from moco_scale.observe.phases import Phases
 from moco_scale.pretrain import Pretraining
-from moco_scale.timing import Phases
 from moco_scale.utils.errors import UserError
 
 READY = "ready"

@@ -1,6 +1,6 @@
 """What is said of ranks that stand still, from their last signs of life."""
 
-from moco_scale.beats import Beat, Heard, silent, standing, waited_for
+from moco_scale.observe.heartbeats import Beat, Heard, silent, standing, waited_for
 
 
 def beat(rank: int, step: int = 7, entry: int = 3, phase: str = "shuffle", **more: object) -> Beat:

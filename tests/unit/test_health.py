@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moco_scale.health import FiniteWatch
+from moco_scale.observe.finite import FiniteWatch
 
 FINE, BAD = (1.0, True, False), (float("nan"), True, False)
 

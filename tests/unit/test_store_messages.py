@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moco_scale.beats import Beat
 from moco_scale.distributed import collectives
-from moco_scale.timing import DATA, Phases
+from moco_scale.observe.heartbeats import Beat
+from moco_scale.observe.phases import DATA, Phases
+from moco_scale.observe.watchdog import Watch
 from moco_scale.untrusted.documents import DocumentError
 from moco_scale.untrusted.store_message import Verdict, parse_verdict
-from moco_scale.watchdog import Watch
 
 BEAT: dict[str, Any] = {
     **{"rank": 1, "host": "node0", "count": 7, "clock": "10:00:00", "step": 3, "entry": 2},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moco_scale.timing import (
+from moco_scale.observe.phases import (
     DATA,
     FORWARD,
     LOG,

@@ -26,8 +26,8 @@ from moco_scale.__main__ import main
 from moco_scale.methods.key_queue import KeyQueue
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import Encoder
+from moco_scale.observe.loggers import Meters
 from moco_scale.run_state import read_state
-from moco_scale.telemetry import Meters
 from moco_scale.untrusted.checkpoint import parse_meta
 from moco_scale.utils.errors import UserError
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from moco_scale import watchdog
 from moco_scale.distributed import collectives
-from moco_scale.timing import DATA, EVALUATION, FORWARD, Phases
+from moco_scale.observe import watchdog
+from moco_scale.observe.phases import DATA, EVALUATION, FORWARD, Phases
+from moco_scale.observe.watchdog import Watch
 from moco_scale.untrusted.store_message import Verdict
-from moco_scale.watchdog import Watch
 
 
 class Store:

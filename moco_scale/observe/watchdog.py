@@ -25,9 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from moco_scale.beats import Beat, Heard, place, silent, standing, waited_for
 from moco_scale.distributed import collectives
-from moco_scale.timing import Phases
+from moco_scale.observe.heartbeats import Beat, Heard, place, silent, standing, waited_for
+from moco_scale.observe.phases import Phases
 from moco_scale.untrusted.documents import DocumentError
 from moco_scale.untrusted.store_message import Verdict, parse_verdict
 from moco_scale.untrusted.text import printable_lines

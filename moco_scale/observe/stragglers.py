@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from moco_scale.distributed import collectives
-from moco_scale.timing import (
+from moco_scale.observe.phases import (
     AGREE,
     BACKWARD,
     DATA,

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from moco_scale.timing import FINISH, START
+from moco_scale.observe.phases import FINISH, START
 from moco_scale.untrusted.documents import parse_document
 from moco_scale.untrusted.store_message import BeatMessage
 

@@ -18,8 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from moco_scale import metrics_file
 from moco_scale.distributed import collectives
+from moco_scale.observe import metrics_file
 from moco_scale.untrusted.text import printable, printable_lines
 from moco_scale.utils.log import say
 from moco_scale.utils.side_files import SideFile, json_line
