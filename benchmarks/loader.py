@@ -67,9 +67,9 @@ from moco_scale.data import shard_command
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.decode import decode_rgb
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.order import BatchPlan
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import pretraining_loader
+from moco_scale.data.sampling.order import BatchPlan
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample.tar"
 SIZE = 224

@@ -38,9 +38,9 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from moco_scale.data.order import FullPermutation
-from moco_scale.data.random import permutation
-from moco_scale.data.windows import WindowedPermutation
+from moco_scale.data.sampling.order import FullPermutation
+from moco_scale.data.sampling.random import permutation
+from moco_scale.data.sampling.windows import WindowedPermutation
 
 WINDOWS = (16, 32, 64, 128, 256)
 BUFFER, WORKERS = 1000, 8

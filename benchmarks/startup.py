@@ -69,7 +69,7 @@ def make_shards(folder: Path, shards: int) -> None:
 
     from moco_scale.data import index_file
     from moco_scale.data.header_check import IndexedTars, note_checked
-    from moco_scale.data.order import BatchPlan, FullPermutation
+    from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 
     samples = shards * PER_SHARD
     size = PER_SHARD * STRIDE + 2 * tarfile.BLOCKSIZE
@@ -155,8 +155,8 @@ def one_rank(folder: Path, rank: int, ranks: int, workers: int, started: float) 
     """Measures itself, says so, waits until all have, and measures what is shared."""
     from moco_scale.data.augment import AUGMENTATIONS
     from moco_scale.data.open_shards import open_shards
-    from moco_scale.data.order import BatchPlan
     from moco_scale.data.reader import pretraining_loader
+    from moco_scale.data.sampling.order import BatchPlan
 
     found: dict[str, Any] = {}
     last = started

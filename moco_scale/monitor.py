@@ -13,8 +13,8 @@ import torchvision
 
 from moco_scale.announcement import announcement
 from moco_scale.announcement import title as picture_title
-from moco_scale.data.order import Samples
 from moco_scale.data.reader import ViewBatch
+from moco_scale.data.sampling.order import Samples
 from moco_scale.distributed import collectives, consensus
 from moco_scale.distributed.same_state import require_agreement
 from moco_scale.distributed.stop_signal import StopRequest

@@ -16,11 +16,11 @@ from moco_scale.bad_pictures import BadPictures
 from moco_scale.config import Config
 from moco_scale.data.bad_samples import how_to_check
 from moco_scale.data.device_decode import DeviceDecoder
-from moco_scale.data.mixture import in_whole_batches
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.order import BatchPlan
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.data.sampling.mixture import in_whole_batches
+from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shard_set import Shards
 from moco_scale.data.workers import BatchLoader
 from moco_scale.deepspeed_config import refuse

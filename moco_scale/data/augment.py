@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.random import uniforms
+from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.views import CROP_SLOTS
 
 Params = npt.NDArray[np.float32]

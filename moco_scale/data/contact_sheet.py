@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from moco_scale.data.decode import DecodeError, decode_rgb
-from moco_scale.data.random import permutation
+from moco_scale.data.sampling.random import permutation
 from moco_scale.data.shard_set import Shards
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError

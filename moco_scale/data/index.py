@@ -17,10 +17,10 @@ from moco_scale.data import index_file
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.header_check import IndexedTars, check_headers, tar_problem
 from moco_scale.data.index_file import shard_command
-from moco_scale.data.order import Order
+from moco_scale.data.sampling.order import Order
+from moco_scale.data.sampling.windows import order_of
 from moco_scale.data.shard_set import Place
 from moco_scale.data.tar_scan import BLOCK, key_in
-from moco_scale.data.windows import order_of
 from moco_scale.untrusted.shard_index import AnyIndex, Tar
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, open_failure

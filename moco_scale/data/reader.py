@@ -28,9 +28,9 @@ from moco_scale.data.decode import (
 )
 from moco_scale.data.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
 from moco_scale.data.fetch_ahead import FetchAhead, Job, check_room
-from moco_scale.data.order import BatchPlan, Samples, Slices
 from moco_scale.data.pixel_cache import PixelCache
-from moco_scale.data.random import uniforms
+from moco_scale.data.sampling.order import BatchPlan, Samples, Slices
+from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.shard_set import Pictures
 from moco_scale.data.views import CROP_SLOTS, Box, crop_box, write_centre, write_crop
 from moco_scale.data.workers import PREFETCHED, BatchLoader, Failure, Reading, batch_memory

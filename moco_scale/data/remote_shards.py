@@ -19,8 +19,8 @@ import numpy as np
 from moco_scale.data import index, index_file
 from moco_scale.data.download import RemoteFile, TooLarge, download_document
 from moco_scale.data.fetch_ahead import RemotePart
-from moco_scale.data.order import Indices
 from moco_scale.data.remote_place import Place
+from moco_scale.data.sampling.order import Indices
 from moco_scale.data.shard_cache import SHARDS, ShardCache, gigabytes, shard_path, write_once
 from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.workers import closing

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moco_scale.data.fetch_ahead import RemotePart
-from moco_scale.data.order import Indices, Order
+from moco_scale.data.sampling.order import Indices, Order
 from moco_scale.untrusted.text import printable
 
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from moco_scale.data.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.device_augment import DeviceAugment
-from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.sampling.order import BatchPlan
+from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.data.shard_set import Shards
-from moco_scale.data.windows import REMOTE_WINDOW
 from moco_scale.distributed import collectives, consensus
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (

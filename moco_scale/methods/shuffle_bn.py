@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from moco_scale.data.random import permutation
+from moco_scale.data.sampling.random import permutation
 from moco_scale.distributed import collectives
 from moco_scale.utils.to_device import on_device
 

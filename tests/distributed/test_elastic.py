@@ -13,10 +13,10 @@ from torch import Tensor
 from moco_scale import command_line
 from moco_scale.data.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.device_augment import DeviceAugment
-from moco_scale.data.mixture import in_whole_batches
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.order import BatchPlan
 from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.data.sampling.mixture import in_whole_batches
+from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shard_set import Shards
 from moco_scale.pretrain import Pretraining
 

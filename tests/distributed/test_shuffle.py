@@ -11,7 +11,7 @@ from harness import run_ranks
 from torch import Tensor
 
 from moco_scale import command_line
-from moco_scale.data.random import permutation
+from moco_scale.data.sampling.random import permutation
 from moco_scale.distributed import collectives
 from moco_scale.methods.key_queue import KeyQueue
 from moco_scale.methods.shuffle_bn import ShuffleBN

@@ -25,8 +25,8 @@ from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.bad_samples import how_to_check
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.order import BatchPlan, FullPermutation
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.shard_set import Pictures
 from moco_scale.utils.errors import UserError
 
@@ -251,7 +251,7 @@ READS_FOR_EVER = """
 import multiprocessing, signal, sys
 from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.order import BatchPlan, FullPermutation
+from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.reader import pretraining_loader
 
 shards = IndexedShards.open(sys.argv[1])

@@ -29,11 +29,11 @@ from moco_scale.data import fetch_ahead, remote, shard_source
 from moco_scale.data.download import RemoteFile
 from moco_scale.data.fetch_ahead import NOWHERE, FetchAhead, Job, Lookahead, RemotePart, check_room
 from moco_scale.data.open_shards import has_split, open_shards
-from moco_scale.data.order import BatchPlan, Slices
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.sampling.order import BatchPlan, Slices
+from moco_scale.data.sampling.windows import WindowedPermutation
 from moco_scale.data.shard_cache import GB, SHARDS, ShardCache
 from moco_scale.data.shard_source import ShardSource
-from moco_scale.data.windows import WindowedPermutation
 from moco_scale.data.workers import BatchLoader
 from moco_scale.utils.errors import UserError
 

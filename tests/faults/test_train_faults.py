@@ -14,7 +14,7 @@ from conftest import write_picture
 from PIL import Image
 
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.order import BatchPlan, FullPermutation
+from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 
 pytestmark = pytest.mark.timeout(1800)
 

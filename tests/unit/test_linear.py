@@ -16,7 +16,7 @@ from torch import nn
 
 from moco_scale.__main__ import main
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.order import BatchPlan, FullPermutation
+from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.evaluation import linear, linear_state
 from moco_scale.evaluation.features import Pixels, extract
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation

@@ -17,9 +17,9 @@ from moco_scale.data import pixel_cache
 from moco_scale.data.augment import Augmentation
 from moco_scale.data.decode import Decoder, decode_rgb
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.order import BatchPlan
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import pretraining_loader
+from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shard_set import Shards
 from moco_scale.utils.errors import UserError
 

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from moco_scale.data.random import permutation, philox4x32, uniforms
+from moco_scale.data.sampling.random import permutation, philox4x32, uniforms
 
 KNOWN_ANSWERS = [  # Random123's kat_vectors for philox4x32 with 10 rounds
     ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

@@ -18,14 +18,14 @@ from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.decode import decode_rgb
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.index import IndexedShards
-from moco_scale.data.order import BatchPlan, FullPermutation
-from moco_scale.data.random import permutation, uniforms
 from moco_scale.data.reader import (
     ViewBatch,
     evaluation_loader,
     pretraining_loader,
     rank_slice,
 )
+from moco_scale.data.sampling.order import BatchPlan, FullPermutation
+from moco_scale.data.sampling.random import permutation, uniforms
 from moco_scale.data.shard_set import Place
 from moco_scale.data.views import CROP_SLOTS, crop_box, write_centre, write_crop
 from moco_scale.utils.errors import UserError

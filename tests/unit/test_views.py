@@ -9,7 +9,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop, Resize
 
-from moco_scale.data.random import uniforms
+from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.views import (
     CROP_SLOTS,
     CROP_TRIES,

@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from moco_scale.data.order import BatchPlan, FullPermutation
-from moco_scale.data.windows import WindowedPermutation, order_of
+from moco_scale.data.sampling.order import BatchPlan, FullPermutation
+from moco_scale.data.sampling.windows import WindowedPermutation, order_of
 
 UNEVEN = np.repeat(np.arange(40), np.random.default_rng(0).integers(1, 60, 40))
 
@@ -37,7 +37,7 @@ def test_the_order_is_the_documented_one() -> None:
     """Worked out with Python's fractions of unlimited size."""
     from fractions import Fraction
 
-    from moco_scale.data.random import permutation, raw_words
+    from moco_scale.data.sampling.random import permutation, raw_words
 
     window, seed, epoch = 8, 3, 2
     places = {int(s): p for p, s in enumerate(permutation(40, seed, "shard order", epoch))}

@@ -18,9 +18,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.mixture import Mixture
-from moco_scale.data.order import FullPermutation, Indices, Order, Samples
-from moco_scale.data.random import permutation, raw_words
+from moco_scale.data.sampling.mixture import Mixture
+from moco_scale.data.sampling.order import FullPermutation, Indices, Order, Samples
+from moco_scale.data.sampling.random import permutation, raw_words
 
 REMOTE_WINDOW = 64
 """Shards in the window of a data set that has to be fetched, unless the user says otherwise."""

@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.order import Indices, Order, Samples
-from moco_scale.data.random import permutation
+from moco_scale.data.sampling.order import Indices, Order, Samples
+from moco_scale.data.sampling.random import permutation
 from moco_scale.utils.errors import UserError
 
 

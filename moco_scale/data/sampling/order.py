@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.random import permutation
+from moco_scale.data.sampling.random import permutation
 from moco_scale.utils.errors import UserError
 
 Indices = npt.NDArray[np.int64]
