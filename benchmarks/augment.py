@@ -39,7 +39,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from moco_scale.data.augment import (
+from moco_scale.data.images.augment import (
     AUGMENTATIONS,
     BRIGHTNESS,
     CONTRAST,
@@ -56,7 +56,7 @@ from moco_scale.data.augment import (
     Params,
     draw_params,
 )
-from moco_scale.data.device_augment import DeviceAugment, StaticAugment
+from moco_scale.data.images.device_augment import DeviceAugment, StaticAugment
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CHAINS = ("v1", "v2", "v3", "cj", "cifar", "null")

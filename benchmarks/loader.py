@@ -64,8 +64,8 @@ from PIL import Image, ImageFilter
 from torchvision import datasets, transforms
 
 from moco_scale.data import shard_command
-from moco_scale.data.augment import AUGMENTATIONS
-from moco_scale.data.decode import decode_rgb
+from moco_scale.data.images.augment import AUGMENTATIONS
+from moco_scale.data.images.decode import decode_rgb
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import pretraining_loader

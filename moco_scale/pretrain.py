@@ -15,7 +15,7 @@ from moco_scale.bad_pictures import FILE as BAD_PICTURES
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.config import Config
 from moco_scale.data.bad_samples import how_to_check
-from moco_scale.data.device_decode import DeviceDecoder
+from moco_scale.data.images.device_decode import DeviceDecoder
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import ViewBatch, pretraining_loader

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from moco_scale.data.decode import DecodeError, decode_rgb
+from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.sampling.random import permutation
 from moco_scale.data.shard_set import Shards
 from moco_scale.untrusted.text import printable

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moco_scale.data import index_file
-from moco_scale.data.decode import DecodeError, decode_rgb
+from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.output_folder import LEFT_OUT
 from moco_scale.data.shard_list import list_shards
 from moco_scale.data.shard_set import Place

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from moco_scale.data.augment import Augmentation
 from moco_scale.data.bad_samples import TRIES, BadSample, bad_sample, how_to_check, substitutes
-from moco_scale.data.decode import (
+from moco_scale.data.fetch_ahead import FetchAhead, Job, check_room
+from moco_scale.data.images.augment import Augmentation
+from moco_scale.data.images.crop import CROP_SLOTS, Box, crop_box, write_centre, write_crop
+from moco_scale.data.images.decode import (
     DecodeError,
     Decoder,
     Pixels,
@@ -26,13 +28,11 @@ from moco_scale.data.decode import (
     picture_size,
     without_exif,
 )
-from moco_scale.data.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
-from moco_scale.data.fetch_ahead import FetchAhead, Job, check_room
+from moco_scale.data.images.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.sampling.order import BatchPlan, Samples, Slices
 from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.shard_set import Pictures
-from moco_scale.data.views import CROP_SLOTS, Box, crop_box, write_centre, write_crop
 from moco_scale.data.workers import PREFETCHED, BatchLoader, Failure, Reading, batch_memory
 from moco_scale.utils.errors import UserError
 

@@ -15,8 +15,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from moco_scale.data.decode import DecodeError, decode_rgb
-from moco_scale.data.image_kind import START_BYTES
+from moco_scale.data.images.decode import DecodeError, decode_rgb
+from moco_scale.data.images.formats import START_BYTES
 from moco_scale.data.index_file import INDEX_DTYPE
 from moco_scale.data.layout import TOO_LARGE, LeftOut, Picture
 from moco_scale.data.output_folder import sync

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from moco_scale.data.decode import DecodeError, picture_size
-from moco_scale.data.image_kind import image_kind
+from moco_scale.data.images.decode import DecodeError, picture_size
+from moco_scale.data.images.formats import image_kind
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.mixed_shards import MixedShards
 from moco_scale.data.open_shards import local_splits, open_shards

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from moco_scale.data.image_kind import START_BYTES, image_kind
+from moco_scale.data.images.formats import START_BYTES, image_kind
 from moco_scale.data.sources import (
     Entry,
     PassedOver,

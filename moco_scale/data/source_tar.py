@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moco_scale.data.image_kind import START_BYTES, image_kind
+from moco_scale.data.images.formats import START_BYTES, image_kind
 from moco_scale.data.sources import (
     Entry,
     PassedOver,

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from moco_scale.data.image_kind import START_BYTES, image_kind
+from moco_scale.data.images.formats import START_BYTES, image_kind
 from moco_scale.data.sources import (
     Entry,
     Packed,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from PIL import features
 
-from moco_scale.data.image_kind import image_kind
+from moco_scale.data.images.formats import image_kind
 from moco_scale.untrusted.text import printable
 
 JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))

@@ -23,7 +23,7 @@ class LinearConfig:
         learning_rate: at the peak, for this batch size.
         momentum: of SGD.
         weight_decay: on weights and bias.
-        aug: a key of :data:`~moco_scale.data.augment.AUGMENTATIONS`, for training.
+        aug: a key of :data:`~moco_scale.data.images.augment.AUGMENTATIONS`, for training.
         cache_features: encode each picture's centre crop once and train on that; quick, and not
             the published protocol.
         features: ``"features"`` or ``"projection"``.

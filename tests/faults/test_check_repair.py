@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moco_scale.__main__ import main
-from moco_scale.data.decode import decode_rgb
+from moco_scale.data.images.decode import decode_rgb
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.open_shards import open_shards
 

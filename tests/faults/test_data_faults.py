@@ -10,7 +10,7 @@ import pytest
 from commands import make_shards
 from conftest import write_picture
 
-from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan

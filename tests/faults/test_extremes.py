@@ -13,7 +13,7 @@ from commands import forked, make_shards
 from conftest import write_picture
 from PIL import Image
 
-from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.reader import pretraining_loader

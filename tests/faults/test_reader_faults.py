@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from moco_scale.data import shard_command, workers
-from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.bad_samples import how_to_check
+from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
@@ -249,7 +249,7 @@ def test_a_defect_keeps_its_type_and_its_traceback(picture_folder: Path, tmp_pat
 
 READS_FOR_EVER = """
 import multiprocessing, signal, sys
-from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.reader import pretraining_loader

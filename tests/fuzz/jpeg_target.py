@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moco_scale.data.decode import (
+from moco_scale.data.images.decode import (
     DecodeError,
     Decoder,
     decode_rgb,
@@ -16,7 +16,7 @@ from moco_scale.data.decode import (
     picture_size,
     without_exif,
 )
-from moco_scale.data.device_decode import can_decode
+from moco_scale.data.images.device_decode import can_decode
 
 
 def SEEDS() -> list[bytes]:

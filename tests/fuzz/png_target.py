@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from moco_scale.data.decode import DecodeError, Decoder, decode_rgb, picture_size
+from moco_scale.data.images.decode import DecodeError, Decoder, decode_rgb, picture_size
 
 
 def SEEDS() -> list[bytes]:

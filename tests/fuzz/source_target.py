@@ -9,7 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from moco_scale.data.decode import DecodeError
+from moco_scale.data.images.decode import DecodeError
 from moco_scale.data.layout import arrange
 from moco_scale.data.shard_file import close_sources, source_bytes
 from moco_scale.data.source_scan import scan

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from http_folder import FaultyFolder
 
-from moco_scale.data.augment import AUGMENTATIONS
 from moco_scale.data.download import Patience
+from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shard_set import Shards

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from moco_scale import checkpoint
-from moco_scale.data.augment import AUGMENTATIONS, draw_params
-from moco_scale.data.device_augment import DeviceAugment
+from moco_scale.data.images.augment import AUGMENTATIONS, draw_params
+from moco_scale.data.images.device_augment import DeviceAugment
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation

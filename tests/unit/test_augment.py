@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter, ImageOps
 from test_augment_draws import CHAINS
 from torch import Tensor
 
-from moco_scale.data.augment import (
+from moco_scale.data.images.augment import (
     AUGMENTATIONS,
     BRIGHTNESS,
     COLUMNS,
@@ -30,9 +30,9 @@ from moco_scale.data.augment import (
     Augmentation,
     draw_params,
 )
-from moco_scale.data.decode import decode_rgb
-from moco_scale.data.device_augment import DeviceAugment, StaticAugment
-from moco_scale.data.pixel_operations import box_reach, box_weights
+from moco_scale.data.images.decode import decode_rgb
+from moco_scale.data.images.device_augment import DeviceAugment, StaticAugment
+from moco_scale.data.images.pixel_operations import box_reach, box_weights
 
 NO_CHANGE = np.zeros(COLUMNS, dtype=np.float32)
 NO_CHANGE[ORDER] = NO_JITTER

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moco_scale.data.augment import (
+from moco_scale.data.images.augment import (
     AUGMENTATIONS,
     BRIGHTNESS,
     COLUMNS,

@@ -14,7 +14,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageCms, ImageOps
 
-from moco_scale.data.decode import (
+from moco_scale.data.images.decode import (
     ORIENTATION,
     DecodeError,
     Decoder,

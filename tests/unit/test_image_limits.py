@@ -14,10 +14,10 @@ import torch
 from odd_images import chunk, encoded, jpeg_with, png_with, segment, tiff_with, whole
 from PIL import Image
 
-from moco_scale.data.decode import DecodeError, decode_rgb, picture_size
-from moco_scale.data.jpeg_header import read_header
-from moco_scale.data.pil_decode import _BLOCK
-from moco_scale.data.views import write_centre
+from moco_scale.data.images.crop import write_centre
+from moco_scale.data.images.decode import DecodeError, decode_rgb, picture_size
+from moco_scale.data.images.jpeg_header import read_header
+from moco_scale.data.images.pil_decode import _BLOCK
 from moco_scale.untrusted.limits import IMAGE_MEMORY, IMAGE_PARTS, IMAGE_PIXELS, IMAGE_SCANS
 
 MORE = int(IMAGE_PIXELS**0.5) + 1000
@@ -110,7 +110,7 @@ def test_a_few_bytes_that_cannot_hold_so_many_pixels(small: bytes) -> None:
 PEAK = """
 import re, sys
 import numpy as np
-from moco_scale.data.decode import decode_rgb
+from moco_scale.data.images.decode import decode_rgb
 
 def peak():
     status = open("/proc/self/status").read()

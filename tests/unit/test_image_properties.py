@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from odd_images import encoded, exif, whole
 from PIL import features
 
-from moco_scale.data import bad_image
-from moco_scale.data.decode import DecodeError, Decoder, decode_rgb, picture_size
+from moco_scale.data.images import bad_image
+from moco_scale.data.images.decode import DecodeError, Decoder, decode_rgb, picture_size
 
 SEEDS = {
     "JPEG": [

@@ -9,7 +9,7 @@ import torch
 from commands import make_shards
 from conftest import write_picture
 
-from moco_scale.data.augment import AUGMENTATIONS
+from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.mixed_shards import MixedShards, epoch_notes, split_mixture
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import pretraining_loader

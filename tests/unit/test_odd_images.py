@@ -24,7 +24,7 @@ from odd_images import (
 )
 from PIL import Image, ImageOps, features
 
-from moco_scale.data.decode import DecodeError, decode_rgb, picture_size
+from moco_scale.data.images.decode import DecodeError, decode_rgb, picture_size
 
 RANDOM = np.random.default_rng(0).bytes(3000)
 LOOP = b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x8769, 4, 1, 8) * 2 + struct.pack("<I", 8)
@@ -386,7 +386,7 @@ def test_nothing_is_said_on_the_terminal(caplog: pytest.LogCaptureFixture) -> No
     """Neither by a warning, nor by Pillow's log, nor by a library of C."""
     code = """
 import sys
-from moco_scale.data.decode import DecodeError, decode_rgb
+from moco_scale.data.images.decode import DecodeError, decode_rgb
 data = sys.stdin.buffer.read()
 while data:
     size = int.from_bytes(data[:4], "big")

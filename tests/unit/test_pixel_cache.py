@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from moco_scale.data import pixel_cache
-from moco_scale.data.augment import Augmentation
-from moco_scale.data.decode import Decoder, decode_rgb
+from moco_scale.data.images.augment import Augmentation
+from moco_scale.data.images.decode import Decoder, decode_rgb
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import pretraining_loader

@@ -13,7 +13,7 @@ from conftest import write_picture
 from PIL import Image
 
 from moco_scale.__main__ import main
-from moco_scale.data.decode import decode_rgb
+from moco_scale.data.images.decode import decode_rgb
 from moco_scale.data.index import IndexedShards
 from moco_scale.data.layout import Picture
 from moco_scale.data.shards import random_order

@@ -9,8 +9,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop, Resize
 
-from moco_scale.data.sampling.random import uniforms
-from moco_scale.data.views import (
+from moco_scale.data.images.crop import (
     CROP_SLOTS,
     CROP_TRIES,
     LEFT,
@@ -20,6 +19,7 @@ from moco_scale.data.views import (
     write_centre,
     write_crop,
 )
+from moco_scale.data.sampling.random import uniforms
 
 
 def draws(n: int) -> list[list[float]]:

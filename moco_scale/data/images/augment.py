@@ -1,7 +1,7 @@
 """Augmentations: the published chains as data, and the random parameters of a view.
 
-The worker only crops (`moco_scale.data.views`); flip, colour and blur are applied on the training
-device (`moco_scale.data.device_augment`).
+The worker only crops (`data.images.crop`); flip, colour and blur are applied on the training
+device (`data.images.device_augment`).
 
 A view has VIEW_SLOTS uniform numbers, a function of (seed, epoch, sample, view). Each random
 decision has a slot of its own, so that changing one augmentation leaves the other draws alone.
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moco_scale.data.images.crop import CROP_SLOTS
 from moco_scale.data.sampling.random import uniforms
-from moco_scale.data.views import CROP_SLOTS
 
 Params = npt.NDArray[np.float32]
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale.data.decode import UPRIGHT, DecodeError, decode_rgb, jpeg_size
-from moco_scale.data.jpeg_header import HOLE
+from moco_scale.data.images.decode import UPRIGHT, DecodeError, decode_rgb, jpeg_size
+from moco_scale.data.images.jpeg_header import HOLE
 from moco_scale.untrusted.limits import DEVICE_PIXELS
 from moco_scale.utils.errors import UserError
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale.data.augment import Params
+from moco_scale.data.images.augment import Params
 
 Operation = Callable[[Tensor, Tensor], Tensor]
 

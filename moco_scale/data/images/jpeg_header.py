@@ -8,8 +8,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moco_scale.data.bad_image import DecodeError
-from moco_scale.data.image_orientation import orientation_of
+from moco_scale.data.images.bad_image import DecodeError
+from moco_scale.data.images.orientation import orientation_of
 from moco_scale.untrusted.limits import IMAGE_PARTS, IMAGE_SCANS
 
 _SEGMENT = struct.Struct(">BBH")

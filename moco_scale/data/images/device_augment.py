@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moco_scale.data import pixel_operations as pixels
-from moco_scale.data.augment import (
+from moco_scale.data.images import pixel_operations as pixels
+from moco_scale.data.images.augment import (
     BRIGHTNESS,
     COLUMNS,
     CONTRAST,

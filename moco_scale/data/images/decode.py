@@ -6,14 +6,14 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from moco_scale.data.bad_image import DecodeError as DecodeError
-from moco_scale.data.bad_image import as_decode_error, require_memory
-from moco_scale.data.image_kind import image_kind, no_image
-from moco_scale.data.image_orientation import ORIENTATION as ORIENTATION
-from moco_scale.data.image_orientation import UPRIGHT as UPRIGHT
-from moco_scale.data.jpeg_header import HOLE, Header, exif_place, read_header, tidied
-from moco_scale.data.jpeg_header import orientation as orientation
-from moco_scale.data.pil_decode import pil_pixels, pil_size
+from moco_scale.data.images.bad_image import DecodeError as DecodeError
+from moco_scale.data.images.bad_image import as_decode_error, require_memory
+from moco_scale.data.images.formats import image_kind, no_image
+from moco_scale.data.images.jpeg_header import HOLE, Header, exif_place, read_header, tidied
+from moco_scale.data.images.jpeg_header import orientation as orientation
+from moco_scale.data.images.orientation import ORIENTATION as ORIENTATION
+from moco_scale.data.images.orientation import UPRIGHT as UPRIGHT
+from moco_scale.data.images.pil_decode import pil_pixels, pil_size
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale.data.decode import Pixels
+from moco_scale.data.images.decode import Pixels
 
-# Slots of a view's uniform numbers, see `moco_scale.data.augment` for the ones after these.
+# Slots of a view's uniform numbers, see `moco_scale.data.images.augment` for the ones after these.
 CROP_TRIES = 10
 TOP, LEFT = 2 * CROP_TRIES, 2 * CROP_TRIES + 1
 CROP_SLOTS = 2 * CROP_TRIES + 2

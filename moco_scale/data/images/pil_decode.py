@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms
 
-from moco_scale.data.bad_image import DecodeError, as_decode_error, require_memory
-from moco_scale.data.image_orientation import orientation_of
-from moco_scale.data.image_pixels import Pixels, image_pixels
+from moco_scale.data.images.bad_image import DecodeError, as_decode_error, require_memory
+from moco_scale.data.images.orientation import orientation_of
+from moco_scale.data.images.without_metadata import Pixels, image_pixels
 from moco_scale.untrusted.limits import IMAGE_PIXELS, SLOW_IMAGE_PIXELS
 
 Image.init()

@@ -12,9 +12,9 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from moco_scale.data.bad_image import DecodeError, require_memory
-from moco_scale.data.image_orientation import Entry, first_directory, orientation_of
-from moco_scale.data.jpeg_header import read_header, tidied
+from moco_scale.data.images.bad_image import DecodeError, require_memory
+from moco_scale.data.images.jpeg_header import read_header, tidied
+from moco_scale.data.images.orientation import Entry, first_directory, orientation_of
 from moco_scale.untrusted.limits import IMAGE_METADATA, IMAGE_PARTS
 
 

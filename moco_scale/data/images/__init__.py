@@ -1,0 +1,1 @@
+"""Images: formats, decoding, crops and augmentation."""
