@@ -17,16 +17,16 @@ from pathlib import Path
 from types import FrameType
 
 from moco_scale import __version__
-from moco_scale.data.check import check
-from moco_scale.data.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TAR, read_ground_truth
-from moco_scale.data.layout import Listing, arrange, class_name
-from moco_scale.data.output_folder import LEFT_OUT, OutputFolder, size_text
 from moco_scale.data.recognise import look_into
-from moco_scale.data.repair import repair
 from moco_scale.data.shard_list import list_shards
-from moco_scale.data.shards import Encoding, ShardSize, write_shards
-from moco_scale.data.source_scan import holds_pictures, scan
-from moco_scale.data.source_tar import UNPACKED
+from moco_scale.data.tools.check import check
+from moco_scale.data.tools.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TAR, read_ground_truth
+from moco_scale.data.tools.layout import Listing, arrange, class_name
+from moco_scale.data.tools.output_folder import LEFT_OUT, OutputFolder, size_text
+from moco_scale.data.tools.repair import repair
+from moco_scale.data.tools.source_scan import holds_pictures, scan
+from moco_scale.data.tools.source_tar import UNPACKED
+from moco_scale.data.tools.writer import Encoding, ShardSize, write_shards
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell

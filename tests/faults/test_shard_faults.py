@@ -11,7 +11,7 @@ import pytest
 from conftest import write_picture
 from shard_runs import Command
 
-from moco_scale.data import shards
+from moco_scale.data.tools import writer
 
 
 @pytest.fixture
@@ -137,13 +137,13 @@ def test_a_picture_that_vanishes(
     command: Command, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = picture_folder / "val" / "ash" / "000.jpg"
-    original = shards.random_order
+    original = writer.random_order
 
     def order(*args: Any) -> Any:
         gone.unlink(missing_ok=True)
         return original(*args)
 
-    monkeypatch.setattr(shards, "random_order", order)
+    monkeypatch.setattr(writer, "random_order", order)
     assert f"Cannot read {gone}" in command.refused(picture_folder, workers=2)
 
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from shard_runs import Command
 
-from moco_scale.data import output_folder, shard_file, shards
 from moco_scale.data.index import IndexedShards
+from moco_scale.data.tools import output_folder, shard_file, writer
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_disk_that_fills_up(
 def test_a_disk_that_fills_up_at_the_index(
     command: Command, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_write", full_disk)
+    monkeypatch.setattr(writer, "_write", full_disk)
     assert "The disk is full" in command.refused(picture_folder)
 
 

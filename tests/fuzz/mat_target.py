@@ -7,7 +7,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from moco_scale.data.ilsvrc import read_ground_truth
+from moco_scale.data.tools.ilsvrc import read_ground_truth
 from moco_scale.utils.errors import UserError
 
 _IDS = {1: "n00000003", 2: "n00000001", 3: "n00000002"}

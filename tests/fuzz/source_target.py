@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 from moco_scale.data.images.decode import DecodeError
-from moco_scale.data.layout import arrange
-from moco_scale.data.shard_file import close_sources, source_bytes
-from moco_scale.data.source_scan import scan
+from moco_scale.data.tools.layout import arrange
+from moco_scale.data.tools.shard_file import close_sources, source_bytes
+from moco_scale.data.tools.source_scan import scan
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 

@@ -12,8 +12,8 @@ import numpy as np
 from moco_scale.data.header_check import tar_problem
 from moco_scale.data.index_file import INDEX_DTYPE
 from moco_scale.data.recognise import look_into
-from moco_scale.data.salvage import salvage
 from moco_scale.data.tar_scan import key_in, member_places, scan_tar
+from moco_scale.data.tools.salvage import salvage
 from moco_scale.utils.errors import UserError
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)

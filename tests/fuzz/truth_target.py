@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from moco_scale.data.ilsvrc import read_ground_truth
+from moco_scale.data.tools.ilsvrc import read_ground_truth
 from moco_scale.utils.errors import UserError
 
 _PICTURES = ("a.jpg", "b c.jpg", "\u00e4.JPEG")

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mat_target import SEEDS, mat_file, run
 
-from moco_scale.data import matfile
-from moco_scale.data.ilsvrc import read_ground_truth
-from moco_scale.data.matfile import MatFileError, struct_array
+from moco_scale.data.tools import matfile
+from moco_scale.data.tools.ilsvrc import read_ground_truth
+from moco_scale.data.tools.matfile import MatFileError, struct_array
 from moco_scale.utils.errors import UserError
 
 PICTURES = ["c 1.jpg", "a.JPEG", "na\u0308h.jpg"]

@@ -11,8 +11,8 @@ from conftest import write_picture
 from PIL import Image
 
 from moco_scale.__main__ import main
-from moco_scale.data.contact_sheet import contact_sheet
 from moco_scale.data.index import IndexedShards
+from moco_scale.data.tools.contact_sheet import contact_sheet
 
 
 def test_it_counts_what_is_there(tiny_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from shard_runs import CLASSES, Command, packed, picture_bytes, splits, told
 
-from moco_scale.data import source_zip
+from moco_scale.data.tools import source_zip
 
 Shown = pytest.CaptureFixture[str]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from moco_scale.data.sources import Entry, Packed
-from moco_scale.data.split_folders import Split, images, split_folders
+from moco_scale.data.tools.sources import Entry, Packed
+from moco_scale.data.tools.split_folders import Split, images, split_folders
 from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, PICTURE_FILE
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from moco_scale.data.source_folder import scan_folder
-from moco_scale.data.source_tar import plain_tar, scan_tar
-from moco_scale.data.source_zip import is_zip, scan_zip
-from moco_scale.data.sources import PICTURE_SUFFIXES, Entry, PassedOver
+from moco_scale.data.tools.source_folder import scan_folder
+from moco_scale.data.tools.source_tar import plain_tar, scan_tar
+from moco_scale.data.tools.source_zip import is_zip, scan_zip
+from moco_scale.data.tools.sources import PICTURE_SUFFIXES, Entry, PassedOver
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.progress import bar

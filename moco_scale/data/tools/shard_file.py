@@ -18,12 +18,12 @@ from PIL import Image
 from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.images.formats import START_BYTES
 from moco_scale.data.index_file import INDEX_DTYPE
-from moco_scale.data.layout import TOO_LARGE, LeftOut, Picture
-from moco_scale.data.output_folder import sync
-from moco_scale.data.source_folder import NOT_READABLE
-from moco_scale.data.source_zip import unpack
-from moco_scale.data.sources import LFS_POINTER, suffix_to_write
 from moco_scale.data.tar_scan import scan_tar
+from moco_scale.data.tools.layout import TOO_LARGE, LeftOut, Picture
+from moco_scale.data.tools.output_folder import sync
+from moco_scale.data.tools.source_folder import NOT_READABLE
+from moco_scale.data.tools.source_zip import unpack
+from moco_scale.data.tools.sources import LFS_POINTER, suffix_to_write
 from moco_scale.untrusted.documents import without_waiting
 from moco_scale.untrusted.limits import PICTURE_FILE
 from moco_scale.untrusted.text import printable

@@ -20,9 +20,9 @@ import numpy as np
 
 from moco_scale.data import index_file
 from moco_scale.data.header_check import IndexedTars, note_checked
-from moco_scale.data.layout import Listing, Picture, none_left
-from moco_scale.data.output_folder import LEFT_OUT, size_text, sync
-from moco_scale.data.shard_file import (
+from moco_scale.data.tools.layout import Listing, Picture, none_left
+from moco_scale.data.tools.output_folder import LEFT_OUT, size_text, sync
+from moco_scale.data.tools.shard_file import (
     Done,
     Encoding,
     Task,

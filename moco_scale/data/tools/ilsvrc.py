@@ -15,10 +15,10 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from moco_scale.data.layout import picture_stem
-from moco_scale.data.matfile import MatFileError, struct_array
-from moco_scale.data.source_tar import content_of, decompressed
-from moco_scale.data.sources import is_picture
+from moco_scale.data.tools.layout import picture_stem
+from moco_scale.data.tools.matfile import MatFileError, struct_array
+from moco_scale.data.tools.source_tar import content_of, decompressed
+from moco_scale.data.tools.sources import is_picture
 from moco_scale.untrusted.documents import read_bounded
 from moco_scale.untrusted.limits import GROUND_TRUTH, MAT_FILE
 from moco_scale.untrusted.tar_headers import FILE, TarHeaders

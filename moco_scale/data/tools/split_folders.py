@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from moco_scale.data.shard_list import SPLIT_WORDS
-from moco_scale.data.sources import Entry
+from moco_scale.data.tools.sources import Entry
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 

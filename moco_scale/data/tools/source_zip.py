@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from moco_scale.data.images.formats import START_BYTES, image_kind
-from moco_scale.data.sources import (
+from moco_scale.data.tools.sources import (
     Entry,
     Packed,
     PassedOver,

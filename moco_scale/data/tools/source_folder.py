@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from moco_scale.data.images.formats import START_BYTES, image_kind
-from moco_scale.data.sources import (
+from moco_scale.data.tools.sources import (
     Entry,
     PassedOver,
     is_picture,

@@ -15,13 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moco_scale.data import index_file
-from moco_scale.data.examine import Examined, Expected, Folder, examine, examine_all, list_folder
-from moco_scale.data.layout import LeftOut
-from moco_scale.data.output_folder import LEFT_OUT, sync
-from moco_scale.data.salvage import salvage
 from moco_scale.data.scanned_index import find_classes, index_rows, save_rows
-from moco_scale.data.shard_file import write_errors
 from moco_scale.data.tar_scan import ShardScan
+from moco_scale.data.tools.examine import (
+    Examined,
+    Expected,
+    Folder,
+    examine,
+    examine_all,
+    list_folder,
+)
+from moco_scale.data.tools.layout import LeftOut
+from moco_scale.data.tools.output_folder import LEFT_OUT, sync
+from moco_scale.data.tools.salvage import salvage
+from moco_scale.data.tools.shard_file import write_errors
 from moco_scale.untrusted.names import relative_problem
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError

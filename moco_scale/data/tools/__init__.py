@@ -1,0 +1,1 @@
+"""What makes, checks and mends shards, and the sources they are made of."""
