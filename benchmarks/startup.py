@@ -67,9 +67,9 @@ def make_shards(folder: Path, shards: int) -> None:
     """An index of sparse tars; the pictures of the first batch are written."""
     import numpy as np
 
-    from moco_scale.data import index_file
-    from moco_scale.data.header_check import IndexedTars, note_checked
     from moco_scale.data.sampling.order import BatchPlan, FullPermutation
+    from moco_scale.data.shards import index_file
+    from moco_scale.data.shards.header_check import IndexedTars, note_checked
 
     samples = shards * PER_SHARD
     size = PER_SHARD * STRIDE + 2 * tarfile.BLOCKSIZE
@@ -104,7 +104,7 @@ def make_shards(folder: Path, shards: int) -> None:
 def scan_cost(folder: Path, shards: int) -> tuple[float, float]:
     """Microseconds of CPU time a sample, for tars of pictures and labels: to index them, and to
     read the headers alone."""
-    from moco_scale.data.tar_scan import member_places, scan_tar
+    from moco_scale.data.shards.tar_scan import member_places, scan_tar
 
     # Bodies are sparse: only the headers' pages are read, as in a real tar.
     for shard in range(shards):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moco_scale import __version__
 from moco_scale.config import Config
 from moco_scale.config_rules import build
-from moco_scale.data.mixed_shards import epoch_notes
+from moco_scale.data.shards.mixed_shards import epoch_notes
 from moco_scale.distributed import collectives
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.recipes import RECIPES

@@ -12,9 +12,9 @@ from typing import Any
 
 from moco_scale import deepspeed_config
 from moco_scale.config import SECTIONS, Config, OptimConfig, RunConfig
-from moco_scale.data.mixed_shards import split_mixture
-from moco_scale.data.remote_addresses import names_remote
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
+from moco_scale.data.shards.addresses import names_remote
+from moco_scale.data.shards.mixed_shards import split_mixture
 from moco_scale.methods.infonce import MIN_TEMPERATURE
 from moco_scale.recipes import RECIPES
 from moco_scale.utils.errors import UserError

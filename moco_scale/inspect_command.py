@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from moco_scale import checkpoint
-from moco_scale.data.index_file import INDEX_JSON
-from moco_scale.data.mixed_shards import split_mixture
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.remote_addresses import names_remote, shown
-from moco_scale.data.shard_list import is_pattern, list_shards
+from moco_scale.data.shards.addresses import names_remote, shown
+from moco_scale.data.shards.index_file import INDEX_JSON
+from moco_scale.data.shards.mixed_shards import split_mixture
+from moco_scale.data.shards.shard_list import is_pattern, list_shards
 from moco_scale.data.tools.contact_sheet import contact_sheet
 from moco_scale.data.tools.summary import print_summary, summarise
 from moco_scale.evaluation.pretrained import read_model_file

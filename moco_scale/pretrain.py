@@ -21,7 +21,7 @@ from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.sampling.mixture import in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.data.workers import BatchLoader
 from moco_scale.deepspeed_config import refuse
 from moco_scale.deepspeed_keys import unwritable_reports

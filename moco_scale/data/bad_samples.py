@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moco_scale.data.sampling.random import uniforms
-from moco_scale.data.shard_set import Pictures
+from moco_scale.data.shards.protocols import Pictures
 from moco_scale.untrusted.bad_sample import NAME_CHARACTERS
 from moco_scale.untrusted.text import printable
 

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from moco_scale.data import index, index_file
-from moco_scale.data.mixed_shards import MixedShards, split_mixture
-from moco_scale.data.recognise import look_into
-from moco_scale.data.remote_addresses import check_address, is_remote, names_remote
 from moco_scale.data.remote_shards import has_remote_split, open_remote
 from moco_scale.data.remote_tars import is_remote_pattern, open_remote_tars, remote_tars
-from moco_scale.data.scanned_index import open_scanned
-from moco_scale.data.shard_list import ShardList, is_pattern, list_shards
-from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.shards import index_file, indexed_shards
+from moco_scale.data.shards.addresses import check_address, is_remote, names_remote
+from moco_scale.data.shards.mixed_shards import MixedShards, split_mixture
+from moco_scale.data.shards.protocols import Shards
+from moco_scale.data.shards.recognise import look_into
+from moco_scale.data.shards.scanned_index import open_scanned
+from moco_scale.data.shards.shard_list import ShardList, is_pattern, list_shards
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.progress import heard_by
 
@@ -88,7 +88,7 @@ def _open_one(source: ShardSource, split: str) -> Shards:
         return open_remote_tars(source, split) if pattern else open_remote(source, split)
     tars = _without_index(source.spec)
     if tars is None:
-        return index.IndexedShards.open(source.spec, split)
+        return indexed_shards.IndexedShards.open(source.spec, split)
     return open_scanned(source.spec, tars, split)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moco_scale.data.images.decode import DecodeError, Pixels, picture_size
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.data.tools.output_folder import size_text
 from moco_scale.untrusted.documents import DocumentError, read_document
 from moco_scale.untrusted.limits import META_JSON

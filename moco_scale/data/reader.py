@@ -32,7 +32,7 @@ from moco_scale.data.images.device_decode import BadPicture, DeviceDecoder, Enco
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.sampling.order import BatchPlan, Samples, Slices
 from moco_scale.data.sampling.random import uniforms
-from moco_scale.data.shard_set import Pictures
+from moco_scale.data.shards.protocols import Pictures
 from moco_scale.data.workers import PREFETCHED, BatchLoader, Failure, Reading, batch_memory
 from moco_scale.utils.errors import UserError
 

@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
-from moco_scale.data.remote_addresses import holds_secret, shown
+from moco_scale.data.shards.addresses import holds_secret, shown
 from moco_scale.distributed.launchers import rank_of
 from moco_scale.untrusted.limits import NETRC
 from moco_scale.untrusted.text import printable

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moco_scale.data.remote_addresses import scrubbed
+from moco_scale.data.shards.addresses import scrubbed
 from moco_scale.untrusted.limits import SHARD_BYTES
 from moco_scale.untrusted.text import printable
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from moco_scale.data import index, index_file
 from moco_scale.data.download import RemoteFile, TooLarge, download_document
 from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.remote_place import Place
 from moco_scale.data.sampling.order import Indices
 from moco_scale.data.shard_cache import SHARDS, ShardCache, gigabytes, shard_path, write_once
 from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.shards import index_file, indexed_shards
 from moco_scale.data.workers import closing
 from moco_scale.untrusted.limits import DOCUMENT_SECONDS, INDEX_JSON, NPY_HEADER
 from moco_scale.untrusted.shard_index import AnyIndex, ShardIndex, parse_index
@@ -34,7 +34,7 @@ _ROWS_RATE = 1e5  # bytes a second at which rows have to arrive
 _ATTEMPTS = 3  # to fetch an index that is whole and fits the rest
 
 
-class RemoteShards(index.IndexedShards):
+class RemoteShards(indexed_shards.IndexedShards):
     """The pictures of a split that lie elsewhere, read through a cache.
 
     `files` are the split's shards; `folder` is the set's in the cache, with those that are here

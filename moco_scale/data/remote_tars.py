@@ -20,19 +20,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from moco_scale.data import index_file
 from moco_scale.data.download import RemoteFile, TooLarge, state_of
-from moco_scale.data.index_place import alone
 from moco_scale.data.remote import place
-from moco_scale.data.remote_addresses import shown
 from moco_scale.data.remote_place import FileState, Place
 from moco_scale.data.remote_shards import RemoteShards
 from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_path, version_of
-from moco_scale.data.scanned_index import write_index
 from moco_scale.data.shard_cache import cache_home, gigabytes, shard_path, write_once
-from moco_scale.data.shard_list import COMPRESSED_TAR, expand_braces, splits_of
 from moco_scale.data.shard_source import ShardSource
-from moco_scale.data.tar_scan import scan_tar
+from moco_scale.data.shards import index_file
+from moco_scale.data.shards.addresses import shown
+from moco_scale.data.shards.index_place import alone
+from moco_scale.data.shards.scanned_index import write_index
+from moco_scale.data.shards.shard_list import COMPRESSED_TAR, expand_braces, splits_of
+from moco_scale.data.shards.tar_scan import scan_tar
 from moco_scale.untrusted.documents import read_bounded
 from moco_scale.untrusted.limits import NAME_BYTES
 from moco_scale.utils.errors import UserError

@@ -17,7 +17,7 @@ import numpy as np
 
 from moco_scale.data.remote_place import FileState
 from moco_scale.data.shard_cache import write_once
-from moco_scale.data.tar_scan import ShardScan
+from moco_scale.data.shards.tar_scan import ShardScan
 from moco_scale.untrusted.documents import parse_document
 from moco_scale.untrusted.saved_scan import FORMAT, SavedScanText
 from moco_scale.untrusted.text import printable

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 from moco_scale import __version__
-from moco_scale.data.recognise import look_into
-from moco_scale.data.shard_list import list_shards
+from moco_scale.data.shards.recognise import look_into
+from moco_scale.data.shards.shard_list import list_shards
 from moco_scale.data.tools.check import check
 from moco_scale.data.tools.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TAR, read_ground_truth
 from moco_scale.data.tools.layout import Listing, arrange, class_name

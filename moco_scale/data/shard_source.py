@@ -7,9 +7,9 @@ from pathlib import Path
 
 from moco_scale.data.download import Patience
 from moco_scale.data.remote import place
-from moco_scale.data.remote_addresses import shown
 from moco_scale.data.remote_place import Place
 from moco_scale.data.shard_cache import GB, ShardCache, cache_home
+from moco_scale.data.shards.addresses import shown
 
 CACHE_GB = 32.0
 GIVE_UP_SECONDS = 600.0

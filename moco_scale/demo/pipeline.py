@@ -29,7 +29,7 @@ from moco_scale.command_line import config_of, make_parser
 from moco_scale.config import Config
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import evaluation_loader
-from moco_scale.data.shard_set import Pictures
+from moco_scale.data.shards.protocols import Pictures
 from moco_scale.demo.output_folder import SUMMARY
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
 from moco_scale.untrusted.documents import read_document

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.reader import evaluation_loader
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus
 from moco_scale.models.encoder import Encoder
 from moco_scale.utils.errors import UserError

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moco_scale.data.fetch_ahead import NOWHERE
 from moco_scale.data.open_shards import has_split, open_shards
-from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives
 from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract
 from moco_scale.models.encoder import Encoder

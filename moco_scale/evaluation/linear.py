@@ -27,7 +27,7 @@ from moco_scale.data.images.device_augment import DeviceAugment
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_scale.data.reader import evaluation_loader
-from moco_scale.data.shard_set import Pictures
+from moco_scale.data.shards.protocols import Pictures
 from moco_scale.distributed import consensus
 from moco_scale.evaluation.curves import INK, drawn, new_figure, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract

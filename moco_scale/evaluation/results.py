@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moco_scale.data.index_place import alone
+from moco_scale.data.shards.index_place import alone
 from moco_scale.untrusted.documents import DocumentError, read_document
 from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.untrusted.results import Results

@@ -17,7 +17,7 @@ from moco_scale.data.open_shards import open_shards
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.sampling.mixture import in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.pretrain import Pretraining
 
 PICTURES, BATCH, SEED, SIZE = 32, 8, 5, 16

@@ -13,7 +13,7 @@ from harness import run_ranks
 from torch import nn
 
 from moco_scale.__main__ import main
-from moco_scale.data.index import IndexedShards
+from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.evaluation.features import Pixels, extract
 from moco_scale.evaluation.knn import KnnMonitor, open_splits
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation

@@ -16,10 +16,10 @@ from moco_scale.data.bad_samples import TRIES, substitutes
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.images.crop import CROP_SLOTS, crop_box, write_crop
 from moco_scale.data.images.decode import decode_rgb
-from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.sampling.random import uniforms
+from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.evaluation.features import LeftOut, extract
 from moco_scale.utils.errors import UserError
 

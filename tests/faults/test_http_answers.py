@@ -29,9 +29,9 @@ from moco_scale.data import (
     shard_source,
 )
 from moco_scale.data.download import Patience, RemoteFile, download_document, state_of
-from moco_scale.data.index_file import INDEX_DTYPE, rows_checksum
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.shards.index_file import INDEX_DTYPE, rows_checksum
 from moco_scale.utils.errors import UserError
 
 ONCE = Patience(give_up=0.0)

@@ -23,11 +23,11 @@ import torch
 from moco_scale.data import shard_command, workers
 from moco_scale.data.bad_samples import how_to_check
 from moco_scale.data.images.augment import AUGMENTATIONS
-from moco_scale.data.index import IndexedShards
 from moco_scale.data.open_shards import open_shards
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
-from moco_scale.data.shard_set import Pictures
+from moco_scale.data.shards.indexed_shards import IndexedShards
+from moco_scale.data.shards.protocols import Pictures
 from moco_scale.utils.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
@@ -250,7 +250,7 @@ def test_a_defect_keeps_its_type_and_its_traceback(picture_folder: Path, tmp_pat
 READS_FOR_EVER = """
 import multiprocessing, signal, sys
 from moco_scale.data.images.augment import AUGMENTATIONS
-from moco_scale.data.index import IndexedShards
+from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.reader import pretraining_loader
 

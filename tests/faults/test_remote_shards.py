@@ -224,7 +224,7 @@ def test_a_set_that_was_made_again_is_another_one_in_the_cache(
         first.write_bytes(second.read_bytes())
         second.write_bytes(content)
         rows = np.load(moving / "train-index.npy")
-        from moco_scale.data.index_file import rows_checksum
+        from moco_scale.data.shards.index_file import rows_checksum
 
         rows["shard"] = np.where(rows["shard"] < 2, 1 - rows["shard"].astype(int), rows["shard"])
         rows = rows[np.argsort(rows["shard"], kind="stable")]

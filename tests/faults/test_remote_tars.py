@@ -15,9 +15,9 @@ from moco_scale.data import remote_tars, shard_source
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.remote_place import FileState
 from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_path
-from moco_scale.data.shard_set import Shards
 from moco_scale.data.shard_source import ShardSource
-from moco_scale.data.tar_scan import ShardScan
+from moco_scale.data.shards.protocols import Shards
+from moco_scale.data.shards.tar_scan import ShardScan
 from moco_scale.utils.errors import UserError
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from shard_runs import Command
 
-from moco_scale.data.index import IndexedShards
+from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.tools import output_folder, shard_file, writer
 
 
@@ -121,7 +121,7 @@ class StuckRun(NamedTuple):
 
 @contextlib.contextmanager
 def stuck_run(command: Command, source: Path, workers: int) -> Iterator[StuckRun]:
-    reader, writer = os.pipe()
+    read_end, write_end = os.pipe()
     log = command.out.parent.parent / "log.txt"
 
     def run() -> NoReturn:
@@ -130,27 +130,27 @@ def stuck_run(command: Command, source: Path, workers: int) -> Iterator[StuckRun
         def stuck(picture: Any) -> bytes:
             read.append(picture)
             if len(read) == 5:
-                os.write(writer, b".")
+                os.write(write_end, b".")
                 while True:
                     signal.pause()
             return original(picture)
 
         shard_file.source_bytes = stuck
-        os.close(reader)
+        os.close(read_end)
         with log.open("w") as sys.stdout, contextlib.redirect_stderr(sys.stdout):
             sys.exit(command(source, workers=workers))
 
     # Forked: starting a new interpreter would import torch once more, which takes seconds.
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    os.close(writer)
+    os.close(write_end)
     try:
-        assert os.read(reader, 1) == b".", log.read_text()
-        yield StuckRun(process, reader, log)
+        assert os.read(read_end, 1) == b".", log.read_text()
+        yield StuckRun(process, read_end, log)
     finally:
         process.kill()
         process.join()
-        os.close(reader)
+        os.close(read_end)
 
 
 def partial_folders(command: Command) -> list[Path]:

@@ -13,8 +13,8 @@ from commands import assert_refused, flags_for, forked, launched
 from conftest import write_picture
 from PIL import Image
 
-from moco_scale.data.index import IndexedShards
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
+from moco_scale.data.shards.indexed_shards import IndexedShards
 
 pytestmark = pytest.mark.timeout(1800)
 

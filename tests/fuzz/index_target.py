@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moco_scale.data.index_file import (
+from moco_scale.data.shards.index_file import (
     INDEX_JSON,
     has_split,
     index_name,

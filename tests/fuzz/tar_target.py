@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moco_scale.data.header_check import tar_problem
-from moco_scale.data.index_file import INDEX_DTYPE
-from moco_scale.data.recognise import look_into
-from moco_scale.data.tar_scan import key_in, member_places, scan_tar
+from moco_scale.data.shards.header_check import tar_problem
+from moco_scale.data.shards.index_file import INDEX_DTYPE
+from moco_scale.data.shards.recognise import look_into
+from moco_scale.data.shards.tar_scan import key_in, member_places, scan_tar
 from moco_scale.data.tools.salvage import salvage
 from moco_scale.utils.errors import UserError
 

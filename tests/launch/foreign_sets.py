@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.protocols import Shards
 
 FORMATS = {"jpg": "JPEG", "JPEG": "JPEG", "png": "PNG", "WebP": "WEBP"}
 

@@ -13,7 +13,7 @@ import webdataset  # noqa: F401  (so that processes forked here have it)
 from PIL import Image
 
 from moco_scale.__main__ import main
-from moco_scale.data.index import IndexedShards
+from moco_scale.data.shards.indexed_shards import IndexedShards
 
 CLASSES = {"ash": 8, "birch": 8, "cedar": 8}
 """Training images of each class of the fixture picture_folder."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moco_scale.__main__ import main
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.demo import cifar10, output_folder, pipeline, run
 from moco_scale.evaluation.knn import Splits
 from moco_scale.utils.errors import UserError

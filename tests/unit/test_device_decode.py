@@ -19,7 +19,7 @@ from moco_scale.data.images.decode import decode_rgb, orientation, without_exif
 from moco_scale.data.images.device_decode import DeviceDecoder, can_decode, crop_into
 from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
-from moco_scale.data.shard_set import Place
+from moco_scale.data.shards.protocols import Place
 from moco_scale.utils.errors import UserError
 
 AUG = Augmentation(crop_min=0.2)

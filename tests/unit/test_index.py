@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from moco_scale.__main__ import main
-from moco_scale.data import index, index_file
-from moco_scale.data.header_check import IndexedTars, note_checked
-from moco_scale.data.index import IndexedShards
-from moco_scale.data.index_file import INDEX_DTYPE, has_split
+from moco_scale.data.shards import index_file, indexed_shards
+from moco_scale.data.shards.header_check import IndexedTars, note_checked
+from moco_scale.data.shards.index_file import INDEX_DTYPE, has_split
+from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.utils.errors import UserError
 
 
@@ -111,7 +111,7 @@ def lambda_free_read(shards: IndexedShards) -> list[bytes]:
 
 
 def test_a_bounded_number_of_shards_is_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "_max_open_maps", lambda: 2)
+    monkeypatch.setattr(indexed_shards, "_max_open_maps", lambda: 2)
     shards = IndexedShards.open(folder)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None
     expected: dict[int, bytes] = {}

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moco_scale.data import index_file
-from moco_scale.data.index_file import INDEX_DTYPE, index_name, read_rows, rows_checksum
+from moco_scale.data.shards import index_file
+from moco_scale.data.shards.index_file import INDEX_DTYPE, index_name, read_rows, rows_checksum
 from moco_scale.untrusted.shard_index import ShardIndex, parse_index, parse_scanned_index
 from moco_scale.utils.errors import UserError
 

@@ -11,7 +11,7 @@ from conftest import write_picture
 from PIL import Image
 
 from moco_scale.__main__ import main
-from moco_scale.data.index import IndexedShards
+from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.tools.contact_sheet import contact_sheet
 
 

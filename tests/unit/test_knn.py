@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moco_scale.__main__ import main
-from moco_scale.data.index import IndexedShards
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.indexed_shards import IndexedShards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.evaluation import features, knn
 from moco_scale.evaluation.features import Encode, evaluating, extract
 from moco_scale.models.encoder import build_encoder

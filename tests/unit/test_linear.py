@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from moco_scale.__main__ import main
-from moco_scale.data.index import IndexedShards
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
+from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.evaluation import linear, linear_state
 from moco_scale.evaluation.features import Pixels, extract
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation

@@ -20,7 +20,7 @@ from moco_scale.data.open_shards import open_shards
 from moco_scale.data.pixel_cache import PixelCache
 from moco_scale.data.reader import pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.utils.errors import UserError
 
 AUG = Augmentation(crop_min=0.2)

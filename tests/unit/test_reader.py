@@ -18,7 +18,6 @@ from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.images.crop import CROP_SLOTS, crop_box, write_centre, write_crop
 from moco_scale.data.images.decode import decode_rgb
-from moco_scale.data.index import IndexedShards
 from moco_scale.data.reader import (
     ViewBatch,
     evaluation_loader,
@@ -27,7 +26,8 @@ from moco_scale.data.reader import (
 )
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.sampling.random import permutation, uniforms
-from moco_scale.data.shard_set import Place
+from moco_scale.data.shards.indexed_shards import IndexedShards
+from moco_scale.data.shards.protocols import Place
 from moco_scale.utils.errors import UserError
 
 SIZE = 16

@@ -10,7 +10,7 @@ import pytest
 
 from moco_scale.data.remote_place import FileState
 from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan
-from moco_scale.data.tar_scan import ShardScan
+from moco_scale.data.shards.tar_scan import ShardScan
 
 COLUMNS = {
     "offset": np.array([512, 2048], "<u8"),

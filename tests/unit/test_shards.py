@@ -14,7 +14,7 @@ from PIL import Image
 
 from moco_scale.__main__ import main
 from moco_scale.data.images.decode import decode_rgb
-from moco_scale.data.index import IndexedShards
+from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.tools.layout import Picture
 from moco_scale.data.tools.writer import random_order
 

@@ -17,7 +17,7 @@ from shard_runs import CLASSES, Command, packed, picture_bytes, splits, told
 
 from moco_scale.__main__ import main
 from moco_scale.data.images.formats import START_BYTES, image_kind
-from moco_scale.data.index import IndexedShards
+from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.tools import shard_file, source_tar
 from moco_scale.evaluation import knn
 

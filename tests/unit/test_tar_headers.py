@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tar_target import FORMATS, SEEDS, extended, file_of, record, run
 
-from moco_scale.data.recognise import first_members
-from moco_scale.data.tar_scan import key_in, scan_tar
+from moco_scale.data.shards.recognise import first_members
+from moco_scale.data.shards.tar_scan import key_in, scan_tar
 from moco_scale.untrusted import tar_headers
 from moco_scale.untrusted.limits import TAR_EXTENDED_HEADER
 from moco_scale.untrusted.tar_headers import FILE, FOLDER, LINK, TarHeaders

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.sampling.random import permutation
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import write_atomically

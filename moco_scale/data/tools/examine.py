@@ -10,11 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data import index_file
 from moco_scale.data.images.decode import DecodeError, decode_rgb
-from moco_scale.data.shard_list import list_shards
-from moco_scale.data.shard_set import Place
-from moco_scale.data.tar_scan import BLOCK, ShardScan, key_in, open_shard, scan_tar, shard_shown
+from moco_scale.data.shards import index_file
+from moco_scale.data.shards.protocols import Place
+from moco_scale.data.shards.shard_list import list_shards
+from moco_scale.data.shards.tar_scan import (
+    BLOCK,
+    ShardScan,
+    key_in,
+    open_shard,
+    scan_tar,
+    shard_shown,
+)
 from moco_scale.data.tools.output_folder import LEFT_OUT
 from moco_scale.untrusted.documents import lines_of, record_of
 from moco_scale.untrusted.limits import PICTURE_FILE

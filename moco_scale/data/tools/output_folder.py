@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from moco_scale.data.index_file import INDEX_JSON, PARTIAL
-from moco_scale.data.index_place import FOLDER
+from moco_scale.data.shards.index_file import INDEX_JSON, PARTIAL
+from moco_scale.data.shards.index_place import FOLDER
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.own_folders import without_links
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data import index_file
-from moco_scale.data.scanned_index import find_classes, index_rows, save_rows
-from moco_scale.data.tar_scan import ShardScan
+from moco_scale.data.shards import index_file
+from moco_scale.data.shards.scanned_index import find_classes, index_rows, save_rows
+from moco_scale.data.shards.tar_scan import ShardScan
 from moco_scale.data.tools.examine import (
     Examined,
     Expected,

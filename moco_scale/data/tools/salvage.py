@@ -14,8 +14,14 @@ import numpy as np
 
 from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.images.formats import START_BYTES
-from moco_scale.data.tar_labels import LABEL_SUFFIXES
-from moco_scale.data.tar_scan import KEY_SHOWN, by_last_dot, picture_suffix, raw_key_in, split_name
+from moco_scale.data.shards.tar_labels import LABEL_SUFFIXES
+from moco_scale.data.shards.tar_scan import (
+    KEY_SHOWN,
+    by_last_dot,
+    picture_suffix,
+    raw_key_in,
+    split_name,
+)
 from moco_scale.data.tools.examine import header_before
 from moco_scale.data.tools.sources import suffix_by_content
 from moco_scale.untrusted.limits import PICTURE_FILE

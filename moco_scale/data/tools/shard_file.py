@@ -17,8 +17,8 @@ from PIL import Image
 
 from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.images.formats import START_BYTES
-from moco_scale.data.index_file import INDEX_DTYPE
-from moco_scale.data.tar_scan import scan_tar
+from moco_scale.data.shards.index_file import INDEX_DTYPE
+from moco_scale.data.shards.tar_scan import scan_tar
 from moco_scale.data.tools.layout import TOO_LARGE, LeftOut, Picture
 from moco_scale.data.tools.output_folder import sync
 from moco_scale.data.tools.source_folder import NOT_READABLE

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from moco_scale.data.shard_list import SPLIT_WORDS
+from moco_scale.data.shards.shard_list import SPLIT_WORDS
 from moco_scale.data.tools.sources import Entry
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError

@@ -9,10 +9,10 @@ import numpy as np
 
 from moco_scale.data.images.decode import DecodeError, picture_size
 from moco_scale.data.images.formats import image_kind
-from moco_scale.data.index import IndexedShards
-from moco_scale.data.mixed_shards import MixedShards
 from moco_scale.data.open_shards import local_splits, open_shards
-from moco_scale.data.shard_set import Shards
+from moco_scale.data.shards.indexed_shards import IndexedShards
+from moco_scale.data.shards.mixed_shards import MixedShards
+from moco_scale.data.shards.protocols import Shards
 from moco_scale.data.tools.output_folder import size_text
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.log import tell

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data import index_file
-from moco_scale.data.header_check import IndexedTars, note_checked
+from moco_scale.data.shards import index_file
+from moco_scale.data.shards.header_check import IndexedTars, note_checked
 from moco_scale.data.tools.layout import Listing, Picture, none_left
 from moco_scale.data.tools.output_folder import LEFT_OUT, size_text, sync
 from moco_scale.data.tools.shard_file import (

@@ -3,7 +3,7 @@
 Reading goes by the index, so a damaged header, or a tar in the place of another one of its size,
 would be noticed late or never. The headers are therefore compared with the index at the first
 start, and again whenever a tar's time of change is not what it was: ``SPLIT-checked.json``, in one
-of the places of `moco_scale.data.index_place`, holds the times at which they were found right (of a
+of the places of `data.shards.index_place`, holds the times at which they were found right (of a
 tar several, because copies on the disks of several hosts may share the place).
 """
 
@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco_scale.data.index_file import rows_by_shard
-from moco_scale.data.index_place import FOLDER, alone, first_writable, places, read_tars
-from moco_scale.data.tar_scan import member_places
+from moco_scale.data.shards.index_file import rows_by_shard
+from moco_scale.data.shards.index_place import FOLDER, alone, first_writable, places, read_tars
+from moco_scale.data.shards.tar_scan import member_places
 from moco_scale.untrusted.documents import read_document
 from moco_scale.untrusted.limits import INDEX_JSON
 from moco_scale.untrusted.shard_index import CheckedNote

@@ -1,8 +1,8 @@
 """The index of shards that were written elsewhere: made on first use, kept, and found again.
 
-It lies in a folder KEY of one of the two places of `moco_scale.data.index_place`, in the format of
-`moco_scale.data.index`. KEY is a hash of the tars' names and of their sizes and times of change, so
-a tar that was replaced is noticed and all are scanned again.
+It lies in a folder KEY of one of the two places of `data.shards.index_place`, in the format of
+`data.shards.indexed_shards`. KEY is a hash of the tars' names and of their sizes and times of
+change, so a tar that was replaced is noticed and all are scanned again.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data import index, index_file
-from moco_scale.data.index_place import alone, first_writable, places, read_tars
-from moco_scale.data.shard_list import ShardList
-from moco_scale.data.tar_scan import ShardScan, dots_problem, scan_tar
+from moco_scale.data.shards import index_file, indexed_shards
+from moco_scale.data.shards.index_place import alone, first_writable, places, read_tars
+from moco_scale.data.shards.shard_list import ShardList
+from moco_scale.data.shards.tar_scan import ShardScan, dots_problem, scan_tar
 from moco_scale.untrusted.limits import CLASSES
 from moco_scale.untrusted.shard_index import json_name
 from moco_scale.untrusted.text import printable
@@ -40,7 +40,7 @@ class _Key(NamedTuple):
         return place / f"{self.names}-{self.state}"
 
 
-def open_scanned(spec: str, shards: ShardList, split: str) -> index.IndexedShards:
+def open_scanned(spec: str, shards: ShardList, split: str) -> indexed_shards.IndexedShards:
     """The pictures of a split of tars that have no index; makes it if there is none yet.
 
     One process of those that share the place of the index scans, in parallel processes; the others
@@ -83,11 +83,11 @@ def open_scanned(spec: str, shards: ShardList, split: str) -> index.IndexedShard
 
 def _open(
     spec: str, shards: ShardList, split: str, folder: Path, changed: Mapping[str, int]
-) -> index.IndexedShards | None:
+) -> indexed_shards.IndexedShards | None:
     """None: there is no index, or it is damaged, which making it again puts right."""
     try:
-        scanned = index.Scanned(folder, spec, shards.splits, changed)
-        return index.IndexedShards.open(shards.folder, split, scanned=scanned)
+        scanned = indexed_shards.Scanned(folder, spec, shards.splits, changed)
+        return indexed_shards.IndexedShards.open(shards.folder, split, scanned=scanned)
     except UserError:
         return None
 

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moco_scale.data.fetch_ahead import RemotePart
-from moco_scale.data.remote_addresses import refuse_command, shown
 from moco_scale.data.sampling.mixture import Mixture
 from moco_scale.data.sampling.order import FullPermutation, Indices, Order
-from moco_scale.data.shard_set import Place, Shards
+from moco_scale.data.shards.addresses import refuse_command, shown
+from moco_scale.data.shards.protocols import Place, Shards
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 

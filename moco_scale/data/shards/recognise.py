@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from moco_scale.data.tar_scan import picture_key, split_name
+from moco_scale.data.shards.tar_scan import picture_key, split_name
 from moco_scale.data.tools.source_tar import COMPRESSED, content_of
 from moco_scale.data.tools.sources import is_hidden, is_picture
 from moco_scale.untrusted.limits import TAR_LOOKED_INTO

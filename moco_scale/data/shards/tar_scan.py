@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.tar_groups import Groups
+from moco_scale.data.shards.tar_groups import Groups
 from moco_scale.data.tools.sources import PICTURE_SUFFIXES, is_hidden
 from moco_scale.untrusted.limits import MEMBERS_OF_A_SAMPLE, PICTURE_FILE
 from moco_scale.untrusted.tar_headers import (

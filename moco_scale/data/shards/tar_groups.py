@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.tar_labels import LABEL_SUFFIXES, TarLabels
+from moco_scale.data.shards.tar_labels import LABEL_SUFFIXES, TarLabels
 from moco_scale.untrusted.tar_headers import Member
 
 Content = Callable[[int, int, int], bytes | None]

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data import index_file
 from moco_scale.data.fetch_ahead import RemotePart
-from moco_scale.data.header_check import IndexedTars, check_headers, tar_problem
-from moco_scale.data.index_file import shard_command
 from moco_scale.data.sampling.order import Order
 from moco_scale.data.sampling.windows import order_of
-from moco_scale.data.shard_set import Place
-from moco_scale.data.tar_scan import BLOCK, key_in
+from moco_scale.data.shards import index_file
+from moco_scale.data.shards.header_check import IndexedTars, check_headers, tar_problem
+from moco_scale.data.shards.index_file import shard_command
+from moco_scale.data.shards.protocols import Place
+from moco_scale.data.shards.tar_scan import BLOCK, key_in
 from moco_scale.untrusted.shard_index import AnyIndex, Tar
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, open_failure
@@ -109,7 +109,7 @@ class IndexedShards:
         Raises UserError: no such folder; not a folder of shards (an ImageFolder or a tar: the
         message has the command that makes shards of it); no such split; a shard is missing or has
         another size than the index says, or is damaged, or holds no pictures where the index has
-        some (see `moco_scale.data.header_check`); an index that is damaged or of another version.
+        some (see `data.shards.header_check`); an index that is damaged or of another version.
         """
         data_dir = Path(data_dir)
         header: AnyIndex

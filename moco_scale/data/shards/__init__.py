@@ -1,0 +1,1 @@
+"""Shards: their index, what their tars hold, several sets as one."""
