@@ -11,7 +11,7 @@ from typing import Any
 from moco_scale.argument_types import whole_numbers
 from moco_scale.config import SECTIONS, Config
 from moco_scale.config_rules import build
-from moco_scale.data.remote_credentials import warn_of_printed
+from moco_scale.data.remote.credentials import warn_of_printed
 from moco_scale.older_flags import PRETRAINING, HintingParser
 from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
 from moco_scale.utils.errors import UserError

@@ -9,8 +9,8 @@ from typing import Any
 
 from moco_scale.data.bad_samples import POLICIES
 from moco_scale.data.images.augment import AUGMENTATIONS
+from moco_scale.data.remote.shard_source import CACHE_GB, GIVE_UP_SECONDS, ShardSource
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
-from moco_scale.data.shard_source import CACHE_GB, GIVE_UP_SECONDS, ShardSource
 from moco_scale.methods.key_queue import DTYPES, KINDS
 from moco_scale.methods.shuffle_bn import MODES
 from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from moco_scale.data.bad_samples import TRIES, BadSample, bad_sample, how_to_check, substitutes
-from moco_scale.data.fetch_ahead import FetchAhead, Job, check_room
 from moco_scale.data.images.augment import Augmentation
 from moco_scale.data.images.crop import CROP_SLOTS, Box, crop_box, write_centre, write_crop
 from moco_scale.data.images.decode import (
@@ -30,6 +29,7 @@ from moco_scale.data.images.decode import (
 )
 from moco_scale.data.images.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
 from moco_scale.data.pixel_cache import PixelCache
+from moco_scale.data.remote.prefetch import FetchAhead, Job, check_room
 from moco_scale.data.sampling.order import BatchPlan, Samples, Slices
 from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.shards.protocols import Pictures

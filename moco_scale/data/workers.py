@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from moco_scale.data.fetch_ahead import FetchAhead
+from moco_scale.data.remote.prefetch import FetchAhead
 from moco_scale.utils.errors import ReaderLost, UserError, open_files_advice
 from moco_scale.utils.log import say
 from moco_scale.utils.own_folders import PASSING, remove_passing

@@ -14,8 +14,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from moco_scale.config import DATASETS
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.remote_credentials import warn_of_printed
-from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.remote.credentials import warn_of_printed
+from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus, same_setup
 from moco_scale.engines.base import PRECISIONS

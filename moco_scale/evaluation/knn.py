@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale.data.fetch_ahead import NOWHERE
 from moco_scale.data.open_shards import has_split, open_shards
-from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.remote.prefetch import NOWHERE
+from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives
 from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract

@@ -22,15 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moco_scale.data import (
-    download,
-    http_connection,
-    remote,
-    shard_source,
-)
-from moco_scale.data.download import Patience, RemoteFile, download_document, state_of
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.remote import download, http_connection, shard_source, stores
+from moco_scale.data.remote.download import Patience, RemoteFile, download_document, state_of
+from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.index_file import INDEX_DTYPE, rows_checksum
 from moco_scale.utils.errors import UserError
 
@@ -96,7 +91,7 @@ def little_memory() -> Iterator[None]:
 def fetched(raw: Raw, answer: Answer, most: int | None = 10**6) -> bytes:
     raw.answers.append(answer)
     content = io.BytesIO()
-    place = remote.place(raw.url)
+    place = stores.place(raw.url)
     download_document(place, RemoteFile("index.json", most=most), content, ONCE, 5.0)
     return content.getvalue()
 
@@ -167,7 +162,7 @@ def test_an_odd_answer_is_a_file_or_a_message(
     with contextlib.suppress(UserError):
         assert len(fetched(raw, answer)) <= len(body)
     with contextlib.suppress(UserError):
-        state = state_of(remote.place(raw.url), RemoteFile("x"), ONCE)
+        state = state_of(stores.place(raw.url), RemoteFile("x"), ONCE)
         assert state.bytes is None or 0 <= state.bytes <= 2**50
         assert state.tag.isprintable() and len(state.tag) + len(state.changed) <= 2000
 
@@ -251,7 +246,7 @@ def test_a_body_that_drips_is_given_up(raw: Raw, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(download, "_LOOK", 60.0)
     raw.answers.append(answer)
     with pytest.raises(UserError, match="not arrived within 0 s"):
-        place, file = remote.place(raw.url), RemoteFile("index.json")
+        place, file = stores.place(raw.url), RemoteFile("index.json")
         download_document(place, file, io.BytesIO(), ONCE, 0.2)
     # Nor a shard, for all that it gets on each time.
     monkeypatch.setattr(download, "_LOOK", 0.3)
@@ -334,7 +329,7 @@ def test_nothing_is_written_where_a_server_says(raw: Raw, tmp_path: Path) -> Non
 
 def test_a_place_can_be_sent_to_the_process_that_fetches_ahead(raw: Raw) -> None:
     raw.answers.append(whole(OK + b"abc"))
-    place = pickle.loads(pickle.dumps(remote.place(raw.url)))
+    place = pickle.loads(pickle.dumps(stores.place(raw.url)))
     content = io.BytesIO()
     download_document(place, RemoteFile("x"), content, ONCE, 5.0)
     assert content.getvalue() == b"abc"
@@ -346,7 +341,7 @@ def test_a_start_says_what_it_waits_for(
     """Once, and without the password; where nobody listens that is minutes."""
     monkeypatch.setattr(download, "_SAID_AFTER", 0.0)
     patience = download.Patience(give_up=0.5, first_wait=0.02)
-    nobody = remote.place("http://joe:secret@127.0.0.1:1/data")
+    nobody = stores.place("http://joe:secret@127.0.0.1:1/data")
     with pytest.raises(UserError, match="refused"):
         download.state_of(nobody, download.RemoteFile("index.json"), patience)
     said = capsys.readouterr().err

@@ -14,9 +14,9 @@ from remote_sets import HURRIED, batches, same, source_of
 from moco_scale import bad_pictures
 from moco_scale.command_line import parse
 from moco_scale.config_rules import build
-from moco_scale.data import remote, shard_source
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.remote import shard_source, stores
+from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards import addresses
 from moco_scale.data.shards.mixed_shards import split_mixture
 from moco_scale.pretrain import Pretraining
@@ -90,7 +90,7 @@ def test_nor_where_they_are_written_carelessly() -> None:
     ]:
         assert addresses.shown(spec) == said
     with pytest.raises(UserError, match=r"//host:x/y: .* port that is none") as caught:
-        remote.place("http://me:secret@host:x/y")
+        stores.place("http://me:secret@host:x/y")
     assert "secret" not in str(caught.value)
 
 

@@ -25,15 +25,22 @@ from remote_sets import AUG, HURRIED, WINDOW, batches, same, source_of
 
 from moco_scale.command_line import parse
 from moco_scale.config import differences
-from moco_scale.data import fetch_ahead, remote, shard_source
-from moco_scale.data.download import RemoteFile
-from moco_scale.data.fetch_ahead import NOWHERE, FetchAhead, Job, Lookahead, RemotePart, check_room
 from moco_scale.data.open_shards import has_split, open_shards
 from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.remote import prefetch, shard_source, stores
+from moco_scale.data.remote.download import RemoteFile
+from moco_scale.data.remote.prefetch import (
+    NOWHERE,
+    FetchAhead,
+    Job,
+    Lookahead,
+    RemotePart,
+    check_room,
+)
+from moco_scale.data.remote.shard_cache import GB, SHARDS, ShardCache
+from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.sampling.order import BatchPlan, Slices
 from moco_scale.data.sampling.windows import WindowedPermutation
-from moco_scale.data.shard_cache import GB, SHARDS, ShardCache
-from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.workers import BatchLoader
 from moco_scale.utils.errors import UserError
 
@@ -168,7 +175,7 @@ def test_evaluation_fetches_ahead_for_all_ranks_of_a_machine(
 def test_who_reads_beside_a_run_holds_few_shards_ready(tmp_path: Path) -> None:
     shard_of = np.repeat(np.arange(40, dtype=np.uint32), 8)
     files = [RemoteFile(f"{n}.tar", 100) for n in range(40)]
-    place, cache = remote.place("http://host"), ShardCache(tmp_path, 10**6)
+    place, cache = stores.place("http://host"), ShardCache(tmp_path, 10**6)
     part = RemotePart(0, shard_of, files, place, tmp_path, cache)
     slices = Slices((range(160), range(160, 320)), 8)
     lookahead = Lookahead(Job([part], slices, 0, len(slices), in_flight=1, spare=3))
@@ -301,7 +308,7 @@ def test_it_looks_ahead_in_the_order_of_need_as_far_as_there_is_room(tmp_path: P
 
     def job(limit: int) -> Job:
         cache = ShardCache(tmp_path, limit)
-        part = RemotePart(0, shard_of, files, remote.place("http://host"), tmp_path, cache)
+        part = RemotePart(0, shard_of, files, stores.place("http://host"), tmp_path, cache)
         return Job([part], plan, 0, 80, in_flight=2)
 
     def needs(*steps: int) -> set[tuple[int, int]]:
@@ -363,7 +370,7 @@ def test_where_no_process_can_be_started_the_limit_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = mock.Mock(side_effect=BlockingIOError(errno.EAGAIN, "Resource unavailable"))
-    monkeypatch.setattr(fetch_ahead.subprocess, "Popen", start)
+    monkeypatch.setattr(prefetch.subprocess, "Popen", start)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.raises(UserError, match=r"cannot start another process: .*ulimit -u"):
         FetchAhead(mock.Mock())
@@ -382,7 +389,7 @@ def test_a_process_that_was_killed_is_replaced(
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         return pid
 
-    monkeypatch.setattr(fetch_ahead, "_RESTARTS_APART", 3600.0)
+    monkeypatch.setattr(prefetch, "_RESTARTS_APART", 3600.0)
     with served(tiny_shards) as server:
         shards = open_shards(source_of(server, tmp_path), "train")
         plan, parts = BatchPlan(shards.order(3, WINDOW), 8), shards.remote_parts()

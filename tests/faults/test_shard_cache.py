@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from http_folder import FaultyFolder, Request, served
 
-from moco_scale.data import download, http_connection, remote, shard_cache
-from moco_scale.data.download import Patience, RemoteFile, Stopped
-from moco_scale.data.remote_place import Place
-from moco_scale.data.shard_cache import SHARDS, NoRoom, ShardCache, shard_path
+from moco_scale.data.remote import download, http_connection, shard_cache, stores
+from moco_scale.data.remote.download import Patience, RemoteFile, Stopped
+from moco_scale.data.remote.place import Place
+from moco_scale.data.remote.shard_cache import SHARDS, NoRoom, ShardCache, shard_path
 from moco_scale.utils.errors import UserError
 
 SIZE = 300_000
@@ -64,7 +64,7 @@ def serve(origin: Path) -> Iterator[Serve]:
 
 
 def at(server: FaultyFolder) -> Place:
-    return remote.place(server.url)
+    return stores.place(server.url)
 
 
 def in_order(*faults: str) -> Callable[[str, int], str]:
@@ -311,7 +311,7 @@ def test_room_is_kept_for_what_is_on_its_way(cache: ShardCache, target: Path, se
 def test_room_is_made_for_a_shard_of_unknown_size_as_it_grows(
     cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moco_scale.data.remote_http.CHUNK", SIZE // 20)
+    monkeypatch.setattr("moco_scale.data.remote.http.CHUNK", SIZE // 20)
     small, place = ShardCache(cache.root, 5 * SIZE // 2, HURRIED), at(serve(lambda *_: ""))
     unknown = RemoteFile(shard(3).name, most=small.limit)
     for number in (1, 2):

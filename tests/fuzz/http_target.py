@@ -8,8 +8,8 @@ import socket
 from pathlib import Path
 from unittest import mock
 
-from moco_scale.data.download import Patience, RemoteFile, download_document, state_of
 from moco_scale.data.remote import place
+from moco_scale.data.remote.download import Patience, RemoteFile, download_document, state_of
 from moco_scale.utils.errors import UserError
 
 _ONCE = Patience(give_up=0.0)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from http_folder import FaultyFolder
 
-from moco_scale.data.download import Patience
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.data.remote.download import Patience
+from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.sampling.order import BatchPlan
-from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.shards.protocols import Shards
 
 AUG = AUGMENTATIONS["cifar"]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from moco_scale.config_rules import build
 from moco_scale.data import reader
-from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.images import device_decode
 from moco_scale.data.images.augment import Augmentation
 from moco_scale.data.images.crop import write_crop
 from moco_scale.data.images.decode import decode_rgb, orientation, without_exif
 from moco_scale.data.images.device_decode import DeviceDecoder, can_decode, crop_into
 from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.shards.protocols import Place
 from moco_scale.utils.errors import UserError

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from moco_scale.data import shard_command, workers
-from moco_scale.data.fetch_ahead import RemotePart
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.images.crop import CROP_SLOTS, crop_box, write_centre, write_crop
 from moco_scale.data.images.decode import decode_rgb
@@ -24,6 +23,7 @@ from moco_scale.data.reader import (
     pretraining_loader,
     rank_slice,
 )
+from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.sampling.random import permutation, uniforms
 from moco_scale.data.shards.indexed_shards import IndexedShards

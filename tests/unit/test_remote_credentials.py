@@ -10,8 +10,8 @@ from http_folder import served
 from remote_sets import HURRIED, batches, same, source_of
 
 from moco_scale.command_line import parse
-from moco_scale.data import remote_credentials, shard_source
 from moco_scale.data.open_shards import open_shards
+from moco_scale.data.remote import credentials, shard_source
 from moco_scale.utils.errors import UserError
 
 ME = "Basic bWU6c2VjcmV0"  # me:secret
@@ -119,4 +119,4 @@ def test_a_launcher_that_prints_them_is_said_once(
     said = capsys.readouterr().err
     assert said.count("deepspeed prints its command line") == warned
     assert said.count("\n") == warned and "secret" not in said
-    assert not warned or remote_credentials.PASSWORD in said
+    assert not warned or credentials.PASSWORD in said

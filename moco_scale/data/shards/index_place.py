@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from moco_scale.data.shard_cache import cache_home
+from moco_scale.data.remote.shard_cache import cache_home
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
 from moco_scale.utils.own_folders import NEW_FILE, without_links

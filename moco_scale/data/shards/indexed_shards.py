@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data.fetch_ahead import RemotePart
+from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.sampling.order import Order
 from moco_scale.data.sampling.windows import order_of
 from moco_scale.data.shards import index_file

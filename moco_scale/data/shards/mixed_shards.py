@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.fetch_ahead import RemotePart
+from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.sampling.mixture import Mixture
 from moco_scale.data.sampling.order import FullPermutation, Indices, Order
 from moco_scale.data.shards.addresses import refuse_command, shown

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.fetch_ahead import RemotePart
+from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.sampling.order import Indices, Order
 from moco_scale.untrusted.text import printable
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco_scale.data.download import Patience
 from moco_scale.data.remote import place
-from moco_scale.data.remote_place import Place
-from moco_scale.data.shard_cache import GB, ShardCache, cache_home
+from moco_scale.data.remote.download import Patience
+from moco_scale.data.remote.place import Place
+from moco_scale.data.remote.shard_cache import GB, ShardCache, cache_home
 from moco_scale.data.shards.addresses import shown
 
 CACHE_GB = 32.0

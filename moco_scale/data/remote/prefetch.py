@@ -28,11 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 import moco_scale
-from moco_scale.data.download import RemoteFile
-from moco_scale.data.remote_place import Place
+from moco_scale.data.remote.download import RemoteFile
+from moco_scale.data.remote.place import Place
+from moco_scale.data.remote.shard_cache import NoRoom, ShardCache, gigabytes, shard_path
 from moco_scale.data.sampling.order import BatchPlan, Indices, Plan
 from moco_scale.data.sampling.windows import window_of
-from moco_scale.data.shard_cache import NoRoom, ShardCache, gigabytes, shard_path
 from moco_scale.utils.errors import UserError, processes_advice
 from moco_scale.utils.log import outlive_terminal, say
 from moco_scale.utils.parents import die_with

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from moco_scale.data.remote_place import CHUNK, Body, FetchError, FileState, Place
+from moco_scale.data.remote.place import CHUNK, Body, FetchError, FileState, Place
 from moco_scale.untrusted.limits import LEAST_RATE
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError

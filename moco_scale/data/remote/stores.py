@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from moco_scale.data.remote_http import HttpPlace
-from moco_scale.data.remote_place import CHUNK, Body, FetchError, FileState, Place, said_by
+from moco_scale.data.remote.http import HttpPlace
+from moco_scale.data.remote.place import CHUNK, Body, FetchError, FileState, Place, said_by
 from moco_scale.data.shards.addresses import SCHEME, refuse_command, shown
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError

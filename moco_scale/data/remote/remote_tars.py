@@ -20,13 +20,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from moco_scale.data.download import RemoteFile, TooLarge, state_of
 from moco_scale.data.remote import place
-from moco_scale.data.remote_place import FileState, Place
-from moco_scale.data.remote_shards import RemoteShards
-from moco_scale.data.saved_scans import SavedScan, load_scan, save_scan, scan_path, version_of
-from moco_scale.data.shard_cache import cache_home, gigabytes, shard_path, write_once
-from moco_scale.data.shard_source import ShardSource
+from moco_scale.data.remote.download import RemoteFile, TooLarge, state_of
+from moco_scale.data.remote.place import FileState, Place
+from moco_scale.data.remote.remote_shards import RemoteShards
+from moco_scale.data.remote.saved_scans import (
+    SavedScan,
+    load_scan,
+    save_scan,
+    scan_path,
+    version_of,
+)
+from moco_scale.data.remote.shard_cache import cache_home, gigabytes, shard_path, write_once
+from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards import index_file
 from moco_scale.data.shards.addresses import shown
 from moco_scale.data.shards.index_place import alone

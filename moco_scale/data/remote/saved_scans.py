@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data.remote_place import FileState
-from moco_scale.data.shard_cache import write_once
+from moco_scale.data.remote.place import FileState
+from moco_scale.data.remote.shard_cache import write_once
 from moco_scale.data.shards.tar_scan import ShardScan
 from moco_scale.untrusted.documents import parse_document
 from moco_scale.untrusted.saved_scan import FORMAT, SavedScanText

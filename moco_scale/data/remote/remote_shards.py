@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from moco_scale.data.download import RemoteFile, TooLarge, download_document
-from moco_scale.data.fetch_ahead import RemotePart
-from moco_scale.data.remote_place import Place
+from moco_scale.data.remote.download import RemoteFile, TooLarge, download_document
+from moco_scale.data.remote.place import Place
+from moco_scale.data.remote.prefetch import RemotePart
+from moco_scale.data.remote.shard_cache import SHARDS, ShardCache, gigabytes, shard_path, write_once
+from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.sampling.order import Indices
-from moco_scale.data.shard_cache import SHARDS, ShardCache, gigabytes, shard_path, write_once
-from moco_scale.data.shard_source import ShardSource
 from moco_scale.data.shards import index_file, indexed_shards
 from moco_scale.data.workers import closing
 from moco_scale.untrusted.limits import DOCUMENT_SECONDS, INDEX_JSON, NPY_HEADER

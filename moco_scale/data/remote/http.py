@@ -12,10 +12,10 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from moco_scale.data import http_connection
-from moco_scale.data.http_connection import AUTHORIZATION, Response, opener
-from moco_scale.data.remote_credentials import authorization, signature
-from moco_scale.data.remote_place import CHUNK, Body, FetchError, FileState, Place, said_by
+from moco_scale.data.remote import http_connection
+from moco_scale.data.remote.credentials import authorization, signature
+from moco_scale.data.remote.http_connection import AUTHORIZATION, Response, opener
+from moco_scale.data.remote.place import CHUNK, Body, FetchError, FileState, Place, said_by
 from moco_scale.data.shards.addresses import shown
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError

@@ -30,8 +30,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moco_scale.data.download import Patience, RemoteFile, Stopped, download, never
-from moco_scale.data.remote_place import Place
+from moco_scale.data.remote.download import Patience, RemoteFile, Stopped, download, never
+from moco_scale.data.remote.place import Place
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import NO_LOCKS, write_atomically

@@ -1,0 +1,1 @@
+"""Shards that lie elsewhere: stores, downloads, the cache and its prefetch."""
