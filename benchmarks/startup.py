@@ -154,8 +154,8 @@ def mapping_mib(name: str) -> dict[str, float]:
 def one_rank(folder: Path, rank: int, ranks: int, workers: int, started: float) -> None:
     """Measures itself, says so, waits until all have, and measures what is shared."""
     from moco_scale.data.images.augment import AUGMENTATIONS
+    from moco_scale.data.loading.loader import pretraining_loader
     from moco_scale.data.open_shards import open_shards
-    from moco_scale.data.reader import pretraining_loader
     from moco_scale.data.sampling.order import BatchPlan
 
     found: dict[str, Any] = {}

@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco_scale.config import Config
 from moco_scale.config_rules import build
 from moco_scale.data import shard_command
-from moco_scale.data.reader import ViewBatch
+from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.demo.pictures import CLASSES, write_folder
 from moco_scale.distributed import collectives
 from moco_scale.engines import make_engine

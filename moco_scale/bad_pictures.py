@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from moco_scale.data.bad_samples import BadSample
-from moco_scale.data.reader import ViewBatch
+from moco_scale.data.loading.bad_samples import BadSample
+from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.distributed import collectives, consensus
 from moco_scale.untrusted.bad_sample import BadSampleLine
 from moco_scale.untrusted.documents import DocumentError, parse_document

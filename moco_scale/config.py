@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moco_scale.data.bad_samples import POLICIES
 from moco_scale.data.images.augment import AUGMENTATIONS
+from moco_scale.data.loading.bad_samples import POLICIES
 from moco_scale.data.remote.shard_source import CACHE_GB, GIVE_UP_SECONDS, ShardSource
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.methods.key_queue import DTYPES, KINDS

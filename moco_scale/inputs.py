@@ -16,7 +16,7 @@ from torch import Tensor
 from moco_scale.config import Config
 from moco_scale.data.images.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.images.device_augment import DeviceAugment, StaticAugment
-from moco_scale.data.reader import ViewBatch
+from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.sampling.order import BatchPlan, Samples
 from moco_scale.distributed import collectives
 from moco_scale.methods.shuffle_bn import ShuffleBN

@@ -13,7 +13,7 @@ import torchvision
 
 from moco_scale.announcement import announcement
 from moco_scale.announcement import title as picture_title
-from moco_scale.data.reader import ViewBatch
+from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.sampling.order import Samples
 from moco_scale.distributed import collectives, consensus
 from moco_scale.distributed.same_state import require_agreement

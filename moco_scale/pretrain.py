@@ -14,15 +14,15 @@ from torch import Tensor
 from moco_scale.bad_pictures import FILE as BAD_PICTURES
 from moco_scale.bad_pictures import BadPictures
 from moco_scale.config import Config
-from moco_scale.data.bad_samples import how_to_check
 from moco_scale.data.images.device_decode import DeviceDecoder
+from moco_scale.data.loading.bad_samples import how_to_check
+from moco_scale.data.loading.loader import ViewBatch, pretraining_loader
+from moco_scale.data.loading.pixel_cache import PixelCache
+from moco_scale.data.loading.workers import BatchLoader
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.pixel_cache import PixelCache
-from moco_scale.data.reader import ViewBatch, pretraining_loader
 from moco_scale.data.sampling.mixture import in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.protocols import Shards
-from moco_scale.data.workers import BatchLoader
 from moco_scale.deepspeed_config import refuse
 from moco_scale.deepspeed_keys import unwritable_reports
 from moco_scale.distributed import collectives, consensus, same_setup

@@ -15,8 +15,8 @@ from moco_scale.argument_types import (
 )
 from moco_scale.command_line import AMP_LEVELS, precision_of_amp
 from moco_scale.config import DATASETS, RunConfig
-from moco_scale.data.bad_samples import POLICIES
 from moco_scale.data.images.augment import AUGMENTATIONS
+from moco_scale.data.loading.bad_samples import POLICIES
 from moco_scale.data.remote.shard_source import CACHE_GB, GIVE_UP_SECONDS
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation.features import WHICH

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moco_scale.data.bad_samples import BadSample
-from moco_scale.data.reader import evaluation_loader
+from moco_scale.data.loading.bad_samples import BadSample
+from moco_scale.data.loading.loader import evaluation_loader
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus
 from moco_scale.models.encoder import Encoder

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_scale.data.bad_samples import BadSample
 from moco_scale.data.images.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.images.device_augment import DeviceAugment
-from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.loading.bad_samples import BadSample
+from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.data.shards.protocols import Shards

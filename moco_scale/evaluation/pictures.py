@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale.data.reader import evaluation_loader
+from moco_scale.data.loading.loader import evaluation_loader
 from moco_scale.data.shards.protocols import Pictures
 from moco_scale.distributed import consensus
 from moco_scale.evaluation.curves import INK, drawn, new_figure, report, save

@@ -11,7 +11,7 @@ from harness import run_ranks
 from torch import Tensor
 
 from moco_scale import command_line
-from moco_scale.data.reader import ViewBatch
+from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.distributed import collectives
 from moco_scale.inputs import Inputs
 from moco_scale.pretrain import Pretraining

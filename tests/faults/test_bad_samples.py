@@ -12,11 +12,11 @@ import torch
 from commands import TINY, forked
 from harness import run_ranks
 
-from moco_scale.data.bad_samples import TRIES, substitutes
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.images.crop import CROP_SLOTS, crop_box, write_crop
 from moco_scale.data.images.decode import decode_rgb
-from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.loading.bad_samples import TRIES, substitutes
+from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.shards.indexed_shards import IndexedShards

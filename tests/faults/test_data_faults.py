@@ -11,10 +11,10 @@ from commands import make_shards
 from conftest import write_picture
 
 from moco_scale.data.images.augment import AUGMENTATIONS
-from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.data.loading.loader import ViewBatch, pretraining_loader
+from moco_scale.data.loading.workers import BatchLoader
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.indexed_shards import IndexedShards
-from moco_scale.data.workers import BatchLoader
 from moco_scale.utils.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import TINY, Ranks, before_each_call, forked, forked_ranks
 
-from moco_scale.data.reader import ViewBatch
+from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.models.encoder import build_encoder
 from moco_scale.pretrain import Pretraining
 from moco_scale.utils.errors import LOST_PEER

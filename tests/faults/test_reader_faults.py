@@ -20,11 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco_scale.data import shard_command, workers
-from moco_scale.data.bad_samples import how_to_check
+from moco_scale.data import shard_command
 from moco_scale.data.images.augment import AUGMENTATIONS
+from moco_scale.data.loading import workers
+from moco_scale.data.loading.bad_samples import how_to_check
+from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.open_shards import open_shards
-from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.shards.protocols import Pictures
@@ -252,7 +253,7 @@ import multiprocessing, signal, sys
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
-from moco_scale.data.reader import pretraining_loader
+from moco_scale.data.loading.loader import pretraining_loader
 
 shards = IndexedShards.open(sys.argv[1])
 plan = BatchPlan(FullPermutation(len(shards), 0), 8)

@@ -25,8 +25,9 @@ from remote_sets import AUG, HURRIED, WINDOW, batches, same, source_of
 
 from moco_scale.command_line import parse
 from moco_scale.config import differences
+from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.loading.workers import BatchLoader
 from moco_scale.data.open_shards import has_split, open_shards
-from moco_scale.data.reader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.remote import prefetch, shard_source, stores
 from moco_scale.data.remote.download import RemoteFile
 from moco_scale.data.remote.prefetch import (
@@ -41,7 +42,6 @@ from moco_scale.data.remote.shard_cache import GB, SHARDS, ShardCache
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.sampling.order import BatchPlan, Slices
 from moco_scale.data.sampling.windows import WindowedPermutation
-from moco_scale.data.workers import BatchLoader
 from moco_scale.utils.errors import UserError
 
 

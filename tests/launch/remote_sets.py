@@ -9,7 +9,7 @@ import torch
 from http_folder import FaultyFolder
 
 from moco_scale.data.images.augment import AUGMENTATIONS
-from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.data.loading.loader import ViewBatch, pretraining_loader
 from moco_scale.data.remote.download import Patience
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.sampling.order import BatchPlan

@@ -27,7 +27,7 @@ MOMENTS = {
     "evaluating": ("moco_scale.evaluation.knn", "KnnMonitor.measure", 2),
     "evaluating before training": ("moco_scale.evaluation.knn", "KnnMonitor.measure", 1),
     "saving": ("moco_scale.checkpoint", "_complete", 1),
-    "waiting for data": ("moco_scale.data.workers", "BatchLoader.__next__", 9),
+    "waiting for data": ("moco_scale.data.loading.workers", "BatchLoader.__next__", 9),
     "drawing": ("moco_scale.evaluation.pictures", "neighbours_sheet", 1),
 }
 

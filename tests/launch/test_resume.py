@@ -23,7 +23,7 @@ from commands import (
 from torch import Tensor
 
 from moco_scale import checkpoint
-from moco_scale.data.reader import ViewBatch
+from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.pretrain import Pretraining
 from moco_scale.utils.errors import STOPPED_EARLY
 

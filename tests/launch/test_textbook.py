@@ -22,7 +22,7 @@ from torch import Tensor
 from moco_scale import checkpoint
 from moco_scale.data.images.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.images.device_augment import DeviceAugment
-from moco_scale.data.reader import pretraining_loader
+from moco_scale.data.loading.loader import pretraining_loader
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.models.encoder import build_encoder

@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from moco_scale.config_rules import build
-from moco_scale.data import reader
 from moco_scale.data.images import device_decode
 from moco_scale.data.images.augment import Augmentation
 from moco_scale.data.images.crop import write_crop
 from moco_scale.data.images.decode import decode_rgb, orientation, without_exif
 from moco_scale.data.images.device_decode import DeviceDecoder, can_decode, crop_into
-from moco_scale.data.reader import ViewBatch, pretraining_loader
+from moco_scale.data.loading import loader
+from moco_scale.data.loading.loader import ViewBatch, pretraining_loader
 from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.shards.protocols import Place
@@ -172,7 +172,7 @@ def test_large_pictures_are_decoded_one_after_the_other(monkeypatch: pytest.Monk
 
         decode._decode = counted
         monkeypatch.setattr(device_decode, "DEVICE_PIXELS", allowed)
-        monkeypatch.setattr(reader, "can_decode", lambda data: True)
+        monkeypatch.setattr(loader, "can_decode", lambda data: True)
         for a, b in zip(batches(pictures, decode), expected, strict=True):
             assert torch.equal(a.views, b.views)
         assert max(sizes) == group

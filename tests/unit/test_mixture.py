@@ -10,8 +10,8 @@ from commands import make_shards
 from conftest import write_picture
 
 from moco_scale.data.images.augment import AUGMENTATIONS
+from moco_scale.data.loading.loader import pretraining_loader
 from moco_scale.data.open_shards import has_split, open_shards
-from moco_scale.data.reader import pretraining_loader
 from moco_scale.data.sampling.mixture import Mixture, in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation, Order
 from moco_scale.data.shards.mixed_shards import MixedShards, epoch_notes, split_mixture

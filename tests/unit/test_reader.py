@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco_scale.data import shard_command, workers
+from moco_scale.data import shard_command
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.images.crop import CROP_SLOTS, crop_box, write_centre, write_crop
 from moco_scale.data.images.decode import decode_rgb
-from moco_scale.data.reader import (
+from moco_scale.data.loading import workers
+from moco_scale.data.loading.loader import (
     ViewBatch,
     evaluation_loader,
     pretraining_loader,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from moco_scale.data.loading.workers import closing
 from moco_scale.data.remote.download import RemoteFile, TooLarge, download_document
 from moco_scale.data.remote.place import Place
 from moco_scale.data.remote.prefetch import RemotePart
@@ -23,7 +24,6 @@ from moco_scale.data.remote.shard_cache import SHARDS, ShardCache, gigabytes, sh
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.sampling.order import Indices
 from moco_scale.data.shards import index_file, indexed_shards
-from moco_scale.data.workers import closing
 from moco_scale.untrusted.limits import DOCUMENT_SECONDS, INDEX_JSON, NPY_HEADER
 from moco_scale.untrusted.shard_index import AnyIndex, ShardIndex, parse_index
 from moco_scale.untrusted.text import printable

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from moco_scale.data.bad_samples import TRIES, BadSample, bad_sample, how_to_check, substitutes
 from moco_scale.data.images.augment import Augmentation
 from moco_scale.data.images.crop import CROP_SLOTS, Box, crop_box, write_centre, write_crop
 from moco_scale.data.images.decode import (
@@ -28,12 +27,19 @@ from moco_scale.data.images.decode import (
     without_exif,
 )
 from moco_scale.data.images.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
-from moco_scale.data.pixel_cache import PixelCache
+from moco_scale.data.loading.bad_samples import (
+    TRIES,
+    BadSample,
+    bad_sample,
+    how_to_check,
+    substitutes,
+)
+from moco_scale.data.loading.pixel_cache import PixelCache
+from moco_scale.data.loading.workers import PREFETCHED, BatchLoader, Failure, Reading, batch_memory
 from moco_scale.data.remote.prefetch import FetchAhead, Job, check_room
 from moco_scale.data.sampling.order import BatchPlan, Samples, Slices
 from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.shards.protocols import Pictures
-from moco_scale.data.workers import PREFETCHED, BatchLoader, Failure, Reading, batch_memory
 from moco_scale.utils.errors import UserError
 
 _SPARE_SHARDS = 8  # that an evaluation has fetched ahead
