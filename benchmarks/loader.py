@@ -68,7 +68,7 @@ from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.images.decode import decode_rgb
 from moco_scale.data.loading.loader import pretraining_loader
 from moco_scale.data.loading.pixel_cache import PixelCache
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.order import BatchPlan
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample.tar"

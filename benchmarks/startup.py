@@ -155,7 +155,7 @@ def one_rank(folder: Path, rank: int, ranks: int, workers: int, started: float) 
     """Measures itself, says so, waits until all have, and measures what is shared."""
     from moco_scale.data.images.augment import AUGMENTATIONS
     from moco_scale.data.loading.loader import pretraining_loader
-    from moco_scale.data.open_shards import open_shards
+    from moco_scale.data.open import open_shards
     from moco_scale.data.sampling.order import BatchPlan
 
     found: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moco_scale import checkpoint
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.shards.addresses import names_remote, shown
 from moco_scale.data.shards.index_file import INDEX_JSON
 from moco_scale.data.shards.mixed_shards import split_mixture

@@ -19,7 +19,7 @@ from moco_scale.data.loading.bad_samples import how_to_check
 from moco_scale.data.loading.loader import ViewBatch, pretraining_loader
 from moco_scale.data.loading.pixel_cache import PixelCache
 from moco_scale.data.loading.workers import BatchLoader
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.mixture import in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.protocols import Shards

@@ -28,7 +28,7 @@ from moco_scale.argument_types import positive_int
 from moco_scale.command_line import config_of, make_parser
 from moco_scale.config import Config
 from moco_scale.data.loading.loader import evaluation_loader
-from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.open import has_split, open_shards
 from moco_scale.data.shards.protocols import Pictures
 from moco_scale.demo.output_folder import SUMMARY
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn

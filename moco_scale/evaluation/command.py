@@ -13,7 +13,7 @@ from typing import Any
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from moco_scale.config import DATASETS
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.remote.credentials import warn_of_printed
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.protocols import Shards

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.open import has_split, open_shards
 from moco_scale.data.remote.prefetch import NOWHERE
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.protocols import Shards

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.demo.cifar10 import prepare
 from moco_scale.demo.pictures import CLASSES, write_folder
 

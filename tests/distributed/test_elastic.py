@@ -14,7 +14,7 @@ from moco_scale import command_line
 from moco_scale.data.images.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.images.device_augment import DeviceAugment
 from moco_scale.data.loading.loader import ViewBatch, pretraining_loader
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.mixture import in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.protocols import Shards

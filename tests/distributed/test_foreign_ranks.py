@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from harness import run_ranks
 
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.shards import index_place, scanned_index, tar_scan
 from moco_scale.data.shards.index_file import INDEX_JSON
 from moco_scale.distributed import consensus

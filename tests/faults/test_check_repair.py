@@ -11,7 +11,7 @@ import pytest
 
 from moco_scale.__main__ import main
 from moco_scale.data.images.decode import decode_rgb
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.shards.indexed_shards import IndexedShards
 
 

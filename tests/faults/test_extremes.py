@@ -15,7 +15,7 @@ from PIL import Image
 
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading.loader import pretraining_loader
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.utils.errors import UserError

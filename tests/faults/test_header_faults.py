@@ -17,7 +17,7 @@ import pytest
 from harness import in_processes, run_ranks
 
 from moco_scale.__main__ import main
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.shards import header_check, index_place
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.shards.tar_scan import ShardScan, member_places, scan_tar

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.remote import download, http_connection, shard_source, stores
 from moco_scale.data.remote.download import Patience, RemoteFile, download_document, state_of
 from moco_scale.data.remote.shard_source import ShardSource

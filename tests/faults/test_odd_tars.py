@@ -12,7 +12,7 @@ from foreign_sets import contents, picture, samples, write_tar
 from tar_target import extended, file_of, record
 
 from moco_scale.__main__ import main
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.shards import index_place
 from moco_scale.data.shards.tar_scan import scan_tar
 from moco_scale.utils.errors import UserError

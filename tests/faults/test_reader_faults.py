@@ -25,7 +25,7 @@ from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading import workers
 from moco_scale.data.loading.bad_samples import how_to_check
 from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.shards.protocols import Pictures

@@ -14,7 +14,7 @@ from remote_sets import HURRIED, batches, same, source_of
 from moco_scale import bad_pictures
 from moco_scale.command_line import parse
 from moco_scale.config_rules import build
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.remote import shard_source, stores
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards import addresses

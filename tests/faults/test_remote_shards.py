@@ -27,7 +27,7 @@ from moco_scale.command_line import parse
 from moco_scale.config import differences
 from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.loading.workers import BatchLoader
-from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.open import has_split, open_shards
 from moco_scale.data.remote import prefetch, shard_source, stores
 from moco_scale.data.remote.download import RemoteFile
 from moco_scale.data.remote.prefetch import (

@@ -11,7 +11,7 @@ import pytest
 from http_folder import FaultyFolder, served
 from remote_sets import HURRIED, batches, same
 
-from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.open import has_split, open_shards
 from moco_scale.data.remote import remote_tars, shard_source
 from moco_scale.data.remote.place import FileState
 from moco_scale.data.remote.saved_scans import SavedScan, load_scan, save_scan, scan_path

@@ -13,7 +13,7 @@ from foreign_sets import ALL, contents, expected, foreign_set, picture, samples,
 from harness import in_processes
 
 from moco_scale.__main__ import main
-from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.open import has_split, open_shards
 from moco_scale.data.shards import index_place, scanned_index, tar_scan
 from moco_scale.data.shards.recognise import look_into
 from moco_scale.data.shards.shard_list import expand_braces, list_shards

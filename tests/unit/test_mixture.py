@@ -11,7 +11,7 @@ from conftest import write_picture
 
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading.loader import pretraining_loader
-from moco_scale.data.open_shards import has_split, open_shards
+from moco_scale.data.open import has_split, open_shards
 from moco_scale.data.sampling.mixture import Mixture, in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation, Order
 from moco_scale.data.shards.mixed_shards import MixedShards, epoch_notes, split_mixture

@@ -18,7 +18,7 @@ from moco_scale.data.images.decode import Decoder, decode_rgb
 from moco_scale.data.loading import pixel_cache
 from moco_scale.data.loading.loader import pretraining_loader
 from moco_scale.data.loading.pixel_cache import PixelCache
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.utils.errors import UserError

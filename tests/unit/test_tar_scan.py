@@ -15,7 +15,7 @@ import pytest
 from foreign_sets import ALL, contents, foreign_set, picture, samples, write_tar
 
 from moco_scale.__main__ import main
-from moco_scale.data.open_shards import open_shards
+from moco_scale.data.open import open_shards
 from moco_scale.data.shards import tar_scan
 from moco_scale.data.shards.tar_scan import scan_tar
 from moco_scale.evaluation.knn import KnnMonitor, bank_and_queries, open_splits

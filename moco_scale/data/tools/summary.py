@@ -9,7 +9,7 @@ import numpy as np
 
 from moco_scale.data.images.decode import DecodeError, picture_size
 from moco_scale.data.images.formats import image_kind
-from moco_scale.data.open_shards import local_splits, open_shards
+from moco_scale.data.open import local_splits, open_shards
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.shards.mixed_shards import MixedShards
 from moco_scale.data.shards.protocols import Shards
