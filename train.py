@@ -12,7 +12,7 @@ from moco_scale.cli import run_program
 
 
 def main() -> None:
-    from moco_scale import command_line
+    from moco_scale.config import command_line
     from moco_scale.distributed import collectives
 
     settings = command_line.parse()

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from moco_scale import command_line
+from moco_scale.config import command_line
 from moco_scale.distributed.spawn import run_ranks
 from moco_scale.engines import make_engine
 from moco_scale.engines.base import storage_bytes

@@ -33,7 +33,7 @@ import torch
 # The profiler would announce itself, and that it has not seen everything.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
-from moco_scale import command_line
+from moco_scale.config import command_line
 from moco_scale.demo.pictures import write_folder
 from moco_scale.distributed.spawn import run_ranks
 from moco_scale.planner.cluster import PRESETS

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco_scale.config_rules import build
+from moco_scale.config.resolve import build
 from moco_scale.run_folder import RunFolder
 
 TENSORS = 64

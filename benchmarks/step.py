@@ -45,8 +45,8 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_scale.config import Config
-from moco_scale.config_rules import build
+from moco_scale.config.resolve import build
+from moco_scale.config.schema import Config
 from moco_scale.data import shard_command
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.demo.pictures import CLASSES, write_folder

@@ -9,9 +9,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from moco_scale.argument_types import DefaultsHelpFormatter
 from moco_scale.cli import run_command, run_program
-from moco_scale.older_flags import PRETRAINING, HintingParser
+from moco_scale.config.flag_types import DefaultsHelpFormatter
+from moco_scale.config.older_flags import PRETRAINING, HintingParser
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say, tell, unwritten
 

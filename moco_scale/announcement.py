@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moco_scale import __version__
-from moco_scale.config import Config
-from moco_scale.config_rules import build
+from moco_scale.config.recipes import RECIPES
+from moco_scale.config.resolve import build
+from moco_scale.config.schema import Config
 from moco_scale.data.shards.mixed_shards import epoch_notes
 from moco_scale.distributed import collectives
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
-from moco_scale.recipes import RECIPES
 from moco_scale.utils import determinism
 
 if TYPE_CHECKING:

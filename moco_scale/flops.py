@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco_scale.argument_types import positive_int
+from moco_scale.config.flag_types import positive_int
 from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS, build_encoder
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moco_scale.config import Config
+from moco_scale.config.schema import Config
 from moco_scale.data.images.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.images.device_augment import DeviceAugment, StaticAugment
 from moco_scale.data.loading.loader import ViewBatch

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from moco_scale.config import Config
+from moco_scale.config.schema import Config
 from moco_scale.distributed import bandwidth, collectives, same_setup
 from moco_scale.distributed.bandwidth import Bandwidth
 from moco_scale.distributed.stop_signal import StopRequest

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from moco_scale.bad_pictures import FILE as BAD_PICTURES
 from moco_scale.bad_pictures import BadPictures
-from moco_scale.config import Config
+from moco_scale.config.deepspeed_file import refuse
+from moco_scale.config.deepspeed_keys import unwritable_reports
+from moco_scale.config.schema import Config
 from moco_scale.data.images.device_decode import DeviceDecoder
 from moco_scale.data.loading.bad_samples import how_to_check
 from moco_scale.data.loading.loader import ViewBatch, pretraining_loader
@@ -23,8 +25,6 @@ from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.mixture import in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.protocols import Shards
-from moco_scale.deepspeed_config import refuse
-from moco_scale.deepspeed_keys import unwritable_reports
 from moco_scale.distributed import collectives, consensus, same_setup
 from moco_scale.distributed.stop_signal import StopRequest, status_of
 from moco_scale.engines import make_engine, read_deepspeed

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from moco_scale import checkpoint
-from moco_scale.config import Config, differences
-from moco_scale.config_rules import check_shuffle_group
+from moco_scale.config.resolve import check_shuffle_group
+from moco_scale.config.schema import Config, differences
 from moco_scale.distributed import collectives, consensus
 from moco_scale.observe import metrics_file
 from moco_scale.saver import BackgroundSaver

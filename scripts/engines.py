@@ -40,7 +40,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from moco_scale import checkpoint, command_line, config
+from moco_scale import checkpoint
+from moco_scale.config import command_line, schema
 from moco_scale.demo.pictures import write_folder
 from moco_scale.distributed.spawn import run_ranks
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
@@ -63,7 +64,7 @@ FLAGS = (
 )
 
 
-def small_encoder(settings: config.Config) -> Encoder:
+def small_encoder(settings: schema.Config) -> Encoder:
     """A network that takes milliseconds, also in emulated half floats."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.optim.rng_seed)

@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
-from moco_scale.argument_types import positive_int
+from moco_scale.config.flag_types import positive_int
 from moco_scale.data.shards.recognise import first_members
 from moco_scale.demo import output_folder, pipeline
 from moco_scale.utils.errors import UserError

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moco_scale.config import differences
+from moco_scale.config.schema import differences
 from moco_scale.untrusted.demo import DemoSettings
 from moco_scale.untrusted.documents import DocumentError, read_document
 from moco_scale.untrusted.limits import SETTINGS_JSON

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 import moco_scale
-from moco_scale.argument_types import positive_int
-from moco_scale.command_line import config_of, make_parser
-from moco_scale.config import Config
+from moco_scale.config.command_line import config_of, make_parser
+from moco_scale.config.flag_types import positive_int
+from moco_scale.config.schema import Config
 from moco_scale.data.loading.loader import evaluation_loader
 from moco_scale.data.open import has_split, open_shards
 from moco_scale.data.shards.protocols import Pictures

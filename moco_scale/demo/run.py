@@ -7,7 +7,7 @@ does; they are no recipe for anything else.
 import argparse
 import time
 
-from moco_scale.argument_types import not_negative_int, positive_int
+from moco_scale.config.flag_types import not_negative_int, positive_int
 from moco_scale.demo import output_folder, pipeline
 from moco_scale.demo.pictures import CLASSES, write_folder
 from moco_scale.utils.errors import UserError

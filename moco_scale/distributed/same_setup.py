@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import moco_scale
-from moco_scale.config import Config
+from moco_scale.config.schema import Config
 from moco_scale.distributed import collectives
 from moco_scale.utils.errors import UserError
 

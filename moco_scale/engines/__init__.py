@@ -6,9 +6,9 @@ import dataclasses
 
 import torch
 
-from moco_scale.config import Config
-from moco_scale.deepspeed_config import ReadConfiguration, look_through, refuse
-from moco_scale.deepspeed_keys import MONITORS
+from moco_scale.config.deepspeed_file import ReadConfiguration, look_through, refuse
+from moco_scale.config.deepspeed_keys import MONITORS
+from moco_scale.config.schema import Config
 from moco_scale.distributed import collectives
 from moco_scale.engines.base import Engine, EngineSettings
 from moco_scale.methods.moco import MoCo
@@ -31,7 +31,7 @@ def read_deepspeed(
         config: of the run.
         world: number of processes.
         parameters: how many numbers are trained.
-        overlap, may_overlap: as of :func:`moco_scale.deepspeed_config.look_through`.
+        overlap, may_overlap: as of :func:`config.deepspeed_file.look_through`.
 
     Raises:
         UserError: all that is wrong with the file, in one go.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco_scale.deepspeed_keys import reports_by_log
+from moco_scale.config.deepspeed_keys import reports_by_log
 from moco_scale.distributed import collectives
 from moco_scale.engines.base import (
     MOMENTUM,

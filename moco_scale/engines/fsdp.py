@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moco_scale.config_rules import check_shard_size
+from moco_scale.config.resolve import check_shard_size
 from moco_scale.distributed import collectives
 from moco_scale.engines.base import (
     MOMENTUM,

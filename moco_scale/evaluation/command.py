@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from moco_scale.config import DATASETS
+from moco_scale.config.schema import DATASETS
 from moco_scale.data.open import open_shards
 from moco_scale.data.remote.credentials import warn_of_printed
 from moco_scale.data.remote.shard_source import ShardSource

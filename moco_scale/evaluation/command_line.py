@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from moco_scale.argument_types import (
+from moco_scale.config.command_line import AMP_LEVELS, precision_of_amp
+from moco_scale.config.flag_types import (
     DefaultsHelpFormatter,
     not_negative,
     not_negative_int,
@@ -13,8 +14,8 @@ from moco_scale.argument_types import (
     positive_int,
     whole_numbers,
 )
-from moco_scale.command_line import AMP_LEVELS, precision_of_amp
-from moco_scale.config import DATASETS, RunConfig
+from moco_scale.config.older_flags import EVALUATION, HintingParser
+from moco_scale.config.schema import DATASETS, RunConfig
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading.bad_samples import POLICIES
 from moco_scale.data.remote.shard_source import CACHE_GB, GIVE_UP_SECONDS
@@ -22,7 +23,6 @@ from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation.features import WHICH
 from moco_scale.evaluation.linear_config import SCHEDULES
 from moco_scale.models.encoder import MODELS
-from moco_scale.older_flags import EVALUATION, HintingParser
 
 KNN_K, KNN_T = 200, 0.1
 

@@ -12,9 +12,9 @@ import json
 import os
 from pathlib import Path
 
-from moco_scale import command_line
-from moco_scale.argument_types import positive_int
-from moco_scale.config import Config
+from moco_scale.config import command_line
+from moco_scale.config.flag_types import positive_int
+from moco_scale.config.schema import Config
 from moco_scale.planner.advice import advice
 from moco_scale.planner.cluster import PRESETS, read_hardware
 from moco_scale.planner.plan import GIB, Plan, make_plan

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moco_scale.config import Config
+from moco_scale.config.schema import Config
 from moco_scale.planner.cluster import GB, Hardware
 from moco_scale.planner.memory import FP32, Sharding
 from moco_scale.planner.trace import Kernel, Trace

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moco_scale.config import Config
+from moco_scale.config.schema import Config
 from moco_scale.engines import read_deepspeed
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import blocks_of

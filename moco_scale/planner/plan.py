@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moco_scale.config import DATASETS, Config
-from moco_scale.config_rules import check_shard_size, check_shuffle_group
+from moco_scale.config.resolve import check_shard_size, check_shuffle_group
+from moco_scale.config.schema import DATASETS, Config
 from moco_scale.models.batchnorm import lay_groups
 from moco_scale.planner.cluster import GB, Hardware
 from moco_scale.planner.estimate import MEAN_PICTURE_BYTES, StepTime, step_time

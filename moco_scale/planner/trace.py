@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from moco_scale.config import Config
+from moco_scale.config.schema import Config
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import transform_blocks
 from moco_scale.methods.moco import MoCo

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moco_scale.config import Config
+from moco_scale.config.schema import Config
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import blocks_of
 from moco_scale.engines.fsdp import NORMS

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from moco_scale.config import Config
+from moco_scale.config.schema import Config
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.trace import trace_step
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from moco_scale.config import SECTIONS
+from moco_scale.config.schema import SECTIONS
 from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.untrusted.documents import Document
 from moco_scale.untrusted.limits import IMAGE_SIZE, STEPS

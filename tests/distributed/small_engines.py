@@ -51,7 +51,7 @@ def engine_around(
     device: torch.device = CPU,
 ) -> Engine:
     if kind.startswith("zero"):
-        from moco_scale.deepspeed_config import look_through
+        from moco_scale.config.deepspeed_file import look_through
         from moco_scale.engines.deepspeed import DeepSpeedEngine, ShardedDeepSpeedEngine
 
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:

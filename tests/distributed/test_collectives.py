@@ -14,7 +14,7 @@ import torch
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import command_line
+from moco_scale.config import command_line
 from moco_scale.distributed import collectives, consensus
 from moco_scale.engines import make_engine
 from moco_scale.methods.moco import MoCo

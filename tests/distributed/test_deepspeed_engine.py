@@ -44,7 +44,7 @@ def test_deepspeed_uses_the_only_gpu_that_a_scheduler_shows() -> None:
 
 def refusals(contents: list[dict[str, Any]], folder: str) -> list[str]:
     """What is said of DeepSpeed files, DeepSpeed itself having been asked."""
-    from moco_scale.command_line import parse
+    from moco_scale.config.command_line import parse
     from moco_scale.engines import read_deepspeed
 
     said = []
@@ -134,7 +134,7 @@ def reports(folder: str) -> tuple[list[str], list[str], list[str]]:
     when it cannot write them."""
     from deepspeed.utils import logger
 
-    from moco_scale.deepspeed_config import look_through
+    from moco_scale.config.deepspeed_file import look_through
     from moco_scale.engines import deepspeed as module
 
     path = Path(folder) / "ds.json"

@@ -10,7 +10,7 @@ from commands import TINY
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import command_line
+from moco_scale.config import command_line
 from moco_scale.data.images.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.images.device_augment import DeviceAugment
 from moco_scale.data.loading.loader import ViewBatch, pretraining_loader

@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import run_ranks
 
-from moco_scale import command_line
+from moco_scale.config import command_line
 from moco_scale.distributed import collectives, same_setup
 from moco_scale.utils.errors import UserError
 

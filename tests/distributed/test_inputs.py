@@ -10,7 +10,7 @@ from commands import TINY
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import command_line
+from moco_scale.config import command_line
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.distributed import collectives
 from moco_scale.inputs import Inputs

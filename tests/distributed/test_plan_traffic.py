@@ -7,7 +7,7 @@ import pytest
 from commands import TINY
 from harness import run_ranks
 
-from moco_scale import command_line
+from moco_scale.config import command_line
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.measure import CollectiveCounter
 from moco_scale.planner.plan import make_plan

@@ -10,7 +10,7 @@ from harness import run_ranks
 from textbook import epoch_batches, permutation
 from torch import Tensor, nn
 
-from moco_scale import command_line
+from moco_scale.config import command_line
 from moco_scale.pretrain import Pretraining
 
 STEPS, BATCH, PICTURES, SEED = 5, 8, 32, 11

@@ -14,7 +14,8 @@ from dense_infonce import compare, enqueue, loss_and_gradient, new_ring
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import checkpoint, command_line
+from moco_scale import checkpoint
+from moco_scale.config import command_line
 from moco_scale.distributed import collectives
 from moco_scale.methods.infonce import Negatives, infonce
 from moco_scale.methods.key_queue import DTYPES, KeyQueue, share

@@ -12,8 +12,8 @@ from http_folder import served
 from remote_sets import HURRIED, batches, same, source_of
 
 from moco_scale import bad_pictures
-from moco_scale.command_line import parse
-from moco_scale.config_rules import build
+from moco_scale.config.command_line import parse
+from moco_scale.config.resolve import build
 from moco_scale.data.open import open_shards
 from moco_scale.data.remote import shard_source, stores
 from moco_scale.data.remote.shard_source import ShardSource

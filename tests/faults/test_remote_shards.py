@@ -23,8 +23,8 @@ from commands import TINY, forked
 from http_folder import served
 from remote_sets import AUG, HURRIED, WINDOW, batches, same, source_of
 
-from moco_scale.command_line import parse
-from moco_scale.config import differences
+from moco_scale.config.command_line import parse
+from moco_scale.config.schema import differences
 from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.loading.workers import BatchLoader
 from moco_scale.data.open import has_split, open_shards

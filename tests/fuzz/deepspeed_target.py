@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moco_scale.deepspeed_config import look_through, requested_number, requested_precision
+from moco_scale.config.deepspeed_file import look_through, requested_number, requested_precision
 from moco_scale.utils.errors import UserError
 
 _SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"

@@ -16,8 +16,8 @@ from conftest import write_picture
 from harness import run_ranks
 
 from moco_scale import preflight
-from moco_scale.command_line import parse
-from moco_scale.config import Config
+from moco_scale.config.command_line import parse
+from moco_scale.config.schema import Config
 from moco_scale.observe.phases import Phases
 from moco_scale.pretrain import Pretraining
 from moco_scale.utils.errors import UserError

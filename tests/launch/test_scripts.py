@@ -14,9 +14,9 @@ import torch.distributed.run
 import yaml
 from commands import LIMIT, REPOSITORY, TINY
 
-from moco_scale import command_line
 from moco_scale.__main__ import main as moco_scale_main
-from moco_scale.config import Config
+from moco_scale.config import command_line
+from moco_scale.config.schema import Config
 from moco_scale.distributed import launchers
 
 SCRIPTS = REPOSITORY / "scripts"

@@ -12,10 +12,10 @@ from torch import nn
 
 from moco_scale import announcement as module
 from moco_scale.announcement import announcement, title
-from moco_scale.command_line import parse
+from moco_scale.config.command_line import parse
+from moco_scale.config.recipes import RECIPES
 from moco_scale.distributed import collectives
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
-from moco_scale.recipes import RECIPES
 
 
 def said(

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moco_scale import command_line
 from moco_scale.cli import run_command
+from moco_scale.config import command_line
 from moco_scale.distributed import collectives
 from moco_scale.utils.errors import RankError, UserError
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moco_scale import deepspeed_keys
-from moco_scale.command_line import parse
-from moco_scale.deepspeed_config import (
+from moco_scale.config import deepspeed_keys
+from moco_scale.config.command_line import parse
+from moco_scale.config.deepspeed_file import (
     ReadConfiguration,
     look_through,
     refuse,

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco_scale.config_rules import build
+from moco_scale.config.resolve import build
 from moco_scale.data.images import device_decode
 from moco_scale.data.images.augment import Augmentation
 from moco_scale.data.images.crop import write_crop

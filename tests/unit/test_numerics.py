@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moco_scale import pretrain
-from moco_scale.command_line import parse
+from moco_scale.config.command_line import parse
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
 from moco_scale.evaluation import command

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moco_scale import checkpoint
-from moco_scale.config_rules import build
+from moco_scale.config.resolve import build
 from moco_scale.data.images.augment import draw_params
 from moco_scale.data.loading.loader import pretraining_loader
 from moco_scale.pretrain import Pretraining

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from moco_scale import command_line
 from moco_scale.__main__ import main
-from moco_scale.config_rules import check_shuffle_group
+from moco_scale.config import command_line
+from moco_scale.config.resolve import check_shuffle_group
 from moco_scale.distributed import collectives
 from moco_scale.engines import fsdp
 from moco_scale.flops import count_flops

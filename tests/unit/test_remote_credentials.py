@@ -9,7 +9,7 @@ import pytest
 from http_folder import served
 from remote_sets import HURRIED, batches, same, source_of
 
-from moco_scale.command_line import parse
+from moco_scale.config.command_line import parse
 from moco_scale.data.open import open_shards
 from moco_scale.data.remote import credentials, shard_source
 from moco_scale.utils.errors import UserError

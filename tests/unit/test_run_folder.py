@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from moco_scale import checkpoint, run_folder
-from moco_scale.config_rules import build
+from moco_scale.config.resolve import build
 from moco_scale.run_folder import RunFolder
 from moco_scale.utils import locks, side_files
 from moco_scale.utils.errors import StoppedEarly, UserError

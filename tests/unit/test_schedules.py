@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moco_scale.config_rules import build
+from moco_scale.config.resolve import build
 from moco_scale.optim.schedules import SCHEDULES, learning_rate
 
 PER_EPOCH = 7

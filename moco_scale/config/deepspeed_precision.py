@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moco_scale.deepspeed_keys import misspelt
+from moco_scale.config.deepspeed_keys import misspelt
 from moco_scale.optim.loss_scale import LossScaling
 from moco_scale.untrusted.deepspeed_file import is_number, shown
 from moco_scale.untrusted.text import printable

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco_scale.deepspeed_keys import take_keys, take_other_stages, take_reports
-from moco_scale.deepspeed_precision import HALF_NAMES, is_enabled, take_precision
+from moco_scale.config.deepspeed_keys import take_keys, take_other_stages, take_reports
+from moco_scale.config.deepspeed_precision import HALF_NAMES, is_enabled, take_precision
 from moco_scale.optim.loss_scale import LossScaling
 from moco_scale.untrusted.deepspeed_file import (
     AUTO,

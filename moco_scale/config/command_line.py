@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from moco_scale.argument_types import whole_numbers
-from moco_scale.config import SECTIONS, Config
-from moco_scale.config_rules import build
+from moco_scale.config.flag_types import whole_numbers
+from moco_scale.config.older_flags import PRETRAINING, HintingParser
+from moco_scale.config.recipes import DEFAULT_RECIPE, RECIPES
+from moco_scale.config.resolve import build
+from moco_scale.config.schema import SECTIONS, Config
 from moco_scale.data.remote.credentials import warn_of_printed
-from moco_scale.older_flags import PRETRAINING, HintingParser
-from moco_scale.recipes import DEFAULT_RECIPE, RECIPES
 from moco_scale.utils.errors import UserError
 
 AMP_LEVELS = ("O0", "O1", "O2", "O3")

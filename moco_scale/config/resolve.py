@@ -10,13 +10,13 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from moco_scale import deepspeed_config
-from moco_scale.config import SECTIONS, Config, OptimConfig, RunConfig
+from moco_scale.config import deepspeed_file
+from moco_scale.config.recipes import RECIPES
+from moco_scale.config.schema import SECTIONS, Config, OptimConfig, RunConfig
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.data.shards.addresses import names_remote
 from moco_scale.data.shards.mixed_shards import split_mixture
 from moco_scale.methods.infonce import MIN_TEMPERATURE
-from moco_scale.recipes import RECIPES
 from moco_scale.utils.errors import UserError
 
 
@@ -76,16 +76,16 @@ def _numbers_of_file(
 ) -> tuple[RunConfig, OptimConfig]:
     """What the user's DeepSpeed file says and no flag does."""
     if "clip_grad" not in given:
-        norm = deepspeed_config.requested_number(run.deepspeed, "gradient_clipping")
+        norm = deepspeed_file.requested_number(run.deepspeed, "gradient_clipping")
         optim = dataclasses.replace(optim, clip_grad=norm or 0.0)
     if not run.accumulation_steps:
-        steps = deepspeed_config.requested_number(run.deepspeed, "gradient_accumulation_steps")
+        steps = deepspeed_file.requested_number(run.deepspeed, "gradient_accumulation_steps")
         run = dataclasses.replace(run, accumulation_steps=int(steps or 1))
     return run, optim
 
 
 def _precision_of_file(path: str) -> str:
-    return deepspeed_config.requested_precision(path) if path else "fp32"
+    return deepspeed_file.requested_precision(path) if path else "fp32"
 
 
 def _check(config: Config) -> None:

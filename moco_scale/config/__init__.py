@@ -1,0 +1,1 @@
+"""Settings: their schema and flags, recipes, and DeepSpeed files."""
