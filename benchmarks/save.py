@@ -2,7 +2,7 @@
 
     python benchmarks/save.py [--quick] [--gigabytes 1.0] [--repeats 5] [--folder DIR]
 
-One process saves a state through :class:`moco_scale.run_folder.RunFolder`, as a run does: copy,
+One process saves a state through :class:`checkpoints.run_folder.RunFolder`, as a run does: copy,
 checkpoint, checksums, fsync, rename, ``current.pth``. Both ways alternate. While the background
 writes, the loop multiplies matrices on one thread, and how much slower that is meanwhile is shown
 too. A way's first save, which finds no memory to copy to, is not counted.
@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moco_scale.checkpoints.run_folder import RunFolder
 from moco_scale.config.resolve import build
-from moco_scale.run_folder import RunFolder
 
 TENSORS = 64
 

@@ -8,7 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
+from moco_scale.checkpoints.run_folder import complete_checkpoints
 from moco_scale.data.open import open_shards
 from moco_scale.data.shards.addresses import names_remote, shown
 from moco_scale.data.shards.index_file import INDEX_JSON
@@ -17,7 +18,6 @@ from moco_scale.data.shards.shard_list import is_pattern, list_shards
 from moco_scale.data.tools.contact_sheet import contact_sheet
 from moco_scale.data.tools.summary import print_summary, summarise
 from moco_scale.evaluation.pretrained import read_model_file
-from moco_scale.run_folder import complete_checkpoints
 from moco_scale.untrusted.documents import check
 from moco_scale.untrusted.settings import ModelFile
 from moco_scale.untrusted.tensor_files import StoredTensor

@@ -13,6 +13,7 @@ import torchvision
 
 from moco_scale.announcement import announcement
 from moco_scale.announcement import title as picture_title
+from moco_scale.checkpoints.state import numbers_alike
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.sampling.order import Samples
 from moco_scale.distributed import collectives, consensus
@@ -33,7 +34,6 @@ from moco_scale.observe.loggers import Telemetry
 from moco_scale.observe.phases import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
 from moco_scale.observe.stragglers import StepTimes
 from moco_scale.planner.utilisation import Utilisation, device_name
-from moco_scale.run_state import numbers_alike
 from moco_scale.utils.errors import RankError, UserError
 
 if TYPE_CHECKING:

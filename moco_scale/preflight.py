@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from moco_scale.checkpoints.run_folder import LOCK
 from moco_scale.config.schema import Config
 from moco_scale.distributed import bandwidth, collectives, same_setup
 from moco_scale.distributed.bandwidth import Bandwidth
@@ -27,7 +28,6 @@ from moco_scale.monitor import Monitor
 from moco_scale.observe.loggers import Telemetry
 from moco_scale.observe.phases import Phases
 from moco_scale.pretrain import Pretraining
-from moco_scale.run_folder import LOCK
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell

@@ -13,6 +13,14 @@ from torch import Tensor
 
 from moco_scale.bad_pictures import FILE as BAD_PICTURES
 from moco_scale.bad_pictures import BadPictures
+from moco_scale.checkpoints.run_folder import RunFolder
+from moco_scale.checkpoints.state import (
+    load_model,
+    load_optimizer,
+    read_state,
+    restore_current,
+    save_state,
+)
 from moco_scale.config.deepspeed_file import refuse
 from moco_scale.config.deepspeed_keys import unwritable_reports
 from moco_scale.config.schema import Config
@@ -52,8 +60,6 @@ from moco_scale.observe.phases import (
     Phases,
 )
 from moco_scale.optim.schedules import learning_rate
-from moco_scale.run_folder import RunFolder
-from moco_scale.run_state import load_model, load_optimizer, read_state, restore_current, save_state
 from moco_scale.utils import determinism
 from moco_scale.utils.errors import StoppedEarly
 from moco_scale.utils.log import say

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 from moco_scale.config import command_line, schema
 from moco_scale.demo.pictures import write_folder
 from moco_scale.distributed.spawn import run_ranks

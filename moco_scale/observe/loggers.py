@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     from torch.utils.tensorboard import summary
 
 if TYPE_CHECKING:
-    from moco_scale.run_folder import RunFolder
+    from moco_scale.checkpoints.run_folder import RunFolder
 
 
 class Telemetry:

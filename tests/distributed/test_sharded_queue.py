@@ -14,13 +14,13 @@ from dense_infonce import compare, enqueue, loss_and_gradient, new_ring
 from harness import run_ranks
 from torch import Tensor
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
+from moco_scale.checkpoints.state import save_state
 from moco_scale.config import command_line
 from moco_scale.distributed import collectives
 from moco_scale.methods.infonce import Negatives, infonce
 from moco_scale.methods.key_queue import DTYPES, KeyQueue, share
 from moco_scale.pretrain import Pretraining
-from moco_scale.run_state import save_state
 
 DIM, BATCH, IMAGES, T = 5, 12, 20, 0.1
 # Less than a rank has queries, no multiple of anything, several batches.

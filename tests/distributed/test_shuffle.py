@@ -10,13 +10,13 @@ from commands import TINY
 from harness import run_ranks
 from torch import Tensor
 
+from moco_scale.checkpoints.state import save_state
 from moco_scale.config import command_line
 from moco_scale.data.sampling.random import permutation
 from moco_scale.distributed import collectives
 from moco_scale.methods.key_queue import KeyQueue
 from moco_scale.methods.shuffle_bn import ShuffleBN
 from moco_scale.pretrain import Pretraining
-from moco_scale.run_state import save_state
 from moco_scale.utils.errors import UserError
 
 BATCH, SEED, STEPS = 16, 5, 4

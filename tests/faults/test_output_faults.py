@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import assert_refused, before_each_call, flags_for, forked
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.pretrain import Pretraining
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 from moco_scale.utils.errors import UserError
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 HARM = {
     "training": ("moco_scale.engines.ddp", "DDPEngine.backward", 6),
-    "saving": ("moco_scale.checkpoint", "_complete", 1),
+    "saving": ("moco_scale.checkpoints.checkpoint", "_complete", 1),
 }
 
 

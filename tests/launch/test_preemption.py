@@ -26,7 +26,7 @@ MOMENTS = {
     "training": ("moco_scale.engines.ddp", "DDPEngine.backward", 6),
     "evaluating": ("moco_scale.evaluation.knn", "KnnMonitor.measure", 2),
     "evaluating before training": ("moco_scale.evaluation.knn", "KnnMonitor.measure", 1),
-    "saving": ("moco_scale.checkpoint", "_complete", 1),
+    "saving": ("moco_scale.checkpoints.checkpoint", "_complete", 1),
     "waiting for data": ("moco_scale.data.loading.workers", "BatchLoader.__next__", 9),
     "drawing": ("moco_scale.evaluation.pictures", "neighbours_sheet", 1),
 }

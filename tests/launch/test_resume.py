@@ -22,7 +22,7 @@ from commands import (
 )
 from torch import Tensor
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.pretrain import Pretraining
 from moco_scale.utils.errors import STOPPED_EARLY
@@ -31,11 +31,19 @@ pytestmark = pytest.mark.timeout(1800)
 
 # Where a kill could do harm: (module, function, what one of its arguments contains).
 CRASHES = {
-    "the checkpoint is begun": ("moco_scale.checkpoint", "dcp.save", ""),
-    "its tensors are written": ("moco_scale.checkpoint", "_complete", ""),
-    "it is complete, not pointed at": ("moco_scale.run_folder", "write_atomically", "latest"),
-    "it is pointed at, the model is old": ("moco_scale.run_folder", "save_atomically", "current"),
-    "an old one is half deleted": ("moco_scale.run_folder", "shutil.rmtree", ".old"),
+    "the checkpoint is begun": ("moco_scale.checkpoints.checkpoint", "dcp.save", ""),
+    "its tensors are written": ("moco_scale.checkpoints.checkpoint", "_complete", ""),
+    "it is complete, not pointed at": (
+        "moco_scale.checkpoints.run_folder",
+        "write_atomically",
+        "latest",
+    ),
+    "it is pointed at, the model is old": (
+        "moco_scale.checkpoints.run_folder",
+        "save_atomically",
+        "current",
+    ),
+    "an old one is half deleted": ("moco_scale.checkpoints.run_folder", "shutil.rmtree", ".old"),
 }
 
 
@@ -117,7 +125,7 @@ def test_one_process_killed_again_and_again(
         assert status == -signal.SIGKILL, f"{when}: {output}"
         if done:
             assert f"step-{done:08d} at step {done}" in output, when
-        done += crash[0] == "moco_scale.run_folder"
+        done += crash[0] == "moco_scale.checkpoints.run_folder"
         assert steps_of_checkpoints(tmp_path)[-1:] == ([done] if done else []), when
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')  # killed while logging
@@ -134,7 +142,7 @@ def test_two_processes_under_zero1_killed_twice(
     zero1_run: tuple[Path, str], tiny_shards: Path, tmp_path: Path
 ) -> None:
     flags = (*TINY, *ZERO1, "--data-dir", tiny_shards, "--output-dir", tmp_path)
-    crash = ("moco_scale.checkpoint", "_complete", "step-00000004")
+    crash = ("moco_scale.checkpoints.checkpoint", "_complete", "step-00000004")
     status, _ = forked(*flags, ranks=2, prepare=die_in, prepare_args=crash)
     assert status != 0
     assert steps_of_checkpoints(tmp_path) == [3]

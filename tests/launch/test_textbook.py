@@ -19,7 +19,7 @@ from commands import forked, launched, make_shards
 from PIL import Image
 from torch import Tensor
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 from moco_scale.data.images.augment import AUGMENTATIONS, draw_params
 from moco_scale.data.images.device_augment import DeviceAugment
 from moco_scale.data.loading.loader import pretraining_loader

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, write_picture
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 from moco_scale.utils.errors import UserError
 
 

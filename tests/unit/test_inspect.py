@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco_scale import checkpoint
 from moco_scale.__main__ import main
+from moco_scale.checkpoints import checkpoint
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
+from moco_scale.checkpoints.state import save_state
 from moco_scale.config.resolve import build
 from moco_scale.data.images.augment import draw_params
 from moco_scale.data.loading.loader import pretraining_loader
 from moco_scale.pretrain import Pretraining
-from moco_scale.run_state import save_state
 
 BATCH = 8
 PER_EPOCH = 4  # of the 32 pictures

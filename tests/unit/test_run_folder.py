@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from moco_scale import checkpoint, run_folder
+from moco_scale.checkpoints import checkpoint, run_folder
+from moco_scale.checkpoints.run_folder import RunFolder
 from moco_scale.config.resolve import build
-from moco_scale.run_folder import RunFolder
 from moco_scale.utils import locks, side_files
 from moco_scale.utils.errors import StoppedEarly, UserError
 from moco_scale.utils.locks import RunLock

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco_scale.saver import BackgroundSaver
+from moco_scale.checkpoints.background import BackgroundSaver
 from moco_scale.utils.errors import UserError
 
 

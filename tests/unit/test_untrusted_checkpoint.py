@@ -21,13 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moco_scale import checkpoint
 from moco_scale.__main__ import main
+from moco_scale.checkpoints import checkpoint
+from moco_scale.checkpoints.state import read_state
 from moco_scale.methods.key_queue import KeyQueue
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import Encoder
 from moco_scale.observe.loggers import Meters
-from moco_scale.run_state import read_state
 from moco_scale.untrusted.checkpoint import parse_meta
 from moco_scale.utils.errors import UserError
 

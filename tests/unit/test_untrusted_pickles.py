@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.pretrained import load_pretrained
 from moco_scale.untrusted.pickles import ForeignError, PickleError, read_pickle

@@ -24,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from moco_scale.checkpoint_rows import Rows, RowsSavePlanner
+from moco_scale.checkpoints.rows import Rows, RowsSavePlanner
 from moco_scale.distributed import collectives, consensus
 from moco_scale.untrusted.checkpoint import FORMAT, INDEX, parse_meta, sealed, usable
 from moco_scale.untrusted.checkpoint_index import Chunk, Entry, parse_index

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 from moco_scale.distributed import collectives, consensus
 from moco_scale.distributed.same_state import sampled_hash
 from moco_scale.engines.base import MOMENTUM

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
+from moco_scale.checkpoints.background import BackgroundSaver
 from moco_scale.config.resolve import check_shuffle_group
 from moco_scale.config.schema import Config, differences
 from moco_scale.distributed import collectives, consensus
 from moco_scale.observe import metrics_file
-from moco_scale.saver import BackgroundSaver
 from moco_scale.untrusted.tensor_files import TensorFile
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
