@@ -28,7 +28,7 @@ def main() -> None:
 
             preflight.run(settings, phases)
         else:
-            from moco_scale.pretrain import Pretraining
+            from moco_scale.training.loop import Pretraining
 
             Pretraining(settings, phases).run()
     collectives.shutdown()

@@ -39,7 +39,7 @@ from moco_scale.distributed.spawn import run_ranks
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.measure import CollectiveCounter, peak_of_step
 from moco_scale.planner.plan import make_plan
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4

@@ -55,7 +55,7 @@ from moco_scale.engines import make_engine
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import set_groups
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 Step = Callable[[], Any]
 

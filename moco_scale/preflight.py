@@ -24,10 +24,10 @@ from moco_scale.config.schema import Config
 from moco_scale.distributed import bandwidth, collectives, same_setup
 from moco_scale.distributed.bandwidth import Bandwidth
 from moco_scale.distributed.stop_signal import StopRequest
-from moco_scale.monitor import Monitor
 from moco_scale.observe.loggers import Telemetry
 from moco_scale.observe.phases import Phases
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
+from moco_scale.training.monitor import Monitor
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell

@@ -46,7 +46,7 @@ from moco_scale.demo.pictures import write_folder
 from moco_scale.distributed.spawn import run_ranks
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.models.encoder import Encoder
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")

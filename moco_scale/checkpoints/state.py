@@ -17,8 +17,8 @@ from moco_scale.methods.moco import MoCo
 from moco_scale.observe.finite import WEIGHTS
 
 if TYPE_CHECKING:
-    from moco_scale.monitor import Unlogged
-    from moco_scale.pretrain import Pretraining
+    from moco_scale.training.loop import Pretraining
+    from moco_scale.training.monitor import Unlogged
 
 
 # Of the queue's state, what has a row for each slot.

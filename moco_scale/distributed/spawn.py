@@ -34,7 +34,9 @@ def run_ranks(
         # Otherwise DeepSpeed looks for an accelerator and warns that it found none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moco_scale.pretrain", "torch.utils.tensorboard", "deepspeed"])
+    context.set_forkserver_preload(
+        ["moco_scale.training.loop", "torch.utils.tensorboard", "deepspeed"]
+    )
     out = context.SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moco_scale.announcement import crowded_queue
 from moco_scale.planner.plan import GIB, Plan
+from moco_scale.training.banner import crowded_queue
 
 _WAITING = 0.1  # share of a step from which waiting for the network is worth a word
 _CORES = 8.0  # cores that a GPU's share of a node usually has

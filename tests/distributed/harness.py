@@ -21,7 +21,9 @@ from typing import Any
 # Ranks are forked off a server that has imported everything once: that is most of a start. There
 # is one server for all tests of a session.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["moco_scale.pretrain", "matplotlib.figure", "matplotlib.ticker"])
+CONTEXT.set_forkserver_preload(
+    ["moco_scale.training.loop", "matplotlib.figure", "matplotlib.ticker"]
+)
 
 
 class RankError(AssertionError):

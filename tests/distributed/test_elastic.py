@@ -18,7 +18,7 @@ from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.mixture import in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.protocols import Shards
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 PICTURES, BATCH, SEED, SIZE = 32, 8, 5, 16
 PER_EPOCH = PICTURES // BATCH

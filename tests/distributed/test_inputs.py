@@ -14,8 +14,8 @@ from moco_scale.checkpoints.state import save_state
 from moco_scale.config import command_line
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.distributed import collectives
-from moco_scale.inputs import Inputs
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.inputs import Inputs
+from moco_scale.training.loop import Pretraining
 
 STEPS = 5  # an epoch has 4
 

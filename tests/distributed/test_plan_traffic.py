@@ -11,7 +11,7 @@ from moco_scale.config import command_line
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.measure import CollectiveCounter
 from moco_scale.planner.plan import make_plan
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 ENGINES: dict[str, tuple[str, ...]] = {
     "ddp": (),

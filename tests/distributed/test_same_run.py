@@ -11,7 +11,7 @@ from textbook import epoch_batches, permutation
 from torch import Tensor, nn
 
 from moco_scale.config import command_line
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 STEPS, BATCH, PICTURES, SEED = 5, 8, 32, 11
 

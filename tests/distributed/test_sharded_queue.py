@@ -20,7 +20,7 @@ from moco_scale.config import command_line
 from moco_scale.distributed import collectives
 from moco_scale.methods.infonce import Negatives, infonce
 from moco_scale.methods.key_queue import DTYPES, KeyQueue, share
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 DIM, BATCH, IMAGES, T = 5, 12, 20, 0.1
 # Less than a rank has queries, no multiple of anything, several batches.

@@ -16,7 +16,7 @@ from moco_scale.data.sampling.random import permutation
 from moco_scale.distributed import collectives
 from moco_scale.methods.key_queue import KeyQueue
 from moco_scale.methods.shuffle_bn import ShuffleBN
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 from moco_scale.utils.errors import UserError
 
 BATCH, SEED, STEPS = 16, 5, 4

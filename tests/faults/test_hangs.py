@@ -15,7 +15,7 @@ from commands import TINY, Ranks, before_each_call, forked, forked_ranks
 
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.models.encoder import build_encoder
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 from moco_scale.utils.errors import LOST_PEER
 
 pytestmark = pytest.mark.timeout(1800)
@@ -175,7 +175,7 @@ def go_astray(what: str, step: int, rank: int) -> None:
             else:
                 torch._foreach_mul_(run.engine.replicated()["key"], 1.001)
 
-    before_each_call("moco_scale.pretrain", "Pretraining.train_step", lead_astray)
+    before_each_call("moco_scale.training.loop", "Pretraining.train_step", lead_astray)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from commands import assert_refused, before_each_call, flags_for, forked
 
 from moco_scale.data.loading.loader import ViewBatch
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -37,7 +37,7 @@ def spoil(where: str, first: int, last: int, rank: int) -> None:
     def steep(self: DDPEngine, loss: torch.Tensor) -> None:
         backward(self, loss * math.inf if bad() else loss)
 
-    before_each_call("moco_scale.pretrain", "Pretraining.train_step", count)
+    before_each_call("moco_scale.training.loop", "Pretraining.train_step", count)
     if where == "loss":
         KeyQueue.contrast = lossy  # type: ignore[method-assign,assignment]
     else:

@@ -18,7 +18,7 @@ from commands import assert_refused, before_each_call, flags_for, forked
 
 from moco_scale.checkpoints import checkpoint
 from moco_scale.data.loading.loader import ViewBatch
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -97,7 +97,7 @@ def fail_to_save(where: str) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    before_each_call("moco_scale.pretrain", "Pretraining.train_step", wait)
+    before_each_call("moco_scale.training.loop", "Pretraining.train_step", wait)
 
 
 @pytest.mark.parametrize("where", ["writing", "beginning"])
@@ -145,7 +145,7 @@ def remove_folder(out: str) -> None:
             run.folder.settle()  # what is being written would fail
             shutil.rmtree(out)
 
-    before_each_call("moco_scale.pretrain", "Pretraining.train_step", remove)
+    before_each_call("moco_scale.training.loop", "Pretraining.train_step", remove)
 
 
 def test_a_folder_that_is_removed_under_a_run(tiny_shards: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 from http_folder import served
 from remote_sets import HURRIED, batches, same, source_of
 
-from moco_scale import bad_pictures
 from moco_scale.config.command_line import parse
 from moco_scale.config.resolve import build
 from moco_scale.data.open import open_shards
@@ -19,7 +18,8 @@ from moco_scale.data.remote import shard_source, stores
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards import addresses
 from moco_scale.data.shards.mixed_shards import split_mixture
-from moco_scale.pretrain import Pretraining
+from moco_scale.training import bad_images
+from moco_scale.training.loop import Pretraining
 from moco_scale.utils.errors import UserError
 
 
@@ -109,7 +109,7 @@ def test_nor_by_a_whole_run_that_ends_at_bad_pictures(
         with open(bad / f"train-{row['shard']:06d}.tar", "r+b") as file:
             file.seek(int(row["offset"]) + int(row["size"]) // 2)
             file.write(bytes(int(row["size"]) // 2))
-    monkeypatch.setattr(bad_pictures, "FEWEST", 0)
+    monkeypatch.setattr(bad_images, "FEWEST", 0)
     out, kept = tmp_path / "out", tmp_path / "cache"
     with served(bad) as server:
         values = {

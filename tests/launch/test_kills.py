@@ -11,7 +11,7 @@ import pytest
 from commands import TINY, before_each_call, forked
 from test_resume import assert_same_run, steps_of_checkpoints
 
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -28,7 +28,7 @@ def die_after(seconds: float, victims: tuple[int, ...]) -> None:
             killer.daemon = True
             killer.start()
 
-    before_each_call("moco_scale.pretrain", "Pretraining.run", doom)
+    before_each_call("moco_scale.training.loop", "Pretraining.run", doom)
 
 
 def test_killed_at_thirty_random_moments(tiny_shards: Path, tmp_path: Path) -> None:

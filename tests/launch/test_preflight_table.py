@@ -19,7 +19,7 @@ from moco_scale import preflight
 from moco_scale.config.command_line import parse
 from moco_scale.config.schema import Config
 from moco_scale.observe.phases import Phases
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 from moco_scale.utils.errors import UserError
 
 READY = "ready"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moco_scale.checkpoints import checkpoint
 from moco_scale.data.loading.loader import ViewBatch
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 from moco_scale.utils.errors import STOPPED_EARLY
 
 pytestmark = pytest.mark.timeout(1800)
@@ -267,7 +267,7 @@ def signal_at(step: int, rank: int, *numbers: int) -> None:
             for number in numbers:
                 os.kill(os.getpid(), number)
 
-    before_each_call("moco_scale.pretrain", "Pretraining.train_step", send)
+    before_each_call("moco_scale.training.loop", "Pretraining.train_step", send)
 
 
 def end_in_evaluation(call: int, how: str, rank: int = 0) -> None:

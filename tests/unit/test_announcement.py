@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from moco_scale import announcement as module
-from moco_scale.announcement import announcement, title
 from moco_scale.config.command_line import parse
 from moco_scale.config.recipes import RECIPES
 from moco_scale.distributed import collectives
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.training import banner as module
+from moco_scale.training.banner import announcement, title
 
 
 def said(

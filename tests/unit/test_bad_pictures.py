@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 from foreign_sets import picture, write_tar
 
-from moco_scale.bad_pictures import FILE, BadPictures
 from moco_scale.data.loading.bad_samples import BadSample, bad_sample
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.open import open_shards
+from moco_scale.training.bad_images import FILE, BadPictures
 from moco_scale.untrusted.limits import LINE
 from moco_scale.untrusted.text import printable
 from moco_scale.utils import side_files

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from moco_scale import pretrain
 from moco_scale.config.command_line import parse
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
 from moco_scale.evaluation import command
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import build_encoder
+from moco_scale.training import loop
 from moco_scale.utils import determinism
 
 
@@ -67,9 +67,9 @@ def test_evaluation_sets_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_pretraining_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "open_data", _stop)
+    monkeypatch.setattr(loop, "open_data", _stop)
     with pytest.raises(Reached):
-        pretrain.Pretraining(parse(["--device", "cpu"]))
+        loop.Pretraining(parse(["--device", "cpu"]))
     assert not any(_switches().values())
 
 

@@ -22,7 +22,7 @@ from moco_scale.checkpoints.state import save_state
 from moco_scale.config.resolve import build
 from moco_scale.data.images.augment import draw_params
 from moco_scale.data.loading.loader import pretraining_loader
-from moco_scale.pretrain import Pretraining
+from moco_scale.training.loop import Pretraining
 
 BATCH = 8
 PER_EPOCH = 4  # of the 32 pictures

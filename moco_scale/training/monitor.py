@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 import torchvision
 
-from moco_scale.announcement import announcement
-from moco_scale.announcement import title as picture_title
 from moco_scale.checkpoints.state import numbers_alike
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.sampling.order import Samples
@@ -34,10 +32,12 @@ from moco_scale.observe.loggers import Telemetry
 from moco_scale.observe.phases import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
 from moco_scale.observe.stragglers import StepTimes
 from moco_scale.planner.utilisation import Utilisation, device_name
+from moco_scale.training.banner import announcement
+from moco_scale.training.banner import title as picture_title
 from moco_scale.utils.errors import RankError, UserError
 
 if TYPE_CHECKING:
-    from moco_scale.pretrain import Pretraining
+    from moco_scale.training.loop import Pretraining
 
 
 # ImageNet's own 1.28 M would take longer than the epoch's training is worth; smaller sets, CIFAR's

@@ -14,7 +14,7 @@ from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.utils import determinism
 
 if TYPE_CHECKING:
-    from moco_scale.pretrain import Pretraining
+    from moco_scale.training.loop import Pretraining
 
 _CHANCE = ("rng_seed",)
 """Fields in which repetitions of one published run differ."""

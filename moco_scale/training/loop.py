@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale.bad_pictures import FILE as BAD_PICTURES
-from moco_scale.bad_pictures import BadPictures
 from moco_scale.checkpoints.run_folder import RunFolder
 from moco_scale.checkpoints.state import (
     load_model,
@@ -36,14 +34,12 @@ from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus, same_setup
 from moco_scale.distributed.stop_signal import StopRequest, status_of
 from moco_scale.engines import make_engine, read_deepspeed
-from moco_scale.inputs import Inputs, StepInputs
 from moco_scale.methods.infonce import Contrast
 from moco_scale.methods.key_queue import DTYPES, KeyQueue
 from moco_scale.methods.moco import MoCo
 from moco_scale.methods.shuffle_bn import ShuffleBN
 from moco_scale.models.batchnorm import set_groups, spans_ranks
 from moco_scale.models.encoder import Encoder, build_encoder
-from moco_scale.monitor import Monitor
 from moco_scale.observe.finite import FiniteWatch
 from moco_scale.observe.loggers import Meters, Telemetry
 from moco_scale.observe.phases import (
@@ -60,6 +56,10 @@ from moco_scale.observe.phases import (
     Phases,
 )
 from moco_scale.optim.schedules import learning_rate
+from moco_scale.training.bad_images import FILE as BAD_PICTURES
+from moco_scale.training.bad_images import BadPictures
+from moco_scale.training.inputs import Inputs, StepInputs
+from moco_scale.training.monitor import Monitor
 from moco_scale.utils import determinism
 from moco_scale.utils.errors import StoppedEarly
 from moco_scale.utils.log import say

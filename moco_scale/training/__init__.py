@@ -1,0 +1,1 @@
+"""The loop of pretraining: inputs, monitor, banner, skipped images."""
