@@ -7,13 +7,13 @@ same under ``torchrun``, ``deepspeed``, or Slurm's ``srun`` with one task per GP
 if __name__ == "__main__":
     import moco_scale.utils.quiet  # noqa: F401
 
-from moco_scale.cli import run_program
+from moco_scale.commands.exit_status import run_program
 
 
 def main() -> None:
-    from moco_scale.evaluation import command
+    from moco_scale.commands import evaluate
 
-    command.main()
+    evaluate.main()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from moco_scale.cli import run_program
+from moco_scale.commands.exit_status import run_program
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     phases = Phases()
     with Watch(phases, timeout, Path(settings.run.output_dir), "train.py"):
         if settings.run.preflight:
-            from moco_scale import preflight
+            from moco_scale.commands import preflight
 
             preflight.run(settings, phases)
         else:

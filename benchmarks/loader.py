@@ -63,7 +63,7 @@ import webdataset
 from PIL import Image, ImageFilter
 from torchvision import datasets, transforms
 
-from moco_scale.data import shard_command
+from moco_scale.commands import shard
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.images.decode import decode_rgb
 from moco_scale.data.loading.loader import pretraining_loader
@@ -127,9 +127,9 @@ class Pictures:
             with tarfile.open(source) as tar:
                 tar.extractall(self.folder, filter="data")
         parser = argparse.ArgumentParser()
-        shard_command.add_arguments(parser)
+        shard.add_arguments(parser)
         out = scratch / "shards"
-        shard_command.run(parser.parse_args(["--source", str(self.folder), "--out", str(out)]))
+        shard.run(parser.parse_args(["--source", str(self.folder), "--out", str(out)]))
         self.out = out
         self.shards = open_shards(str(out), "train")
         everything = [bytes(self.shards.read(i)) for i in range(len(self.shards))]

@@ -45,9 +45,9 @@ import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moco_scale.commands import shard
 from moco_scale.config.resolve import build
 from moco_scale.config.schema import Config
-from moco_scale.data import shard_command
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.demo.pictures import CLASSES, write_folder
 from moco_scale.distributed import collectives
@@ -64,8 +64,8 @@ def make_shards(root: Path, pictures: int) -> Path:
     """Shards of rendered pictures: a run wants to know how many there are."""
     write_folder(root / "pictures", train_per_class=-(-pictures // len(CLASSES)), val_per_class=1)
     parser = argparse.ArgumentParser()
-    shard_command.add_arguments(parser)
-    shard_command.run(
+    shard.add_arguments(parser)
+    shard.run(
         parser.parse_args(["--source", str(root / "pictures"), "--out", str(root / "shards")])
     )
     return root / "shards"

@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from moco_scale.cli import run_command, run_program
+from moco_scale.commands.exit_status import run_command, run_program
 from moco_scale.config.flag_types import DefaultsHelpFormatter
 from moco_scale.config.older_flags import PRETRAINING, HintingParser
 from moco_scale.utils.errors import UserError
@@ -18,12 +18,12 @@ from moco_scale.utils.log import say, tell, unwritten
 # Name: (module with add_arguments and run, what it is for). A module is only imported when its
 # command runs, so that `shard` does not wait for DeepSpeed.
 COMMANDS = {
-    "shard": ("moco_scale.data.shard_command", "turn pictures into WebDataset shards"),
-    "flops": ("moco_scale.flops", "count the FLOPs of a model and of training it"),
-    "plan": ("moco_scale.planner.command", "say what a run needs: memory, traffic, time, cores"),
-    "inspect": ("moco_scale.inspect_command", "say what a checkpoint or a folder of shards holds"),
-    "demo": ("moco_scale.demo.run", "a complete small run on pictures it renders itself"),
-    "cifar10": ("moco_scale.demo.cifar10", "a complete run on CIFAR-10"),
+    "shard": ("moco_scale.commands.shard", "turn pictures into WebDataset shards"),
+    "flops": ("moco_scale.commands.flops", "count the FLOPs of a model and of training it"),
+    "plan": ("moco_scale.commands.plan", "say what a run needs: memory, traffic, time, cores"),
+    "inspect": ("moco_scale.commands.inspect", "say what a checkpoint or a folder of shards holds"),
+    "demo": ("moco_scale.commands.demo", "a complete small run on pictures it renders itself"),
+    "cifar10": ("moco_scale.commands.cifar10", "a complete run on CIFAR-10"),
 }
 
 HANDING_ON = ("demo", "cifar10")

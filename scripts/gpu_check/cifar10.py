@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moco_scale.commands.cifar10 import prepare
 from moco_scale.data.open import open_shards
-from moco_scale.demo.cifar10 import prepare
 from moco_scale.demo.pictures import CLASSES, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]

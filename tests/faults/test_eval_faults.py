@@ -16,8 +16,8 @@ import torch
 from commands import make_shards
 from conftest import write_picture
 
-from moco_scale.cli import run_command
-from moco_scale.evaluation import command
+from moco_scale.commands.evaluate import main
+from moco_scale.commands.exit_status import run_command
 from moco_scale.models.encoder import build_encoder
 
 Evaluate = Callable[..., tuple[int, str]]
@@ -29,7 +29,7 @@ def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
 
     def run(*argv: object) -> tuple[int, str]:
         words = [str(word) for word in argv]
-        status = run_command("eval.py", lambda: command.main(words))
+        status = run_command("eval.py", lambda: main(words))
         return status, capsys.readouterr().err
 
     return run
@@ -317,6 +317,6 @@ def test_wrong_flags(
 ) -> None:
     required = {"data_dir": tmp_path, "pretrained_model": tmp_path, "output_dir": tmp_path}
     with pytest.raises(SystemExit) as stopped:
-        command.main([str(w) for w in words({}, **required, **{flag: value})])
+        evaluate.main([str(w) for w in words({}, **required, **{flag: value})])
     assert stopped.value.code == 2
     assert "--" + flag.replace("_", "-") in capsys.readouterr().err

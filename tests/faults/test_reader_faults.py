@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco_scale.data import shard_command
+from moco_scale.commands import shard
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading import workers
 from moco_scale.data.loading.bad_samples import how_to_check
@@ -36,9 +36,9 @@ AUG = AUGMENTATIONS["cifar"]
 
 def make_shards(source: Path, out: Path) -> IndexedShards:
     parser = argparse.ArgumentParser()
-    shard_command.add_arguments(parser)
+    shard.add_arguments(parser)
     command = ["--source", str(source), "--out", str(out), "--shard-size", "9", "--workers", "1"]
-    shard_command.run(parser.parse_args(command))
+    shard.run(parser.parse_args(command))
     return IndexedShards.open(out, "train")
 
 
@@ -108,10 +108,10 @@ def test_the_remedy_is_one_for_this_kind_of_data(
 
 def test_the_remedy_works(damaged: IndexedShards, picture_folder: Path, tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
-    shard_command.add_arguments(parser)
+    shard.add_arguments(parser)
     out = damaged.data_dir
     command = ["--source", str(picture_folder), "--out", str(out), "--verify", "--overwrite"]
-    shard_command.run(parser.parse_args(command))
+    shard.run(parser.parse_args(command))
     shards = IndexedShards.open(out, "train")
     assert len(shards) == 23
     assert sum(len(batch.index) for batch in evaluation_loader(shards, 16, 1.0, batch_size=8)) == 23

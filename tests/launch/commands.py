@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import psutil
 from harness import CONTEXT, free_port
 
-from moco_scale.data import shard_command
+from moco_scale.commands import shard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -73,9 +73,9 @@ def assert_refused(run: Outcome, *words: object) -> None:
 def make_shards(source: Path, out: Path, *flags: str) -> Path:
     """Shards of a folder of pictures, 10 to a shard; returns ``out``."""
     parser = argparse.ArgumentParser()
-    shard_command.add_arguments(parser)
+    shard.add_arguments(parser)
     command = ["--source", source, "--out", out, "--shard-size", 10, "--workers", 1, *flags]
-    shard_command.run(parser.parse_args([str(part) for part in command]))
+    shard.run(parser.parse_args([str(part) for part in command]))
     return out
 
 

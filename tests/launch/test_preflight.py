@@ -15,7 +15,7 @@ import pytest
 from commands import TINY, forked, make_shards
 from conftest import write_picture
 
-from moco_scale import preflight
+from moco_scale.commands import preflight
 from moco_scale.config import command_line
 from moco_scale.distributed import collectives, same_setup
 

@@ -15,7 +15,7 @@ from commands import TINY
 from conftest import write_picture
 from harness import run_ranks
 
-from moco_scale import preflight
+from moco_scale.commands import preflight
 from moco_scale.config.command_line import parse
 from moco_scale.config.schema import Config
 from moco_scale.observe.phases import Phases

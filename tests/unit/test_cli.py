@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moco_scale.cli import run_command
+from moco_scale.commands.exit_status import run_command
 from moco_scale.config import command_line
 from moco_scale.distributed import collectives
 from moco_scale.utils.errors import RankError, UserError

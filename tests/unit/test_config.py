@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
+from moco_scale.commands.evaluate_flags import make_parser as of_eval
 from moco_scale.config import resolve as module
 from moco_scale.config.command_line import make_parser, parse
 from moco_scale.config.older_flags import EVALUATION, PRETRAINING
@@ -18,7 +19,6 @@ from moco_scale.config.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 from moco_scale.config.resolve import build
 from moco_scale.config.schema import Config, differences
 from moco_scale.data.images.augment import AUGMENTATIONS
-from moco_scale.evaluation.command_line import make_parser as of_eval
 from moco_scale.utils.errors import UserError
 
 V1: dict[str, Any] = {

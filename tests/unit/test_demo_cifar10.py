@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from moco_scale.demo.cifar10 import prepare
+from moco_scale.commands.cifar10 import prepare
 from moco_scale.utils.errors import UserError
 
 NAMES = ("airplane", "automobile", "bird")

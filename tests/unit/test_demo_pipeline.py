@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moco_scale.__main__ import main
+from moco_scale.commands import cifar10, demo
 from moco_scale.data.shards.protocols import Shards
-from moco_scale.demo import cifar10, output_folder, pipeline, run
+from moco_scale.demo import output_folder, pipeline
 from moco_scale.evaluation.knn import Splits
 from moco_scale.utils.errors import UserError
 
@@ -89,7 +90,7 @@ def test_an_output_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
 
 
 def _handed_on(*words: str) -> pipeline.Training:
-    return pipeline.training("demo", run.SETTINGS, words)
+    return pipeline.training("demo", demo.SETTINGS, words)
 
 
 def test_every_flag_of_train_py_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from moco_scale import flops
+from moco_scale.commands import flops
 from moco_scale.models.encoder import build_encoder
 from moco_scale.utils.errors import UserError
 

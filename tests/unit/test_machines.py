@@ -1,7 +1,6 @@
 """What a preflight makes of what it finds."""
 
-from moco_scale.distributed.bandwidth import Bandwidth
-from moco_scale.preflight import (
+from moco_scale.commands.preflight import (
     GIB,
     Machine,
     bandwidth_table,
@@ -10,6 +9,7 @@ from moco_scale.preflight import (
     problems,
     shared_memory_needed,
 )
+from moco_scale.distributed.bandwidth import Bandwidth
 
 GOOD = Machine("node-a", "H100", "id-0", 80 * GIB, 16, 64 * GIB, 65536, 1000.0)
 

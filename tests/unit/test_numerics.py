@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from moco_scale.commands import evaluate
 from moco_scale.config.command_line import parse
 from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
-from moco_scale.evaluation import command
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import build_encoder
 from moco_scale.training import loop
@@ -59,10 +59,10 @@ def _stop(*_: Any, **__: Any) -> None:
 
 
 def test_evaluation_sets_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "evaluate", _stop)
+    monkeypatch.setattr(evaluate, "evaluate", _stop)
     argv = ["--data-dir", "x", "--pretrained-model", "y", "--output-dir", str(tmp_path)]
     with pytest.raises(Reached):
-        command.main([*argv, "--device", "cpu"])
+        evaluate.main([*argv, "--device", "cpu"])
     assert not any(_switches().values())
 
 

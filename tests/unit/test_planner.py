@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moco_scale.__main__ import main
+from moco_scale.commands.flops import count_flops
 from moco_scale.config import command_line
 from moco_scale.config.resolve import check_shuffle_group
 from moco_scale.distributed import collectives
 from moco_scale.engines import fsdp
-from moco_scale.flops import count_flops
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import set_groups
 from moco_scale.models.encoder import build_encoder

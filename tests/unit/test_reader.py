@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco_scale.data import shard_command
+from moco_scale.commands import shard
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.images.crop import CROP_SLOTS, crop_box, write_centre, write_crop
 from moco_scale.data.images.decode import decode_rgb
@@ -346,9 +346,9 @@ MakeShards = Callable[[Path, Path], IndexedShards]
 def make_shards() -> MakeShards:
     def make(source: Path, out: Path) -> IndexedShards:
         parser = argparse.ArgumentParser()
-        shard_command.add_arguments(parser)
+        shard.add_arguments(parser)
         command = ["--source", str(source), "--out", str(out), "--workers", "1"]
-        shard_command.run(parser.parse_args([*command, "--shard-size", "10"]))
+        shard.run(parser.parse_args([*command, "--shard-size", "10"]))
         return IndexedShards.open(out, "train")
 
     return make

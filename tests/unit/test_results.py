@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from moco_scale.evaluation import command, results
+from moco_scale.commands import evaluate
+from moco_scale.evaluation import results
 from moco_scale.utils.errors import UserError
 
 
@@ -65,7 +66,7 @@ def test_a_result_that_cannot_be_kept_is_said(
     (tmp_path / "file").write_text("")
     found = {**result("knn"), "top5": 60.0}
     with pytest.raises(UserError, match="cannot write"):
-        command._finish(tmp_path / "file", found)
+        evaluate._finish(tmp_path / "file", found)
     assert "knn: top-1 50.00 %, top-5 60.00 %" in capsys.readouterr().out
 
 

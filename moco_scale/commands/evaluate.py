@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from moco_scale.commands.evaluate_flags import KNN_K, KNN_T, parse
 from moco_scale.config.schema import DATASETS
 from moco_scale.data.open import open_shards
 from moco_scale.data.remote.credentials import warn_of_printed
@@ -20,7 +21,6 @@ from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus, same_setup
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation import linear, results
-from moco_scale.evaluation.command_line import KNN_K, KNN_T, parse
 from moco_scale.evaluation.features import LeftOut, Pixels
 from moco_scale.evaluation.knn import KnnMonitor, Splits, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
