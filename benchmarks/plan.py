@@ -34,7 +34,7 @@ import torch
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 from moco_scale.config import command_line
-from moco_scale.demo.pictures import write_folder
+from moco_scale.demo.render import write_folder
 from moco_scale.distributed.spawn import run_ranks
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.measure import CollectiveCounter, peak_of_step

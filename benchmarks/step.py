@@ -49,7 +49,7 @@ from moco_scale.commands import shard
 from moco_scale.config.resolve import build
 from moco_scale.config.schema import Config
 from moco_scale.data.loading.loader import ViewBatch
-from moco_scale.demo.pictures import CLASSES, write_folder
+from moco_scale.demo.render import CLASSES, write_folder
 from moco_scale.distributed import collectives
 from moco_scale.engines import make_engine
 from moco_scale.engines.base import PRECISIONS

@@ -42,7 +42,7 @@ from torchvision.models.resnet import BasicBlock
 
 from moco_scale.checkpoints import checkpoint
 from moco_scale.config import command_line, schema
-from moco_scale.demo.pictures import write_folder
+from moco_scale.demo.render import write_folder
 from moco_scale.distributed.spawn import run_ranks
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.models.encoder import Encoder

@@ -9,7 +9,7 @@ import time
 
 from moco_scale.config.flag_types import not_negative_int, positive_int
 from moco_scale.demo import output_folder, pipeline
-from moco_scale.demo.pictures import CLASSES, write_folder
+from moco_scale.demo.render import CLASSES, write_folder
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
 

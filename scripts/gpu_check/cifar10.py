@@ -22,7 +22,7 @@ from typing import Any
 
 from moco_scale.commands.cifar10 import prepare
 from moco_scale.data.open import open_shards
-from moco_scale.demo.pictures import CLASSES, write_folder
+from moco_scale.demo.render import CLASSES, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 512

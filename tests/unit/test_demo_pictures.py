@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_scale.demo.pictures import CLASSES, CLOTH, PRINT, render, write_folder
+from moco_scale.demo.render import CLASSES, CLOTH, PRINT, render, write_folder
 from moco_scale.evaluation.knn import weighted_knn
 
 
