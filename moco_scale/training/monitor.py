@@ -18,7 +18,7 @@ from moco_scale.distributed import collectives, consensus
 from moco_scale.distributed.same_state import require_agreement
 from moco_scale.distributed.stop_signal import StopRequest
 from moco_scale.engines.base import PRECISIONS
-from moco_scale.evaluation import pictures
+from moco_scale.evaluation import figures
 from moco_scale.evaluation.features import LeftOut, chosen_output
 from moco_scale.evaluation.knn import (
     KnnMonitor,
@@ -311,11 +311,11 @@ class Monitor:
 
         def report() -> None:
             run.folder.hold()
-            pictures.report(run.folder.metrics, out / "report.png", title=title)
+            figures.report(run.folder.metrics, out / "report.png", title=title)
 
         def neighbours() -> None:
             before = run.initial_encoder().to(run.device)
-            pictures.neighbours_sheet(
+            figures.neighbours_sheet(
                 chosen_output(before, "features"),
                 chosen_output(self._query(), "features"),
                 self._splits,
@@ -333,7 +333,7 @@ class Monitor:
 
         made = ["current.pth"]
         for name, draw in (
-            ("report.png", lambda: consensus.on_main(lambda: pictures.drawn(report))),
+            ("report.png", lambda: consensus.on_main(lambda: figures.drawn(report))),
             ("neighbours.png", neighbours),
         ):
             try:

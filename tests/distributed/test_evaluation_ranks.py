@@ -15,9 +15,9 @@ from torch import nn
 from moco_scale.__main__ import main
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.evaluation.features import Pixels, extract
+from moco_scale.evaluation.figures import neighbours_sheet
 from moco_scale.evaluation.knn import KnnMonitor, open_splits
 from moco_scale.evaluation.linear import LinearConfig, LinearEvaluation
-from moco_scale.evaluation.pictures import neighbours_sheet
 from moco_scale.evaluation.pretrained import Pretrained
 from moco_scale.models.encoder import Encoder
 

@@ -28,7 +28,7 @@ MOMENTS = {
     "evaluating before training": ("moco_scale.evaluation.knn", "KnnMonitor.measure", 1),
     "saving": ("moco_scale.checkpoints.checkpoint", "_complete", 1),
     "waiting for data": ("moco_scale.data.loading.workers", "BatchLoader.__next__", 9),
-    "drawing": ("moco_scale.evaluation.pictures", "neighbours_sheet", 1),
+    "drawing": ("moco_scale.evaluation.figures", "neighbours_sheet", 1),
 }
 
 

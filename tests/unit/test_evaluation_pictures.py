@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco_scale.__main__ import main
-from moco_scale.evaluation import curves, pictures
+from moco_scale.evaluation import curves, figures
 from moco_scale.evaluation.knn import open_splits
 from moco_scale.utils.errors import UserError
 
@@ -57,7 +57,7 @@ def drawn(
     monkeypatch.setattr(Figure, "savefig", keep)
     metrics, out = folder / "metrics.jsonl", folder / "report.png"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
-    pictures.report(metrics, out, **options)
+    figures.report(metrics, out, **options)
     with Image.open(out) as picture:
         picture.verify()
     return {a.get_title(loc="left").split(" ")[0]: a for a in figures[-1].axes}
@@ -106,11 +106,11 @@ def test_any_length_is_drawn(
 
 def test_missing_metrics_and_unwritable_picture(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*absent\.jsonl"):
-        pictures.report(tmp_path / "absent.jsonl", tmp_path / "report.png")
+        figures.report(tmp_path / "absent.jsonl", tmp_path / "report.png")
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        pictures.report(metrics, tmp_path / "no-such-folder" / "report.png")
+        figures.report(metrics, tmp_path / "no-such-folder" / "report.png")
 
 
 def test_records_that_others_wrote_end_nothing(
@@ -131,7 +131,7 @@ def test_names_of_classes_are_neither_formulas_nor_codes(tmp_path: Path) -> None
     gray = torch.full((2, 1, 3, 8, 8), 128, dtype=torch.uint8)
     classes = ["$\\frac{$", "\x1b[2J\udce9" + "a" * 20_000]
     for title in classes:
-        pictures.neighbours(
+        figures.neighbours(
             gray[:, 0], [0, 1], [("x", gray, [[0], [1]])], tmp_path / "n.png", classes=classes,
             title=title,
         )  # fmt: skip
@@ -144,17 +144,17 @@ def test_smoothing_is_a_centred_mean_that_keeps_the_ends() -> None:
 def test_nearest_is_by_angle_nearest_first() -> None:
     bank = torch.tensor([[10.0, 0.0], [1.0, 1.0], [0.0, 0.1], [-1.0, 0.0]])
     queries = torch.tensor([[2.0, 0.1], [0.0, 5.0]])
-    assert pictures.nearest(bank, queries, 3).tolist() == [[0, 1, 2], [2, 1, 0]]
-    assert pictures.nearest(bank, queries, 9).shape == (2, 4)
+    assert figures.nearest(bank, queries, 3).tolist() == [[0, 1, 2], [2, 1, 0]]
+    assert figures.nearest(bank, queries, 9).shape == (2, 4)
 
 
 def test_queries_show_each_class_before_any_twice() -> None:
     labels = np.array([0] * 50 + [1] * 3 + [2] * 2, dtype=np.int32)
-    chosen = pictures._varied(labels, 4, seed=0)
+    chosen = figures._varied(labels, 4, seed=0)
     assert len(set(chosen.tolist())) == 4
     assert set(labels[chosen[:]].tolist()) == {0, 1, 2}
-    assert pictures._varied(labels, 4, seed=0).tolist() == chosen.tolist()
-    assert pictures._varied(labels, 4, seed=1).tolist() != chosen.tolist()
+    assert figures._varied(labels, 4, seed=0).tolist() == chosen.tolist()
+    assert figures._varied(labels, 4, seed=1).tolist() != chosen.tolist()
 
 
 RIGHT, WRONG = (0x2E, 0x9E, 0x4F), (0xD1, 0x45, 0x3B)
@@ -167,7 +167,7 @@ RIGHT, WRONG = (0x2E, 0x9E, 0x4F), (0xD1, 0x45, 0x3B)
 def test_frames(truth: int, neighbour: int, frames: set[Any], tmp_path: Path) -> None:
     out = tmp_path / "n.png"
     gray = torch.full((1, 2, 3, 8, 8), 128, dtype=torch.uint8)
-    pictures.neighbours(gray[:, 0], [truth], [("before", gray, [[neighbour] * 2])], out)
+    figures.neighbours(gray[:, 0], [truth], [("before", gray, [[neighbour] * 2])], out)
     # The legend shows both colours, but only the frames are broad enough for their pure colour
     # to be in every corner; count pixels instead of guessing.
     with Image.open(out) as image:
@@ -187,14 +187,14 @@ def test_sheet_from_shards(
     data = tmp_path / "shards"
     assert main(["shard", "--source", str(picture_folder), "--out", str(data)]) == 0
     calls: list[dict[str, Any]] = []
-    real = pictures.neighbours
+    real = figures.neighbours
 
     def keep(query: Tensor, labels: Any, columns: Any, out: Any, **keywords: Any) -> None:
         calls.append({"query": query, "labels": labels, "columns": columns, **keywords})
         real(query, labels, columns, out, **keywords)
 
-    monkeypatch.setattr(pictures, "neighbours", keep)
-    sheet: Callable[..., None] = pictures.neighbours_sheet
+    monkeypatch.setattr(figures, "neighbours", keep)
+    sheet: Callable[..., None] = figures.neighbours_sheet
     out = tmp_path / "neighbours.png"
     sheet(
         by_colour,
