@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## render pictures, pretrain, evaluate; at most 10 minutes on two cores (OUT=runs/demo)
+demo: $(STAMP) ## render images, pretrain, evaluate; at most 10 minutes on two cores (OUT=runs/demo)
 	$(BIN)/python -m moco_scale demo --output-dir '$(or $(OUT),runs/demo)'
 
 cifar10: $(STAMP) ## the same on CIFAR-10: SOURCE=folder or tar, EPOCHS=N, TRAIN_PER_CLASS=N, OUT=runs/cifar10

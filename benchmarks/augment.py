@@ -1,19 +1,19 @@
-"""Augmentation of a batch on a device against torchvision's, picture by picture, on PIL images.
+"""Augmentation of a batch on a device against torchvision's, image by image, on PIL images.
 
     python benchmarks/augment.py [--quick] [--device cpu|cuda] [--compile] [--batch N] [--size S]
 
-For each chain, three or four ways from cropped 8-bit pictures to normalised float32 tensors, with
+For each chain, three or four ways from cropped 8-bit images to normalised float32 tensors, with
 the same drawn parameters (drawing them is part of the work):
 
 - grouped: each operation on the samples that drew it, what a run does on a CPU and on a GPU;
 - static: every operation on every sample, in kernels whose shapes no draw decides;
 - compiled: the same through torch.compile, what ``--compile`` does on a GPU (with ``--compile`` or
   on a GPU; compiling a chain takes a minute);
-- pil: torchvision's functional transforms and PIL's filters, one picture after the other, on one
+- pil: torchvision's functional transforms and PIL's filters, one image after the other, on one
   core of the CPU: the official pipelines after their crop.
 
 Of a chain whose views differ, half of the batches are the first view. CPUs use one thread. The ways
-alternate, repeat by repeat. That all of them give the same pictures, within 1.3/255, is checked.
+alternate, repeat by repeat. That all of them give the same images, within 1.3/255, is checked.
 
 Prints a table of medians and, as its last line, one JSON object. For each CHAIN and WAY:
 
@@ -70,7 +70,7 @@ JITTER = {
 Way = Callable[[int], Tensor]
 
 
-def pictures(batch: int, size: int) -> list[Image.Image]:
+def make_images(batch: int, size: int) -> list[Image.Image]:
     """Smooth colours with grain."""
     rng = np.random.default_rng(0)
     result = []
@@ -83,7 +83,7 @@ def pictures(batch: int, size: int) -> list[Image.Image]:
 
 
 def one_by_pil(aug: Augmentation, image: Image.Image, row: Params) -> Tensor:
-    """One picture as the official pipelines treat it, with its draws given."""
+    """One image as the official pipelines treat it, with its draws given."""
     if row[GRAY] and aug.gray_first:
         image = TF.rgb_to_grayscale(image, 3)
     if row[ORDER] != NO_JITTER:
@@ -151,14 +151,14 @@ def measure(
         for name, result in results.items():
             error = (result.cpu() - results["pil"]).abs().mean((0, 2, 3)) * torch.tensor(STD) * 255
             if error.max() > 1.3:
-                raise AssertionError(f"{chain}, {name}: {error.max():.2f}/255 from PIL's pictures")
+                raise AssertionError(f"{chain}, {name}: {error.max():.2f}/255 from PIL's images")
     return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.add_argument("--batch", type=int, help="pictures (default: 16 on a CPU, 256 on a GPU)")
+    parser.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")
     parser.add_argument("--size", type=int, default=224, help="their side in pixels")
     parser.add_argument("--compile", action="store_true", help="the compiled form on a CPU too")
     parser.add_argument("--chains", nargs="+", default=CHAINS, choices=tuple(AUGMENTATIONS))
@@ -169,8 +169,8 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     torch.set_num_threads(1)
     repeats = args.repeats or (4 if args.quick else 20)
-    images = pictures(args.batch or (256 if on_gpu else 16), args.size)
-    print(f"{len(images)} pictures of {args.size}x{args.size} on {device}; images per second")
+    images = make_images(args.batch or (256 if on_gpu else 16), args.size)
+    print(f"{len(images)} images of {args.size}x{args.size} on {device}; images per second")
     names = ("grouped", "static", "compiled", "pil")
     print(f"{'':8}" + "".join(f"{name:>10}" for name in names) + f"{'grouped/pil':>13}")
     result: dict[str, Any] = {}

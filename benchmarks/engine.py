@@ -4,8 +4,8 @@
 
 The second is what one would write without an engine: DistributedDataParallel around the query
 encoder, SGD, ``backward``, ``step``, and a fused moving average. Both train a ResNet-18 of the same
-initial weights on the same pictures, with the same loss and the same all-gather of keys, and
-alternate step by step in the same processes. Neither reads pictures from disk nor augments them.
+initial weights on the same images, with the same loss and the same all-gather of keys, and
+alternate step by step in the same processes. Neither reads images from disk nor augments them.
 Losses must agree, which is checked.
 
 Prints a table of medians and, as its last line, one JSON object:
@@ -117,8 +117,8 @@ def measure(batch: int, size: int, repeats: int) -> tuple[list[float], list[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--ranks", type=int, default=2, help="processes")
-    parser.add_argument("--batch", type=int, default=16, help="pictures of each rank")
-    parser.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
+    parser.add_argument("--batch", type=int, default=16, help="images of each rank")
+    parser.add_argument("--size", type=int, default=64, help="side of an image in pixels")
     parser.add_argument("--repeats", type=int, help="timed steps (default 100, --quick 20)")
     parser.add_argument("--quick", action="store_true", help="under a minute")
     args = parser.parse_args()
@@ -136,7 +136,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     print(
-        f"ResNet-18, {args.ranks} ranks of {args.batch} pictures of 3x{args.size}x{args.size}, "
+        f"ResNet-18, {args.ranks} ranks of {args.batch} images of 3x{args.size}x{args.size}, "
         f"median of {repeats} steps\n"
         f"engine {result['engine_ms']:.2f} ms, by hand {result['by_hand_ms']:.2f} ms, "
         f"ratio {ratio:.4f}"

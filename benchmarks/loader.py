@@ -1,8 +1,8 @@
-"""Reading: pictures from disk to two crops each, against the ways in which others do it.
+"""Reading: images from disk to two crops each, against the ways in which others do it.
 
-    python benchmarks/loader.py [--quick] [--pictures TAR|DIR] [--images N] [--rounds N]
+    python benchmarks/loader.py [--quick] [--source TAR|DIR] [--images N] [--rounds N]
 
-The pictures are those of --pictures, ../shared/data/imagenet-sample.tar where that lies beside the
+The images are those of --source, ../shared/data/imagenet-sample.tar where that lies beside the
 checkout, otherwise made ones of ImageNet's median size; the output says which. An image is both
 views at 224. Every measurement runs in a process of its own, forked off one that has imported and
 written everything; rounds alternate between the ways, so that what else the machine does meets all
@@ -16,7 +16,7 @@ dali          DALI on the CPU: decode and two random crops, 1 thread; only where
 loader        moco_scale's: shards, decode once, two uint8 crops in shared memory, 1 worker; flip,
               colours and blur, which the first two do here, happen on the training device
 cached        the loader when --cache has everything decoded: from the second epoch on
-decode        simplejpeg alone, in memory that is there: the ceiling of decoding whole pictures
+decode        simplejpeg alone, in memory that is there: the ceiling of decoding whole images
 entropy       JPEG's entropy decoding alone, about: what no decoder on a CPU can do without
 
 Prints a table and, as its last line, one JSON object. Images are per second of CPU:
@@ -32,7 +32,7 @@ Prints a table and, as its last line, one JSON object. Images are per second of 
     memory_mb_epoch_1, memory_mb_epoch_2    highest of the tree of processes in each of two epochs,
                                   2 workers; shared memory once, mapped shards not (page cache)
     memory_growth                 second over first
-    pictures, images, rounds, batch, cores, torch, torchvision, simplejpeg, pillow
+    images, count, rounds, batch, cores, torch, torchvision, simplejpeg, pillow
 """
 
 from __future__ import annotations
@@ -112,14 +112,14 @@ class TwoViews:
         return [self.transform(image), self.transform(image)]
 
 
-class Pictures:
-    """The same pictures as a folder of classes and as shards."""
+class ImageSet:
+    """The same images as a folder of classes and as shards."""
 
     def __init__(self, source: Path | None, scratch: Path, batch: int) -> None:
-        self.folder, self.batch = scratch / "pictures", batch
+        self.folder, self.batch = scratch / "images", batch
         if source is None:
             self.what = "made"
-            make_pictures(self.folder / "made", 192)
+            make_images(self.folder / "made", 192)
         elif source.is_dir():
             self.what, self.folder = source.name, source
         else:
@@ -141,10 +141,10 @@ class Pictures:
     def plan(self) -> BatchPlan:
         return BatchPlan(self.shards.order(seed=0), min(self.batch, len(self.shards)))
 
-    def loader(self, images: int, workers: int, cache: PixelCache | None = None) -> Iterator[int]:
+    def loader(self, count: int, workers: int, cache: PixelCache | None = None) -> Iterator[int]:
         """Drives our loader; yields the number of images of each batch."""
         plan = self.plan()
-        steps = -(-images // plan.global_batch)
+        steps = -(-count // plan.global_batch)
         with pretraining_loader(
             self.shards,
             plan,
@@ -158,7 +158,7 @@ class Pictures:
                 yield batch.views.shape[1]
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """JPEGs of 500 x 375 pixels and about 110 KB, ImageNet's median and mean."""
     folder.mkdir(parents=True)
     for i in range(count):
@@ -166,38 +166,40 @@ def make_pictures(folder: Path, count: int) -> None:
         coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         smooth = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
         noisy = np.asarray(smooth, np.float32) + rng.normal(0, 14, (375, 500, 1))
-        picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-        picture.save(folder / f"{i:05d}.jpg", quality=92)
+        image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        image.save(folder / f"{i:05d}.jpg", quality=92)
 
 
-def official(pictures: Pictures, images: int) -> Iterator[int]:
-    folder = datasets.ImageFolder(str(pictures.folder), TwoViews())
+def official(image_set: ImageSet, count: int) -> Iterator[int]:
+    folder = datasets.ImageFolder(str(image_set.folder), TwoViews())
     # Exactly so many images, to the end: what workers have made ahead would not be counted.
-    sampler = torch.utils.data.RandomSampler(folder, num_samples=images)
-    loader = torch.utils.data.DataLoader(folder, pictures.batch, sampler=sampler, num_workers=1)
+    sampler = torch.utils.data.RandomSampler(folder, num_samples=count)
+    loader = torch.utils.data.DataLoader(folder, image_set.batch, sampler=sampler, num_workers=1)
     for views, _ in loader:
         yield len(views[0])
 
 
-def with_webdataset(pictures: Pictures, images: int) -> Iterator[int]:
-    shards = sorted(str(path) for path in pictures.out.glob("*.tar"))
+def with_webdataset(image_set: ImageSet, count: int) -> Iterator[int]:
+    shards = sorted(str(path) for path in image_set.out.glob("*.tar"))
     stream = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).repeat()
     stream = stream.shuffle(1000).decode("pil").to_tuple("jpg;png;jpeg;webp", "cls")
-    stream = stream.map_tuple(TwoViews()).with_epoch(images)
-    for views, _ in torch.utils.data.DataLoader(stream, pictures.batch, num_workers=1):
+    stream = stream.map_tuple(TwoViews()).with_epoch(count)
+    for views, _ in torch.utils.data.DataLoader(stream, image_set.batch, num_workers=1):
         yield len(views[0])
 
 
-def with_dali(pictures: Pictures, images: int) -> Iterator[int]:
+def with_dali(image_set: ImageSet, count: int) -> Iterator[int]:
     from nvidia.dali import fn, pipeline_def, types
 
     # As bytes at hand, so that reading is not held against it.
     rng = random.Random(0)
 
     def encoded() -> list[Any]:
-        return [np.frombuffer(rng.choice(pictures.jpegs), np.uint8) for _ in range(pictures.batch)]
+        return [
+            np.frombuffer(rng.choice(image_set.jpegs), np.uint8) for _ in range(image_set.batch)
+        ]
 
-    @pipeline_def(batch_size=pictures.batch, num_threads=1, device_id=None)  # type: ignore[misc]
+    @pipeline_def(batch_size=image_set.batch, num_threads=1, device_id=None)  # type: ignore[misc]
     def pipeline() -> Any:
         decoded = fn.decoders.image(
             fn.external_source(encoded, batch=True), device="cpu", output_type=types.RGB
@@ -208,29 +210,29 @@ def with_dali(pictures: Pictures, images: int) -> Iterator[int]:
 
     built = pipeline()
     built.build()
-    for _ in range(-(-images // pictures.batch)):
+    for _ in range(-(-count // image_set.batch)):
         views = built.run()
         yield len(views[0])
 
 
-def bare_decode(pictures: Pictures, images: int, factor: int = 1) -> Iterator[int]:
+def bare_decode(image_set: ImageSet, count: int, factor: int = 1) -> Iterator[int]:
     memory = np.empty(1 << 26, np.uint8)
     smallest = {"min_factor": factor, "min_height": 1, "min_width": 1} if factor > 1 else {}
-    for i in range(images):
-        data = pictures.jpegs[i % len(pictures.jpegs)]
+    for i in range(count):
+        data = image_set.jpegs[i % len(image_set.jpegs)]
         simplejpeg.decode_jpeg(data, "RGB", buffer=memory, strict=True, **smallest)
         yield 1
 
 
-WAYS: dict[str, Callable[[Pictures, int], Iterator[int]]] = {
+WAYS: dict[str, Callable[[ImageSet, int], Iterator[int]]] = {
     "official": official,
     "webdataset": with_webdataset,
     "dali": with_dali,
-    "loader": lambda pictures, images: pictures.loader(images, 1),
-    "cached": lambda pictures, images: pictures.loader(images, 1, pictures.cache),
+    "loader": lambda image_set, count: image_set.loader(count, 1),
+    "cached": lambda image_set, count: image_set.loader(count, 1, image_set.cache),
     "decode": bare_decode,
     # At an eighth of the size hardly anything is left but entropy decoding.
-    "entropy": lambda pictures, images: bare_decode(pictures, images, 8),
+    "entropy": lambda image_set, count: bare_decode(image_set, count, 8),
 }
 
 
@@ -286,14 +288,14 @@ def tree_memory() -> float:
     return total / 1024
 
 
-def memory_by_epoch(pictures: Pictures) -> list[float]:
+def memory_by_epoch(image_set: ImageSet) -> list[float]:
     """The tree's highest memory in each of two epochs of two workers, in MB."""
 
     def measured() -> list[float]:
         sizes = []
-        plan = pictures.plan()
+        plan = image_set.plan()
         epoch = plan.steps_per_epoch * plan.global_batch
-        for _ in pictures.loader(2 * epoch, 2):
+        for _ in image_set.loader(2 * epoch, 2):
             sizes.append(tree_memory())
         half = len(sizes) // 2
         return [max(sizes[:half]), max(sizes[half:])]
@@ -303,30 +305,30 @@ def memory_by_epoch(pictures: Pictures) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--pictures", type=Path, help="a tar or a folder of CLASS/*")
+    parser.add_argument("--source", type=Path, help="a tar or a folder of CLASS/*")
     parser.add_argument("--images", type=int, help="of a measurement (default 512, --quick 192)")
     parser.add_argument("--rounds", type=int, help="of all ways (default 5, --quick 3)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="under a minute")
     args = parser.parse_args()
-    images = args.images or (192 if args.quick else 512)
+    count = args.images or (192 if args.quick else 512)
     rounds = args.rounds or (3 if args.quick else 5)
-    source = args.pictures or (SAMPLE if SAMPLE.exists() else None)
+    source = args.source or (SAMPLE if SAMPLE.exists() else None)
     torch.set_num_threads(1)
     ways = [way for way in WAYS if way != "dali" or importlib.util.find_spec("nvidia.dali")]
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = Pictures(source, Path(scratch), args.batch)
+        image_set = ImageSet(source, Path(scratch), args.batch)
         rates: dict[str, list[float]] = {way: [] for way in ways}
         scaling = []
         for _ in range(rounds):
             for way in ways:
-                count = int(images * SHARE.get(way, 1))
-                measured = cost(partial(WAYS[way], pictures, count))
+                share = int(count * SHARE.get(way, 1))
+                measured = cost(partial(WAYS[way], image_set, share))
                 rates[way].append(measured.images / measured.cpu)
-            one, two = (cost(partial(pictures.loader, 2 * images, n)) for n in (1, 2))
+            one, two = (cost(partial(image_set.loader, 2 * count, n)) for n in (1, 2))
             scaling.append(two.images / two.wall / (one.images / one.wall))
-        memory = memory_by_epoch(pictures)
-        what, sizes = pictures.what, [len(data) for data in pictures.jpegs]
+        memory = memory_by_epoch(image_set)
+        what, sizes = image_set.what, [len(data) for data in image_set.jpegs]
 
     def ratio(way: str, other: str) -> float | None:
         if way not in rates or other not in rates:
@@ -351,8 +353,8 @@ def main() -> None:
         "memory_mb_epoch_1": round(memory[0], 1),
         "memory_mb_epoch_2": round(memory[1], 1),
         "memory_growth": round(memory[1] / memory[0], 3),
-        "pictures": what,
-        "images": images,
+        "images": what,
+        "count": count,
         "rounds": rounds,
         "batch": args.batch,
         "cores": len(os.sched_getaffinity(0)),

@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--quick] [--model vit_base] [--ranks 1 2 4] [--engines ...]
 
 Each cell is a job of its own: the model is wrapped, one forward and backward pass is run, and the
-bytes behind this rank's own tensors are added up, each piece of memory once. Pictures are small
+bytes behind this rank's own tensors are added up, each piece of memory once. Images are small
 (two patches a side): weights, gradients, optimizer state and key encoder do not depend on them, and
 activations are not counted. The largest rank decides.
 
@@ -58,9 +58,9 @@ def measure(engine: str, model: str) -> dict[str, int]:
         set_groups(moco, PER_RANK, batch)
         made = make_engine(settings, moco, torch.device("cpu"))
     made.moco.train()
-    pictures = torch.randn(PER_RANK, 3, size, size)
+    images = torch.randn(PER_RANK, 3, size, size)
     for last in (False, True):
-        (query,) = made.query(pictures)
+        (query,) = made.query(images)
         made.backward(query[:, 0].mean())
         if not last:
             made.step(0.01)  # what is only there after a first step, is there

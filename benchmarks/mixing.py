@@ -2,7 +2,7 @@
 
     python benchmarks/mixing.py [--quick] [--shards 1282] [--samples 1000] [--batch 256] [--seed 0]
 
-Pictures of a shard are read from the same place at the same time; were they also alike (shards in
+Images of a shard are read from the same place at the same time; were they also alike (shards in
 the order of classes, of videos, of days), batches in which they come together would be alike too.
 For each order the share of same-shard pairs among all pairs of a batch is counted over whole
 epochs and divided by the share in a uniformly shuffled epoch. 1.0 is perfect.

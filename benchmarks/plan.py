@@ -109,8 +109,8 @@ def main() -> None:
     print(f"{'run':24}{'planned MB':>12}{'measured':>10}{'ratio':>8}   bytes of collectives")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_folder(root / "pictures", train_per_class=8, val_per_class=1, size=72)
-        shard = [sys.executable, "-m", "moco_scale", "shard", "--source", str(root / "pictures")]
+        write_folder(root / "images", train_per_class=8, val_per_class=1, size=72)
+        shard = [sys.executable, "-m", "moco_scale", "shard", "--source", str(root / "images")]
         subprocess.run(
             [*shard, "--out", str(root / "shards")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
         )

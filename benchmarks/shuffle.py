@@ -180,7 +180,7 @@ def main() -> None:
     step_ms = {name: statistics.median(times) * 1e3 for name, times in step.items()}
     step_ratio = statistics.median(a / b for a, b in zip(step["world"], step["off"], strict=True))
     print(
-        f"\ntraining step, 2 ranks of {STEP_BATCH} pictures of 3x{STEP_SIZE}x{STEP_SIZE}: world "
+        f"\ntraining step, 2 ranks of {STEP_BATCH} images of 3x{STEP_SIZE}x{STEP_SIZE}: world "
         f"{step_ms['world']:.1f} ms, of which {step_ms['wait']:.2f} ms wait for crops; off "
         f"{step_ms['off']:.1f} ms; ratio {step_ratio:.3f}"
     )

@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--quick] [--shards N] [--ranks N] [--workers N] [--folder DIR]
 
-Makes a set of synthetic shards: sparse tars of 1,000 pictures each, 110 KB apart, of which only
+Makes a set of synthetic shards: sparse tars of 1,000 images each, 110 KB apart, of which only
 those that the first batch reads are really there, and their index. Then so many ranks, each a
 process of its own, start at once, as those of one node do, and read their first share of a global
 batch of 256. A rank measures itself after each of the steps, and all of them and their workers
@@ -64,7 +64,7 @@ def jpeg() -> bytes:
 
 
 def make_shards(folder: Path, shards: int) -> None:
-    """An index of sparse tars; the pictures of the first batch are written."""
+    """An index of sparse tars; the images of the first batch are written."""
     import numpy as np
 
     from moco_scale.data.sampling.order import BatchPlan, FullPermutation
@@ -75,8 +75,8 @@ def make_shards(folder: Path, shards: int) -> None:
     size = PER_SHARD * STRIDE + 2 * tarfile.BLOCKSIZE
     number = np.arange(samples)
     rows = np.zeros(samples, index_file.INDEX_DTYPE)
-    picture = jpeg()
-    rows["shard"], rows["size"] = number // PER_SHARD, len(picture)
+    image = jpeg()
+    rows["shard"], rows["size"] = number // PER_SHARD, len(image)
     rows["offset"] = number % PER_SHARD * STRIDE + tarfile.BLOCKSIZE
     rows["label"] = number % 1000
     names = [f"train-{shard:06d}.tar" for shard in range(shards)]
@@ -86,7 +86,7 @@ def make_shards(folder: Path, shards: int) -> None:
     for sample in BatchPlan(FullPermutation(samples, 0), BATCH).batch(0).index.tolist():
         with (folder / names[rows["shard"][sample]]).open("r+b") as file:
             file.seek(int(rows["offset"][sample]))
-            file.write(picture)
+            file.write(image)
     np.save(folder / index_file.index_name("train"), rows)
     entry = index_file.split_entry("train", rows, [(name, size, PER_SHARD) for name in names])
     header = {
@@ -102,7 +102,7 @@ def make_shards(folder: Path, shards: int) -> None:
 
 
 def scan_cost(folder: Path, shards: int) -> tuple[float, float]:
-    """Microseconds of CPU time a sample, for tars of pictures and labels: to index them, and to
+    """Microseconds of CPU time a sample, for tars of images and labels: to index them, and to
     read the headers alone."""
     from moco_scale.data.shards.tar_scan import member_places, scan_tar
 
@@ -182,7 +182,7 @@ def one_rank(folder: Path, rank: int, ranks: int, workers: int, started: float) 
         rank=rank,
         world=ranks,
         num_workers=workers,
-        end_step=min(steps, max(workers, 1)),  # the pictures of the other batches do not exist
+        end_step=min(steps, max(workers, 1)),  # the images of the other batches do not exist
     ) as loader:
         batch = next(loader)
         assert batch.views.shape == (2, BATCH // ranks, 3, SIZE, SIZE)

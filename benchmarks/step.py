@@ -3,16 +3,16 @@
     python benchmarks/step.py [--quick] [--device cpu|cuda] [--precisions fp32 bf16 fp16]
                               [--compile] [--model resnet50] [--batch N] [--size S] [--profile]
 
-Pictures are random bytes in (pinned) host memory; nothing is read from disk. In the same process
+Images are random bytes in (pinned) host memory; nothing is read from disk. In the same process
 alternate:
 
 - run: :meth:`Pretraining.train_step` of recipe v2 with its inputs made one step ahead on a GPU:
   copy, ShuffleBN, augmentation, both encoders, loss, optimizer, moving average, queue;
 - compiled: the same with ``--compile`` (where that is given);
 - ceiling: what the encoders alone take: forward and backward of the query, forward of the key,
-  pictures on the device already;
+  images on the device already;
 - plain: MoCo v2 as one would write it: torchvision's ResNet, DistributedDataParallel, normalised
-  fp32 pictures from the host (their augmentation is free), ShuffleBN by gathering them, logits of
+  fp32 images from the host (their augmentation is free), ShuffleBN by gathering them, logits of
   size N x (1 + K) against a clone of the queue, autocast and GradScaler, cuDNN's fastest kernels
   instead of its reproducible ones. fp32 is fp32 here too, without TF32.
 
@@ -60,14 +60,12 @@ from moco_scale.training.loop import Pretraining
 Step = Callable[[], Any]
 
 
-def make_shards(root: Path, pictures: int) -> Path:
-    """Shards of rendered pictures: a run wants to know how many there are."""
-    write_folder(root / "pictures", train_per_class=-(-pictures // len(CLASSES)), val_per_class=1)
+def make_shards(root: Path, images: int) -> Path:
+    """Shards of rendered images: a run wants to know how many there are."""
+    write_folder(root / "images", train_per_class=-(-images // len(CLASSES)), val_per_class=1)
     parser = argparse.ArgumentParser()
     shard.add_arguments(parser)
-    shard.run(
-        parser.parse_args(["--source", str(root / "pictures"), "--out", str(root / "shards")])
-    )
+    shard.run(parser.parse_args(["--source", str(root / "images"), "--out", str(root / "shards")]))
     return root / "shards"
 
 
@@ -104,8 +102,8 @@ def ceiling_step(config: Config, device: torch.device) -> Step:
     set_groups(moco, config.model.bn_group_size, config.optim.batch_size, 1)
     engine = make_engine(config, moco.train(), device)
     share, size = config.optim.batch_size // run.world, config.data.image_size
-    pictures = torch.randn(2, share, 3, size, size, device=device)
-    query, key = (view.contiguous(memory_format=torch.channels_last) for view in pictures)
+    images = torch.randn(2, share, 3, size, size, device=device)
+    query, key = (view.contiguous(memory_format=torch.channels_last) for view in images)
     parameters = list(moco.query.parameters())
 
     def step() -> None:
@@ -142,9 +140,9 @@ class Plain:
         self.pointer = 0
         size = config.data.image_size
         self.share = optim.batch_size // collectives.world_size()
-        self.pictures = torch.randn(2, self.share, 3, size, size)
+        self.images = torch.randn(2, self.share, 3, size, size)
         if device.type == "cuda":
-            self.pictures = self.pictures.pin_memory()
+            self.images = self.images.pin_memory()
 
     def _encoder(self) -> nn.Module:
         model: Any = getattr(torchvision.models, self.config.model.model)()
@@ -165,7 +163,7 @@ class Plain:
 
     def _step(self) -> None:
         contrast = self.config.contrast
-        query, key = self.pictures.to(self.device, non_blocking=True)
+        query, key = self.images.to(self.device, non_blocking=True)
         with torch.autocast(
             self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None
         ):
@@ -277,7 +275,7 @@ def main() -> None:
     collectives.initialize(args.device)
     device = collectives.device()
     result: dict[str, Any] = {}
-    print(f"{args.model}, {args.batch} pictures of {args.size}x{args.size} on {device}")
+    print(f"{args.model}, {args.batch} images of {args.size}x{args.size} on {device}")
     print(f"{'':14}{'images/s':>10}{'GiB':>8}{'of ceiling':>12}{'of plain':>10}")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,11 +18,11 @@ from moco_scale.utils.log import say, tell, unwritten
 # Name: (module with add_arguments and run, what it is for). A module is only imported when its
 # command runs, so that `shard` does not wait for DeepSpeed.
 COMMANDS = {
-    "shard": ("moco_scale.commands.shard", "turn pictures into WebDataset shards"),
+    "shard": ("moco_scale.commands.shard", "turn images into WebDataset shards"),
     "flops": ("moco_scale.commands.flops", "count the FLOPs of a model and of training it"),
     "plan": ("moco_scale.commands.plan", "say what a run needs: memory, traffic, time, cores"),
     "inspect": ("moco_scale.commands.inspect", "say what a checkpoint or a folder of shards holds"),
-    "demo": ("moco_scale.commands.demo", "a complete small run on pictures it renders itself"),
+    "demo": ("moco_scale.commands.demo", "a complete small run on images it renders itself"),
     "cifar10": ("moco_scale.commands.cifar10", "a complete run on CIFAR-10"),
 }
 

@@ -335,11 +335,11 @@ def make_data(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 4)):
         for name in ("ash", "birch"):
-            (folder / "pictures" / split / name).mkdir(parents=True)
+            (folder / "images" / split / name).mkdir(parents=True)
             for i in range(count):
-                picture = Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8))
-                picture.save(folder / "pictures" / split / name / f"{i}.jpg")
-    words = ("shard", "--source", folder / "pictures", "--out", folder / "shards", "--workers", "1")
+                image = Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8))
+                image.save(folder / "images" / split / name / f"{i}.jpg")
+    words = ("shard", "--source", folder / "images", "--out", folder / "shards", "--workers", "1")
     subprocess.run(
         [sys.executable, "-m", "moco_scale", *map(str, words)], cwd=REPOSITORY, check=True
     )

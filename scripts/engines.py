@@ -248,8 +248,8 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_folder(root / "pictures", train_per_class=8, val_per_class=1, size=48)
-        shard = [sys.executable, "-m", "moco_scale", "shard", "--source", str(root / "pictures")]
+        write_folder(root / "images", train_per_class=8, val_per_class=1, size=48)
+        shard = [sys.executable, "-m", "moco_scale", "shard", "--source", str(root / "images")]
         subprocess.run(
             [*shard, "--out", str(root / "shards")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
         )

@@ -10,7 +10,7 @@ if [ -n "${INTERFACE:-}" ]; then
     export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$INTERFACE}"
 fi
 
-# One thread a process: the processes that decode pictures use the other cores. torchrun does the
+# One thread a process: the processes that decode images use the other cores. torchrun does the
 # same; under other launchers every process would start as many threads as the host has cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 

@@ -11,7 +11,7 @@
 #   NAME ...      these checks only
 #
 # PYTHON is the interpreter (default: .venv/bin/python, else python3). CIFAR10=FILE names the
-# official archive or a folder or tar of pictures; without it, rendered pictures take its place.
+# official archive or a folder or tar of images; without it, rendered images take its place.
 # CIFAR_MINUTES is that check's budget (default 8).
 #
 # Without a network: on a machine that has one,

@@ -1,6 +1,6 @@
 """The CIFAR-10 demo of MoCo written out in plain torch, for the losses of its epochs.
 
-    python scripts/plain_demo.py PICTURES [--step plain|package] [--knn] [--seed N] [--epochs N] …
+    python scripts/plain_demo.py IMAGES [--step plain|package] [--knn] [--seed N] [--epochs N] …
 
 What a run of this package is compared with where no figures are published: one process,
 torchvision's network and transforms on PIL images, torch's DataLoader, nn.BatchNorm2d applied to
@@ -8,11 +8,11 @@ parts of the batch, the queue as one matrix, cross-entropy over concatenated log
 from torch's one generator. With ``--step plain`` nothing of the package is imported. Two seeds show
 how much such a run differs from itself.
 
-``--step package`` has the same pictures, crops, colours, order, shuffles, first weights and first
+``--step package`` has the same images, crops, colours, order, shuffles, first weights and first
 queue, and the package's encoders, BatchNorm, queue, loss, averaging and optimizer in between: what
 is left of a difference is the step's.
 
-PICTURES is a folder of train/CLASS/*; the first --per-class files of each class, by name, are the
+IMAGES is a folder of train/CLASS/*; the first --per-class files of each class, by name, are the
 training set. --epochs of a cosine over --of epochs are run. With --knn, each epoch ends with a
 weighted kNN (k = 200, T = 0.1, on the 128-d output) of all of val/CLASS/* in the training set.
 
@@ -46,22 +46,22 @@ SGD_MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-def pictures_of(folder: Path, per_class: int | None) -> tuple[list[Image.Image], Tensor]:
-    """The first pictures of each class, and int64 labels."""
-    pictures, labels = list[Image.Image](), list[int]()
+def images_of(folder: Path, per_class: int | None) -> tuple[list[Image.Image], Tensor]:
+    """The first images of each class, and int64 labels."""
+    images, labels = list[Image.Image](), list[int]()
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     for label, of in enumerate(classes):
         for path in sorted(of.iterdir())[:per_class]:
-            pictures.append(Image.open(path).convert("RGB"))
+            images.append(Image.open(path).convert("RGB"))
             labels.append(label)
-    return pictures, torch.tensor(labels)
+    return images, torch.tensor(labels)
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """Two views of each picture."""
+    """Two views of each image."""
 
-    def __init__(self, pictures: list[Image.Image]) -> None:
-        self.pictures = pictures
+    def __init__(self, images: list[Image.Image]) -> None:
+        self.images = images
         self.view = transforms.Compose(
             [
                 transforms.RandomResizedCrop(32),
@@ -74,10 +74,10 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         )
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return self.view(self.pictures[i]), self.view(self.pictures[i])
+        return self.view(self.images[i]), self.view(self.images[i])
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
@@ -92,12 +92,12 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 class Neighbours:
-    """The demo's kNN: pictures of val among those of train."""
+    """The demo's kNN: images of val among those of train."""
 
     def __init__(self, folder: Path, per_class: int, device: torch.device) -> None:
         self.whole = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-        self.bank, self.labels = pictures_of(folder / "train", per_class)
-        self.queries, self.truth = pictures_of(folder / "val", None)
+        self.bank, self.labels = images_of(folder / "train", per_class)
+        self.queries, self.truth = images_of(folder / "val", None)
         self.device = device
 
     @torch.no_grad()
@@ -117,10 +117,10 @@ class Neighbours:
             right += int((votes.argmax(1) == truth).sum())
         return 100 * right / len(self.truth)
 
-    def _features(self, net: nn.Module, pictures: list[Image.Image], half: bool) -> Tensor:
+    def _features(self, net: nn.Module, images: list[Image.Image], half: bool) -> Tensor:
         found = []
-        for start in range(0, len(pictures), 500):
-            x = torch.stack([self.whole(picture) for picture in pictures[start : start + 500]])
+        for start in range(0, len(images), 500):
+            x = torch.stack([self.whole(image) for image in images[start : start + 500]])
             x = x.to(self.device, memory_format=torch.channels_last)
             with torch.autocast(self.device.type, torch.bfloat16, half):
                 found.append(F.normalize(net(x).float(), dim=1).cpu())
@@ -135,7 +135,7 @@ def encoder(splits: int) -> nn.Module:
 
 
 class PlainStep:
-    """The step as the demo describes it: from the queries' pictures, the keys', their shuffle and
+    """The step as the demo describes it: from the queries' images, the keys', their shuffle and
     the learning rate to the loss."""
 
     def __init__(self, net: nn.Module, queue: Tensor, args: argparse.Namespace) -> None:
@@ -209,9 +209,9 @@ class PackageStep:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("pictures", type=Path, help="a folder of train/CLASS/* and val/CLASS/*")
+    parser.add_argument("images", type=Path, help="a folder of train/CLASS/* and val/CLASS/*")
     parser.add_argument("--step", choices=("plain", "package"), default="plain")
-    parser.add_argument("--per-class", type=int, default=1000, help="pictures (1000)")
+    parser.add_argument("--per-class", type=int, default=1000, help="images (1000)")
     parser.add_argument("--epochs", type=int, default=8, help="so many are run (8)")
     parser.add_argument("--of", type=int, default=8, help="epochs of the cosine (8)")
     parser.add_argument("--seed", type=int, default=0)
@@ -223,8 +223,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     for split in ("train", "val") if args.knn else ("train",):
-        if not (args.pictures / split).is_dir():
-            parser.error(f"{args.pictures} has no folder {split}/ of CLASS/*")
+        if not (args.images / split).is_dir():
+            parser.error(f"{args.images} has no folder {split}/ of CLASS/*")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -232,9 +232,9 @@ def main() -> None:
     queue = F.normalize(torch.randn(DIM, QUEUE, device=device), dim=0)
     kind = PlainStep if args.step == "plain" else PackageStep
     step = kind(net, queue, args)
-    data = Pairs(pictures_of(args.pictures / "train", args.per_class)[0])
+    data = Pairs(images_of(args.images / "train", args.per_class)[0])
     loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True)
-    neighbours = Neighbours(args.pictures, args.per_class, device) if args.knn else None
+    neighbours = Neighbours(args.images, args.per_class, device) if args.knn else None
     losses, knn, start = list[float](), list[float](), time.monotonic()
 
     def measured() -> str:

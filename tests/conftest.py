@@ -52,19 +52,19 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real pictures that lies beside some checkouts; skips where it does not."""
+    """The folder of real images that lies beside some checkouts; skips where it does not."""
     folder = REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("no real pictures here: ../shared/data beside the checkout is missing")
+        pytest.skip("no real images here: ../shared/data beside the checkout is missing")
     return folder
 
 
-def write_picture(path: Path, *, seed: int, width: int = 40, height: int = 32) -> None:
-    """Write a smooth random RGB picture; the name's suffix chooses the format."""
+def write_image(path: Path, *, seed: int, width: int = 40, height: int = 32) -> None:
+    """Write a smooth random RGB image; the name's suffix chooses the format."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    image.save(path)
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +76,9 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, per_class, first in (("train", 16, 0), ("val", 4, 1000)):
         for c, name in enumerate(("ash", "birch")):
             for i in range(per_class):
-                path = root / "pictures" / split / name / f"{i:03d}.jpg"
-                write_picture(path, seed=first + 100 * c + i)
-    return make_shards(root / "pictures", root / "shards")
+                path = root / "images" / split / name / f"{i:03d}.jpg"
+                write_image(path, seed=first + 100 * c + i)
+    return make_shards(root / "images", root / "shards")
 
 
 @pytest.fixture(scope="session")
@@ -106,17 +106,17 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    """An ImageFolder of JPEGs: 3 classes, 8 training and 4 validation pictures each.
+def image_folder(tmp_path: Path) -> Path:
+    """An ImageFolder of JPEGs: 3 classes, 8 training and 4 validation images each.
 
-    Sizes differ from picture to picture, all between 32 and 47 pixels a side.
+    Sizes differ from image to image, all between 32 and 47 pixels a side.
     """
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     seed = 0
     for split, per_class in (("train", 8), ("val", 4)):
         for name in ("ash", "birch", "cedar"):
             for i in range(per_class):
                 path = root / split / name / f"{i:03d}.jpg"
-                write_picture(path, seed=seed, width=40 + seed % 8, height=32 + seed % 5)
+                write_image(path, seed=seed, width=40 + seed % 8, height=32 + seed % 5)
                 seed += 1
     return root

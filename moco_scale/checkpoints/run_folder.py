@@ -223,7 +223,7 @@ class RunFolder:
             raise UserError(f"{start} does not say which configuration it belongs to")
         lines = differences(meta["config"], self.config.defining())
         if meta.get("data_fingerprint") != self._fingerprint:
-            lines.append(f"  --data-dir: other pictures in {self.config.source} now")
+            lines.append(f"  --data-dir: other images in {self.config.source} now")
         if lines:
             raise UserError(
                 f"the flags do not agree with the run that {start} belongs to:\n"

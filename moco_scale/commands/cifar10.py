@@ -1,6 +1,6 @@
 """A complete run on CIFAR-10: shards, pretraining by its recipe, evaluation.
 
-The pictures come from a folder or tar of theirs, from the official Python archive, or from
+The images come from a folder or tar of theirs, from the official Python archive, or from
 torchvision's download of it.
 """
 
@@ -25,7 +25,7 @@ from moco_scale.utils.log import tell
 SETTINGS = {"recipe": "cifar10", "dataset": "cifar10"}
 HELP = (
     "the official cifar-10-python.tar.gz, the folder that holds it or what it unpacks to, or a "
-    "folder or tar of pictures train/CLASS/* and val/CLASS/*"
+    "folder or tar of images train/CLASS/* and val/CLASS/*"
 )
 
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-per-class",
         type=positive_int,
         metavar="N",
-        help="only the first N training pictures of each class, by name",
+        help="only the first N training images of each class, by name",
     )
 
 
@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> None:
     shard_flags: tuple[str, ...] = ()
     if args.train_per_class is not None:
         shard_flags = ("--per-class", str(args.train_per_class))
-    pictures = {
+    images = {
         "source": None if args.source is None else str(args.source.resolve()),
         "train_per_class": args.train_per_class,
     }
-    if output_folder.claim_or_continue(args.output_dir, pictures, training.config.defining()):
+    if output_folder.claim_or_continue(args.output_dir, images, training.config.defining()):
         tell(f"== Going on with the run in {args.output_dir}")
     experiment = pipeline.Experiment(
         title="CIFAR-10",
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def prepare(source: Path | None, out: Path, download_dir: Path) -> Path:
-    """A source for the shard command: the one given, or pictures written from the archive.
+    """A source for the shard command: the one given, or images written from the archive.
 
     Raises:
         UserError: the archive cannot be fetched, is damaged, or is another file than the official
@@ -97,8 +97,8 @@ def prepare(source: Path | None, out: Path, download_dir: Path) -> Path:
         root = _extract(source / CIFAR10.filename, out)
     else:
         return source
-    pictures = out / "pictures"
-    shutil.rmtree(pictures, ignore_errors=True)  # of an interrupted run
+    images = out / "images"
+    shutil.rmtree(images, ignore_errors=True)  # of an interrupted run
     for split, train in (("train", True), ("val", False)):
         try:
             dataset = CIFAR10(str(root), train=train)
@@ -107,21 +107,21 @@ def prepare(source: Path | None, out: Path, download_dir: Path) -> Path:
                 f"{root / CIFAR10.base_folder} is incomplete or not the official CIFAR-10 "
                 f"(checksums differ); unpack {CIFAR10.filename} again"
             ) from None
-        write_pictures(pictures / split, dataset.data, dataset.targets, dataset.classes)
-    return pictures
+        write_images(images / split, dataset.data, dataset.targets, dataset.classes)
+    return images
 
 
-def write_pictures(
-    folder: Path, pictures: np.ndarray, labels: Sequence[int], names: Sequence[str]
+def write_images(
+    folder: Path, images: np.ndarray, labels: Sequence[int], names: Sequence[str]
 ) -> None:
-    """Write uint8 pictures [N, H, W, 3] as ``folder/CLASS/00000.png``, numbered in their order."""
+    """Write uint8 images [N, H, W, 3] as ``folder/CLASS/00000.png``, numbered in their order."""
     for name in names:
         (folder / name).mkdir(parents=True)
-    rows = zip(pictures, labels, strict=True)
-    for number, (picture, label) in enumerate(
-        tqdm(rows, f"Writing {folder.name}", len(pictures), unit="picture", disable=None)
+    rows = zip(images, labels, strict=True)
+    for number, (image, label) in enumerate(
+        tqdm(rows, f"Writing {folder.name}", len(images), unit="image", disable=None)
     ):
-        Image.fromarray(picture).save(folder / names[label] / f"{number:05d}.png")
+        Image.fromarray(image).save(folder / names[label] / f"{number:05d}.png")
 
 
 def _is_official(source: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A complete small run on pictures it renders itself: shards, pretraining, evaluation.
+"""A complete small run on images it renders itself: shards, pretraining, evaluation.
 
 The settings were chosen so that a few minutes on two CPU cores show what contrastive learning
 does; they are no recipe for anything else.
@@ -21,7 +21,7 @@ SETTINGS = {
     "model": "resnet18",
     "stem": "imagenet",
     "image-size": "32",
-    # Jitter, so that colour tells little of a picture; the blur of v2 would take motifs this small.
+    # Jitter, so that colour tells little of an image; the blur of v2 would take motifs this small.
     "aug": "cifar",
     "crop": "0.4",
     "batch-size": "64",
@@ -41,8 +41,8 @@ SETTINGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pipeline.add_arguments(parser, "runs/demo", "what an earlier demo left in it is replaced")
     for flag, default, what in (
-        ("--train-per-class", TRAIN_PER_CLASS, "training pictures rendered"),
-        ("--val-per-class", VAL_PER_CLASS, "held-out pictures rendered"),
+        ("--train-per-class", TRAIN_PER_CLASS, "training images rendered"),
+        ("--val-per-class", VAL_PER_CLASS, "held-out images rendered"),
     ):
         parser.add_argument(
             flag,
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{what} for each class (default: %(default)s)",
         )
     parser.add_argument(
-        "--seed", type=not_negative_int, default=0, help="of the pictures (default: 0)"
+        "--seed", type=not_negative_int, default=0, help="of the images (default: 0)"
     )
 
 
@@ -64,15 +64,15 @@ def run(args: argparse.Namespace) -> None:
     batch, rendered = training.config.optim.batch_size, args.train_per_class * len(CLASSES)
     if rendered < batch:
         raise UserError(
-            f"--train-per-class {args.train_per_class}: the {rendered} pictures of "
+            f"--train-per-class {args.train_per_class}: the {rendered} images of "
             f"{len(CLASSES)} classes do not fill one batch of {batch} (--batch-size)"
         )
     processes = pipeline.process_count(args.num_processes, batch)
     output_folder.claim(args.output_dir)
-    pictures = args.output_dir / "pictures"
-    tell(f"== Rendering pictures into {pictures}")
+    images = args.output_dir / "images"
+    tell(f"== Rendering images into {images}")
     write_folder(
-        pictures,
+        images,
         train_per_class=args.train_per_class,
         val_per_class=args.val_per_class,
         seed=args.seed,
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     )
     experiment = pipeline.Experiment(
         title="Demo",
-        source=lambda: pictures,
+        source=lambda: images,
         out=args.output_dir,
         training=training,
         processes=processes,

@@ -147,7 +147,7 @@ def _finish(folder: Path, result: dict[str, Any]) -> None:
 def _say(folder: Path, result: dict[str, Any]) -> None:
     best = f" (best epoch {result['best_epoch']})" if "best_epoch" in result else ""
     missing = sum(result.get("left_out", {}).values())
-    without = f"; without {missing} pictures that cannot be decoded" if missing else ""
+    without = f"; without {missing} images that cannot be decoded" if missing else ""
     last = f", last epoch {result['last_top1']:.2f} %" if "last_top1" in result else ""
     tell(
         f"{result['variant']}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
@@ -233,7 +233,7 @@ _OUTPUTS = {"features": "backbone's features", "projection": "head's output"}
 
 
 def _left_out(left_out: LeftOut | None) -> dict[str, Any]:
-    """How many pictures of each split could not be decoded, where that was no error."""
+    """How many images of each split could not be decoded, where that was no error."""
     return {} if left_out is None else {"left_out": dict(left_out.counts)}
 
 

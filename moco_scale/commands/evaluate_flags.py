@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--bad-samples",
         choices=POLICIES,
         default="error",
-        help="skip: pictures that cannot be decoded are left out, counted, and said to be",
+        help="skip: images that cannot be decoded are left out, counted, and said to be",
     )
     add("--precision", choices=tuple(PRECISIONS), help="of the encoder; default: fp32")
     add("--amp-opt-level", choices=AMP_LEVELS, help="older name: O0 is fp32, the others fp16")
@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     knn.add_argument("--knn-k", type=positive_int, default=KNN_K, help="neighbours that vote")
     knn.add_argument("--knn-t", type=positive, default=KNN_T, help="temperature of the votes")
     knn.add_argument(
-        "--knn-bank", type=not_negative_int, default=0, help="training pictures used; 0: all"
+        "--knn-bank", type=not_negative_int, default=0, help="training images used; 0: all"
     )
 
     group = parser.add_argument_group("--protocol linear")
@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=str.lower,
         choices=tuple(AUGMENTATIONS),
         default="linear",
-        help="of training pictures",
+        help="of training images",
     )
     group.add_argument(
         "--crop", type=_share, help="smallest share of the area a crop takes; default: --aug's"

@@ -178,12 +178,12 @@ def run(args: argparse.Namespace) -> None:
     except RuntimeError as error:
         if "allocate memory" in str(error):
             raise UserError(
-                f"--image-size {args.image_size}: counting takes one picture through "
+                f"--image-size {args.image_size}: counting takes one image through "
                 f"{args.model}, and this machine has not enough memory for one of that size "
                 f"({12 * args.image_size**2 / 1e9:.3g} GB before the first layer)"
             ) from None
         raise UserError(
-            f"{args.model} cannot take pictures of {args.image_size} pixels (--image-size): {error}"
+            f"{args.model} cannot take images of {args.image_size} pixels (--image-size): {error}"
         ) from error
     costs = training_costs(count.total, args.batch_size, args.images_per_epoch)
     if args.json:

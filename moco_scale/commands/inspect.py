@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--tensors", action="store_true", help="list every tensor and its shape")
     parser.add_argument(
-        "--sheet", type=Path, metavar="FILE", help="of shards: draw a sheet of pictures, a PNG"
+        "--sheet", type=Path, metavar="FILE", help="of shards: draw a sheet of images, a PNG"
     )
 
 
@@ -87,7 +87,7 @@ def _run_shards(args: argparse.Namespace) -> int:
     else:
         print_summary(found)
         if args.sheet is not None:
-            tell(f"  sheet of pictures: {args.sheet}")
+            tell(f"  sheet of images: {args.sheet}")
     return 0
 
 

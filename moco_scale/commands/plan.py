@@ -21,7 +21,7 @@ from moco_scale.planner.plan import GIB, Plan, make_plan
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
 
-_PICTURES = (".png", ".pdf", ".svg")
+_IMAGES = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PRESETS)}, or a JSON description (default: a100)",
     )
     parser.add_argument(
-        "--images", type=positive_int, help="training pictures (default: the published data set's)"
+        "--images", type=positive_int, help="training images (default: the published data set's)"
     )
     parser.add_argument(
         "--scale",
@@ -79,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_plot(path: Path) -> None:
-    """Whether a picture can be written there. Raises UserError."""
+    """Whether a figure can be written there. Raises UserError."""
     if path.exists():
         raise UserError(f"--plot {path} exists already; name another file")
-    if path.suffix.lower() not in _PICTURES:
-        raise UserError(f"--plot {path}: name a file that ends in {', '.join(_PICTURES)}")
+    if path.suffix.lower() not in _IMAGES:
+        raise UserError(f"--plot {path}: name a file that ends in {', '.join(_IMAGES)}")
     if not path.parent.is_dir():
         raise UserError(f"--plot {path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
@@ -138,7 +138,7 @@ def report(plan: Plan) -> str:
         "",
         f"{plan.images_per_second:,.0f} images/s, {plan.images_per_second / plan.world:,.0f} a "
         f"GPU; {plan.flops / 1e12:.1f} TFLOP a step, {plan.mfu:.1%} of the peak",
-        f"{config.optim.epochs} epochs of {plan.images:,} pictures: {plan.steps:,} steps, "
+        f"{config.optim.epochs} epochs of {plan.images:,} images: {plan.steps:,} steps, "
         f"{plan.days:.2f} days, {plan.days * 24 * plan.world:,.0f} GPU-hours",
         f"Reading: {_short(plan.cores_per_node)} cores of each node, "
         f"{plan.storage_gbs:.2f} GB/s from storage in all",

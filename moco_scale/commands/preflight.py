@@ -119,8 +119,8 @@ def _found(run: Pretraining, machines: Sequence[Machine]) -> list[str]:
         "flags and index",
         f"code: {facts['code']}",
         f"libraries: {', '.join(versions)}",
-        f"data: {len(run.shards)} pictures, index {run.shards.fingerprint}, "
-        f"{run.plan.steps_per_epoch} steps an epoch of {config.optim.batch_size} pictures",
+        f"data: {len(run.shards)} images, index {run.shards.fingerprint}, "
+        f"{run.plan.steps_per_epoch} steps an epoch of {config.optim.batch_size} images",
         f"output: {config.run.output_dir}, seen and writable by all, "
         f"{_gib(shutil.disk_usage(run.folder.path).free)} free",
         f"run: {start}",

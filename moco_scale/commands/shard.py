@@ -1,4 +1,4 @@
-"""``python -m moco_scale shard``: pictures to WebDataset shards with an index."""
+"""``python -m moco_scale shard``: images to WebDataset shards with an index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moco_scale.data.tools.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TA
 from moco_scale.data.tools.layout import Listing, arrange, class_name
 from moco_scale.data.tools.output_folder import LEFT_OUT, OutputFolder, size_text
 from moco_scale.data.tools.repair import repair
-from moco_scale.data.tools.source_scan import holds_pictures, scan
+from moco_scale.data.tools.source_scan import holds_images, scan
 from moco_scale.data.tools.source_tar import UNPACKED
 from moco_scale.data.tools.writer import Encoding, ShardSize, write_shards
 from moco_scale.untrusted.text import printable
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"       {parser.prog} --check DIR | --repair DIR [--workers N]"
     )
     parser.description = (
-        "Write pictures as WebDataset shards (train-000000.tar …, val-000000.tar …) in seeded "
+        "Write images as WebDataset shards (train-000000.tar …, val-000000.tar …) in seeded "
         "random order, with an index for exact epochs. Original bytes are kept unless "
         "--short-side is given. The folder appears only when it is complete."
     )
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_path,
         metavar="SRC",
         help="a folder with train/CLASS/* and perhaps val/CLASS/*, or CLASS/*, or unlabelled "
-        "pictures; a zip or a tar of one (.gz .bz2 .xz: decompressed once next to DIR, which needs "
+        "images; a zip or a tar of one (.gz .bz2 .xz: decompressed once next to DIR, which needs "
         "room); "
         f"{TRAIN_TAR}; or the folder that holds {TRAIN_TAR}, {VAL_TAR} and {DEVKIT_TAR}",
     )
@@ -65,23 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--val-source",
         type=_path,
         metavar="SRC",
-        help=f"validation pictures from elsewhere, e.g. {VAL_TAR}",
+        help=f"validation images from elsewhere, e.g. {VAL_TAR}",
     )
     source.add_argument(
         "--val-ground-truth",
         type=_path,
         metavar="FILE",
-        help=f"the classes of validation pictures that lie in no class folders. {ACCEPTED}",
+        help=f"the classes of validation images that lie in no class folders. {ACCEPTED}",
     )
-    source.add_argument("--train-only", action="store_true", help="write no validation pictures")
+    source.add_argument("--train-only", action="store_true", help="write no validation images")
     source.add_argument(
-        "--unlabelled", action="store_true", help="take all pictures, whatever folder they lie in"
+        "--unlabelled", action="store_true", help="take all images, whatever folder they lie in"
     )
     source.add_argument(
         "--per-class",
         type=_positive,
         metavar="N",
-        help="only the first N training pictures of each class, by name",
+        help="only the first N training images of each class, by name",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=_path, metavar="DIR", help="folder to make")
@@ -94,13 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-size",
         type=_shard_size,
         metavar="N",
-        help="pictures in a shard, or their size in SRC, as in 256MB (default: 1000)",
+        help="images in a shard, or their size in SRC, as in 256MB (default: 1000)",
     )
     output.add_argument(
         "--short-side",
         type=_positive,
         metavar="N",
-        help="shrink larger pictures so that their shorter side has N pixels, and save them as "
+        help="shrink larger images so that their shorter side has N pixels, and save them as "
         "JPEG; smaller ones keep their bytes",
     )
     output.add_argument(
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--verify",
         action="store_true",
-        help=f"decode every picture; leave out and list in DIR/{LEFT_OUT} those that are damaged",
+        help=f"decode every image; leave out and list in DIR/{LEFT_OUT} those that are damaged",
     )
     output.add_argument("--seed", type=_whole, metavar="N", help="of the random order (default: 0)")
     output.add_argument(
@@ -128,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         type=_path,
         metavar="DIR",
-        help="read every byte, decode every picture, compare with the index; status 1 and a list "
+        help="read every byte, decode every image, compare with the index; status 1 and a list "
         "when something is damaged",
     )
     existing.add_argument(
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
             + (f"; not {' and '.join('--' + flag for flag in asked)}" if asked else "")
         )
     if args.quality is not None and args.short_side is None:
-        raise UserError("--quality is for pictures that are re-encoded: give --short-side too.")
+        raise UserError("--quality is for images that are re-encoded: give --short-side too.")
     sources = [path for path in (args.source, args.val_source) if path is not None]
     if os.path.realpath(args.out) in map(os.path.realpath, sources):
         raise UserError(f"--out {args.out} is the source itself; name a folder that is to be made.")
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         folder.finish()
     for split in written:
         tell(
-            f"{split.split}: {split.pictures} pictures in {split.shards} "
+            f"{split.split}: {split.images} images in {split.shards} "
             f"shard{'s' * (split.shards != 1)}, {size_text(split.bytes)}"
         )
     _report_left_out(listing, args.out)
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace, scratch: Path) -> Listing:
-    """Find the pictures of all sources and label them."""
+    """Find the images of all sources and label them."""
     source, val_source, truth = args.source, args.val_source, args.val_ground_truth
     if os.path.isfile(source / TRAIN_TAR):  # the folder ILSVRC2012 was downloaded to
         if val_source is None and os.path.isfile(source / VAL_TAR):
@@ -245,7 +245,7 @@ def _list(args: argparse.Namespace, scratch: Path) -> Listing:
 def _samples_in(source: Path) -> str:
     """Which samples with labels of their own a tar seems to hold; "": none.
 
-    Raises UserError: it, or the tars in a folder without pictures, holds nothing else.
+    Raises UserError: it, or the tars in a folder without images, holds nothing else.
     """
     tar = _first_tar(source) if source.is_dir() else source
     if tar is None or not tar.is_file():
@@ -259,7 +259,7 @@ def _samples_in(source: Path) -> str:
 def _first_tar(folder: Path) -> Path | None:
     """One of the tars that are all there is in a folder; None: there is something else."""
     with contextlib.suppress(UserError, OSError):
-        found = None if holds_pictures(folder) else list_shards(str(folder))
+        found = None if holds_images(folder) else list_shards(str(folder))
         if found is not None:
             return found.folder / next(iter(found.splits.values()))[0]
     return None
@@ -270,7 +270,7 @@ def _are_samples(source: Path, labelled: str) -> UserError:
     how = "once it is decompressed" if packed else f"as it is, with --data-dir {source}"
     return UserError(
         f"{source} holds samples with labels of their own, as WebDataset has them ({labelled}): it "
-        f"can be trained on {how}. To make shards of the pictures in a tar without their labels, "
+        f"can be trained on {how}. To make shards of the images in a tar without their labels, "
         "give --unlabelled"
     )
 
@@ -289,8 +289,8 @@ def _made(args: argparse.Namespace) -> dict[str, object]:
 
 def _plan(listing: Listing) -> str:
     parts = [
-        f"{len(pictures)} {split} pictures ({size_text(sum(p.size for p in pictures))})"
-        for split, pictures in listing.splits.items()
+        f"{len(images)} {split} images ({size_text(sum(p.size for p in images))})"
+        for split, images in listing.splits.items()
     ]
     classes = f" of {len(listing.classes)} classes" if listing.classes else ""
     return f"found {' and '.join(parts)}{classes}"
@@ -300,7 +300,7 @@ def _report_left_out(listing: Listing, out: Path) -> None:
     if not listing.left_out:
         return
     count = len(listing.left_out)
-    tell(f"left out {count} picture{'s' * (count != 1)}; the list is {out / LEFT_OUT}:")
+    tell(f"left out {count} image{'s' * (count != 1)}; the list is {out / LEFT_OUT}:")
     reasons = Counter(entry.reason for entry in listing.left_out)
     for reason, number in reasons.most_common(_MOST_REASONS):
         example = next(entry for entry in listing.left_out if entry.reason == reason)
@@ -369,9 +369,9 @@ def _shard_size(text: str) -> ShardSize:
     match = re.fullmatch(r"(\d+)\s*(|k|M|G)(B?)", text.strip(), re.IGNORECASE)
     if match is None or int(match[1]) < 1 or bool(match[2]) > bool(match[3]):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number of pictures nor a size such as 256MB"
+            f"{text!r} is neither a number of images nor a size such as 256MB"
         )
     if not match[3]:
-        return ShardSize(pictures=int(match[1]))
+        return ShardSize(images=int(match[1]))
     factor = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2].lower()]
-    return ShardSize(pictures=None, bytes=int(match[1]) * factor)
+    return ShardSize(images=None, bytes=int(match[1]) * factor)

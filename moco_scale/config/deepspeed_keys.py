@@ -80,7 +80,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _EMPTY_IS_ON = ("zero_optimization.zenflow",)
 _OWN_CHECKPOINTS = "checkpoints are not DeepSpeed's here (--checkpoint-freq, --save-freq, --resume)"
-_OWN_DATA = "pictures are not read by DeepSpeed here (--data-dir, --num-workers)"
+_OWN_DATA = "images are not read by DeepSpeed here (--data-dir, --num-workers)"
 _ONE_DENSE_MODEL = "no model here has such parts"
 # Keys that nothing here asks for: values that ask for nothing, and what does it instead.
 _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -143,7 +143,7 @@ def _check(config: Config) -> None:
     if not 0 < run.max_bad_share <= 1:
         wrong.append(
             f"--max-bad-share {run.max_bad_share}: a share above 0 and at most 1; for no bad "
-            "picture at all, --bad-samples error"
+            "image at all, --bad-samples error"
         )
     if not 0 < config.data.crop <= 1:
         wrong.append(f"--crop {config.data.crop}: a share of the area, above 0 and at most 1")

@@ -31,7 +31,7 @@ class DatasetPreset:
         image_size: side of a crop in pixels.
         resize_ratio: evaluation resizes the short side to this times the crop, then crops.
         stem: of the ResNet.
-        images: how many training pictures the published set has; None when it varies.
+        images: how many training images the published set has; None when it varies.
     """
 
     mean: tuple[float, ...]
@@ -76,7 +76,7 @@ class DataConfig:
         "data/DATASET)",
     )
     samples_per_epoch: int = _option(
-        0, "an epoch's length, which the next one goes on from; 0: all pictures, once"
+        0, "an epoch's length, which the next one goes on from; 0: all images, once"
     )
     shuffle_window: int = _option(
         0,
@@ -85,7 +85,7 @@ class DataConfig:
     )
     image_size: int = _option(0, "side of a crop in pixels (default: the data set's)")
     aug: str = _option("v1", "augmentation", choices=tuple(AUGMENTATIONS), type=str.lower)
-    crop: float = _option(0.2, "smallest share of a picture's area that a crop takes")
+    crop: float = _option(0.2, "smallest share of an image's area that a crop takes")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class ContrastConfig:
     )
     mask_unfilled: bool = _option(False, "slots without a real key yet are no negatives")
     mask_same_image: bool = _option(
-        False, "keys of a query's own image are no negatives (for small sets of pictures)"
+        False, "keys of a query's own image are no negatives (for small sets of images)"
     )
     alpha: float = _option(0.999, "momentum of the key encoder")
     shuffle_bn: str = _option(
@@ -155,7 +155,7 @@ class OptimConfig:
     )
     lr_decay_rate: float = _option(0.1, "factor of each decay")
     lr_min: float = _option(0.0, "where the cosine ends")
-    epochs: int = _option(200, "passes over the training pictures")
+    epochs: int = _option(200, "passes over the training images")
     rng_seed: int = _option(0, "decides weights, order, crops, colours and shuffles")
 
 
@@ -191,12 +191,12 @@ class RunConfig:
     num_workers: int = _option(4, "decoding processes for each training process")
     bad_samples: str = _option(
         "error",
-        "a picture that cannot be decoded ends the run (error), or another is seen in its place "
+        "an image that cannot be decoded ends the run (error), or another is seen in its place "
         "and both are listed in OUT/bad_samples.jsonl (skip)",
         choices=POLICIES,
     )
     max_bad_share: float = _option(
-        0.01, "of --bad-samples skip: largest share of the pictures read that may be bad"
+        0.01, "of --bad-samples skip: largest share of the images read that may be bad"
     )
     shard_cache: str = _option(
         "",
@@ -208,10 +208,10 @@ class RunConfig:
         GIVE_UP_SECONDS, "seconds without anything new after which a shard is given up"
     )
     decode: str = _option(
-        "cpu", "where training pictures are decoded; see docs/data.md", choices=("cpu", "gpu")
+        "cpu", "where training images are decoded; see docs/data.md", choices=("cpu", "gpu")
     )
     cache: str = _option(
-        "", "keep decoded training pictures in memory or in a local folder", metavar="ram|DIR"
+        "", "keep decoded training images in memory or in a local folder", metavar="ram|DIR"
     )
     print_freq: int = _option(10, "steps between log lines")
     knn_freq: int = _option(10, "epochs between kNN evaluations; 0: never")

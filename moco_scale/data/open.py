@@ -1,4 +1,4 @@
-"""From what the user calls a data set to the pictures in it."""
+"""From what the user calls a data set to the images in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moco_scale.utils.progress import heard_by
 def open_shards(
     source: str | Path | ShardSource, split: str, gets_on: Callable[[], None] | None = None
 ) -> Shards:
-    """The pictures of one split of a data set, checked to be all there.
+    """The images of one split of a data set, checked to be all there.
 
     source, as `--data-dir` names it: a folder that `python -m moco_scale shard` has made, or its
     address; a folder of tars that were written elsewhere, one such tar, or a pattern of them (see
@@ -109,8 +109,8 @@ def _without_index(spec: str) -> ShardList | None:
     folder = Path(spec)
     if folder.is_file():
         seems = look_into(folder)
-        # Folders may be the classes of pictures without labels of their own: those make shards.
-        samples = seems.pictures and (seems.labelled or not seems.folders)
+        # Folders may be the classes of images without labels of their own: those make shards.
+        samples = seems.images and (seems.labelled or not seems.folders)
         samples = samples or seems.unusable
         return list_shards(spec) if samples else None
     if not is_pattern(spec):

@@ -1,1 +1,1 @@
-"""A complete run, pictures included, in a few minutes on any machine."""
+"""A complete run, images included, in a few minutes on any machine."""

@@ -17,7 +17,7 @@ MARKER = ".moco_scale-demo"
 REPLACEABLE = "Made by a moco_scale demo; the next one may delete it.\n"
 SUMMARY = "summary.json"
 
-_MADE_BEFORE_TRAINING = ("pictures", "official", "shards")
+_MADE_BEFORE_TRAINING = ("images", "official", "shards")
 """Folders of an output folder that come from the source alone."""
 
 
@@ -45,7 +45,7 @@ def claim(out: Path) -> None:
         ) from None
 
 
-def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]) -> bool:
+def claim_or_continue(out: Path, images: dict[str, Any], train: dict[str, Any]) -> bool:
     """Make `out` this run's folder, or keep what an interrupted run of the same settings left.
 
     What was trained is never touched; what comes before it is made again where it was made from
@@ -53,7 +53,7 @@ def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]
 
     Args:
         out: the folder.
-        pictures: what decides the shards, plain values by flag.
+        images: what decides the shards, plain values by flag.
         train: what defines the training, likewise.
 
     Returns:
@@ -68,22 +68,22 @@ def claim_or_continue(out: Path, pictures: dict[str, Any], train: dict[str, Any]
     try:
         if not out.is_dir() or not any(out.iterdir()):
             out.mkdir(parents=True, exist_ok=True)
-            _mark(marker, pictures, train)
+            _mark(marker, images, train)
             return False
         saved = _settings_in(marker)
         if saved is None:
             raise UserError(f"--output-dir {out} holds something else; {away}")
-        lines = differences(saved.pictures | saved.train, pictures | train)
+        lines = differences(saved.images | saved.train, images | train)
         trained = (out / "current.pth").exists() or any(out.glob("checkpoints/step-*"))
         if lines and trained:
             what = "\n".join(lines)
             raise UserError(f"--output-dir {out} holds a run with other settings:\n{what}\n{away}")
         if (out / SUMMARY).exists():
             raise UserError(f"--output-dir {out} holds a finished run; {away}")
-        if saved.pictures != pictures:
+        if saved.images != images:
             for name in _MADE_BEFORE_TRAINING:
                 shutil.rmtree(out / name, ignore_errors=True)
-        _mark(marker, pictures, train)
+        _mark(marker, images, train)
     except OSError as error:
         raise UserError(
             f"--output-dir {out} cannot be written: {error.strerror or error}"
@@ -99,8 +99,8 @@ def _is_replaceable(marker: Path) -> bool:
     return marker.read_bytes() == expected
 
 
-def _mark(marker: Path, pictures: dict[str, Any], train: dict[str, Any]) -> None:
-    text = json.dumps({"pictures": pictures, "train": train}, indent=1, sort_keys=True)
+def _mark(marker: Path, images: dict[str, Any], train: dict[str, Any]) -> None:
+    text = json.dumps({"images": images, "train": train}, indent=1, sort_keys=True)
     write_atomically(marker, text + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Pictures to a table, through the same commands that a user would type.
+"""Images to a table, through the same commands that a user would type.
 
 Shards, pretraining under the ``deepspeed`` launcher, linear and kNN evaluation; each step is a
 process of its own and prints its command line.
@@ -29,7 +29,7 @@ from moco_scale.config.flag_types import positive_int
 from moco_scale.config.schema import Config
 from moco_scale.data.loading.loader import evaluation_loader
 from moco_scale.data.open import has_split, open_shards
-from moco_scale.data.shards.protocols import Pictures
+from moco_scale.data.shards.protocols import Images
 from moco_scale.demo.output_folder import SUMMARY
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
 from moco_scale.untrusted.documents import read_document
@@ -43,7 +43,7 @@ from moco_scale.utils.parents import STARTER, session
 from moco_scale.utils.signals import is_ignored
 
 _OWN_FLAGS = {
-    "data_dir": "the shards are made here, from the pictures",
+    "data_dir": "the shards are made here, from the images",
     "preflight": "it trains nothing that could be evaluated",
 }
 """Flags of train.py that a demo cannot hand on, by field, and why."""
@@ -70,7 +70,7 @@ class Experiment:
 
     Attributes:
         title: first line of what is printed.
-        source: gets the pictures ready, as ``python -m moco_scale shard --source`` takes them;
+        source: gets the images ready, as ``python -m moco_scale shard --source`` takes them;
             not called when there are shards already.
         out: folder for everything that is written; made by :mod:`~moco_scale.demo.output_folder`.
         training: see there.
@@ -162,12 +162,12 @@ def run(experiment: Experiment, *, started: float) -> None:
         shard = [sys.executable, "-m", "moco_scale", "shard", *experiment.shard_flags]
         step("Sharding", shard, source=experiment.source().resolve(), out=shards)
     if not has_split(shards, "val"):
-        raise UserError("the source has no val/ pictures to evaluate on")
+        raise UserError("the source has no val/ images to evaluate on")
     splits = open_splits(shards)
     unlabelled = unlabelled_split(splits)
     if unlabelled is not None:
         raise UserError(
-            f"the {unlabelled.split} pictures have no labels to evaluate with; "
+            f"the {unlabelled.split} images have no labels to evaluate with; "
             "a source has folders train/CLASS/* and val/CLASS/*"
         )
     train = [*launch, _of_checkout("train.py"), *training.words]
@@ -183,7 +183,7 @@ def run(experiment: Experiment, *, started: float) -> None:
     if config.run.bad_samples == "skip":
         shared["bad_samples"] = "skip"
     # The monitor's kNN before training looks at the projected output: so does the one after it.
-    # On cached features of so few pictures the learning rate of ImageNet, 30, is far too high.
+    # On cached features of so few images the learning rate of ImageNet, 30, is far too high.
     for protocol, more in (
         ("linear", {"cache_features": True, "lr": 3, "epochs": 30}),
         ("knn", {"features": "projection"}),
@@ -207,11 +207,11 @@ def run(experiment: Experiment, *, started: float) -> None:
     _print_table(experiment, summary)
 
 
-def evaluation_batch(pictures: int, processes: int) -> int:
-    """The usual global batch, or the largest below it that pictures fill and processes share."""
-    batch = min(_EVALUATION_BATCH, pictures) // processes * processes
+def evaluation_batch(images: int, processes: int) -> int:
+    """The usual global batch, or the largest below it that images fill and processes share."""
+    batch = min(_EVALUATION_BATCH, images) // processes * processes
     if not batch:
-        raise UserError(f"{pictures} training pictures are too few for {processes} processes")
+        raise UserError(f"{images} training images are too few for {processes} processes")
     return batch
 
 
@@ -228,9 +228,9 @@ def knn_on_pixels(shards: Path, image_size: int, resize_ratio: float) -> float:
 
 
 def _pixels(
-    shards: Pictures, image_size: int, resize_ratio: float
+    shards: Images, image_size: int, resize_ratio: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pictures of a split in order: float32 [N, 3 * S * S] in 0..1, and int64 labels [N]."""
+    """All images of a split in order: float32 [N, 3 * S * S] in 0..1, and int64 labels [N]."""
     loader = evaluation_loader(shards, image_size, resize_ratio, batch_size=256, num_workers=0)
     batches = [(batch.views[0].flatten(1), batch.labels) for batch in loader]
     pixels = torch.cat([pixels for pixels, _ in batches]).float() / 255
@@ -349,7 +349,7 @@ def _print_table(experiment: Experiment, summary: dict[str, Any]) -> None:
         ("linear classifier, centre crops", "linear"),
     )
     width = max(len(label) for label, _ in rows)
-    tell(f"\n{experiment.title}: top-1 on held-out pictures")
+    tell(f"\n{experiment.title}: top-1 on held-out images")
     tell("-" * (width + 9))
     for label, key in rows:
         value = summary[key]

@@ -1,10 +1,10 @@
-"""The demo's own labelled pictures: block prints, the class being the motif that is printed.
+"""The demo's own labelled images: block prints, the class being the motif that is printed.
 
-A picture is full of one motif. Where the rows of motifs begin, how each is turned, its size, its
+An image is full of one motif. Where the rows of motifs begin, how each is turned, its size, its
 small shift and the colour of its ink are drawn for each print, and the cloth under them changes
-colour from place to place. Two crops of a picture therefore have the motif in common and nothing
+colour from place to place. Two crops of an image therefore have the motif in common and nothing
 else, which is what contrastive learning picks up, while raw pixels, which compare place by place
-and colour by colour, say little about the class. (One colour for a whole picture would be what two
+and colour by colour, say little about the class. (One colour for a whole image would be what two
 crops have in common, and be learned instead.)
 """
 
@@ -22,10 +22,10 @@ from moco_scale.demo.motifs import INK, MOTIFS
 SPLITS = ("train", "val")
 CLASSES = tuple(MOTIFS)
 SIZE = 96
-"""Default side of a picture in pixels."""
+"""Default side of an image in pixels."""
 SUPERSAMPLING = 2
 ROWS = 4
-"""Rows of motifs in a picture, and motifs in a row."""
+"""Rows of motifs in an image, and motifs in a row."""
 RADIUS = 0.36
 """Of a motif, as part of the distance of two rows."""
 PATCHES = 3
@@ -78,13 +78,13 @@ def _prints(name: str, rng: np.random.Generator, size: int) -> tuple[np.ndarray,
 
 
 def render(name: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
-    """Draw one picture of class `name`: RGB, `size` x `size` pixels, a function of `rng`'s state.
+    """Draw one image of class `name`: RGB, `size` x `size` pixels, a function of `rng`'s state.
 
     Raises KeyError for an unknown class.
     """
     share, ink = _prints(name, rng, size)
-    picture = _cloth(rng, size) * (1.0 - share) + ink + rng.normal(0.0, GRAIN, (size, size, 1))
-    return Image.fromarray(np.clip(picture, 0.0, 255.0).astype(np.uint8))
+    image = _cloth(rng, size) * (1.0 - share) + ink + rng.normal(0.0, GRAIN, (size, size, 1))
+    return Image.fromarray(np.clip(image, 0.0, 255.0).astype(np.uint8))
 
 
 def _write(out: Path, seed: int, size: int, item: tuple[int, int, int]) -> None:
@@ -105,7 +105,7 @@ def write_folder(
 ) -> None:
     """Write an ImageFolder of JPEGs, `out/train/CLASS/*.jpg` and `out/val/CLASS/*.jpg`.
 
-    Picture n of a class is a function of (seed, split, class, n) alone: neither of how many there
+    Image n of a class is a function of (seed, split, class, n) alone: neither of how many there
     are nor of how many processes draw them. Raises FileExistsError where a split exists already.
     """
     for split in SPLITS:
@@ -120,12 +120,12 @@ def write_folder(
     work = partial(_write, out, seed, size)
     with ProcessPoolExecutor(processes) as pool:
         done = pool.map(work, items, chunksize=32)
-        for _ in tqdm(done, "Rendering", len(items), unit="picture", disable=None):
+        for _ in tqdm(done, "Rendering", len(items), unit="image", disable=None):
             pass
 
 
 def contact_sheet(size: int = SIZE, columns: int = 12, seed: int = 0) -> Image.Image:
-    """One row of pictures for each class, to look at."""
+    """One row of images for each class, to look at."""
     gap = 4
     pitch = size + gap
     sheet = Image.new("RGB", (columns * pitch + gap, len(CLASSES) * pitch + gap), "white")

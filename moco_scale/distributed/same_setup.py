@@ -79,7 +79,7 @@ def source_digests() -> dict[str, str]:
 
 
 SAME_START = "start all of them with the same installation and the same flags"
-SAME_DATA = "give all of them the same pictures and the same index"
+SAME_DATA = "give all of them the same images and the same index"
 
 
 def require_alike(facts: Mapping[str, str], remedy: str = SAME_START) -> None:

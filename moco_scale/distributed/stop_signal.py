@@ -87,7 +87,7 @@ class StopRequest:
             self._signal = signal.SIGTERM
 
     def reader_lost(self) -> None:
-        """A process of this rank's that reads pictures was killed."""
+        """A process of this rank's that reads images was killed."""
         self._signal = _READER_LOST
 
     def agree(self, *codes: int) -> tuple[str | None, list[int]]:

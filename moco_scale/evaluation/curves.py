@@ -49,7 +49,7 @@ def report(
             ``chance_loss``.
 
     Raises:
-        UserError: the metrics cannot be read or the picture cannot be written.
+        UserError: the metrics cannot be read or the figure cannot be written.
     """
     records = _read(Path(path))
     figure = new_figure(figsize=(10, 6.4), dpi=120, layout="constrained")
@@ -243,7 +243,7 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def drawn(draw: Callable[[], None]) -> None:
-    """Draw a picture; whatever goes wrong, nobody waits for who draws, and nothing ends for it.
+    """Draw a figure; whatever goes wrong, nobody waits for who draws, and nothing ends for it.
 
     Raises:
         UserError: it could not be drawn.

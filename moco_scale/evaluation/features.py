@@ -1,4 +1,4 @@
-"""Features of pictures: encoding by all ranks together."""
+"""Features of images: encoding by all ranks together."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ WHICH = ("features", "projection")
 """The backbone's output, or the head's output that the contrastive loss compares."""
 
 _SECONDS_BETWEEN_LINES = 30.0
-_SHOWN = 3  # of the pictures that cannot be decoded
+_SHOWN = 3  # of the images that cannot be decoded
 
 
 def fetched_here(shards: Shards) -> list[int]:
-    """Ranks for which this one fetches remote pictures ahead; every rank calls it."""
+    """Ranks for which this one fetches remote images ahead; every rank calls it."""
     if not shards.remote_parts():
         return []
     rank, hosts = collectives.rank(), collectives.hosts()
@@ -73,7 +73,7 @@ def evaluating(encode: Encode) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pixels:
-    """How pictures become the input of an encoder.
+    """How images become the input of an encoder.
 
     Attributes:
         image_size: side of the centre crop in pixels.
@@ -101,19 +101,19 @@ class Pixels:
 
 
 class LeftOut:
-    """Pictures that an evaluation could not decode, the same on every rank; says each once."""
+    """Images that an evaluation could not decode, the same on every rank; says each once."""
 
     def __init__(self) -> None:
         self._bad: dict[tuple[str, str, str, str], BadSample] = {}
         self.counts: Counter[str] = Counter()
-        """Different pictures so far, by split."""
+        """Different images so far, by split."""
         self.places: set[int] = set()
-        """In the set of pictures that was last gone through."""
+        """In the set of images that was last gone through."""
 
     def add(self, shards: Shards, mine: Sequence[BadSample]) -> None:
-        """Take what this rank met in a set of pictures; all ranks call it."""
+        """Take what this rank met in a set of images; all ranks call it."""
         met = [bad for part in collectives.gather_objects(list(mine)) for bad in part]
-        # Subsets number their pictures anew; a picture's shard and key stay what they are.
+        # Subsets number their images anew; an image's shard and key stay what they are.
         new = {}
         for bad in sorted(met):
             name = (shards.name, shards.split, bad.shard, bad.key or str(bad.sample))
@@ -125,7 +125,7 @@ class LeftOut:
             shown = [f"{b.shard} (key {b.key}): {b.reason}" for b in list(new.values())[:_SHOWN]]
             more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
             say(
-                f"{len(new)} of the {len(shards)} {shards.split} pictures cannot be decoded and "
+                f"{len(new)} of the {len(shards)} {shards.split} images cannot be decoded and "
                 f"{'is' if len(new) == 1 else 'are'} left out: {'; '.join(shown)}{more}"
             )
         self.places = {bad.sample for bad in met}
@@ -147,33 +147,33 @@ def extract(
     left_out: LeftOut | None = None,
     between: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Encode the centre crops of pictures, each rank a contiguous share of them.
+    """Encode the centre crops of images, each rank a contiguous share of them.
 
     Every rank calls it. Modes are as :func:`evaluating` says.
 
     Args:
         encode: float32 [B, 3, S, S] -> [B, D], on this process's device.
-        shards: the pictures, the same on every rank.
+        shards: the images, the same on every rank.
         image_size: see :class:`Pixels`, as the next three.
         resize_ratio: see there.
         mean: see there.
         std: see there.
-        batch_size: pictures encoded at once on each rank.
+        batch_size: images encoded at once on each rank.
         num_workers: decoding processes on each rank.
         autocast: half-precision type of the arithmetic; None computes in fp32.
         gather: False leaves each rank with its own share.
         label: what to call this in progress reports; empty reports nothing.
-        left_out: takes the pictures that cannot be decoded, which then have no features; None:
-            such a picture is an error.
+        left_out: takes the images that cannot be decoded, which then have no features; None:
+            such an image is an error.
         between: called after each batch, by every rank equally often, so that they may agree in it
             on going no further; what it raises on all of them ends the extraction.
 
     Returns:
         Features float32 [N, D] on this process's device and labels int64 [N] on the CPU (-1:
-        none), of all pictures in their order (of this rank's share without ``gather``).
+        none), of all images in their order (of this rank's share without ``gather``).
 
     Raises:
-        UserError: a picture cannot be read, on whichever rank; every rank raises it.
+        UserError: an image cannot be read, on whichever rank; every rank raises it.
     """
     pixels = Pixels(image_size, resize_ratio, mean, std)
     device, rank, world = collectives.device(), collectives.rank(), collectives.world_size()
@@ -228,7 +228,7 @@ def extract(
 def _joined(
     parts: list[Tensor], labels: list[Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """One tensor of each; a rank without pictures learns the width from the others."""
+    """One tensor of each; a rank without images learns the width from the others."""
     width = torch.tensor([parts[0].shape[1] if parts else 0])
     width = collectives.all_gather_rows(width).max()
     if not parts:

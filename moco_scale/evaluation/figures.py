@@ -1,4 +1,4 @@
-"""The two pictures of a finished run: its curves, and nearest neighbours before and after."""
+"""The two figures of a finished run: its curves, and nearest neighbours before and after."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco_scale.data.loading.loader import evaluation_loader
-from moco_scale.data.shards.protocols import Pictures
+from moco_scale.data.shards.protocols import Images
 from moco_scale.distributed import consensus
 from moco_scale.evaluation.curves import INK, drawn, new_figure, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract
@@ -29,14 +29,14 @@ _RIGHT, _WRONG = "#2e9e4f", "#d1453b"
 
 
 def nearest(bank: Tensor, queries: Tensor, count: int) -> Tensor:
-    """Places in the bank of each query's most similar pictures, nearest first: int64 [Q, count]."""
+    """Places in the bank of each query's most similar images, nearest first: int64 [Q, count]."""
     bank = F.normalize(bank.float(), dim=1)
     queries = F.normalize(queries.float(), dim=1)
     return (queries @ bank.T).topk(min(count, len(bank)), dim=1).indices.cpu()
 
 
 def neighbours(
-    query_pictures: Tensor,
+    query_images: Tensor,
     query_labels: Sequence[int],
     columns: Sequence[tuple[str, Tensor, Sequence[Sequence[int]]]],
     out: str | Path,
@@ -44,23 +44,23 @@ def neighbours(
     classes: Sequence[str] = (),
     title: str = "",
 ) -> None:
-    """Draw queries, one a row, each with its nearest pictures in groups of columns.
+    """Draw queries, one a row, each with its nearest images in groups of columns.
 
     A neighbour has a green frame when it shares the query's label and a red one when not; there
     are no frames where labels are -1.
 
     Args:
-        query_pictures: uint8 [Q, 3, S, S].
+        query_images: uint8 [Q, 3, S, S].
         query_labels: Q class numbers.
-        columns: for each group its heading, pictures uint8 [Q, n, 3, S, S], labels [Q][n].
+        columns: for each group its heading, images uint8 [Q, n, 3, S, S], labels [Q][n].
         out: PNG to write.
         classes: names of the classes, written beside the queries.
         title: above everything.
 
     Raises:
-        UserError: the picture cannot be written.
+        UserError: the figure cannot be written.
     """
-    rows, wide = len(query_pictures), [group.shape[1] for _, group, _ in columns]
+    rows, wide = len(query_images), [group.shape[1] for _, group, _ in columns]
     names = [classes[n] if 0 <= n < len(classes) else "" for n in query_labels]
     cell, name_width, top = 0.92, 0.09 * max((len(_short(n)) for n in names), default=0), 0.85
     gap = 0.3  # of a cell, between the groups
@@ -97,7 +97,7 @@ def neighbours(
         )
     heading("query", start, 1)
     for row in range(rows):
-        _picture(place(row, start), query_pictures[row], None)
+        _image(place(row, start), query_images[row], None)
         y = 1 - (top + (row + 0.5) * cell) / total_height
         figure.text(
             (start - 0.08) / total_width,
@@ -110,15 +110,15 @@ def neighbours(
         )
     left = start + (1 + gap) * cell
     labelled = bool(len(query_labels)) and min(query_labels) >= 0
-    for text, pictures, labels in columns:
-        heading(text, left, pictures.shape[1])
+    for text, images, labels in columns:
+        heading(text, left, images.shape[1])
         for row in range(rows):
-            for i in range(pictures.shape[1]):
+            for i in range(images.shape[1]):
                 frame = None
                 if labelled:
                     frame = _RIGHT if labels[row][i] == query_labels[row] else _WRONG
-                _picture(place(row, left + i * cell), pictures[row, i], frame)
-        left += (pictures.shape[1] + gap) * cell
+                _image(place(row, left + i * cell), images[row, i], frame)
+        left += (images.shape[1] + gap) * cell
     if labelled:
         _legend(figure, start, total_width, total_height)
     save(figure, Path(out))
@@ -136,8 +136,8 @@ def _short(name: str) -> str:
     return printable(name, 14)
 
 
-def _picture(axis: Axes, picture: Tensor, frame: str | None) -> None:
-    axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="lanczos")
+def _image(axis: Axes, image: Tensor, frame: str | None) -> None:
+    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="lanczos")
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
@@ -167,10 +167,10 @@ def neighbours_sheet(
     left_out: LeftOut | None = None,
     between: Callable[[], None] | None = None,
 ) -> None:
-    """Nearest training pictures of a few others, by an encoder before and after its training.
+    """Nearest training images of a few others, by an encoder before and after its training.
 
     Every rank calls it; the main one draws. Costs two passes of the encoders over ``max_bank``
-    pictures.
+    images.
 
     Args:
         before: float32 [B, 3, S, S] -> [B, D], such as the initial encoder's ``features``.
@@ -183,8 +183,8 @@ def neighbours_sheet(
         std: see there.
         queries: rows; with labels they are of different classes as far as possible.
         columns: neighbours of each encoder.
-        max_bank: training pictures to choose neighbours from.
-        batch_size: pictures encoded at once on each rank.
+        max_bank: training images to choose neighbours from.
+        batch_size: images encoded at once on each rank.
         num_workers: decoding processes on each rank.
         autocast: half-precision type; None is fp32.
         seed: of the choices.
@@ -193,7 +193,7 @@ def neighbours_sheet(
         between: see there.
 
     Raises:
-        UserError: a picture cannot be read or ``out`` cannot be written; every rank raises it.
+        UserError: an image cannot be read or ``out`` cannot be written; every rank raises it.
     """
     bank, candidates = bank_and_queries(splits, max_bank, seed=seed)
     chosen = candidates.subset(_varied(candidates.labels, queries, seed))
@@ -241,7 +241,7 @@ def neighbours_sheet(
 
 
 def _varied(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """A seeded choice of pictures, no class twice before each came once: int64 [<= count]."""
+    """A seeded choice of images, no class twice before each came once: int64 [<= count]."""
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(labels))
     seen: dict[int, int] = {}
     turn = np.empty(len(order), dtype=np.int64)
@@ -252,8 +252,8 @@ def _varied(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return chosen[np.argsort(labels[chosen], kind="stable")]
 
 
-def _crops(shards: Pictures, image_size: int, resize_ratio: float) -> Tensor:
-    """Centre crops of a few pictures: uint8 [N, 3, S, S]."""
+def _crops(shards: Images, image_size: int, resize_ratio: float) -> Tensor:
+    """Centre crops of a few images: uint8 [N, 3, S, S]."""
     with evaluation_loader(
         shards, image_size, resize_ratio, batch_size=len(shards), num_workers=0
     ) as loader:

@@ -1,7 +1,7 @@
 """k-nearest-neighbour classification of features: what they are worth without any training.
 
 The weighted vote of "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
-(Wu et al., CVPR 2018, section 3.4): each of the k most similar pictures of the bank votes for its
+(Wu et al., CVPR 2018, section 3.4): each of the k most similar images of the bank votes for its
 class with weight exp(cosine similarity / temperature).
 """
 
@@ -56,12 +56,12 @@ def weighted_knn(
         when fewer than 5 classes have a larger sum of votes, or the same and a smaller number.
 
     Raises:
-        UserError: no pictures, unlabelled ones, labels out of range, k or temperature not
+        UserError: no images, unlabelled ones, labels out of range, k or temperature not
             positive.
     """
     _check(bank_labels, query_labels, num_classes, k, temperature)
     if not len(bank) or not len(queries):
-        raise UserError("kNN needs at least one picture in the bank and one to classify")
+        raise UserError("kNN needs at least one image in the bank and one to classify")
     hits = _hits(bank, bank_labels, queries, query_labels, num_classes, k, temperature, False)
     return _percent(hits, len(queries))
 
@@ -73,7 +73,7 @@ def _check(
         raise UserError(f"--knn-k {k}: at least one neighbour must vote")
     if not temperature > 0:
         raise UserError(f"--knn-t {temperature}: must be greater than 0")
-    for labels, what in ((bank_labels, "bank"), (query_labels, "pictures to classify")):
+    for labels, what in ((bank_labels, "bank"), (query_labels, "images to classify")):
         if len(labels) and int(labels.min()) < 0:
             raise UserError(
                 f"kNN needs labels, and {int((labels < 0).sum())} of the {what} have none"
@@ -114,7 +114,7 @@ def _hits(
         shares = collectives.all_gather_rows(share)
         total, largest = int(shares.sum()), int(shares.max())
     if not total or not len(queries):
-        raise UserError(f"kNN needs pictures: {total} in the bank, {len(queries)} to classify")
+        raise UserError(f"kNN needs images: {total} in the bank, {len(queries)} to classify")
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     k = min(k, total)
     rows = max(1, _SIMILARITIES_AT_ONCE // max(largest, num_classes, 1))
@@ -149,7 +149,7 @@ def _nearest(
 
 
 class Splits(NamedTuple):
-    """The pictures that kNN needs, open."""
+    """The images that kNN needs, open."""
 
     train: Shards
     val: Shards | None
@@ -177,7 +177,7 @@ def open_splits(
 
 
 def unlabelled_split(splits: Splits) -> Shards | None:
-    """The first split with a picture without a label; None: all have."""
+    """The first split with an image without a label; None: all have."""
     for shards in splits:
         if shards is not None and (not len(shards.labels) or int(shards.labels.min()) < 0):
             return shards
@@ -187,7 +187,7 @@ def unlabelled_split(splits: Splits) -> Shards | None:
 def bank_and_queries(
     splits: Splits, max_bank: int = 0, max_queries: int = 0, seed: int = 0
 ) -> tuple[Shards, Shards]:
-    """Pictures to compare with and pictures to classify.
+    """Images to compare with and images to classify.
 
     The bank is the train split, the queries the val split. Without a val split, a seeded tenth of
     the train split is held out of the bank as queries.
@@ -199,13 +199,13 @@ def bank_and_queries(
         seed: of the choices.
 
     Raises:
-        UserError: there is one picture alone.
+        UserError: there is one image alone.
     """
     bank, queries = splits
     if queries is not None:
         return _some(bank, max_bank, seed), _some(queries, max_queries, seed + 1)
     if len(bank) < 2:
-        raise UserError(f"{bank.name} has one picture: nothing to compare it with")
+        raise UserError(f"{bank.name} has one image: nothing to compare it with")
     order = _chosen_first(bank, seed)
     held_out = max(len(bank) // 10, 1)
     queries = bank.subset(np.sort(order[:held_out]))
@@ -220,9 +220,9 @@ def _some(shards: Shards, limit: int, seed: int) -> Shards:
 
 
 def _chosen_first(shards: Shards, seed: int) -> np.ndarray:
-    """Seeded random order of the pictures, int64 [N], of which the first are chosen.
+    """Seeded random order of the images, int64 [N], of which the first are chosen.
 
-    Pictures that have to be fetched stay together, shard by shard: a few from each shard would
+    Images that have to be fetched stay together, shard by shard: a few from each shard would
     cost a transfer of everything.
     """
     generator = np.random.Generator(np.random.Philox(seed))
@@ -239,21 +239,21 @@ def _chosen_first(shards: Shards, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class KnnMonitor:
-    """kNN evaluation of an encoder on fixed pictures, as often as wanted.
+    """kNN evaluation of an encoder on fixed images, as often as wanted.
 
-    All ranks use it together: each encodes its share of the pictures and searches its share of
+    All ranks use it together: each encodes its share of the images and searches its share of
     the bank; only queries and nearest neighbours travel.
 
     Attributes:
-        bank: pictures that vote.
-        queries: pictures to classify.
+        bank: images that vote.
+        queries: images to classify.
         image_size: see :class:`~moco_scale.evaluation.features.Pixels`, as the next three.
         resize_ratio: see there.
         mean: see there.
         std: see there.
         k: neighbours that vote.
         temperature: of the votes' weights.
-        batch_size: pictures encoded at once on each rank.
+        batch_size: images encoded at once on each rank.
         num_workers: decoding processes on each rank.
         autocast: half-precision type; None is fp32.
         label: for progress reports; empty reports nothing.
@@ -293,9 +293,9 @@ class KnnMonitor:
         first = names[missing[0]] if missing[0] < len(names) else missing[0]
         classes = f"{len(missing)} class{'es' * (len(missing) != 1)}"
         return (
-            f"kNN: {int(strangers.sum())} of the {len(self.queries)} {self.queries.split} pictures "
+            f"kNN: {int(strangers.sum())} of the {len(self.queries)} {self.queries.split} images "
             f"are of {classes} that none of the {len(self.bank)} "
-            f"{self.bank.split} pictures that vote has (first: {printable(first, 60)}): they count "
+            f"{self.bank.split} images that vote has (first: {printable(first, 60)}): they count "
             "as wrong, whatever is learned"
         )
 
@@ -319,7 +319,7 @@ class KnnMonitor:
             between: as of :func:`~moco_scale.evaluation.features.extract`.
 
         Raises:
-            UserError: a picture cannot be read.
+            UserError: an image cannot be read.
         """
         return self.measure_function(chosen_output(encoder, which), between)
 

@@ -53,8 +53,8 @@ class LinearEvaluation:
 
     Args:
         pretrained: encoder; moved to this process's device.
-        train: pictures to train on.
-        val: pictures to test on.
+        train: images to train on.
+        val: images to test on.
         pixels: sizes and statistics.
         config: see there.
         folder: for the state after each epoch; exists.
@@ -62,11 +62,11 @@ class LinearEvaluation:
         num_workers: decoding processes on each rank.
         autocast: half-precision type of the encoder; None is fp32. The classifier is fp32.
         print_freq: steps between lines.
-        bad_samples: "skip": of a training picture that cannot be decoded another takes the place,
-            and the accuracy is that of the test pictures that can.
+        bad_samples: "skip": of a training image that cannot be decoded another takes the place,
+            and the accuracy is that of the test images that can.
 
     Raises:
-        UserError: unlabelled pictures, a batch that does not fit, a folder that holds another
+        UserError: unlabelled images, a batch that does not fit, a folder that holds another
             evaluation or into which one of this kind writes, damaged state.
         StoppedEarly: one of this kind on another host writes there.
     """
@@ -116,8 +116,8 @@ class LinearEvaluation:
         self.identity = {
             **config.defining(),
             "encoder": pretrained.fingerprint,
-            "train pictures": train.fingerprint,
-            "val pictures": val.fingerprint,
+            "train images": train.fingerprint,
+            "val images": val.fingerprint,
             "image_size": pixels.image_size,
             "resize_ratio": pixels.resize_ratio,
             "mean": list(pixels.mean),
@@ -127,7 +127,7 @@ class LinearEvaluation:
         self._failure: UserError | None = None
         self.described = {
             "encoder": pretrained.described,
-            **{f"{s.split} pictures": f"{len(s)} in {s.name}" for s in (train, val)},
+            **{f"{s.split} images": f"{len(s)} in {s.name}" for s in (train, val)},
         }
         # Two of one kind in a folder would write each other's state.
         self._lock = RunLock(folder / f".{self.variant}.lock")
@@ -150,12 +150,12 @@ class LinearEvaluation:
         """Train from where it stands to the end.
 
         Returns:
-            In percent on the test pictures: ``top1``, ``top5`` of the best epoch (by top-1, the
+            In percent on the test images: ``top1``, ``top5`` of the best epoch (by top-1, the
             first of equals), ``last_top1``, ``last_top5`` of the last; ``best_epoch`` counts from
             1. Further ``history`` with one entry an epoch.
 
         Raises:
-            UserError: a picture cannot be read, the loss is not finite, the state cannot be
+            UserError: an image cannot be read, the loss is not finite, the state cannot be
                 written; every rank raises it.
         """
         if self.epoch:
@@ -208,11 +208,11 @@ class LinearEvaluation:
             left_out=self.left_out,
         )
         if gather and self.left_out is not None and self.left_out.places:
-            # The next picture takes the place of one that cannot be decoded.
+            # The next image takes the place of one that cannot be decoded.
             places = np.arange(len(shards))
             readable = np.setdiff1d(places, list(self.left_out.places))
             if not len(readable):
-                raise UserError(f"none of the {len(shards)} {shards.split} pictures can be decoded")
+                raise UserError(f"none of the {len(shards)} {shards.split} images can be decoded")
             rows = np.searchsorted(readable, places).clip(max=len(readable) - 1)
             features, labels = features[rows], labels[rows]
         return features, labels.to(self.device)
@@ -312,7 +312,7 @@ class LinearEvaluation:
         return loss_value, hits
 
     def _test(self, cache: tuple[Tensor, Tensor] | None) -> dict[str, float]:
-        """Accuracy on the test pictures, each rank a share of them."""
+        """Accuracy on the test images, each rank a share of them."""
         hits = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._unread = []
         failure: UserError | None = None
@@ -333,7 +333,7 @@ class LinearEvaluation:
             self.left_out.add(self.val, self._unread)
         *right_ones, tested = collectives.sum_(hits).tolist()
         if not tested:
-            raise UserError(f"none of the {len(self.val)} test pictures can be decoded")
+            raise UserError(f"none of the {len(self.val)} test images can be decoded")
         top1, top5 = (100.0 * count / tested for count in right_ones)
         return {"top1": top1, "top5": top5}
 
@@ -379,7 +379,7 @@ def _count_classes(train: Shards, val: Shards) -> int:
         if missing:
             raise UserError(
                 f"linear evaluation needs labels: {missing} of the {len(shards)} {shards.split} "
-                f"pictures in {shards.name} have none"
+                f"images in {shards.name} have none"
                 + (f" that is used: {shards.why_unlabelled}" if shards.why_unlabelled else "")
             )
         highest = max(highest, int(shards.labels.max()))
@@ -387,8 +387,8 @@ def _count_classes(train: Shards, val: Shards) -> int:
     strangers = sorted(set(val.labels.tolist()) - known)
     if strangers:
         raise UserError(
-            f"{val.name}: {len(strangers)} classes of the val pictures are in no train "
-            f"picture (first: {_named(train, strangers[0])}), so nothing can learn them; "
+            f"{val.name}: {len(strangers)} classes of the val images are in no train "
+            f"image (first: {_named(train, strangers[0])}), so nothing can learn them; "
             "make the shards from a source whose splits have the same classes"
         )
     return max(len(train.classes), highest + 1)

@@ -1,4 +1,4 @@
-"""What defines a linear evaluation, besides the encoder and the pictures."""
+"""What defines a linear evaluation, besides the encoder and the images."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _EPOCHS = 100  # the published length; decays and warm-up keep their place in ot
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """What defines a linear evaluation, besides encoder and pictures.
+    """What defines a linear evaluation, besides encoder and images.
 
     Attributes:
         schedule: ``"official"`` decays tenfold after 60 % and 80 % of the epochs; ``"bl0"`` warms
             up for 5 % of them and then follows a cosine, step by step.
-        epochs: passes over the training pictures.
+        epochs: passes over the training images.
         batch_size: global.
         learning_rate: at the peak, for this batch size.
         momentum: of SGD.
         weight_decay: on weights and bias.
         aug: a key of :data:`~moco_scale.data.images.augment.AUGMENTATIONS`, for training.
-        cache_features: encode each picture's centre crop once and train on that; quick, and not
+        cache_features: encode each image's centre crop once and train on that; quick, and not
             the published protocol.
         features: ``"features"`` or ``"projection"``.
         seed: of initial weights, order and crops.
@@ -32,7 +32,7 @@ class LinearConfig:
         warmup_epochs: of linear warm-up; None: the schedule's.
         decay_epochs: at which ``"step"`` decays; empty: 60 % and 80 %.
         decay_rate: factor of each decay.
-        crop_min: smallest share of a picture's area that a training crop takes; 0: that of `aug`.
+        crop_min: smallest share of an image's area that a training crop takes; 0: that of `aug`.
     """
 
     schedule: str = "official"

@@ -49,10 +49,10 @@ class MoCo(nn.Module):
         """Keys of a view: [B, 3, S, S] -> fp32 unit rows [B, dim], computed in equal parts."""
         features = []
         with self._autocast(view.device.type):
-            for part, pictures in enumerate(view.chunk(parts)):
+            for part, images in enumerate(view.chunk(parts)):
                 if parts > 1:
                     set_part(self.key, part, parts)
-                features.append(self.key(pictures))
+                features.append(self.key(images))
         return normalize(torch.cat(features) if parts > 1 else features[0])
 
     def _autocast(self, device: str) -> contextlib.AbstractContextManager[object]:

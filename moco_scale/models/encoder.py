@@ -1,4 +1,4 @@
-"""Backbones and heads: what turns a picture into a feature."""
+"""Backbones and heads: what turns an image into a feature."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def build_encoder(
         stem: of a ResNet: ``"imagenet"`` (7x7 stride 2, max-pool) or ``"cifar"`` (3x3, no pooling).
         head: ``"linear"`` (MoCo v1) or ``"mlp"`` (MoCo v2: two layers, ReLU, no BatchNorm).
         dim: width of the projected output.
-        image_size: of a transformer: pixels a side of the pictures it takes.
+        image_size: of a transformer: pixels a side of the images it takes.
         patch_size: of a transformer: pixels a side of a patch; 0: the model's own.
         train_patch_embedding: of a transformer: its first layer is trained too.
         seed: of the initial weights.
 
     Raises:
-        UserError: an unknown name or width, or pictures that are no whole number of patches.
+        UserError: an unknown name or width, or images that are no whole number of patches.
     """
     if model not in MODELS:
         raise UserError(f"--model {model}: unknown; choose one of {', '.join(MODELS)}")

@@ -111,7 +111,7 @@ def build_vit(
         train_patch_embedding: whether the first layer is trained.
 
     Raises:
-        UserError: the picture is no whole number of patches.
+        UserError: the image is no whole number of patches.
     """
     shape = VITS[model]
     shape = ViTShape(patch_size or shape.patch, shape.width, shape.depth, shape.heads)

@@ -117,10 +117,10 @@ class Telemetry:
         table = f"| flag | value |\n| --- | --- |\n{rows}"
         self._plot(0, summary.text("hyper-parameters", table))
 
-    def image(self, name: str, picture: Tensor, step: int) -> None:
-        """A picture for TensorBoard: float [3, H, W] in [0, 1]."""
+    def image(self, name: str, pixels: Tensor, step: int) -> None:
+        """An image for TensorBoard: float [3, H, W] in [0, 1]."""
         if self._active:
-            self._plot(step, summary.image(name, picture.clamp(0, 1), dataformats="CHW"))
+            self._plot(step, summary.image(name, pixels.clamp(0, 1), dataformats="CHW"))
 
     def _plot(self, step: int, *parts: Summary) -> None:
         values = [value for part in parts for value in part.value]

@@ -28,7 +28,7 @@ def advice(plan: Plan) -> list[str]:
     if plan.cores_per_node > _CORES * plan.gpus:
         lines.append(
             f"reading needs {plan.cores_per_node:.0f} cores of each node: shards of smaller "
-            "pictures (shard --short-side) need fewer"
+            "images (shard --short-side) need fewer"
         )
     return lines + crowded_queue(config, plan.images)
 

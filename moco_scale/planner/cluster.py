@@ -33,7 +33,7 @@ class Hardware:
         network_share: of links' rates that collectives reach.
         kernel_us: least time of one operator, microseconds.
         reserved_gib: of a GPU's memory, for CUDA, NCCL and fragmentation.
-        images_per_core: pictures a second that one CPU core decodes and crops twice.
+        images_per_core: images a second that one CPU core decodes and crops twice.
         half: precisions below fp32 that it computes in.
     """
 

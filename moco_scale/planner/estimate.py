@@ -12,7 +12,7 @@ from moco_scale.planner.memory import FP32, Sharding
 from moco_scale.planner.trace import Kernel, Trace
 from moco_scale.planner.traffic import ALL_REDUCE, ALL_TO_ALL, Collective
 
-MEAN_PICTURE_BYTES = 110e3  # of ImageNet's JPEGs
+MEAN_IMAGE_BYTES = 110e3  # of ImageNet's JPEGs
 # Shares of a message's latency across the network: of one inside a node, of starting one.
 _INSIDE, _START = 0.2, 0.05
 _AUGMENT_PASSES = 40  # times that augmenting reads or writes a crop in fp32, v2's chain

@@ -9,7 +9,7 @@ from moco_scale.config.resolve import check_shard_size, check_shuffle_group
 from moco_scale.config.schema import DATASETS, Config
 from moco_scale.models.batchnorm import lay_groups
 from moco_scale.planner.cluster import GB, Hardware
-from moco_scale.planner.estimate import MEAN_PICTURE_BYTES, StepTime, step_time
+from moco_scale.planner.estimate import MEAN_IMAGE_BYTES, StepTime, step_time
 from moco_scale.planner.memory import memory, sharding
 from moco_scale.planner.trace import build_model, trace_step
 from moco_scale.planner.traffic import Collective, traffic
@@ -26,7 +26,7 @@ class Plan:
         config: of the run.
         nodes, gpus: machines, and GPUs of each.
         hardware: that they are.
-        images: training pictures of an epoch.
+        images: training images of an epoch.
         memory: bytes of the fullest GPU by kind.
         collectives: of a step.
         flops: hardware FLOPs of a step, all ranks together.
@@ -83,7 +83,7 @@ class Plan:
     @property
     def storage_gbs(self) -> float:
         """GB/s that all nodes together read."""
-        return self.images_per_second * MEAN_PICTURE_BYTES / GB
+        return self.images_per_second * MEAN_IMAGE_BYTES / GB
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; the keys are those of the report."""
@@ -146,12 +146,12 @@ def make_plan(
         nodes: machines.
         gpus: of each.
         hardware: that they are.
-        images: training pictures; by default those of the data set's published version.
+        images: training images; by default those of the data set's published version.
         on_gpu: False: as the same run is carried out on a CPU, to compare with.
 
     Raises:
         UserError: the batch cannot be shared, groups do not fit, a precision that the hardware does
-            not have, unknown number of pictures.
+            not have, unknown number of images.
     """
     world, batch = nodes * gpus, config.optim.batch_size
     if batch % world:
@@ -176,7 +176,7 @@ def make_plan(
         raise UserError(f"--dataset {config.data.dataset} may have any size: say --images N")
     if images < batch:
         raise UserError(
-            f"{images} training pictures (--images) do not fill one batch of "
+            f"{images} training images (--images) do not fill one batch of "
             f"{config.flag('batch_size')}"
         )
     how = sharding(config, moco, world)

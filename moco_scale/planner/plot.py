@@ -1,4 +1,4 @@
-"""A plan as a picture: memory of a GPU by kind, and what a step is made of."""
+"""A plan as a figure: memory of a GPU by kind, and what a step is made of."""
 
 from __future__ import annotations
 

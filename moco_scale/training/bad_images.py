@@ -1,4 +1,4 @@
-"""What a run knows of pictures that cannot be decoded: counted, listed, said, and limited."""
+"""What a run knows of images that cannot be decoded: counted, listed, said, and limited."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from moco_scale.utils.side_files import SideFile, json_line, keep_lines
 
 FILE = "bad_samples.jsonl"
 FEWEST = 10
-"""Bad pictures that never end a run: so few say nothing about their share."""
+"""Bad images that never end a run: so few say nothing about their share."""
 
-_SAID = 10  # of the bad pictures found between two reports, one line each
+_SAID = 10  # of the bad images found between two reports, one line each
 _SHARDS_SAID = 5
 
 
-class BadPictures:
-    """The bad pictures of one run, on all ranks together.
+class BadImages:
+    """The bad images of one run, on all ranks together.
 
     Each is listed once, at the first step that would have seen it, in the order of the steps: what
     is listed does not depend on ranks or workers, nor on where the run was interrupted.
@@ -38,7 +38,7 @@ class BadPictures:
         advice: how to find out more, should too many be bad.
         batch: global.
         num_samples: in the data set.
-        max_share: of the pictures read so far that may be bad.
+        max_share: of the images read so far that may be bad.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class BadPictures:
             Lines for the log.
 
         Raises:
-            UserError: more pictures are bad than may be; on every rank.
+            UserError: more images are bad than may be; on every rank.
         """
         count = torch.tensor([len(self._found)])
         if not int(collectives.sum_(count)):
@@ -119,9 +119,9 @@ class BadPictures:
         if bad <= max(self._max * read, FEWEST):
             return
         raise UserError(
-            f"{bad} of the {read} pictures read so far cannot be decoded, more than "
+            f"{bad} of the {read} images read so far cannot be decoded, more than "
             f"--max-bad-share {self._max:g} allows ({self._shards()}); {self.path} lists them. "
-            f"{self._advice}; if so many bad pictures are to be expected, start again with a "
+            f"{self._advice}; if so many bad images are to be expected, start again with a "
             "higher --max-bad-share"
         )
 
@@ -134,7 +134,7 @@ class BadPictures:
         ]
         more = f", {len(new) - _SAID} more than are named here" if len(new) > _SAID else ""
         lines.append(
-            f"bad pictures so far: {len(self._known)} ({self._shards()}){more}; listed in {FILE}"
+            f"bad images so far: {len(self._known)} ({self._shards()}){more}; listed in {FILE}"
         )
         return lines
 

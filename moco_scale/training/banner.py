@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _CHANCE = ("rng_seed",)
 """Fields in which repetitions of one published run differ."""
-_FEW = 0.01  # of the published pictures, which may be missing
+_FEW = 0.01  # of the published images, which may be missing
 
 
 def announcement(run: Pretraining, dropped: int) -> list[str]:
@@ -33,7 +33,7 @@ def announcement(run: Pretraining, dropped: int) -> list[str]:
     published = f"; published: {recipe.published}" if _is_published(config, len(run.shards)) else ""
     lines = [
         f"moco_scale {__version__}, recipe {config.recipe}: {config.model.model}, "
-        f"{config.data.dataset} in {config.source} ({len(run.shards)} pictures)",
+        f"{config.data.dataset} in {config.source} ({len(run.shards)} images)",
         f"source: {recipe.source}{published}",
         *_changes(config),
         f"{collectives.world_size()} process(es) on {run.device.type}, engine "
@@ -54,9 +54,9 @@ def announcement(run: Pretraining, dropped: int) -> list[str]:
     return lines
 
 
-def title(config: Config, pictures: int) -> str:
-    """What stands above a run's pictures."""
-    changed = "" if _is_published(config, pictures) else ", with other settings"
+def title(config: Config, images: int) -> str:
+    """Title of a run's figures."""
+    changed = "" if _is_published(config, images) else ", with other settings"
     return f"{config.model.model} on {config.data.dataset}, recipe {config.recipe}{changed}"
 
 
@@ -69,14 +69,14 @@ def changed(config: Config) -> dict[str, tuple[Any, Any]]:
     return {name: (recipe[name], now[name]) for name in now if recipe[name] != now[name]}
 
 
-def _is_published(config: Config, pictures: int) -> bool:
+def _is_published(config: Config, samples: int) -> bool:
     """Whether the recipe's published figure is one of such a run."""
     usual = RECIPES[config.recipe].published_for
     for name, (_, value) in changed(config).items():
         if name not in _CHANCE and value not in usual.get(name, ()):
             return False
     images = config.preset.images
-    return images is None or abs(pictures - images) <= _FEW * images
+    return images is None or abs(samples - images) <= _FEW * images
 
 
 def _changes(config: Config) -> list[str]:
@@ -93,7 +93,7 @@ def _changes(config: Config) -> list[str]:
     followed = {
         "bn_group_size": ("BatchNorm group", f"the recipe's does not divide the batch of {batch}"),
         "warmup_epoch": ("warm-up", f"the recipe's leaves nothing of {epochs} epochs"),
-        "shuffle_window": ("shuffle window", "the pictures are at an address"),
+        "shuffle_window": ("shuffle window", "the images are at an address"),
         "shuffle_group": ("shuffle group", "the images of one node, where the run began"),
         "clip_grad": ("gradient clipping", f"{config.run.deepspeed} says so"),
     }
@@ -137,20 +137,20 @@ def _shuffles_in_vain(config: Config) -> list[str]:
     ]
 
 
-def crowded_queue(config: Config, pictures: int) -> list[str]:
-    """A warning where the queue holds each picture more than once.
+def crowded_queue(config: Config, images: int) -> list[str]:
+    """A warning where the queue holds each image more than once.
 
-    pictures: of the training set.
+    images: of the training set.
     """
     keys = config.contrast.nce_k
-    if keys <= pictures or config.contrast.mask_same_image:
+    if keys <= images or config.contrast.mask_same_image:
         return []
-    fitting = 1 << (max(pictures // 2, 1).bit_length() - 1)
-    often = keys / pictures
+    fitting = 1 << (max(images // 2, 1).bit_length() - 1)
+    often = keys / images
     return [
-        f"warning: the queue's {keys:,} keys hold each of the {pictures:,} pictures about "
+        f"warning: the queue's {keys:,} keys hold each of the {images:,} images about "
         f"{f'{often:,.0f}' if often >= 10 else f'{often:.2g}'} times, so that a query's negatives "
-        "are views of its own picture too; "
+        "are views of its own image too; "
         f"--nce-k {fitting} fits such a set, or leave these out with --mask-same-image"
     ]
 

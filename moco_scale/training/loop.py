@@ -56,8 +56,8 @@ from moco_scale.observe.phases import (
     Phases,
 )
 from moco_scale.optim.schedules import learning_rate
-from moco_scale.training.bad_images import FILE as BAD_PICTURES
-from moco_scale.training.bad_images import BadPictures
+from moco_scale.training.bad_images import FILE as BAD_IMAGES
+from moco_scale.training.bad_images import BadImages
 from moco_scale.training.inputs import Inputs, StepInputs
 from moco_scale.training.monitor import Monitor
 from moco_scale.utils import determinism
@@ -66,7 +66,7 @@ from moco_scale.utils.log import say
 
 
 def open_data(config: Config, alive: Callable[[], None] = lambda: None) -> tuple[Shards, BatchPlan]:
-    """The pictures of a run and its batches, the same on all ranks, which all call it.
+    """The images of a run and its batches, the same on all ranks, which all call it.
 
     alive: called now and then while some rank makes an index, which may take hours.
 
@@ -115,7 +115,7 @@ class Pretraining:
         self.folder = RunFolder(config, self.shards.fingerprint)
         self.resumed_from = self.folder.prepare()
         self.config = config = self.folder.config
-        self.bad = BadPictures(
+        self.bad = BadImages(
             self.folder.path,
             how_to_check(self.shards),
             config.optim.batch_size,
@@ -296,7 +296,7 @@ class Pretraining:
         monitor = Monitor(self, telemetry, request)
         try:
             monitor.announce(dropped)
-            self.bad.begin(self.step, telemetry.side_file(BAD_PICTURES))
+            self.bad.begin(self.step, telemetry.side_file(BAD_IMAGES))
             with request as stop:
                 monitor.log_resumed(self._unlogged)
                 if self.step < self.last_step:
@@ -310,7 +310,7 @@ class Pretraining:
                     telemetry.say(f"nothing left to do: {done}")
                     restore_current(self)  # which a kill may have prevented
                     if not monitor.is_finished():
-                        monitor.finish()  # the pictures, likewise
+                        monitor.finish()  # the figures, likewise
         except Exception:
             # What is being written can be completed, unless others are gone.
             with contextlib.suppress(Exception):

@@ -33,7 +33,7 @@ from moco_scale.observe.phases import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE
 from moco_scale.observe.stragglers import StepTimes
 from moco_scale.planner.utilisation import Utilisation, device_name
 from moco_scale.training.banner import announcement
-from moco_scale.training.banner import title as picture_title
+from moco_scale.training.banner import title as figure_title
 from moco_scale.utils.errors import RankError, UserError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Unlogged(TypedDict):
 
 
 class Monitor:
-    """Times, logs, kNN evaluations and pictures of one run.
+    """Times, logs, kNN evaluations and figures of one run.
 
     Args:
         run: what it reports on.
@@ -97,7 +97,7 @@ class Monitor:
             self.telemetry.say(
                 f"the labels are not used, so there is no kNN evaluation: {why}"
                 if why
-                else f"the {unlabelled.split} pictures have no labels (or not all of them), so "
+                else f"the {unlabelled.split} images have no labels (or not all of them), so "
                 "there is no kNN evaluation; shards made from folders CLASS/* have labels"
             )
             return None
@@ -290,14 +290,14 @@ class Monitor:
         return f"{days} d {clock}" if days else clock
 
     def is_finished(self) -> bool:
-        """Whether the pictures of :meth:`finish` are there; the same on every rank."""
+        """Whether the figures of :meth:`finish` are there; the same on every rank."""
         out = self.run.folder.path
         return consensus.on_main(
             lambda: all((out / name).exists() for name in ("report.png", "neighbours.png"))
         )
 
     def finish(self) -> None:
-        """Pictures of the finished run: its curves, and what its encoder finds similar.
+        """Figures of the finished run: its curves, and what its encoder finds similar.
 
         One that cannot be drawn is said: the model is there, and the same command draws it.
 
@@ -306,7 +306,7 @@ class Monitor:
         """
         run, config, out = self.run, self.run.config, self.run.folder.path
         run.phases.enter(FINISH)
-        title = picture_title(config, len(run.shards))
+        title = figure_title(config, len(run.shards))
         preset = config.preset
 
         def report() -> None:

@@ -10,7 +10,7 @@ from moco_scale.untrusted.documents import Document
 class DemoSettings(Document):
     """Of the demo that made the folder; plain values by flag."""
 
-    pictures: dict[str, Any]
+    images: dict[str, Any]
     """What decides the shards."""
     train: dict[str, Any]
     """What defines the training."""

@@ -28,7 +28,7 @@ PICKLE_TEXT = 64 * KB
 PICKLE_DEPTH = 64
 """Bytes of one text in a pickle; containers inside each other."""
 IMAGE_SIZE = 4096
-"""Pixels a side of the pictures that a model file may ask for."""
+"""Pixels a side of the images that a model file may ask for."""
 
 LINE = 1 * MB
 """A line of metrics.jsonl or of another list: a record takes some 600 bytes."""
@@ -60,7 +60,7 @@ TAR_EXTENDED_HEADER = 1 * MB
 """What stands before a member in a tar: names of 4 KB at most, times and attributes."""
 MEMBERS_OF_A_SAMPLE = 1 << 20
 """Files of a tar whose names are alike up to the first dot: they are held at once."""
-PICTURE_FILE = 1 * GB
+IMAGE_FILE = 1 * GB
 """An encoded image: 179 million pixels of 16 bits, as they are, just fit."""
 LABEL_TEXT = 64 * KB
 LABEL_JSON = 4 * MB

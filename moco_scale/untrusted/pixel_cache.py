@@ -1,4 +1,4 @@
-"""``meta.json`` of a folder of decoded pictures."""
+"""``meta.json`` of a folder of decoded images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class PixelCacheMeta(Document):
 
     format: int
     fingerprint: str
-    """Of the pictures."""
+    """Of the images."""
     decoders: list[str]
     """Versions of the libraries that decode."""
     sizes: dict[str, int]

@@ -10,19 +10,19 @@ from moco_scale.untrusted.documents import Document
 from moco_scale.untrusted.limits import SHARD_BYTES
 from moco_scale.untrusted.shard_index import Checksum
 
-FORMAT = 4
+FORMAT = 5
 _Size = Annotated[int, Field(ge=0, le=SHARD_BYTES)]
 
 
 class SavedScanText(Document):
     """All of a saved scan but its columns, and how it was fetched."""
 
-    format: Literal[4]
+    format: Literal[5]
     bytes: _Size
     checksum: Checksum
     state: Annotated[tuple[_Size | None, str, str], Field(strict=False)]  # JSON has lists
     names: list[str]
-    without_picture: Annotated[int, Field(ge=0)]
+    without_image: Annotated[int, Field(ge=0)]
     odd: str
     dotted: str
     part: str

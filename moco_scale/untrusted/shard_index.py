@@ -20,11 +20,11 @@ from moco_scale.utils.errors import UserError
 
 FORMAT = "moco_scale shards"
 VERSION = 1
-# shard: position in the split's list of shards; offset, size: the picture's bytes within that tar;
+# shard: position in the split's list of shards; offset, size: the image's bytes within that tar;
 # label: class number, -1 for none.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 
-_BLOCK = 512  # of a tar: a picture stands behind a header at least
+_BLOCK = 512  # of a tar: an image stands behind a header at least
 _ROWS_AT_ONCE = 1 << 20
 
 Checksum = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -172,9 +172,9 @@ def rows_problem(rows: np.ndarray, split: Split | ScannedSplit, classes: int) ->
             return "points outside the shards: there are not so many"
         whole = sizes[shard]
         if bool((size > whole).any()) or bool((size == 0).any()):
-            return "points outside the shards: a picture is larger than its shard, or empty"
+            return "points outside the shards: an image is larger than its shard, or empty"
         if bool((part["offset"] > whole - size).any()) or bool((part["offset"] < _BLOCK).any()):
-            return "points outside the shards: a picture begins where there is none"
+            return "points outside the shards: an image begins where there is none"
         if int(shard[0]) < last or bool((shard[1:] < shard[:-1]).any()):
             return "is not in the order of the shards"
         last = int(shard[-1])
@@ -182,7 +182,7 @@ def rows_problem(rows: np.ndarray, split: Split | ScannedSplit, classes: int) ->
         if int(part["label"].min()) < -1 or int(part["label"].max()) >= classes:
             return "has labels that are no class"
     if counts.tolist() != [shard.samples for shard in split.shards]:
-        return "has other numbers of pictures for the shards than index.json"
+        return "has other numbers of images for the shards than index.json"
     return None
 
 

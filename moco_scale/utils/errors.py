@@ -72,13 +72,13 @@ class StoppedEarly(Exception):
 
 
 class ReaderLost(UserError):
-    """A process that reads pictures was killed, which is no mistake of the user's."""
+    """A process that reads images was killed, which is no mistake of the user's."""
 
     status = LOST_PEER
 
 
 class RankError(UserError):
-    """A user's error that one rank alone met, such as a picture only it reads."""
+    """A user's error that one rank alone met, such as an image only it reads."""
 
     def __init__(self, error: UserError, rank: int) -> None:
         super().__init__(f"rank {rank} on {socket.gethostname()}: {error}")

@@ -58,7 +58,7 @@ def bar(label: str, unit: str, total: int | None = None, **options: Any) -> tqdm
 class Progress:
     """Context manager; `add` counts what is done. On stderr."""
 
-    def __init__(self, label: str, total: int, unit: str = "pictures") -> None:
+    def __init__(self, label: str, total: int, unit: str = "images") -> None:
         self._label, self._total, self._unit, self._count = label, total, unit, 0
         self._quiet_until = time.monotonic() + _LINE_SECONDS
         self._bar: tqdm[Any] | None = None

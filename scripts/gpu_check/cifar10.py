@@ -2,11 +2,11 @@
 
     python scripts/gpu_check/cifar10.py [--source FILE] [--minutes 8] [--precision bf16]
 
-``--source`` is what ``make cifar10`` takes; without it, rendered pictures of 32 pixels stand in,
+``--source`` is what ``make cifar10`` takes; without it, rendered images of 32 pixels stand in,
 whose kNN says nothing about CIFAR-10. A few dozen steps tell how long an epoch takes; the run then
 has as many epochs as the budget allows, so that its schedule ends with it. The last line is one
 JSON object: ``epochs``, ``images_per_second``, ``loss`` of the last epoch, ``knn_top1`` in percent,
-``knn_top1_initial``, ``minutes`` of the run, ``pictures``, ``source``.
+``knn_top1_initial``, ``minutes`` of the run, ``images``, ``source``.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def logged(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def pictures_of(args: argparse.Namespace, folder: Path) -> Path:
+def images_of(args: argparse.Namespace, folder: Path) -> Path:
     if args.source is not None:
         return prepare(args.source, folder, folder)
     count = 12 if args.tiny else 5000
-    write_folder(folder / "pictures", train_per_class=count, val_per_class=count // 5, size=32)
-    return folder / "pictures"
+    write_folder(folder / "images", train_per_class=count, val_per_class=count // 5, size=32)
+    return folder / "images"
 
 
 def main() -> None:
@@ -53,12 +53,12 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--workers", type=int, default=8, help="decoding processes")
-    parser.add_argument("--tiny", action="store_true", help="120 pictures, 2 epochs, fp32")
+    parser.add_argument("--tiny", action="store_true", help="120 images, 2 epochs, fp32")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = folder / "shards"
-        source = pictures_of(args, folder)
+        source = images_of(args, folder)
         command("-m", "moco_scale", "shard", "--source", source, "--out", shards)
         count = len(open_shards(str(shards), "train"))
         batch = 16 if args.tiny else BATCH
@@ -95,7 +95,7 @@ def main() -> None:
                 r["knn_top1_initial"] for r in records if "knn_top1_initial" in r
             ),
             "minutes": round(minutes, 2),
-            "pictures": count,
+            "images": count,
             "source": "CIFAR-10" if args.source else f"rendered, {len(CLASSES)} classes",
         }
     print(json.dumps(result))

@@ -309,7 +309,7 @@ def test_one_process_has_one_turn() -> None:
 
 
 def test_one_process_keeps_its_own_error() -> None:
-    error = RankError(UserError("a picture"), 0)
+    error = RankError(UserError("an image"), 0)
     assert consensus.first_error(error) is error
     assert consensus.first_error(None) is None
 

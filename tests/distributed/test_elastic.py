@@ -20,8 +20,8 @@ from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.training.loop import Pretraining
 
-PICTURES, BATCH, SEED, SIZE = 32, 8, 5, 16
-PER_EPOCH = PICTURES // BATCH
+IMAGES, BATCH, SEED, SIZE = 32, 8, 5, 16
+PER_EPOCH = IMAGES // BATCH
 END = 2 * PER_EPOCH
 AUG = AUGMENTATIONS["v2"]
 
@@ -125,7 +125,7 @@ def test_what_four_ranks_leave_two_and_one_go_on_with(sets: Sets) -> None:
                 if batch.step == end - 1:
                     break
             loader.close()
-    assert Counter(seen) == Counter((p, i) for p in range(2) for i in range(PICTURES))
+    assert Counter(seen) == Counter((p, i) for p in range(2) for i in range(IMAGES))
 
 
 def samples_of_a_run(flags: list[str]) -> list[tuple[int, int]]:
@@ -154,4 +154,4 @@ def test_a_run_is_stopped_on_four_ranks_and_goes_on_on_two_and_one(
         for part in run_ranks(samples_of_a_run, world, [*flags, "--max-steps", str(stop)]):
             seen += part
         assert len(seen) == stop * BATCH
-    assert Counter(seen) == Counter((p, i) for p in range(2) for i in range(PICTURES))
+    assert Counter(seen) == Counter((p, i) for p in range(2) for i in range(IMAGES))

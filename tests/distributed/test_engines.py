@@ -45,9 +45,9 @@ def train(
     overexposed: int = -1,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Some steps on random pictures: losses, which steps were made, final state.
+    """Some steps on random images: losses, which steps were made, final state.
 
-    overexposed: a step in which rank 0's pictures are too bright for fp16's largest number.
+    overexposed: a step in which rank 0's images are too bright for fp16's largest number.
     """
     chosen = EngineSettings(MOMENTUM, 1e-4, **settings)
     moco, parts = MoCo(ENCODERS[encoder]()), chosen.parts
@@ -62,15 +62,15 @@ def train(
     last = cloned(engine.model_state()) | cloned(engine.optimizer_state())
     engine.moco.train()
     for step in range(steps):
-        pictures = torch.randn(views + 1, BATCH, 3, SIZE, SIZE, generator=generator)[:, mine]
+        images = torch.randn(views + 1, BATCH, 3, SIZE, SIZE, generator=generator)[:, mine]
         if step == overexposed and collectives.rank() == 0:
-            pictures = pictures * 1e6
-        keys = engine.key(pictures[-1])
+            images = images * 1e6
+        keys = engine.key(images[-1])
         if engine.loss_scale is not None:
             result["scales"].append(engine.loss_scale.value)
         mean = 0.0
         for part, rows in enumerate(torch.arange(per_rank).chunk(parts)):
-            queries = engine.query(*(pictures[v, rows] for v in range(views)), part=part)
+            queries = engine.query(*(images[v, rows] for v in range(views)), part=part)
             losses = [
                 infonce(query, keys[rows], Negatives(queue), 0.2).loss.mean() for query in queries
             ]

@@ -42,7 +42,7 @@ def evaluate(data: Path, out: Path) -> dict[str, Any]:
     results = {
         "features": features,
         "labels": labels,
-        "fewer pictures than ranks": few,
+        "fewer images than ranks": few,
         "knn": monitor.measure(encoder, "features"),
     }
     out.mkdir(exist_ok=True)
@@ -69,15 +69,15 @@ def evaluate(data: Path, out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Shards of 22 and 11 pictures, and what one process makes of them."""
-    from conftest import write_picture
+    """Shards of 22 and 11 images, and what one process makes of them."""
+    from conftest import write_image
 
     folder = tmp_path_factory.mktemp("evaluation")
     for i in range(33):
         split = "train" if i < 22 else "val"
-        write_picture(folder / "pictures" / split / "abc"[i % 3] / f"{i}.jpg", seed=i)
+        write_image(folder / "images" / split / "abc"[i % 3] / f"{i}.jpg", seed=i)
     data = folder / "shards"
-    assert main(["shard", "--source", str(folder / "pictures"), "--out", str(data)]) == 0
+    assert main(["shard", "--source", str(folder / "images"), "--out", str(data)]) == 0
     return data, run_ranks(evaluate, 1, data, folder / "alone")[0]
 
 

@@ -16,7 +16,7 @@ from moco_scale.utils.errors import UserError
 
 @pytest.fixture
 def foreign(tiny_shards: Path, tmp_path: Path) -> Path:
-    """Tars of 32 training pictures, without an index."""
+    """Tars of 32 training images, without an index."""
     folder = tmp_path / "foreign"
     shutil.copytree(tiny_shards, folder)
     (folder / INDEX_JSON).unlink()
@@ -24,7 +24,7 @@ def foreign(tiny_shards: Path, tmp_path: Path) -> Path:
 
 
 def scans(folder: Path) -> tuple[int, int, str, str]:
-    """Pictures found, tars scanned by this rank, fingerprint, error."""
+    """Images found, tars scanned by this rank, fingerprint, error."""
     scanned: list[Path] = []
 
     def counted(path: Path) -> tar_scan.ShardScan:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moco_scale.config import command_line
 from moco_scale.training.loop import Pretraining
 
-STEPS, BATCH, PICTURES, SEED = 5, 8, 32, 11
+STEPS, BATCH, IMAGES, SEED = 5, 8, 32, 11
 
 
 class Seen(NamedTuple):
@@ -68,7 +68,7 @@ def whole(ranks: list[Seen], what: str, step: int) -> Tensor:
 
 
 def test_batches_and_shuffles_are_the_documented_ones(runs: dict[int, list[Seen]]) -> None:
-    orders = epoch_batches(PICTURES, BATCH, SEED, STEPS)
+    orders = epoch_batches(IMAGES, BATCH, SEED, STEPS)
     for step in range(STEPS):
         assert whole(runs[1], "samples", step).tolist() == orders[step]
         # Encoded in shuffled order: at each position the sample that the permutation names.

@@ -1,4 +1,4 @@
-"""Pictures that cannot be decoded: what is seen in their place, where it is said, when it ends."""
+"""Images that cannot be decoded: what is seen in their place, where it is said, when it ends."""
 
 import json
 import re
@@ -28,7 +28,7 @@ SIZE = 16
 
 
 def spoil(shards: Path, split: str, damage: Mapping[int, Callable[[bytes], bytes]]) -> None:
-    """Change the bytes of some pictures where they lie, keeping their length."""
+    """Change the bytes of some images where they lie, keeping their length."""
     rows = np.load(shards / f"{split}-index.npy")
     for sample, change in damage.items():
         with open(shards / f"{split}-{rows[sample]['shard']:06d}.tar", "r+b") as file:
@@ -66,7 +66,7 @@ DAMAGE = {3: half_zeroed, 4: zeroed, 11: wrong_type, 12: bomb, 30: cut_short}
 REASONS = {
     3: "broken JPEG",
     4: "nothing but zeros",
-    11: "not a picture in any known format",
+    11: "not an image in any known format",
     12: "50000 x 50000",
     30: "broken JPEG",
 }
@@ -74,19 +74,19 @@ REASONS = {
 
 @pytest.fixture
 def shards(tiny_shards: Path, tmp_path: Path) -> Path:
-    """32 training pictures, 5 of which are bad, each in a way of its own."""
+    """32 training images, 5 of which are bad, each in a way of its own."""
     folder = shutil.copytree(tiny_shards, tmp_path / "shards")
     spoil(folder, "train", DAMAGE)
     return folder
 
 
-def read(pictures: IndexedShards, world: int, workers: int) -> list[list[ViewBatch]]:
+def read(images: IndexedShards, world: int, workers: int) -> list[list[ViewBatch]]:
     """Two epochs: for each step the ranks' batches."""
-    plan = BatchPlan(pictures.order(5), 8)
+    plan = BatchPlan(images.order(5), 8)
     by_rank = []
     for rank in range(world):
         with pretraining_loader(
-            pictures,
+            images,
             plan,
             AUG,
             SIZE,
@@ -100,20 +100,20 @@ def read(pictures: IndexedShards, world: int, workers: int) -> list[list[ViewBat
     return [list(parts) for parts in zip(*by_rank, strict=True)]
 
 
-def test_another_picture_takes_its_place_with_its_own_label(shards: Path) -> None:
-    pictures = IndexedShards.open(shards)
+def test_another_image_takes_its_place_with_its_own_label(shards: Path) -> None:
+    images = IndexedShards.open(shards)
     met = []
-    for (batch,) in read(pictures, 1, 0):
+    for (batch,) in read(images, 1, 0):
         assert len(batch.index) == 8
         bad = {record.sample: record for record in batch.bad}
         assert bad.keys() == set(batch.index.tolist()) & DAMAGE.keys()
         met += [(batch.epoch, record) for record in batch.bad]
         for i, sample in enumerate(batch.index.tolist()):
             seen = bad[sample].replacement if sample in bad else sample
-            assert batch.labels[i] == pictures.labels[seen]
-            pixels = decode_rgb(pictures.read(seen))
+            assert batch.labels[i] == images.labels[seen]
+            pixels = decode_rgb(images.read(seen))
             for view in range(2):
-                # Cropped as the sample is whose place it takes: the same picture elsewhere in the
+                # Cropped as the sample is whose place it takes: the same image elsewhere in the
                 # batch is cropped in another way.
                 numbers = uniforms(5, batch.epoch, np.array([sample]), view, CROP_SLOTS).tolist()
                 height, width = pixels.shape[:2]
@@ -126,15 +126,15 @@ def test_another_picture_takes_its_place_with_its_own_label(shards: Path) -> Non
         tried = list(substitutes(5, epoch, record.sample, 32))
         assert record.replacement == next(other for other in tried if other not in DAMAGE)
         assert REASONS[record.sample] in record.reason
-        place = pictures.place(record.sample)
+        place = images.place(record.sample)
         assert (record.shard, record.key) == (place.shard, place.key)
     assert len({(r.sample, r.replacement) for _, r in met}) > len(DAMAGE)  # not always the same
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (2, 3), (4, 1)])
 def test_ranks_and_workers_change_nothing(shards: Path, world: int, workers: int) -> None:
-    pictures = IndexedShards.open(shards)
-    for parts, (alone,) in zip(read(pictures, world, workers), read(pictures, 1, 0), strict=True):
+    images = IndexedShards.open(shards)
+    for parts, (alone,) in zip(read(images, world, workers), read(images, 1, 0), strict=True):
         assert torch.equal(torch.cat([p.views for p in parts], 1), alone.views)
         assert torch.equal(torch.cat([p.labels for p in parts]), alone.labels)
         assert [record for p in parts for record in p.bad] == list(alone.bad)
@@ -151,7 +151,7 @@ def test_substitutes_are_near_at_first_and_never_the_sample_itself() -> None:
     assert not {0} & set(substitutes(1, 0, 0, 2)) and not list(substitutes(1, 0, 0, 1))
 
 
-def test_a_set_without_any_picture_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_set_without_any_image_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_shards, tmp_path / "shards")
     spoil(folder, "train", dict.fromkeys(range(32), wrong_type))
     with pytest.raises(UserError, match=r"nor any of 64 others .* shard --check"):
@@ -161,17 +161,17 @@ def test_a_set_without_any_picture_is_refused(tiny_shards: Path, tmp_path: Path)
 def test_evaluation_leaves_them_out_and_says_so(
     shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = IndexedShards.open(shards)
+    images = IndexedShards.open(shards)
     with pytest.raises(UserError, match="--bad-samples skip"):
-        list(evaluation_loader(pictures, SIZE, 1.0, batch_size=8, num_workers=0))
+        list(evaluation_loader(images, SIZE, 1.0, batch_size=8, num_workers=0))
     whole = [i for i in range(32) if i not in DAMAGE]
-    loader = evaluation_loader(pictures, SIZE, 1.0, batch_size=8, num_workers=1, bad_samples="skip")
+    loader = evaluation_loader(images, SIZE, 1.0, batch_size=8, num_workers=1, bad_samples="skip")
     assert [i for batch in loader for i in batch.index.tolist()] == whole
     left_out = LeftOut()
     for _ in range(2):
         features, labels = extract(
             torch.nn.Flatten(),
-            pictures,
+            images,
             image_size=SIZE,
             resize_ratio=1.0,
             mean=(0.5,) * 3,
@@ -180,11 +180,11 @@ def test_evaluation_leaves_them_out_and_says_so(
             left_out=left_out,
         )
         assert len(features) == 27
-        assert labels.tolist() == pictures.labels[whole].tolist()
+        assert labels.tolist() == images.labels[whole].tolist()
         assert left_out.places == set(DAMAGE)
     assert dict(left_out.counts) == {"train": 5}
     said = capsys.readouterr().err
-    assert said.count("5 of the 32 train pictures cannot be decoded and are left out") == 1
+    assert said.count("5 of the 32 train images cannot be decoded and are left out") == 1
 
 
 def extracted(folder: Path) -> tuple[list[int], dict[str, int]]:
@@ -219,7 +219,7 @@ def test_a_run_lists_them_once_whatever_its_ranks_and_interruptions(
 
     stopped = forked(*flags("one"), "--print-freq", 3)
     assert stopped.status == 2
-    assert re.search(r"cannot decode the picture in .*--bad-samples skip", stopped.output)
+    assert re.search(r"cannot decode the image in .*--bad-samples skip", stopped.output)
     whole = forked(*flags("one"), "--bad-samples", "skip", "--print-freq", 3)
     assert whole.status == 0, whole.output
     records = listed(tmp_path / "one")
@@ -230,7 +230,7 @@ def test_a_run_lists_them_once_whatever_its_ranks_and_interruptions(
         assert f"cannot decode sample {r['sample']} in {r['shard']} (key {r['key']}): " in (
             whole.output
         )
-    assert "bad pictures so far: 5 (" in whole.output
+    assert "bad images so far: 5 (" in whole.output
     assert (tmp_path / "one" / "log.txt").read_text().count("cannot decode sample") == 5
     # Two ranks, stopped in the first epoch and gone on with one, after a kill that left more.
     part = forked(*flags("two"), "--bad-samples", "skip", "--max-steps", 2, ranks=2)
@@ -250,7 +250,7 @@ def test_above_the_share_every_rank_stops(tiny_shards: Path, tmp_path: Path) -> 
     assert run.status == 2, run.output
     assert run.output.count("error: ") == 1
     assert re.search(
-        r"1[12] of the (24|32) pictures read so far cannot be decoded, more than --max-bad-share "
+        r"1[12] of the (24|32) images read so far cannot be decoded, more than --max-bad-share "
         r"0.01 allows \(train-00000\d.tar: \d+, train-00000\d.tar: \d+\); "
         rf"{tmp_path}/out/bad_samples.jsonl lists them.*shard --check {folder}",
         run.output,

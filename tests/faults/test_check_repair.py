@@ -21,7 +21,7 @@ def shards(tiny_shards: Path, tmp_path: Path) -> Path:
 
 
 def place(shards: Path, sample: int, split: str = "train") -> tuple[Path, int, int]:
-    """(tar, offset, size) of a picture."""
+    """(tar, offset, size) of an image."""
     row = np.load(shards / f"{split}-index.npy")[sample]
     return shards / f"{split}-{row['shard']:06d}.tar", int(row["offset"]), int(row["size"])
 
@@ -105,8 +105,8 @@ DAMAGE = (
 
 
 def contents(shards: Path, split: str = "train") -> list[tuple[bytes, int]]:
-    pictures = IndexedShards.open(shards, split)
-    return [(bytes(pictures.read(i)), int(pictures.labels[i])) for i in range(len(pictures))]
+    images = IndexedShards.open(shards, split)
+    return [(bytes(images.read(i)), int(images.labels[i])) for i in range(len(images))]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -117,7 +117,7 @@ def test_what_is_whole_is_left_alone(shards: Path, capsys: pytest.CaptureFixture
     before = files(shards)
     assert main(["shard", "--check", str(shards), "--workers", "2"]) == 0
     said = capsys.readouterr().out
-    assert "40 pictures in 5 shards read and decoded" in said and "is whole" in said
+    assert "40 images in 5 shards read and decoded" in said and "is whole" in said
     assert main(["shard", "--repair", str(shards)]) == 0
     assert "nothing to repair" in capsys.readouterr().out
     assert files(shards) == before
@@ -146,7 +146,7 @@ def test_damage_is_found_and_what_can_be_kept_is_kept(
     left_out = shards / "left_out.jsonl"
     entries = [json.loads(line) for line in left_out.read_text().splitlines()] if lost else []
     assert len(entries) == len(lost) and left_out.exists() == bool(lost)
-    assert (f"lost: {len(lost)} pictures, listed in {left_out}" in said) == bool(lost)
+    assert (f"lost: {len(lost)} images, listed in {left_out}" in said) == bool(lost)
     assert ("nothing is lost" in said) == (not lost)
     assert main(check) == 0, capsys.readouterr().out
     # Nothing of the user's is gone: what was there is there under this or another name.
@@ -167,7 +167,7 @@ def test_without_any_index_a_truncated_tar_is_kept_as_far_as_it_goes(
     assert main(["shard", "--repair", str(shards), "--workers", "1"]) == 0
     assert contents(shards) == before[:28]
     said = capsys.readouterr().out
-    assert "4 pictures are kept in a new tar" in said
+    assert "4 images are kept in a new tar" in said
     assert "what was replaced is kept as train-000003.tar.damaged\n" in said
     assert "index.json" not in said  # there was none
 
@@ -218,7 +218,7 @@ def test_tars_in_sub_folders_are_repaired_where_they_lie(
     assert main(["shard", "--repair", str(in_folders), "--workers", "1"]) == 0
     said = capsys.readouterr().out
     assert "train/000000.tar.damaged" in said and "val/000000.tar.damaged" in said
-    assert "lost: 2 pictures" in said
+    assert "lost: 2 images" in said
     repaired = open_shards(in_folders, "train")
     kept = [(bytes(repaired.read(i)), int(repaired.labels[i])) for i in range(len(repaired))]
     assert kept == [item for i, item in enumerate(before) if i != 3]
@@ -241,7 +241,7 @@ def test_a_set_of_which_nothing_is_left_is_refused_and_left_as_it_was(
         tar.write_bytes(b"")
     before = files(shards)
     assert main(["shard", "--repair", str(shards), "--workers", "1"]) == 2
-    assert "Nothing of the val pictures" in capsys.readouterr().err
+    assert "Nothing of the val images" in capsys.readouterr().err
     assert files(shards) == before
 
 

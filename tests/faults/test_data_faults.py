@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import make_shards
-from conftest import write_picture
+from conftest import write_image
 
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading.loader import ViewBatch, pretraining_loader
@@ -22,11 +22,11 @@ AUG = AUGMENTATIONS["cifar"]
 
 @pytest.fixture
 def shards(tmp_path: Path) -> IndexedShards:
-    """24 pictures of some pages each, 10 to a shard; each test has its own."""
+    """24 images of some pages each, 10 to a shard; each test has its own."""
     for i in range(24):
-        name = tmp_path / "pictures" / "train" / "ab"[i % 2] / f"{i:03d}.png"
-        write_picture(name, seed=i, width=160, height=160)
-    return IndexedShards.open(make_shards(tmp_path / "pictures", tmp_path / "shards"), "train")
+        name = tmp_path / "images" / "train" / "ab"[i % 2] / f"{i:03d}.png"
+        write_image(name, seed=i, width=160, height=160)
+    return IndexedShards.open(make_shards(tmp_path / "images", tmp_path / "shards"), "train")
 
 
 def loader(shards: IndexedShards, workers: int, steps: int = 10**6) -> BatchLoader[ViewBatch]:

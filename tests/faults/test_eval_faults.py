@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from commands import make_shards
-from conftest import write_picture
+from conftest import write_image
 
 from moco_scale.commands.evaluate import main
 from moco_scale.commands.exit_status import run_command
@@ -64,18 +64,18 @@ def model(good: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(folder: Path) -> Path:
-    """An ImageFolder: 3 classes, 8 training and 4 validation pictures each."""
+def images(folder: Path) -> Path:
+    """An ImageFolder: 3 classes, 8 training and 4 validation images each."""
     for i, (split, name) in enumerate(product(("train", "val"), ("ash", "birch", "cedar"))):
         for j in range(8 if split == "train" else 4):
-            write_picture(folder / "pictures" / split / name / f"{j}.jpg", seed=10 * i + j)
-    return folder / "pictures"
+            write_image(folder / "images" / split / name / f"{j}.jpg", seed=10 * i + j)
+    return folder / "images"
 
 
 @pytest.fixture(scope="module")
-def data(folder: Path, pictures: Path) -> Path:
+def data(folder: Path, images: Path) -> Path:
     """Its shards; not to be changed."""
-    return make_shards(pictures, folder / "shards")
+    return make_shards(images, folder / "shards")
 
 
 @pytest.fixture
@@ -191,17 +191,17 @@ class Evil:
 
 
 class TestData:
-    def test_folder_of_pictures(
-        self, evaluate: Evaluate, flags: dict[str, object], pictures: Path
+    def test_folder_of_images(
+        self, evaluate: Evaluate, flags: dict[str, object], images: Path
     ) -> None:
-        argv = words(flags, data_dir=pictures)
+        argv = words(flags, data_dir=images)
         refused(evaluate, argv, "python -m moco_scale shard --source")
 
     def test_missing_val_split(
-        self, evaluate: Evaluate, flags: dict[str, object], pictures: Path, tmp_path: Path
+        self, evaluate: Evaluate, flags: dict[str, object], images: Path, tmp_path: Path
     ) -> None:
         only = tmp_path / "only-train"
-        make_shards(pictures / "train", only)
+        make_shards(images / "train", only)
         refused(evaluate, words(flags, data_dir=only), "no split 'val'")
         status, _ = evaluate(*words(flags, data_dir=only, protocol="knn"))
         assert status == 0
@@ -209,10 +209,10 @@ class TestData:
         assert "a tenth of train held out" in result["description"]
 
     def test_unlabelled(
-        self, evaluate: Evaluate, flags: dict[str, object], pictures: Path, tmp_path: Path
+        self, evaluate: Evaluate, flags: dict[str, object], images: Path, tmp_path: Path
     ) -> None:
         flat = tmp_path / "flat"
-        make_shards(pictures, flat, "--unlabelled")
+        make_shards(images, flat, "--unlabelled")
         refused(evaluate, words(flags, data_dir=flat, protocol="knn"), "needs labels")
         if (flat / "val-index.npy").exists():
             refused(evaluate, words(flags, data_dir=flat), "needs labels")

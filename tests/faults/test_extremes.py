@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import forked, make_shards
-from conftest import write_picture
+from conftest import write_image
 from PIL import Image
 
 from moco_scale.data.images.augment import AUGMENTATIONS
@@ -23,7 +23,7 @@ from moco_scale.utils.errors import UserError
 MANY = 10_000
 
 
-def one_picture() -> bytes:
+def one_image() -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 20, 100)).save(out, "JPEG")
     return out.getvalue()
@@ -42,10 +42,10 @@ def few_handles() -> Iterator[int]:
 def test_ten_thousand_shards_are_read_with_few_file_handles(
     tmp_path: Path, few_handles: int
 ) -> None:
-    picture = one_picture()
+    image = one_image()
     info = tarfile.TarInfo("0.jpg")
-    info.size = len(picture)
-    body = picture + bytes(-len(picture) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
+    info.size = len(image)
+    body = image + bytes(-len(image) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
     shard = info.tobuf(tarfile.USTAR_FORMAT) + body
     for number in range(MANY):
         (tmp_path / f"{number:05d}.tar").write_bytes(shard)
@@ -55,7 +55,7 @@ def test_ten_thousand_shards_are_read_with_few_file_handles(
     seen: list[int] = []
     for step in range(plan.steps_per_epoch):
         for sample in plan.batch(step).index.tolist():
-            assert bytes(shards.read(sample)) == picture
+            assert bytes(shards.read(sample)) == image
             seen.append(sample)
     assert sorted(seen) == list(range(MANY))
     assert len(os.listdir("/proc/self/fd")) < few_handles - 100
@@ -65,8 +65,8 @@ def test_ten_thousand_shards_are_read_with_few_file_handles(
 
 
 def test_one_shard_of_one_sample(tmp_path: Path) -> None:
-    write_picture(tmp_path / "pictures" / "only.png", seed=1)
-    shards = open_shards(make_shards(tmp_path / "pictures", tmp_path / "shards"), "train")
+    write_image(tmp_path / "images" / "only.png", seed=1)
+    shards = open_shards(make_shards(tmp_path / "images", tmp_path / "shards"), "train")
     plan = BatchPlan(shards.order(0), 1)
     with pretraining_loader(
         shards, plan, AUGMENTATIONS["v2"], 16, num_workers=2, end_step=3
@@ -81,8 +81,8 @@ def test_one_shard_of_one_sample(tmp_path: Path) -> None:
 
 def test_fewer_samples_than_a_batch_are_an_error_on_every_rank(tmp_path: Path) -> None:
     for seed in range(3):
-        write_picture(tmp_path / "pictures" / f"{seed}.jpg", seed=seed)
-    folder = make_shards(tmp_path / "pictures", tmp_path / "shards")
+        write_image(tmp_path / "images" / f"{seed}.jpg", seed=seed)
+    folder = make_shards(tmp_path / "images", tmp_path / "shards")
     flags = ("--data-dir", folder, "--output-dir", tmp_path / "out", "--batch-size", 4)
     status, output = forked(*flags, "--bn-group-size", 2, "--device", "cpu", ranks=2)
     assert status == 2

@@ -28,7 +28,7 @@ from moco_scale.utils.errors import UserError
 
 @pytest.fixture
 def folder(tiny_shards: Path, tmp_path: Path) -> Path:
-    """32 training pictures in 4 shards, written as if yesterday."""
+    """32 training images in 4 shards, written as if yesterday."""
     folder = tmp_path / "shards"
     shutil.copytree(tiny_shards, folder)
     return folder
@@ -54,7 +54,7 @@ def everything(shards: IndexedShards) -> list[bytes]:
 
 
 def middle_header(tar: Path) -> int:
-    """Change a byte in the header of a picture in the middle; returns the header's place."""
+    """Change a byte in the header of an image in the middle; returns the header's place."""
     with tarfile.open(tar) as members:
         at = members.getmembers()[8].offset
     with tar.open("r+b") as file:
@@ -231,9 +231,9 @@ def test_where_nothing_can_be_locked_processes_do_not_disturb_each_other(
 
 
 def test_shards_that_replace_others_are_known(
-    folder: Path, read: list[str], picture_folder: Path
+    folder: Path, read: list[str], image_folder: Path
 ) -> None:
-    options = ["--source", str(picture_folder), "--out", str(folder), "--overwrite"]
+    options = ["--source", str(image_folder), "--out", str(folder), "--overwrite"]
     assert main(["shard", *options, "--workers", "1"]) == 0
     assert len(IndexedShards.open(folder)) == 24
     assert read == []
@@ -280,7 +280,7 @@ def test_a_tar_replaced_during_a_run_is_named_by_who_opens_it(
     assert read == ["train-000002.tar", "train-000000.tar"]
 
 
-def test_copies_of_the_pictures_watch_too(folder: Path) -> None:
+def test_copies_of_the_images_watch_too(folder: Path) -> None:
     whole = IndexedShards.open(folder)
     part = pickle.loads(pickle.dumps(whole.subset(np.arange(31, -1, -1))))
     size_kept(folder / "train-000003.tar")
@@ -293,14 +293,14 @@ def test_a_tar_without_an_index_that_is_replaced_during_a_run_is_named(folder: P
     mixed = open_shards(f"{folder}:1,{folder}:1", "train")
     shards = open_shards(folder, "train")
     size_kept(folder / "train-000003.tar")
-    for pictures in (mixed, shards):
-        assert len(pictures.read(0)) > 0
+    for images in (mixed, shards):
+        assert len(images.read(0)) > 0
         with pytest.raises(UserError, match=r"train-000003.tar was changed while it was in use"):
-            pictures.read(len(pictures) - 1)
+            images.read(len(images) - 1)
 
 
 def opened(folder: Path) -> tuple[int, list[str], str]:
-    """Pictures, tars read by this rank, error."""
+    """Images, tars read by this rank, error."""
     names: list[str] = []
     header_check.member_places = partial(counted, names)
     index_place.MOST_WORKERS = 1

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from foreign_sets import contents, picture, samples, write_tar
+from foreign_sets import contents, image, samples, write_tar
 from tar_target import extended, file_of, record
 
 from moco_scale.__main__ import main
@@ -42,19 +42,19 @@ def hole(path: Path) -> None:
     os.truncate(path, (16 << 20) + 2048)
 
 
-def bad_pictures(path: Path) -> None:
+def bad_images(path: Path) -> None:
     write_tar(path, [*samples(0, 2), (f"{HOSTILE}.jpg", b"none"), ("é\udce9.png", b"none")])
 
 
 def cut_behind_odd_names(path: Path) -> None:
-    members = [(f"{HOSTILE}{i}.jpg", picture(i)) for i in range(3)]
+    members = [(f"{HOSTILE}{i}.jpg", image(i)) for i in range(3)]
     write_tar(path, [*samples(0, 2), *members])
     os.truncate(path, path.stat().st_size - 10240)
 
 
 def class_names(path: Path) -> None:
     names = [b"oak\x1b[2J\r", "buche\u2028".encode(), b"a" * 900]
-    members = [(f"{i}.jpg", picture(i)) for i in range(3)]
+    members = [(f"{i}.jpg", image(i)) for i in range(3)]
     labels = [(f"{i}.cls", name) for i, name in enumerate(names)]
     write_tar(path, [*members, *labels])
 
@@ -98,7 +98,7 @@ ODD: dict[str, tuple[Harm, str]] = {
     "names without a suffix": (written(("README", b"a"), ("b", b"b")), "without a suffix.*README"),
     "hidden names": (written(("a/.1.jpg", b"a")), r"hidden ones \(such as a/\.1\.jpg\)"),
     "one name twice in capitals": (written(("1.jpg", b"a"), ("1.JPG", b"b")), "capital letters"),
-    "pictures at two places": (
+    "images at two places": (
         written(("1.jpg", b"a"), ("2.jpg", b"b"), ("1.png", b"c")),
         "the key '1' twice",
     ),
@@ -106,7 +106,7 @@ ODD: dict[str, tuple[Harm, str]] = {
         written(("1.jpg", b"a"), ("1.cls", b"1"), ("2.jpg", b"b"), ("1.cls", b"2")),
         "the key '1' twice",
     ),
-    "bad pictures with odd names": (bad_pictures, ""),
+    "bad images with odd names": (bad_images, ""),
     "a cut behind odd names": (cut_behind_odd_names, "is truncated|cut off"),
     "odd class names": (class_names, ""),
     "a pipe in its place": (pipe, "is no file"),
@@ -157,27 +157,27 @@ def test_commands_end_in_a_message(
     said = capsys.readouterr()
     assert all(line.isprintable() for line in (said.out + said.err).split("\n"))
     assert "Traceback" not in said.err
-    kept_back = "is no file" in words  # whose pictures may be good: nothing is changed
+    kept_back = "is no file" in words  # whose images may be good: nothing is changed
     assert statuses[3] == (2 if kept_back else 0)
     assert statuses[4] == (1 if kept_back else 0)
     if words:
         assert statuses[:3] == [1, 2, 2]
 
 
-def test_labels_behind_all_pictures_are_those_of_their_keys(tmp_path: Path) -> None:
-    pictures = [(f"{i}.jpg", picture(i)) for i in range(6)]
+def test_labels_behind_all_images_are_those_of_their_keys(tmp_path: Path) -> None:
+    images = [(f"{i}.jpg", image(i)) for i in range(6)]
     labels = [(f"{i}.cls", str(5 - i).encode()) for i in (3, 1, 0, 2, 4)]
-    path = write_tar(tmp_path / "0.tar", [*pictures, *labels, ("9.cls", b"7"), ("8.txt", b"a")])
+    path = write_tar(tmp_path / "0.tar", [*images, *labels, ("9.cls", b"7"), ("8.txt", b"a")])
     scan = scan_tar(path)
-    assert scan.label.tolist() == [5, 4, 3, 2, 1, -1] and scan.without_picture == 2
-    assert contents(open_shards(path, "train"))[1] == (picture(1), 4)
+    assert scan.label.tolist() == [5, 4, 3, 2, 1, -1] and scan.without_image == 2
+    assert contents(open_shards(path, "train"))[1] == (image(1), 4)
     # A .cls counts more than the .json of the same key, wherever the two are.
     fields = [(f"{i}.json", b'{"label": 9}') for i in range(6)]
-    write_tar(path, [*fields, *labels, *pictures])
+    write_tar(path, [*fields, *labels, *images])
     assert scan_tar(path).label.tolist() == [5, 4, 3, 2, 1, 9]
     # What is kept of a damaged one has its labels too.
     data = path.read_bytes()
     path.write_bytes(data[:-10240])
     assert main(["shard", "--repair", str(tmp_path), "--workers", "1"]) == 0
-    labelled = [(picture(i), 5 - i if i < 5 else 9) for i in range(6)]
+    labelled = [(image(i), 5 - i if i < 5 else 9) for i in range(6)]
     assert sorted(contents(open_shards(tmp_path, "train"))) == sorted(labelled)

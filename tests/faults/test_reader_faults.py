@@ -28,7 +28,7 @@ from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretrai
 from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.shards.indexed_shards import IndexedShards
-from moco_scale.data.shards.protocols import Pictures
+from moco_scale.data.shards.protocols import Images
 from moco_scale.utils.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
@@ -43,22 +43,22 @@ def make_shards(source: Path, out: Path) -> IndexedShards:
 
 
 @pytest.fixture
-def damaged(picture_folder: Path, tmp_path: Path) -> IndexedShards:
-    """24 pictures, one of them cut off in the middle."""
-    victim = picture_folder / "train" / "birch" / "003.jpg"
+def damaged(image_folder: Path, tmp_path: Path) -> IndexedShards:
+    """24 images, one of them cut off in the middle."""
+    victim = image_folder / "train" / "birch" / "003.jpg"
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
-    return make_shards(picture_folder, tmp_path / "shards")
+    return make_shards(image_folder, tmp_path / "shards")
 
 
-def loaders(shards: Pictures, count: int) -> Iterator[workers.BatchLoader[ViewBatch]]:
+def loaders(shards: Images, count: int) -> Iterator[workers.BatchLoader[ViewBatch]]:
     plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     yield pretraining_loader(shards, plan, AUG, 16, num_workers=count, end_step=3)
     yield evaluation_loader(shards, 16, 1.0, batch_size=8, num_workers=count)
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_a_damaged_picture_is_named_with_a_remedy(damaged: IndexedShards, count: int) -> None:
+def test_a_damaged_image_is_named_with_a_remedy(damaged: IndexedShards, count: int) -> None:
     for loader in loaders(damaged, count):
         with pytest.raises(UserError) as caught:
             list(loader)
@@ -76,9 +76,9 @@ def test_a_damaged_picture_is_named_with_a_remedy(damaged: IndexedShards, count:
 
 
 def test_the_remedy_is_one_for_this_kind_of_data(
-    damaged: IndexedShards, picture_folder: Path, tmp_path: Path
+    damaged: IndexedShards, image_folder: Path, tmp_path: Path
 ) -> None:
-    """Shards of others cannot be made again from pictures, and --check reads no pattern."""
+    """Shards of others cannot be made again from images, and --check reads no pattern."""
     made = damaged.data_dir
     repaired, foreign = (Path(shutil.copytree(made, tmp_path / n)) for n in ("repaired", "foreign"))
     header = json.loads((repaired / "index.json").read_text())
@@ -106,11 +106,11 @@ def test_the_remedy_is_one_for_this_kind_of_data(
         assert advice.count("--check") == max(len(checkable), 1)
 
 
-def test_the_remedy_works(damaged: IndexedShards, picture_folder: Path, tmp_path: Path) -> None:
+def test_the_remedy_works(damaged: IndexedShards, image_folder: Path, tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     shard.add_arguments(parser)
     out = damaged.data_dir
-    command = ["--source", str(picture_folder), "--out", str(out), "--verify", "--overwrite"]
+    command = ["--source", str(image_folder), "--out", str(out), "--verify", "--overwrite"]
     shard.run(parser.parse_args(command))
     shards = IndexedShards.open(out, "train")
     assert len(shards) == 23
@@ -119,9 +119,9 @@ def test_the_remedy_works(damaged: IndexedShards, picture_folder: Path, tmp_path
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_shard_lost_during_the_run_is_named(
-    picture_folder: Path, tmp_path: Path, count: int
+    image_folder: Path, tmp_path: Path, count: int
 ) -> None:
-    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards = make_shards(image_folder, tmp_path / "shards")
     lost = sorted(shards.data_dir.glob("train-*.tar"))[1]
     lost.unlink()
     for loader in loaders(shards, count):
@@ -129,8 +129,8 @@ def test_a_shard_lost_during_the_run_is_named(
             list(loader)
 
 
-def test_a_killed_worker_is_an_error_not_a_hang(picture_folder: Path, tmp_path: Path) -> None:
-    shards = make_shards(picture_folder, tmp_path / "shards")
+def test_a_killed_worker_is_an_error_not_a_hang(image_folder: Path, tmp_path: Path) -> None:
+    shards = make_shards(image_folder, tmp_path / "shards")
     plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     loader = pretraining_loader(shards, plan, AUG, 16, num_workers=2, end_step=1000)
     next(loader)
@@ -145,10 +145,10 @@ def test_a_killed_worker_is_an_error_not_a_hang(picture_folder: Path, tmp_path: 
 
 
 def test_after_a_killed_worker_the_main_process_reads_the_rest(
-    picture_folder: Path, tmp_path: Path
+    image_folder: Path, tmp_path: Path
 ) -> None:
     """So that a run can save and end; the batches are those that it would have read anyway."""
-    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards = make_shards(image_folder, tmp_path / "shards")
     plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     told: list[str] = []
     batches = partial(pretraining_loader, shards, plan, AUG, 16, end_step=12)
@@ -167,10 +167,10 @@ def test_after_a_killed_worker_the_main_process_reads_the_rest(
 
 
 def test_a_stopped_worker_is_not_waited_for(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "_GRACE", 0.1)
-    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards = make_shards(image_folder, tmp_path / "shards")
     plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     loader = pretraining_loader(shards, plan, AUG, 16, num_workers=2, end_step=1000)
     next(loader)
@@ -183,10 +183,10 @@ def test_a_stopped_worker_is_not_waited_for(
 
 
 def test_workers_that_cannot_start_leave_none_behind(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with too low a `ulimit -u`; those that have started ignore SIGTERM."""
-    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards = make_shards(image_folder, tmp_path / "shards")
     plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     fork, calls = os.fork, count()
 
@@ -204,9 +204,9 @@ def test_workers_that_cannot_start_leave_none_behind(
 
 
 def test_a_name_of_tmpdir_that_no_socket_can_have(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards = make_shards(image_folder, tmp_path / "shards")
     plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     for length, fits in ((75, True), (76, False), (150, False)):
         folder = "/" + "x" * (length - 1)
@@ -223,10 +223,10 @@ def run_out_of_files(*arguments: object) -> None:
 
 
 def test_a_batch_that_cannot_be_sent_is_not_waited_for(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with few open files: it is lost in a thread of the worker's."""
-    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards = make_shards(image_folder, tmp_path / "shards")
     plan = BatchPlan(FullPermutation(len(shards), 0), 8)
     monkeypatch.setattr(reduction, "DupFd", run_out_of_files)
     loader = pretraining_loader(shards, plan, AUG, 16, num_workers=1, end_step=3)
@@ -240,8 +240,8 @@ class ReadsNothing(IndexedShards):
         raise ZeroDivisionError("a defect of the program")
 
 
-def test_a_defect_keeps_its_type_and_its_traceback(picture_folder: Path, tmp_path: Path) -> None:
-    shards = make_shards(picture_folder, tmp_path / "shards")
+def test_a_defect_keeps_its_type_and_its_traceback(image_folder: Path, tmp_path: Path) -> None:
+    shards = make_shards(image_folder, tmp_path / "shards")
     shards.__class__ = ReadsNothing
     loader = evaluation_loader(shards, 16, 1.0, batch_size=8, num_workers=1)
     with pytest.raises(ZeroDivisionError, match="in read"):
@@ -272,13 +272,13 @@ for step, batch in enumerate(loader):
 
 @pytest.fixture(params=["ordinary"])
 def reading(
-    picture_folder: Path, tmp_path: Path, repository: Path, request: pytest.FixtureRequest
+    image_folder: Path, tmp_path: Path, repository: Path, request: pytest.FixtureRequest
 ) -> Iterator[subprocess.Popen[str]]:
     """A process in a group of its own that reads batches, with two workers that share its output.
 
     Reading its output to the end therefore waits for the workers too.
     """
-    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards = make_shards(image_folder, tmp_path / "shards")
     process = subprocess.Popen(
         [sys.executable, "-c", READS_FOR_EVER, str(shards.data_dir), request.param],
         stdout=subprocess.PIPE,
@@ -330,8 +330,8 @@ def test_only_the_loss_of_the_main_process_is_passed_over_in_silence(
     assert "a defect" in capsys.readouterr().err
 
 
-def test_shards_can_be_sent_to_workers(picture_folder: Path, tmp_path: Path) -> None:
-    shards = make_shards(picture_folder, tmp_path / "shards")
+def test_shards_can_be_sent_to_workers(image_folder: Path, tmp_path: Path) -> None:
+    shards = make_shards(image_folder, tmp_path / "shards")
     shards.read(0)
     sent = pickle.loads(pickle.dumps(shards))
     assert bytes(sent.read(5)) == bytes(shards.read(5))

@@ -94,7 +94,7 @@ def test_nor_where_they_are_written_carelessly() -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_nor_by_a_whole_run_that_ends_at_bad_pictures(
+def test_nor_by_a_whole_run_that_ends_at_bad_images(
     tiny_shards: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],

@@ -50,7 +50,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_source, "Patience", HURRIED)
 
 
-def test_pictures_labels_and_identity_are_those_of_the_folder(
+def test_images_labels_and_identity_are_those_of_the_folder(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
     with served(tiny_shards) as server:

@@ -26,37 +26,37 @@ def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def test_an_existing_folder_is_refused_and_replaced_on_request(
-    command: Command, picture_folder: Path, tmp_path: Path
+    command: Command, image_folder: Path, tmp_path: Path
 ) -> None:
-    assert command(picture_folder) == 0
-    assert "--overwrite" in command.refused(picture_folder)
+    assert command(image_folder) == 0
+    assert "--overwrite" in command.refused(image_folder)
     before = IndexedShards.open(command.out).fingerprint
     # a failing run with --overwrite leaves the old shards
     (tmp_path / "x.tar").write_bytes(b"no tar")
     command.refused(tmp_path / "x.tar", "--overwrite")
-    assert command(picture_folder, "--overwrite", "--seed", "1") == 0
+    assert command(image_folder, "--overwrite", "--seed", "1") == 0
     assert IndexedShards.open(command.out).fingerprint != before
     assert [p.name for p in command.out.parent.iterdir()] == [command.out.name]
 
 
-def test_overwrite_deletes_nothing_but_shards(command: Command, picture_folder: Path) -> None:
+def test_overwrite_deletes_nothing_but_shards(command: Command, image_folder: Path) -> None:
     command.out.mkdir(parents=True)
-    assert command(picture_folder) == 0  # an empty folder is as good as none
+    assert command(image_folder) == 0  # an empty folder is as good as none
     (command.out / "thesis.tex").touch()
-    assert "thesis.tex" in command.refused(picture_folder, "--overwrite")
+    assert "thesis.tex" in command.refused(image_folder, "--overwrite")
     shutil.rmtree(command.out)
     command.out.mkdir()
     (command.out / "thesis.tex").touch()
-    assert "holds other things" in command.refused(picture_folder, "--overwrite")
+    assert "holds other things" in command.refused(image_folder, "--overwrite")
     shutil.rmtree(command.out)
     command.out.touch()
-    assert "is no folder" in command.refused(picture_folder, "--overwrite")
+    assert "is no folder" in command.refused(image_folder, "--overwrite")
 
 
-def test_a_place_that_cannot_be_written(command: Command, picture_folder: Path) -> None:
+def test_a_place_that_cannot_be_written(command: Command, image_folder: Path) -> None:
     command.out.parent.parent.mkdir(exist_ok=True)
     command.out.parent.touch()  # a file where a folder is needed
-    assert f"Cannot write to {command.out.parent}" in command.refused(picture_folder)
+    assert f"Cannot write to {command.out.parent}" in command.refused(image_folder)
 
 
 def full_disk(*_: object) -> NoReturn:
@@ -65,9 +65,9 @@ def full_disk(*_: object) -> NoReturn:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_disk_that_fills_up(
-    command: Command, picture_folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    command: Command, image_folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    assert command(picture_folder) == 0
+    assert command(image_folder) == 0
     written = 0
 
     def write(sink: Any, data: bytes) -> int:
@@ -80,35 +80,35 @@ def test_a_disk_that_fills_up(
     original = shard_file._Sink.write
     monkeypatch.setattr(shard_file._Sink, "write", write)
     message = command.refused(
-        picture_folder, "--overwrite", "--shard-size", "6", "--seed", "1", workers=workers
+        image_folder, "--overwrite", "--shard-size", "6", "--seed", "1", workers=workers
     )
     assert f"The disk is full: no room left in {command.out.parent}" in message
 
 
 def test_a_disk_that_fills_up_at_the_index(
-    command: Command, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_write", full_disk)
-    assert "The disk is full" in command.refused(picture_folder)
+    assert "The disk is full" in command.refused(image_folder)
 
 
 def test_room_is_looked_for_before_anything_is_written(
-    command: Command, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=30_000))
-    message = command.refused(picture_folder)
+    message = command.refused(image_folder)
     assert "and" in message and "has only 30.0 kB left" in message
 
 
 def test_a_killed_worker(
-    command: Command, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(picture: Any) -> NoReturn:
+    def die(image: Any) -> NoReturn:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
     monkeypatch.setattr(shard_file, "source_bytes", die)
-    assert "A worker process was killed" in command.refused(picture_folder, workers=2)
+    assert "A worker process was killed" in command.refused(image_folder, workers=2)
 
 
 class StuckRun(NamedTuple):
@@ -127,13 +127,13 @@ def stuck_run(command: Command, source: Path, workers: int) -> Iterator[StuckRun
     def run() -> NoReturn:
         original, read = shard_file.source_bytes, []
 
-        def stuck(picture: Any) -> bytes:
-            read.append(picture)
+        def stuck(image: Any) -> bytes:
+            read.append(image)
             if len(read) == 5:
                 os.write(write_end, b".")
                 while True:
                     signal.pause()
-            return original(picture)
+            return original(image)
 
         shard_file.source_bytes = stuck
         os.close(read_end)
@@ -159,36 +159,36 @@ def partial_folders(command: Command) -> list[Path]:
 
 
 def test_a_killed_run_leaves_nothing_that_looks_finished(
-    command: Command, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with stuck_run(command, picture_folder, workers=2) as run:
-        assert "Another process is writing" in command.refused(picture_folder)
+    with stuck_run(command, image_folder, workers=2) as run:
+        assert "Another process is writing" in command.refused(image_folder)
         run.process.kill()
         while os.read(run.pipe, 100):  # until the last worker has ended
             pass
     assert not command.out.exists()
     (left,) = partial_folders(command)
     assert not (left / "index.json").exists()
-    assert command(picture_folder) == 0
+    assert command(image_folder) == 0
     assert list(command.out.parent.glob("*.partial-*")) == []
     assert f"removed {left.name}" in capsys.readouterr().out
     assert len(IndexedShards.open(command.out)) == 24
 
 
 def test_shards_are_written_to_a_network_s_file_system(
-    command: Command, picture_folder: Path, locks_of_nfs: None
+    command: Command, image_folder: Path, locks_of_nfs: None
 ) -> None:
     command.out.with_name("shards.partial-0123abcd").mkdir(parents=True)
     command.out.with_name("shards.partial-0123abcd.lock").touch()  # of a run that was killed
-    assert command(picture_folder) == 0
+    assert command(image_folder) == 0
     assert list(command.out.parent.glob("*.partial-*")) == []
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_removes_what_it_wrote(
-    command: Command, picture_folder: Path, number: signal.Signals, status: int
+    command: Command, image_folder: Path, number: signal.Signals, status: int
 ) -> None:
-    with stuck_run(command, picture_folder, workers=1) as run:
+    with stuck_run(command, image_folder, workers=1) as run:
         assert run.process.pid is not None
         os.kill(run.process.pid, number)
         run.process.join()
@@ -198,23 +198,23 @@ def test_an_interrupted_run_removes_what_it_wrote(
 
 
 def test_a_run_killed_while_replacing_gives_the_old_shards_back(
-    command: Command, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(picture_folder) == 0
+    assert command(image_folder) == 0
     before = IndexedShards.open(command.out).fingerprint
     # the state between the two renames
     command.out.rename(command.out.with_name("shards.replaced-0123abcd"))
     command.out.with_name("shards.partial-0123abcd").mkdir()
-    assert command(picture_folder) == 2  # the folder is there again, and is not replaced unasked
+    assert command(image_folder) == 2  # the folder is there again, and is not replaced unasked
     assert "--overwrite" in capsys.readouterr().err
     assert [p.name for p in command.out.parent.iterdir()] == [command.out.name]
     assert IndexedShards.open(command.out).fingerprint == before
 
 
 def test_a_rename_that_fails_keeps_the_old_shards(
-    command: Command, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert command(picture_folder) == 0
+    assert command(image_folder) == 0
     original = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
@@ -223,4 +223,4 @@ def test_a_rename_that_fails_keeps_the_old_shards(
         return original(self, target)
 
     monkeypatch.setattr(output_folder.Path, "rename", rename)
-    assert "mount point" in command.refused(picture_folder, "--overwrite", "--seed", "1")
+    assert "mount point" in command.refused(image_folder, "--overwrite", "--seed", "1")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import assert_refused, flags_for, forked, launched
-from conftest import write_picture
+from conftest import write_image
 from PIL import Image
 
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
@@ -32,17 +32,17 @@ def test_no_such_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_without_data_dir_imagenet_is_looked_for(tmp_path: Path, ranks: int) -> None:
     run = forked("--device", "cpu", cwd=tmp_path, ranks=ranks)
-    command = "python -m moco_scale shard --source PICTURES --out data/imagenet"
+    command = "python -m moco_scale shard --source IMAGES --out data/imagenet"
     assert_refused(run, "data/imagenet", command)
 
 
-def test_an_image_folder_where_shards_are_meant(picture_folder: Path, tmp_path: Path) -> None:
-    run = forked(*flags_for(picture_folder, tmp_path / "out"))
-    command = f"python -m moco_scale shard --source {picture_folder} --out {picture_folder}-shards"
+def test_an_image_folder_where_shards_are_meant(image_folder: Path, tmp_path: Path) -> None:
+    run = forked(*flags_for(image_folder, tmp_path / "out"))
+    command = f"python -m moco_scale shard --source {image_folder} --out {image_folder}-shards"
     assert_refused(run, "not a folder of shards", command)
 
 
-def swap_two_pictures(shards: Path) -> str:
+def swap_two_images(shards: Path) -> str:
     rows = np.load(shards / "train-index.npy")
     rows[[0, 1]] = rows[[1, 0]]
     np.save(shards / "train-index.npy", rows)
@@ -59,7 +59,7 @@ def remove(shards: Path) -> str:
     return "train-000001.tar is missing"
 
 
-@pytest.mark.parametrize("damage", [swap_two_pictures, truncate, remove])
+@pytest.mark.parametrize("damage", [swap_two_images, truncate, remove])
 def test_damaged_shards(damage: Callable[[Path], str], tiny_shards: Path, tmp_path: Path) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     message = damage(shards)
@@ -67,7 +67,7 @@ def test_damaged_shards(damage: Callable[[Path], str], tiny_shards: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def damage_picture(shards: Path, split: str, sample: int) -> str:
+def damage_image(shards: Path, split: str, sample: int) -> str:
     """Overwrite half of a JPEG with zeros, which many decoders accept; returns where it is."""
     index = IndexedShards.open(shards, split)
     row = np.load(shards / f"{split}-index.npy")[sample]
@@ -83,51 +83,51 @@ def damage_picture(shards: Path, split: str, sample: int) -> str:
 
 @pytest.fixture
 def damaged(tiny_shards: Path, tmp_path: Path) -> tuple[Path, str]:
-    """Shards whose picture for the second of two processes in the second step is damaged."""
+    """Shards whose image for the second of two processes in the second step is damaged."""
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     sample = int(BatchPlan(FullPermutation(32, 0), 8).share(1, 1, 2).index[0])
-    return shards, damage_picture(shards, "train", sample)
+    return shards, damage_image(shards, "train", sample)
 
 
-def test_a_damaged_picture_met_in_training(damaged: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_damaged_image_met_in_training(damaged: tuple[Path, str], tmp_path: Path) -> None:
     shards, where = damaged
     run = forked(*flags_for(shards, tmp_path / "out"), "--num-workers", 1)
     assert_refused(run, where, shards, "--verify")
     assert "step 1/8" in run.output
 
 
-def test_a_damaged_picture_that_one_of_two_processes_meets(
+def test_a_damaged_image_that_one_of_two_processes_meets(
     damaged: tuple[Path, str], tmp_path: Path
 ) -> None:
     shards, where = damaged
     status, output = launched("torchrun", *flags_for(shards, tmp_path / "out"))
     assert status != 0
     assert output.count("train.py: error: ") == 1, output
-    assert f"rank 1 on {os.uname().nodename}: cannot decode the picture" in output
+    assert f"rank 1 on {os.uname().nodename}: cannot decode the image" in output
     assert where in output
     assert "--verify" in output
     # torchrun itself ends by raising; the program does not.
     assert not re.search(r"^\[rank\d\]: Traceback|/train\.py\", line", output, re.MULTILINE), output
 
 
-def test_a_damaged_picture_that_one_process_meets_in_the_knn_evaluation(
+def test_a_damaged_image_that_one_process_meets_in_the_knn_evaluation(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
-    where = damage_picture(shards, "val", 7)
+    where = damage_image(shards, "val", 7)
     run = forked(*flags_for(shards, tmp_path / "out"), "--knn-freq", 1, ranks=2)
     assert_refused(run, where, "--verify")
 
 
-def test_fewer_pictures_than_a_batch(tiny_shards: Path, tmp_path: Path) -> None:
+def test_fewer_images_than_a_batch(tiny_shards: Path, tmp_path: Path) -> None:
     run = forked(*flags_for(tiny_shards, tmp_path), "--batch-size", 64)
     assert_refused(run, "32 samples do not fill one global batch of 64", "--batch-size")
 
 
-def test_all_kinds_of_pictures_are_read(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures" / "train" / "all"
+def test_all_kinds_of_images_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "train" / "all"
     for i, name in enumerate(("rgb.jpg", "rgb.png", "rgb.webp")):
-        write_picture(folder / name, seed=i)
+        write_image(folder / name, seed=i)
     colours = Image.open(folder / "rgb.png").copy()
     colours.convert("L").save(folder / "gray.jpg")
     colours.convert("CMYK").save(folder / "cmyk.jpg")
@@ -143,10 +143,10 @@ def test_all_kinds_of_pictures_are_read(tmp_path: Path) -> None:
     assert modes["palette.png"] == "P"
     assert modes["deep.png"].startswith("I")
     shards, out = tmp_path / "shards", tmp_path / "out"
-    arguments = ("shard", "--source", tmp_path / "pictures", "--out", shards, "--workers", 1)
+    arguments = ("shard", "--source", tmp_path / "images", "--out", shards, "--workers", 1)
     run = forked(*arguments, "--verify", script="-m moco_scale")
     assert run.status == 0, run.output
-    assert "train: 8 pictures" in run.output
+    assert "train: 8 images" in run.output
     run = forked(*flags_for(shards, out), "--epochs", 1)  # one batch: all of them
     assert run.status == 0, run.output
     assert np.isfinite(json.loads((out / "metrics.jsonl").read_text())["loss"])

@@ -11,9 +11,9 @@ from moco_scale.data.images.decode import (
     DecodeError,
     Decoder,
     decode_rgb,
+    image_size,
     jpeg_size,
     orientation,
-    picture_size,
     without_exif,
 )
 from moco_scale.data.images.device_decode import can_decode
@@ -47,7 +47,7 @@ def _jpeg(image: Image.Image, **options: object) -> bytes:
 def run(data: bytes, folder: Path) -> None:
     """Decode in every way there is. Whatever leaves this but AssertionError is a fault too."""
     try:
-        size = picture_size(data)
+        size = image_size(data)
     except DecodeError as error:
         size = None
         assert str(error).isprintable()

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from moco_scale.data.images.decode import DecodeError, Decoder, decode_rgb, picture_size
+from moco_scale.data.images.decode import DecodeError, Decoder, decode_rgb, image_size
 
 
 def SEEDS() -> list[bytes]:
@@ -56,7 +56,7 @@ def run(data: bytes, folder: Path) -> None:
     """Decode as it is, and with the checksums of its chunks put right, which a fuzzer cannot."""
     for each in (data, _mended(data)):
         try:
-            size = picture_size(each)
+            size = image_size(each)
         except DecodeError as error:
             size = None
             assert str(error).isprintable()

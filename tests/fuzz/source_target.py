@@ -58,9 +58,9 @@ def run(data: bytes, folder: Path) -> None:
             listing = arrange(str(source), entries)
             for line in (*notes, *listing.notes):
                 assert line == printable(line, len(line)), line
-            for picture in itertools.chain(*listing.splits.values()):
+            for image in itertools.chain(*listing.splits.values()):
                 with contextlib.suppress(DecodeError):  # of one image, which is left out
-                    source_bytes(picture)
+                    source_bytes(image)
     finally:
         close_sources()
         for unpacked in folder.glob("unpacked-*"):

@@ -21,13 +21,13 @@ FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 def SEEDS() -> list[bytes]:
     """A small tar of each format, with labels beside and apart, long names and links."""
-    picture = b"\xff\xd8\xff\xd9" * 3
-    beside = [("1.jpg", picture), ("1.cls", b"3"), ("2.png", picture), ("2.json", b'{"label": 1}')]
-    apart = [("a/1.jpg", picture), ("a/2.jpg", picture), ("a/1.cls", b"oak"), ("a/2.cls", b"ash")]
+    image = b"\xff\xd8\xff\xd9" * 3
+    beside = [("1.jpg", image), ("1.cls", b"3"), ("2.png", image), ("2.json", b'{"label": 1}')]
+    apart = [("a/1.jpg", image), ("a/2.jpg", image), ("a/1.cls", b"oak"), ("a/2.cls", b"ash")]
     odd = [
-        ("ü" * 120 + ".jpg", picture),
-        ("x_1.5.jpg", picture),
-        ("x_1.7.jpg", picture),
+        ("ü" * 120 + ".jpg", image),
+        ("x_1.5.jpg", image),
+        ("x_1.7.jpg", image),
         ("n", b""),
     ]
     seeds = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from moco_scale.data.tools.ilsvrc import read_ground_truth
 from moco_scale.utils.errors import UserError
 
-_PICTURES = ("a.jpg", "b c.jpg", "\u00e4.JPEG")
+_IMAGES = ("a.jpg", "b c.jpg", "\u00e4.JPEG")
 
 
 def SEEDS() -> list[bytes]:
@@ -27,4 +27,4 @@ def run(data: bytes, folder: Path) -> None:
     """Read one list; a UserError is an answer, anything else is not."""
     (folder / "truth.txt").write_bytes(data)
     with contextlib.suppress(UserError):
-        read_ground_truth(folder / "truth.txt", _PICTURES)
+        read_ground_truth(folder / "truth.txt", _IMAGES)

@@ -40,7 +40,7 @@ TINY = (
     *("--batch-size", "8", "--bn-group-size", "4", "--epochs", "2", "--print-freq", "1"),
     *("--num-workers", "0", "--knn-freq", "0", "--device", "cpu"),
 )
-"""Flags of a run whose steps take a moment: 8 of them, two epochs of 4, on 32 pictures."""
+"""Flags of a run whose steps take a moment: 8 of them, two epochs of 4, on 32 images."""
 
 ZERO1 = (
     *("--deepspeed", "ds_configs/zero1.json", "--knn-freq", "1"),
@@ -71,7 +71,7 @@ def assert_refused(run: Outcome, *words: object) -> None:
 
 
 def make_shards(source: Path, out: Path, *flags: str) -> Path:
-    """Shards of a folder of pictures, 10 to a shard; returns ``out``."""
+    """Shards of a folder of images, 10 to a shard; returns ``out``."""
     parser = argparse.ArgumentParser()
     shard.add_arguments(parser)
     command = ["--source", source, "--out", out, "--shard-size", 10, "--workers", 1, *flags]

@@ -15,7 +15,7 @@ from moco_scale.data.shards.protocols import Shards
 FORMATS = {"jpg": "JPEG", "JPEG": "JPEG", "png": "PNG", "WebP": "WEBP"}
 
 
-def picture(seed: int, suffix: str = "jpg") -> bytes:
+def image(seed: int, suffix: str = "jpg") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (9, 8, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, FORMATS[suffix])
@@ -39,7 +39,7 @@ def samples(
 ) -> list[tuple[str, bytes]]:
     members = []
     for i in range(first, first + count):
-        members.append((f"{i:06d}.{suffix}", picture(i, suffix)))
+        members.append((f"{i:06d}.{suffix}", image(i, suffix)))
         if label == "cls":
             members.append((f"{i:06d}.cls", str(i % 3).encode()))
         elif label == "json":
@@ -61,7 +61,7 @@ def contents(shards: Shards) -> list[tuple[bytes, int]]:
 
 
 def expected(first: int, count: int, suffix: str = "jpg") -> list[tuple[bytes, int]]:
-    return [(picture(i, suffix), i % 3) for i in range(first, first + count)]
+    return [(image(i, suffix), i % 3) for i in range(first, first + count)]
 
 
 ALL = [pair for n, suffix in enumerate(FORMATS) for pair in expected(5 * n, 5, suffix)]

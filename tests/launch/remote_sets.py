@@ -1,4 +1,4 @@
-"""Sets of pictures that lie elsewhere, and what is read of them, for tests."""
+"""Sets of images that lie elsewhere, and what is read of them, for tests."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from moco_scale.__main__ import main
 from moco_scale.data.shards.indexed_shards import IndexedShards
 
 CLASSES = {"ash": 8, "birch": 8, "cedar": 8}
-"""Training images of each class of the fixture picture_folder."""
+"""Training images of each class of the fixture image_folder."""
 
 
 class Command:
@@ -84,7 +84,7 @@ def packed(folder: Path, how: str) -> Path:
     return archive
 
 
-def picture_bytes(seed: int, kind: str = "JPEG") -> bytes:
+def image_bytes(seed: int, kind: str = "JPEG") -> bytes:
     stream = io.BytesIO()
     Image.effect_noise((9 + seed, 8), 50).convert("RGB").save(stream, kind)
     return stream.getvalue()

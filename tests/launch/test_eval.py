@@ -36,8 +36,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def data(tmp_path: Path, picture_folder: Path) -> Path:
-    return make_shards(picture_folder, tmp_path / "shards")
+def data(tmp_path: Path, image_folder: Path) -> Path:
+    return make_shards(image_folder, tmp_path / "shards")
 
 
 def arguments(data: Path, model: Path, out: Path, *more: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""Real ImageNet pictures through the three commands: shard, train, evaluate."""
+"""Real ImageNet images through the three commands: shard, train, evaluate."""
 
 import json
 import os
@@ -39,18 +39,18 @@ def run(*arguments: object) -> str:
 
 
 def test_shard_train_evaluate(shared_data: Path, tmp_path: Path) -> None:
-    pictures, shards, out = (tmp_path / name for name in ("imagenet-sample", "shards", "run"))
+    images, shards, out = (tmp_path / name for name in ("imagenet-sample", "shards", "run"))
     with tarfile.open(shared_data / "imagenet-sample.tar") as tar:
         tar.extractall(tmp_path, filter="data")
-    # The sample has no validation pictures. Those of the first classes serve as such here.
-    for folder in sorted((pictures / "train").iterdir())[:20]:
-        (pictures / "val" / folder.name).mkdir(parents=True)
-        for picture in folder.iterdir():
-            os.link(picture, pictures / "val" / folder.name / picture.name)
+    # The sample has no validation images. Those of the first classes serve as such here.
+    for folder in sorted((images / "train").iterdir())[:20]:
+        (images / "val" / folder.name).mkdir(parents=True)
+        for image in folder.iterdir():
+            os.link(image, images / "val" / folder.name / image.name)
 
     module = (sys.executable, "-m", "moco_scale")
-    text = run(*module, "shard", "--source", pictures, "--out", shards, "--verify")
-    assert "500 train pictures" in text
+    text = run(*module, "shard", "--source", images, "--out", shards, "--verify")
+    assert "500 train images" in text
 
     launcher = (BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port())
     shape = ("--batch-size", 16, "--bn-group-size", 8, "--max-steps", 3, "--print-freq", 1)
@@ -72,6 +72,6 @@ def test_shard_train_evaluate(shared_data: Path, tmp_path: Path) -> None:
         )
         result = json.loads((tmp_path / protocol / "results.json").read_text())
         assert 0 <= result["top1"] <= result["top5"] <= 100
-    # Each validation picture lies in the bank with its label and outvotes those that do not.
+    # Each validation image lies in the bank with its label and outvotes those that do not.
     knn = json.loads((tmp_path / "knn" / "results.json").read_text())
     assert knn["top1"] > 50

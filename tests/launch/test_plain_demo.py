@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_picture
+from conftest import write_image
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """48 training and 8 validation pictures of 2 classes, 32 pixels a side."""
+def images(tmp_path: Path) -> Path:
+    """48 training and 8 validation images of 2 classes, 32 pixels a side."""
     for split, count in (("train", 24), ("val", 4)):
         for c, name in enumerate(("ash", "birch")):
             for i in range(count):
                 path = tmp_path / split / name / f"{i:02d}.png"
-                write_picture(path, seed=100 * c + i, width=32, height=32)
+                write_image(path, seed=100 * c + i, width=32, height=32)
     return tmp_path
 
 
@@ -34,8 +34,8 @@ def result(repository: Path, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def test_the_steps_agree(repository: Path, pictures: Path) -> None:
-    common = (pictures, "--precision", "fp32", "--batch-size", 16, "--bn-splits", 4)
+def test_the_steps_agree(repository: Path, images: Path) -> None:
+    common = (images, "--precision", "fp32", "--batch-size", 16, "--bn-splits", 4)
     plain = result(repository, *common, "--epochs", 1, "--step", "plain", "--knn")
     package = result(repository, *common, "--epochs", 1, "--step", "package", "--knn")
     assert package["losses"] == pytest.approx(plain["losses"], rel=1e-3)
@@ -44,7 +44,7 @@ def test_the_steps_agree(repository: Path, pictures: Path) -> None:
     assert other["losses"] != pytest.approx(plain["losses"], rel=1e-3)
 
 
-def test_a_wrong_folder_is_named(repository: Path, pictures: Path) -> None:
-    done = run(repository, pictures / "train")
+def test_a_wrong_folder_is_named(repository: Path, images: Path) -> None:
+    done = run(repository, images / "train")
     assert done.returncode == 2
-    assert f"{pictures}/train has no folder train/ of CLASS/*" in done.stderr
+    assert f"{images}/train has no folder train/ of CLASS/*" in done.stderr

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 from commands import TINY, forked, make_shards
-from conftest import write_picture
+from conftest import write_image
 
 from moco_scale.commands import preflight
 from moco_scale.config import command_line
@@ -83,11 +83,11 @@ def test_another_library_version(tiny_shards: Path, tmp_path: Path) -> None:
 
 def test_another_index(tiny_shards: Path, tmp_path: Path) -> None:
     for i in range(8):
-        write_picture(tmp_path / "pictures" / f"{i}.jpg", seed=i)
-    other = make_shards(tmp_path / "pictures", tmp_path / "shards")
+        write_image(tmp_path / "images" / f"{i}.jpg", seed=i)
+    other = make_shards(tmp_path / "images", tmp_path / "shards")
     output = refused(tiny_shards, tmp_path / "out", other_flags, "--data-dir", str(other))
     assert re.search(r"index of --data-dir: \w+ on rank 1 .*, \w+ on rank 0", output), output
-    assert "the same pictures and the same index" in output
+    assert "the same images and the same index" in output
 
 
 def test_another_output_folder(tiny_shards: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_preflight_looks_and_leaves(tiny_shards: Path, tmp_path: Path) -> None:
         r"2 process\(es\) on 1 host\(s\), all with the same code, libraries, flags and index",
         r"code: moco_scale \S+, files [0-9a-f]{8}",
         r"libraries: python 3\.\S+, torch \d.*, pillow \d\S+",
-        r"data: 32 pictures, index [0-9a-f]{32}, 4 steps an epoch of 8 pictures",
+        r"data: 32 images, index [0-9a-f]{32}, 4 steps an epoch of 8 images",
         rf"output: {out}, seen and writable by all, \d+\.\d GiB free",
         r"run: starts at step 0",
         r"environment of rank 0: .*OMP_NUM_THREADS=1.*",
@@ -186,7 +186,7 @@ def little_shared_memory(size: int) -> None:
 
 def test_preflight_says_what_is_not_ready(tiny_shards: Path, tmp_path: Path) -> None:
     flags = (*TINY, "--data-dir", tiny_shards, "--num-workers", 2, "--preflight")
-    batch = 2 * 4 * 3 * 16 * 16  # views, pictures of a rank, channels, pixels
+    batch = 2 * 4 * 3 * 16 * 16  # views, images of a rank, channels, pixels
     enough = 2 * 5 * batch  # ranks, batches
     for size, expected in ((enough, 0), (enough - 1, 2)):
         status, output = forked(

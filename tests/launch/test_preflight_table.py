@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from commands import TINY
-from conftest import write_picture
+from conftest import write_image
 from harness import run_ranks
 
 from moco_scale.commands import preflight
@@ -153,7 +153,7 @@ def test_preflight_and_start_give_the_same_answer(tiny_shards: Path, tmp_path: P
     for file in broken.rglob("*val*"):
         if file.is_file():
             file.write_bytes(b"")
-    write_picture(tmp_path / "unused.jpg", seed=1)
+    write_image(tmp_path / "unused.jpg", seed=1)
     (first,) = run_ranks(begun, 1, str(tiny_shards), str(run))
     assert first == READY
 

@@ -241,15 +241,15 @@ def test_another_run_s_flags_are_refused_and_listed(
     assert "print-freq" not in output
     assert "another --output-dir" in output
     assert "Traceback" not in output
-    # The same pictures in another order are other data.
-    other = make_shards(tiny_shards.parent / "pictures", tmp_path / "shards", "--seed", "1")
+    # The same images in another order are other data.
+    other = make_shards(tiny_shards.parent / "images", tmp_path / "shards", "--seed", "1")
     status, output = forked(*flags, "--data-dir", other)
     assert status == 2
-    assert f"--data-dir: other pictures in {other} now" in output
+    assert f"--data-dir: other images in {other} now" in output
     assert written(plain_run) == before
 
 
-def test_moved_pictures_are_the_same_pictures(
+def test_moved_images_are_the_same_images(
     plain_run: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "moved").symlink_to(tiny_shards)

@@ -30,7 +30,7 @@ from moco_scale.models.encoder import build_encoder
 pytestmark = pytest.mark.timeout(900)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SEED, PICTURES, BATCH, SIZE, DIM = 3, 230, 32, 36, 128
+SEED, IMAGES, BATCH, SIZE, DIM = 3, 230, 32, 36, 128
 STEPS_PER_EPOCH, EPOCHS, STEPS = 7, 3, 20
 # Training is chaotic: rounding grows from step to step, the faster the larger the steps are. This
 # rate moves the loss by several times the tolerance, and the weights are compared by how they move.
@@ -102,11 +102,11 @@ class Result:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noise: its crops differ, which keeps BatchNorm's variances away from zero."""
     root = tmp_path_factory.mktemp("textbook")
-    (root / "pictures").mkdir()
-    for i in range(PICTURES):
+    (root / "images").mkdir()
+    for i in range(IMAGES):
         pixels = np.random.default_rng(i).integers(0, 256, (64 + i % 5, 64 + i % 8, 3), np.uint8)
-        Image.fromarray(pixels).save(root / "pictures" / f"{i:03d}.png")
-    return make_shards(root / "pictures", root / "shards")
+        Image.fromarray(pixels).save(root / "images" / f"{i:03d}.png")
+    return make_shards(root / "images", root / "shards")
 
 
 def initial_weights(case: Case) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def batches(case: Case, shards: Path) -> Iterator[tuple[list[int], list[Tensor]]
     opened = IndexedShards.open(shards, "train")
     aug = AUGMENTATIONS[case.recipe]
     augment = DeviceAugment(aug, MEAN, STD)
-    plan = BatchPlan(FullPermutation(PICTURES, SEED), BATCH)
+    plan = BatchPlan(FullPermutation(IMAGES, SEED), BATCH)
     for batch in pretraining_loader(opened, plan, aug, SIZE, num_workers=0, end_step=case.steps):
         samples = batch.index.numpy()
         yield (
@@ -147,7 +147,7 @@ def expected(shards: Path) -> Callable[[Case], Result]:
         moco = textbook.Textbook(
             network, textbook.initial_queue(case.queue, DIM, SEED), case.settings
         )
-        orders = textbook.epoch_batches(PICTURES, BATCH, SEED, case.steps)
+        orders = textbook.epoch_batches(IMAGES, BATCH, SEED, case.steps)
         losses = []
         for step, (samples, views) in enumerate(batches(case, shards)):
             assert samples == orders[step]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from commands import LIMIT, TINY, command, forked, kill_tree, make_shards
-from conftest import REPOSITORY, write_picture
+from conftest import REPOSITORY, write_image
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -117,12 +117,12 @@ def test_the_model_loads_without_running_code(zero1_run: tuple[Path, str]) -> No
     assert all(t.dtype in (torch.float32, torch.int64) for t in saved["model"].values())
 
 
-def test_the_pictures_are_drawn(zero1_run: tuple[Path, str]) -> None:
+def test_the_figures_are_drawn(zero1_run: tuple[Path, str]) -> None:
     for name in ("report.png", "neighbours.png"):
-        with Image.open(zero1_run[0] / name) as picture:
-            picture.load()
-            assert min(picture.size) > 200
-            assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 20
+        with Image.open(zero1_run[0] / name) as image:
+            image.load()
+            assert min(image.size) > 200
+            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
 
 
 def test_symmetric_loss_is_the_same_on_one_and_two_processes(
@@ -165,14 +165,14 @@ def test_bf16_computes_in_half_and_keeps_weights_in_fp32(
         assert not torch.equal(weight, weight.bfloat16().float())
 
 
-def test_unlabelled_pictures_train(tmp_path: Path) -> None:
+def test_unlabelled_images_train(tmp_path: Path) -> None:
     for i in range(8):
-        write_picture(tmp_path / "pictures" / f"{i}.jpg", seed=i)
-    shards = make_shards(tmp_path / "pictures", tmp_path / "shards")
+        write_image(tmp_path / "images" / f"{i}.jpg", seed=i)
+    shards = make_shards(tmp_path / "images", tmp_path / "shards")
     flags = ("--knn-freq", 1, "--epochs", 1, "--data-dir", shards, "--output-dir", tmp_path / "out")
     status, output = forked(*TINY, *flags)
     assert status == 0, output
-    assert "the train pictures have no labels" in output
+    assert "the train images have no labels" in output
     (record,) = metrics(tmp_path / "out")
     assert "knn_top1" not in record
     assert (tmp_path / "out" / "neighbours.png").is_file()
@@ -183,9 +183,9 @@ def test_val_tars_without_labels_end_no_run(tmp_path: Path) -> None:
     for split, labels in (("train", True), ("val", False)):
         with tarfile.open(tmp_path / f"{split}-000000.tar", "w") as tar:
             for i in range(8):
-                picture = tmp_path / "one.jpg"
-                write_picture(picture, seed=i)
-                tar.add(picture, f"{i:03d}.jpg")
+                image = tmp_path / "one.jpg"
+                write_image(image, seed=i)
+                tar.add(image, f"{i:03d}.jpg")
                 if labels:
                     (tmp_path / "one.cls").write_text(str(i % 2))
                     tar.add(tmp_path / "one.cls", f"{i:03d}.cls")
@@ -193,7 +193,7 @@ def test_val_tars_without_labels_end_no_run(tmp_path: Path) -> None:
     flags = ("--knn-freq", 1, "--max-steps", 1, "--data-dir", tmp_path, "--output-dir", out)
     status, output = forked(*TINY, *flags)
     assert status == 0, output
-    assert "the val pictures have no labels" in output
+    assert "the val images have no labels" in output
     assert "stopped after step 1 of 2 (--max-steps); the same command without it goes on" in output
     assert "done:" not in output
     assert (out / "neighbours.png").is_file()

@@ -68,9 +68,7 @@ def test_a_transformer_is_trained_and_evaluated(tiny_shards: Path, tmp_path: Pat
     assert 0 <= json.loads((tmp_path / "eval" / "results.json").read_text())["top1"] <= 100
 
 
-def test_pictures_that_are_kept_decoded_give_the_same_run(
-    tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_images_that_are_kept_decoded_give_the_same_run(tiny_shards: Path, tmp_path: Path) -> None:
     flags = (*TINY, "--data-dir", tiny_shards, "--max-steps", 6)
     status, output = forked(*flags, "--output-dir", tmp_path / "plain", ranks=2)
     assert status == 0, output

@@ -19,14 +19,14 @@ from moco_scale.training.banner import announcement, title
 
 
 def said(
-    monkeypatch: pytest.MonkeyPatch, line: str, *, pictures: int = 1_281_167, world: int = 1
+    monkeypatch: pytest.MonkeyPatch, line: str, *, images: int = 1_281_167, world: int = 1
 ) -> str:
     """The announcement of a run with these flags."""
     monkeypatch.setattr(collectives, "world_size", lambda: world)
     monkeypatch.setattr(module, "epoch_notes", lambda *_: [])
     run: Any = SimpleNamespace(
         config=parse(line.split()),
-        shards=range(pictures),
+        shards=range(images),
         device=torch.device("cpu"),
         plan=SimpleNamespace(steps_per_epoch=7, order=None),
         engine=SimpleNamespace(notes=[], moco=nn.Sequential(GroupedBatchNorm2d(2))),
@@ -42,14 +42,14 @@ def test_a_published_run_says_what_it_is_to_reach(
 ) -> None:
     config = parse(["--recipe", recipe])
     assert config.preset.images is not None
-    text = said(monkeypatch, f"--recipe {recipe} --rng-seed 3", pictures=config.preset.images)
+    text = said(monkeypatch, f"--recipe {recipe} --rng-seed 3", images=config.preset.images)
     assert RECIPES[recipe].published in text
     assert "--rng-seed 3 (0)" in text and "->" not in text and "warning" not in text
     assert title(config, config.preset.images).endswith(f"recipe {recipe}")
 
 
 @pytest.mark.parametrize(
-    ("line", "pictures"),
+    ("line", "images"),
     [
         ("--recipe v2 --epochs 100", 1_281_167),
         ("--recipe v2 --symmetric", 1_281_167),
@@ -60,18 +60,18 @@ def test_a_published_run_says_what_it_is_to_reach(
     ],
 )
 def test_another_run_does_not_promise_the_published_figure(
-    line: str, pictures: int, monkeypatch: pytest.MonkeyPatch
+    line: str, images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "published" not in said(monkeypatch, line, pictures=pictures)
-    assert title(parse(line.split()), pictures).endswith("with other settings")
+    assert "published" not in said(monkeypatch, line, images=images)
+    assert title(parse(line.split()), images).endswith("with other settings")
 
 
 @pytest.mark.parametrize(
     "line", ["v2 --epochs 800", "v1-b1024 --nce-k 16384", "cifar10 --epochs 400 --symmetric"]
 )
 def test_variants_that_are_published_too(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = 50_000 if line.startswith("cifar10") else 1_281_167
-    assert "published" in said(monkeypatch, f"--recipe {line}", pictures=pictures)
+    images = 50_000 if line.startswith("cifar10") else 1_281_167
+    assert "published" in said(monkeypatch, f"--recipe {line}", images=images)
 
 
 def test_what_is_not_the_recipes_is_listed_and_what_followed_from_it_is_explained(
@@ -104,19 +104,19 @@ def test_what_nobody_gave_is_not_listed_as_a_flag(
     file.write_text('{"gradient_clipping": 0.5}')
     text = said(monkeypatch, f"--data-dir https://host/d --deepspeed {file}")
     assert "--shuffle-window" not in text and "--clip-grad" not in text
-    assert "shuffle window 0 -> 64: the pictures are at an address" in text
+    assert "shuffle window 0 -> 64: the images are at an address" in text
     assert f"gradient clipping 0 -> 0.5: {file} says so" in text
     given = said(monkeypatch, "--data-dir https://host/d --shuffle-window 8 --clip-grad 1")
     assert "--shuffle-window 8 (0)" in given and "--clip-grad 1 (0)" in given
 
 
-def test_a_queue_that_holds_each_picture_often_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = said(monkeypatch, "--dataset images", pictures=3002)
+def test_a_queue_that_holds_each_image_often_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = said(monkeypatch, "--dataset images", images=3002)
     (warning,) = (line for line in text.splitlines() if "queue" in line)
-    assert "65,536 keys hold each of the 3,002 pictures about 22 times" in warning
+    assert "65,536 keys hold each of the 3,002 images about 22 times" in warning
     assert "--nce-k 1024" in warning and warning.startswith("warning: ")
     for flags in ("--dataset images --nce-k 3002", "--dataset images --mask-same-image"):
-        assert "the queue's" not in said(monkeypatch, flags, pictures=3002)
+        assert "the queue's" not in said(monkeypatch, flags, images=3002)
 
 
 def test_a_precision_that_the_cpu_emulates_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def pixels_of(aug: Augmentation, crops: Tensor, params: np.ndarray) -> Tensor:
     return result * 255
 
 
-def made_pictures(count: int = 4, size: int = 64) -> Tensor:
+def made_images(count: int = 4, size: int = 64) -> Tensor:
     """Smooth colours with grain and a hard edge, dark, bright and gray ones among them."""
     rng = np.random.default_rng(0)
     crops = []
@@ -66,7 +66,7 @@ def made_pictures(count: int = 4, size: int = 64) -> Tensor:
 
 @pytest.fixture(scope="module")
 def photos() -> Tensor:
-    return made_pictures()
+    return made_images()
 
 
 def to_pil(crops: Tensor) -> list[Image.Image]:
@@ -139,9 +139,9 @@ def test_blur_is_that_of_pil_to_the_bit(photos: Tensor, sigma: float) -> None:
     extremes = torch.zeros_like(photos)
     extremes[..., ::3] = 255
     aug = dataclasses.replace(EVERYTHING, blur_sigma=(0.1, 10.0))
-    for pictures in (photos, extremes, extremes.mT, 255 - extremes):
-        pil = [image.filter(ImageFilter.GaussianBlur(sigma)) for image in to_pil(pictures)]
-        assert torch.equal(pixels_of(aug, pictures, params).round(), from_pil(pil))
+    for images in (photos, extremes, extremes.mT, 255 - extremes):
+        pil = [image.filter(ImageFilter.GaussianBlur(sigma)) for image in to_pil(images)]
+        assert torch.equal(pixels_of(aug, images, params).round(), from_pil(pil))
 
 
 def test_blur_is_that_of_pil_to_the_bit_for_any_sigma(photos: Tensor) -> None:
@@ -202,7 +202,7 @@ def test_three_boxes_have_the_variance_drawn() -> None:
     assert box_weights(np.zeros(1, np.float32), 3).tolist() == [[2**24, 0, 0, 0]]
 
 
-def test_pictures_smaller_than_the_blur_are_blurred() -> None:
+def test_images_smaller_than_the_blur_are_blurred() -> None:
     params = NO_CHANGE[None].copy()
     params[:, SIGMA] = 2.0
     for height, width in ((2, 1), (1, 3), (4, 5)):
@@ -271,7 +271,7 @@ def test_whole_chains_on_real_photos(shared_data: Path, name: str, view: int) ->
 
 
 def test_the_order_of_gray_and_jitter_is_the_recipes(photos: Tensor) -> None:
-    """A gray picture stays gray in either order, but other grays come out."""
+    """A gray image stays gray in either order, but other grays come out."""
     params = np.tile(NO_CHANGE, (len(photos), 1))
     params[:, GRAY], params[:, SATURATION], params[:, ORDER] = 1, 0.2, 0
     params[:, BRIGHTNESS] = 1.4
@@ -289,7 +289,7 @@ def test_the_order_of_gray_and_jitter_is_the_recipes(photos: Tensor) -> None:
 def test_pixels_do_not_depend_on_the_rest_of_the_batch(
     name: str, view: int, size: int, form: type[DeviceAugment] | type[StaticAugment]
 ) -> None:
-    crops = made_pictures(24, size)
+    crops = made_images(24, size)
     samples = np.arange(24)
     aug = AUGMENTATIONS[name].of(view)
     apply = form(aug, (0.48, 0.45, 0.4), (0.22, 0.22, 0.22))
@@ -308,7 +308,7 @@ def compiled_form(aug: Augmentation, mean: Sequence[float], std: Sequence[float]
 
 @pytest.mark.slow
 def test_the_compiled_form_gives_the_same_pixels() -> None:
-    crops, aug = made_pictures(6, 24), AUGMENTATIONS["v3"].of(1)
+    crops, aug = made_images(6, 24), AUGMENTATIONS["v3"].of(1)
     compiled = compiled_form(aug, (0.0,) * 3, (1.0,) * 3)
     for epoch in range(3):  # one graph for all draws
         params = draw_params(aug, 0, epoch, np.arange(len(crops)), 1)

@@ -1,4 +1,4 @@
-"""Every kind of picture that turns up in real folders, and broken ones."""
+"""Every kind of image that turns up in real folders, and broken ones."""
 
 import io
 import struct
@@ -19,8 +19,8 @@ from moco_scale.data.images.decode import (
     DecodeError,
     Decoder,
     decode_rgb,
+    image_size,
     orientation,
-    picture_size,
 )
 
 
@@ -117,7 +117,7 @@ def test_an_animation_gives_its_first_frame(kind: str) -> None:
 
 @pytest.mark.parametrize("turned", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "CMYK", "PNG", "WEBP", "TIFF"])
-def test_pictures_are_upright_as_pil_turns_them(kind: str, turned: int) -> None:
+def test_images_are_upright_as_pil_turns_them(kind: str, turned: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = turned
     image = Image.fromarray(photo())
@@ -226,7 +226,7 @@ def broken() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", broken())
-def test_what_is_not_a_whole_picture_is_an_error(kind: str) -> None:
+def test_what_is_not_a_whole_image_is_an_error(kind: str) -> None:
     with pytest.raises(DecodeError) as caught:
         decode_rgb(broken()[kind])
     assert 3 < len(str(caught.value)) < 300
@@ -254,7 +254,7 @@ def no_coefficients(jpeg: bytes) -> bytes:
 ICC = b"\xff\xe2" + struct.pack(">H", 26) + b"ICC_PROFILE\0" + b"\3\2" + b"x" * 10  # part 3 of 2
 ODD: dict[str, Callable[[bytes], bytes]] = {
     "stray bytes before the tables": lambda data: before(data, 0xDB),
-    "stray bytes and a zero marker before the picture": lambda d: before(d, 0xDA, b"ab\xff\0c\xff"),
+    "stray bytes and a zero marker before the image": lambda d: before(d, 0xDA, b"ab\xff\0c\xff"),
     "JFIF 2.01": lambda data: jfif(data, b"\2\1"),
     "JFIF 0.00": lambda data: jfif(data, b"\0\0"),
     "an ICC profile in impossible parts": lambda data: before(data, 0xDB, ICC),
@@ -272,7 +272,7 @@ def test_what_libjpeg_only_warns_of_and_does_no_harm(kind: str) -> None:
     with pytest.raises(ValueError):
         simplejpeg.decode_jpeg(odd, strict=True)
     assert np.array_equal(decode_rgb(odd), decode_rgb(whole))
-    assert picture_size(odd) == picture_size(whole)
+    assert image_size(odd) == image_size(whole)
     # Damage behind it is still found.
     half = len(odd) // 2
     for damaged in (odd[:half], odd[:half] + bytes(len(odd) - half), odd[: half // 2]):
@@ -294,7 +294,7 @@ def test_sampling_factors_that_the_strict_decoder_does_not_know() -> None:
     with pytest.raises(ValueError, match="subsampling"):
         simplejpeg.decode_jpeg_header(data)
     assert np.array_equal(decode_rgb(data), np.full((16, 48, 3), 128, np.uint8))
-    assert picture_size(data) == (16, 48)
+    assert image_size(data) == (16, 48)
     with pytest.raises(DecodeError):
         decode_rgb(data[:-6])
 
@@ -306,11 +306,11 @@ def test_an_odd_header_is_turned_upright_all_the_same() -> None:
     whole = encoded(image, "JPEG", exif=exif)
     comment = b"\xff\xfe\0\4ab"
     odd = whole[:2] + comment + b"\0\1\2" + whole[2:]
-    assert picture_size(odd) == picture_size(whole) == (300, 200)
+    assert image_size(odd) == image_size(whole) == (300, 200)
     assert np.array_equal(decode_rgb(odd), decode_rgb(whole))
 
 
-def test_a_hole_between_the_scans_of_a_progressive_picture_is_an_error() -> None:
+def test_a_hole_between_the_scans_of_a_progressive_image_is_an_error() -> None:
     """All that libjpeg says of it is that there are stray bytes before the next scan."""
     whole = encoded(Image.fromarray(photo(200, 300)), "JPEG", progressive=True)
     second = whole.index(b"\xff\xda", whole.index(b"\xff\xda") + 2)
@@ -324,8 +324,8 @@ def test_a_hole_between_the_scans_of_a_progressive_picture_is_an_error() -> None
 
 def test_real_photos_are_those_of_pil(shared_data: Path) -> None:
     with tarfile.open(shared_data / "imagenet-sample.tar") as tar:
-        pictures = [member for member in tar if member.isfile()][::40]
-        for member in pictures:
+        images = [member for member in tar if member.isfile()][::40]
+        for member in images:
             file = tar.extractfile(member)
             assert file is not None
             data = file.read()
@@ -365,6 +365,6 @@ def test_a_decompression_bomb_is_refused_before_anything_is_allocated(data: byte
         tracemalloc.stop()
 
 
-def test_what_would_start_another_program_is_no_picture() -> None:
+def test_what_would_start_another_program_is_no_image() -> None:
     with pytest.raises(DecodeError, match="known format"):
         decode_rgb(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")

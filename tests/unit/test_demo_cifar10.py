@@ -62,24 +62,24 @@ def _source(official: Path, form: str) -> Path:
 
 
 @pytest.mark.parametrize("form", ["archive", "its folder", "folder it unpacks in", "unpacked"])
-def test_every_form_of_the_archive_becomes_pictures(
+def test_every_form_of_the_archive_becomes_images(
     official: Path, tmp_path: Path, form: str
 ) -> None:
     raw = pickle.loads((tmp_path / "made" / CIFAR10.base_folder / "train_list_1").read_bytes())
-    pictures = prepare(_source(official, form), tmp_path / "out", tmp_path / "unused")
+    images = prepare(_source(official, form), tmp_path / "out", tmp_path / "unused")
     for split, count in (("train", 12), ("val", 6)):
-        assert len(list((pictures / split).rglob("*.png"))) == count
-        assert sorted(p.name for p in (pictures / split).iterdir()) == list(NAMES)
-    # The third picture of the second file is the ninth of all, and its bytes are kept.
-    with Image.open(pictures / "train" / "bird" / "00008.png") as picture:
-        pixels = np.asarray(picture)
+        assert len(list((images / split).rglob("*.png"))) == count
+        assert sorted(p.name for p in (images / split).iterdir()) == list(NAMES)
+    # The third image of the second file is the ninth of all, and its bytes are kept.
+    with Image.open(images / "train" / "bird" / "00008.png") as image:
+        pixels = np.asarray(image)
     assert (pixels == raw["data"][2].reshape(3, 32, 32).transpose(1, 2, 0)).all()
 
 
-def test_a_folder_of_pictures_is_left_to_the_shard_command(
-    picture_folder: Path, tmp_path: Path
+def test_a_folder_of_images_is_left_to_the_shard_command(
+    image_folder: Path, tmp_path: Path
 ) -> None:
-    assert prepare(picture_folder, tmp_path / "out", tmp_path / "unused") == picture_folder
+    assert prepare(image_folder, tmp_path / "out", tmp_path / "unused") == image_folder
 
 
 def test_another_archive_is_never_unpickled(

@@ -34,35 +34,35 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "words"
 
 
-PICTURES: dict[str, Any] = {"source": None, "train_per_class": None}
-SOURCE = PICTURES | {"source": "/data/cifar"}
+IMAGES: dict[str, Any] = {"source": None, "train_per_class": None}
+SOURCE = IMAGES | {"source": "/data/cifar"}
 
 
 def test_an_interrupted_run_goes_on_and_no_other_is_touched(tmp_path: Path) -> None:
     out, train = tmp_path / "runs" / "cifar10", {"epochs": 200}
-    assert not output_folder.claim_or_continue(out, PICTURES, train)
+    assert not output_folder.claim_or_continue(out, IMAGES, train)
     (out / "current.pth").write_text("a hundred epochs")
-    assert output_folder.claim_or_continue(out, PICTURES, train)
+    assert output_folder.claim_or_continue(out, IMAGES, train)
     with pytest.raises(UserError, match="other settings") as refused:
         output_folder.claim_or_continue(out, SOURCE, {"epochs": 100})
     for words in ("--epochs: 200 in the run, 100 now", "'/data/cifar' now", "OUT=FOLDER"):
         assert words in str(refused.value)
     (out / output_folder.SUMMARY).write_text("{}")
     with pytest.raises(UserError, match="holds a finished run"):
-        output_folder.claim_or_continue(out, PICTURES, train)
+        output_folder.claim_or_continue(out, IMAGES, train)
     with pytest.raises(UserError, match="no demo made"):
         output_folder.claim(out)
     assert (out / "current.pth").read_text() == "a hundred epochs"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output-dir .*file cannot be written"):
-        output_folder.claim_or_continue(tmp_path / "file", PICTURES, train)
+        output_folder.claim_or_continue(tmp_path / "file", IMAGES, train)
 
 
 @pytest.mark.parametrize("content", ["words", "[1]", '{"train": {}}', output_folder.REPLACEABLE])
 def test_a_folder_with_another_marker_is_somebody_elses(tmp_path: Path, content: str) -> None:
     (tmp_path / output_folder.MARKER).write_text(content)
     with pytest.raises(UserError, match="something else"):
-        output_folder.claim_or_continue(tmp_path, PICTURES, {})
+        output_folder.claim_or_continue(tmp_path, IMAGES, {})
 
 
 def test_before_anything_is_trained_other_settings_may_follow(tmp_path: Path) -> None:
@@ -71,10 +71,10 @@ def test_before_anything_is_trained_other_settings_may_follow(tmp_path: Path) ->
         (tmp_path / name / "content").write_text("")
         return tmp_path / name / "content"
 
-    assert not output_folder.claim_or_continue(tmp_path, PICTURES, {"epochs": 200})
+    assert not output_folder.claim_or_continue(tmp_path, IMAGES, {"epochs": 200})
     shards, checkpoints = marked("shards"), tmp_path / "checkpoints"
     checkpoints.mkdir()  # of a run that ended before its first checkpoint
-    assert output_folder.claim_or_continue(tmp_path, PICTURES, {"epochs": 8})
+    assert output_folder.claim_or_continue(tmp_path, IMAGES, {"epochs": 8})
     assert shards.exists(), "made from the same source"
     assert output_folder.claim_or_continue(tmp_path, SOURCE, {"epochs": 8})
     assert not shards.exists(), "made from another source"
@@ -132,15 +132,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return lines
 
 
-def test_a_run_without_its_own_kNN_on_few_pictures_has_a_table(
-    picture_folder: Path,
+def test_a_run_without_its_own_kNN_on_few_images_has_a_table(
+    image_folder: Path,
     tmp_path: Path,
     steps: list[list[str]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """24 pictures for 3 processes, and no kNN before training."""
+    """24 images for 3 processes, and no kNN before training."""
     out = tmp_path / "out"
-    argv = ["cifar10", "--source", str(picture_folder), "--output-dir", str(out), "--symmetric"]
+    argv = ["cifar10", "--source", str(image_folder), "--output-dir", str(out), "--symmetric"]
     argv += ["--num-processes", "3", "--batch-size", "12", "--knn-freq", "0", "--device", "cpu"]
     assert main(argv) == 0
     summary = json.loads((out / output_folder.SUMMARY).read_text())
@@ -154,7 +154,7 @@ def test_a_run_without_its_own_kNN_on_few_pictures_has_a_table(
 
 
 def test_after_a_first_try_that_found_nothing_a_source_can_be_named(
-    picture_folder: Path, tmp_path: Path, steps: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, steps: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     argv = ["cifar10", "--output-dir", str(out), "--batch-size", "12", "--device", "cpu"]
@@ -165,12 +165,12 @@ def test_after_a_first_try_that_found_nothing_a_source_can_be_named(
     with monkeypatch.context() as patch:
         patch.setattr(cifar10, "prepare", no_network)
         assert main(argv) == 2
-    assert main([*argv, "--epochs", "8", "--source", str(picture_folder)]) == 0
+    assert main([*argv, "--epochs", "8", "--source", str(image_folder)]) == 0
     assert (out / output_folder.SUMMARY).exists() and "8" in steps[1]
 
 
-def test_pictures_without_labels_are_refused_before_hours_of_training(
-    picture_folder: Path,
+def test_images_without_labels_are_refused_before_hours_of_training(
+    image_folder: Path,
     tmp_path: Path,
     steps: list[list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -180,9 +180,9 @@ def test_pictures_without_labels_are_refused_before_hours_of_training(
         return splits.val
 
     monkeypatch.setattr(pipeline, "unlabelled_split", val)
-    argv = ["cifar10", "--source", str(picture_folder), "--output-dir", str(tmp_path / "out")]
+    argv = ["cifar10", "--source", str(image_folder), "--output-dir", str(tmp_path / "out")]
     assert main([*argv, "--batch-size", "12"]) == 2
-    assert "the val pictures have no labels" in capsys.readouterr().err
+    assert "the val images have no labels" in capsys.readouterr().err
     assert len(steps) == 1, "more than sharding"
 
 
@@ -190,7 +190,7 @@ def test_pictures_without_labels_are_refused_before_hours_of_training(
     ("words", "said"),
     [
         (("--num-processes", "3"), "does not divide --batch-size 64"),
-        (("--train-per-class", "3"), "30 pictures of 10 classes do not fill one batch of 64"),
+        (("--train-per-class", "3"), "30 images of 10 classes do not fill one batch of 64"),
         (("--epochs", "0"), "--epochs 0"),
         (("--nce-t", "abc"), "--nce-t"),
         (("--train-per-class", "0"), "0 is not positive"),
@@ -221,10 +221,10 @@ def test_a_wrong_source_or_flag_leaves_no_folder_behind(
 
 
 @pytest.mark.parametrize(
-    ("pictures", "processes", "batch"), [(50_000, 8, 256), (100, 2, 100), (500, 3, 255), (7, 2, 6)]
+    ("images", "processes", "batch"), [(50_000, 8, 256), (100, 2, 100), (500, 3, 255), (7, 2, 6)]
 )
-def test_the_evaluation_has_a_batch_that_fits(pictures: int, processes: int, batch: int) -> None:
-    assert pipeline.evaluation_batch(pictures, processes) == batch
+def test_the_evaluation_has_a_batch_that_fits(images: int, processes: int, batch: int) -> None:
+    assert pipeline.evaluation_batch(images, processes) == batch
 
 
 @pytest.mark.parametrize(

@@ -44,22 +44,22 @@ def broken(seed: int = 0) -> bytes:
 
 
 class InMemory:
-    """Pictures of every orientation, of which the device can decode some."""
+    """Images of every orientation, of which the device can decode some."""
 
     name = "memory"
 
-    def __init__(self, pictures: Sequence[bytes]) -> None:
-        self.pictures = pictures
-        self.labels = np.arange(len(pictures), dtype=np.int32)
+    def __init__(self, images: Sequence[bytes]) -> None:
+        self.images = images
+        self.labels = np.arange(len(images), dtype=np.int32)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def read(self, i: int) -> memoryview:
-        return memoryview(self.pictures[i])
+        return memoryview(self.images[i])
 
     def where(self, i: int) -> str:
-        return f"picture {i}"
+        return f"image {i}"
 
     def place(self, i: int) -> Place:
         return Place("memory", i, "")
@@ -73,7 +73,7 @@ class InMemory:
         return None
 
     def remedy(self, i: int) -> str:
-        return f"draw picture {i} again"
+        return f"draw image {i} again"
 
     def checkable(self) -> list[str]:
         return []
@@ -90,10 +90,10 @@ MIXED = InMemory(
 )
 
 
-def batches(pictures: InMemory, decoder: DeviceDecoder | None, workers: int = 0) -> list[ViewBatch]:
-    plan = BatchPlan(FullPermutation(len(pictures), 0), 4)
+def batches(images: InMemory, decoder: DeviceDecoder | None, workers: int = 0) -> list[ViewBatch]:
+    plan = BatchPlan(FullPermutation(len(images), 0), 4)
     with pretraining_loader(
-        pictures, plan, AUG, SIZE, num_workers=workers, end_step=6, decoder=decoder
+        images, plan, AUG, SIZE, num_workers=workers, end_step=6, decoder=decoder
     ) as loader:
         return list(loader)
 
@@ -117,7 +117,7 @@ def test_views_are_the_workers_but_for_rounding(workers: int) -> None:
 
 def test_what_is_left_to_the_device() -> None:
     whole = encoded()
-    assert [can_decode(data) for data in MIXED.pictures] == [True] * 8 + [False, False, True, False]
+    assert [can_decode(data) for data in MIXED.images] == [True] * 8 + [False, False, True, False]
     assert can_decode(whole + bytes(100))  # some cameras pad
     for data in (b"", whole[:-20], whole[: len(whole) // 2] + bytes(600) + whole[-2:], whole[:3]):
         assert not can_decode(data)
@@ -134,8 +134,8 @@ def test_no_decoder_finds_an_orientation(turned: int) -> None:
     assert np.array_equal(decode_rgb(neutral), stored)
 
 
-def test_one_bad_picture_does_not_take_the_others_with_it() -> None:
-    pictures = InMemory([encoded(seed=i) for i in range(4)])
+def test_one_bad_image_does_not_take_the_others_with_it() -> None:
+    images = InMemory([encoded(seed=i) for i in range(4)])
     decode = DeviceDecoder(CPU)
     strict = decode._decode
     failures: list[int] = []
@@ -147,16 +147,16 @@ def test_one_bad_picture_does_not_take_the_others_with_it() -> None:
         return strict(jpegs, device)
 
     decode._decode = picky
-    expected = batches(pictures, DeviceDecoder(CPU))
-    for a, b in zip(batches(pictures, decode), expected, strict=True):
+    expected = batches(images, DeviceDecoder(CPU))
+    for a, b in zip(batches(images, decode), expected, strict=True):
         assert torch.equal(a.views, b.views)
     assert failures
 
 
-def test_large_pictures_are_decoded_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many pixels at once as are allowed, and never less than one picture."""
-    pictures = InMemory([encoded(seed=i) for i in range(4)])
-    expected = batches(pictures, DeviceDecoder(CPU))
+def test_large_images_are_decoded_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many pixels at once as are allowed, and never less than one image."""
+    images = InMemory([encoded(seed=i) for i in range(4)])
+    expected = batches(images, DeviceDecoder(CPU))
     for allowed, group in ((1, 1), (2 * 70 * 52, 2), (3 * 70 * 52, 3)):
         decode, sizes = DeviceDecoder(CPU), list[int]()
         whole = decode._decode
@@ -173,7 +173,7 @@ def test_large_pictures_are_decoded_one_after_the_other(monkeypatch: pytest.Monk
         decode._decode = counted
         monkeypatch.setattr(device_decode, "DEVICE_PIXELS", allowed)
         monkeypatch.setattr(loader, "can_decode", lambda data: True)
-        for a, b in zip(batches(pictures, decode), expected, strict=True):
+        for a, b in zip(batches(images, decode), expected, strict=True):
             assert torch.equal(a.views, b.views)
         assert max(sizes) == group
         assert sum(sizes) == 4 * 6
@@ -188,11 +188,11 @@ def test_what_is_too_large_for_the_device_is_left_to_the_workers(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_picture_is_named(workers: int) -> None:
-    pictures = InMemory([encoded(seed=1), encoded(seed=2), broken(), encoded(seed=3)])
-    assert can_decode(pictures.read(2))
-    with pytest.raises(UserError, match=r"memory, picture 2"):
-        batches(pictures, DeviceDecoder(CPU), workers)
+def test_a_damaged_image_is_named(workers: int) -> None:
+    images = InMemory([encoded(seed=1), encoded(seed=2), broken(), encoded(seed=3)])
+    assert can_decode(images.read(2))
+    with pytest.raises(UserError, match=r"memory, image 2"):
+        batches(images, DeviceDecoder(CPU), workers)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import webdataset
-from foreign_sets import ALL, contents, expected, foreign_set, picture, samples, write_tar
+from foreign_sets import ALL, contents, expected, foreign_set, image, samples, write_tar
 from harness import in_processes
 
 from moco_scale.__main__ import main
@@ -23,8 +23,8 @@ from moco_scale.utils.errors import UserError
 
 def test_what_systems_leave_in_a_tar_is_no_image(tmp_path: Path) -> None:
     left = ("@eaDir/0.jpg", "a/@eaDir/1.jpg", "__MACOSX/._0.jpg", ".AppleDouble/0.jpg", "._0.jpg")
-    members = [(f"./{i}.jpg", picture(i)) for i in range(2)]
-    write_tar(tmp_path / "train-0.tar", [*members, *((name, picture(9)) for name in left)])
+    members = [(f"./{i}.jpg", image(i)) for i in range(2)]
+    write_tar(tmp_path / "train-0.tar", [*members, *((name, image(9)) for name in left)])
     assert len(open_shards(tmp_path / "train-0.tar", "train")) == 2
 
 
@@ -46,7 +46,7 @@ def test_a_folder_of_tars_is_indexed_on_first_use(
     assert shards.classes == ["0", "1", "2"]
     assert shards.name == str(foreign)
     assert shards.where(6) == "set-train-0001.tar at byte 4096 (key 000006)"
-    assert "indexed 24 pictures in 5 shards" in capfd.readouterr().err
+    assert "indexed 24 images in 5 shards" in capfd.readouterr().err
     assert has_split(foreign, "val")
     assert not has_split(foreign, "test")
     assert list((foreign / index_place.FOLDER).glob("*/index.json"))
@@ -141,7 +141,7 @@ def test_one_tar_is_a_set(foreign: Path, tmp_path: Path) -> None:
     flat = write_tar(tmp_path / "flat.tar", samples(0, 3, label=""))
     assert open_shards(flat, "train").labels.tolist() == [-1] * 3
     # Folders are classes: shards of it have labels, and it has none as it is.
-    classes = write_tar(tmp_path / "classes.tar", [("ash/0.jpg", picture(0)), ("oak/1.jpg", b"x")])
+    classes = write_tar(tmp_path / "classes.tar", [("ash/0.jpg", image(0)), ("oak/1.jpg", b"x")])
     packed = tmp_path / "classes.tar.gz"
     packed.write_bytes(gzip.compress(classes.read_bytes()))
     for tar in (classes, packed):
@@ -200,7 +200,7 @@ def test_what_a_tar_of_tars_is_takes_no_reading_of_them(tmp_path: Path) -> None:
         return int(Path("/proc/self/io").read_text().partition("rchar: ")[2].partition("\n")[0])
 
     before = read_so_far()
-    assert not look_into(path).pictures
+    assert not look_into(path).images
     assert read_so_far() - before < 1 << 22
 
 
@@ -284,7 +284,7 @@ def test_labels_that_no_index_can_hold_leave_a_set_without_labels(tmp_path: Path
     for name, why in (('"\\ud800"', "is not text"), (f'"{"x" * 1001}"', "1,001 characters")):
         folder = tmp_path / str(len(name))
         folder.mkdir()
-        members = [("1.jpg", picture(1)), ("1.json", f'{{"label": {name}}}'.encode())]
+        members = [("1.jpg", image(1)), ("1.json", f'{{"label": {name}}}'.encode())]
         write_tar(folder / "0.tar", members)
         shards = open_shards(folder, "train")
         assert shards.classes == [] and why in shards.why_unlabelled

@@ -16,7 +16,7 @@ from moco_scale.data.tools.ilsvrc import read_ground_truth
 from moco_scale.data.tools.matfile import MatFileError, struct_array
 from moco_scale.utils.errors import UserError
 
-PICTURES = ["c 1.jpg", "a.JPEG", "na\u0308h.jpg"]
+IMAGES = ["c 1.jpg", "a.JPEG", "na\u0308h.jpg"]
 CLASSES = {"a": "ash", "c 1": "golden oak", "n\u00e4h": 2}
 TABS = "a.JPEG\tash\nval/c 1.jpg\tgolden oak\nn\u00e4h\t2\n"
 
@@ -38,7 +38,7 @@ TABS = "a.JPEG\tash\nval/c 1.jpg\tgolden oak\nn\u00e4h\t2\n"
 )
 def test_what_surrounds_lines_does_not_matter(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "truth.txt").write_bytes(content)
-    assert read_ground_truth(tmp_path / "truth.txt", PICTURES) == CLASSES
+    assert read_ground_truth(tmp_path / "truth.txt", IMAGES) == CLASSES
 
 
 @pytest.mark.parametrize("text", ["a ash\nc 1 oak\nb 2\n", "a.jpg ash\nc 1.jpg oak\nb.jpg 2\n"])
@@ -68,7 +68,7 @@ def test_numbers_in_order(tmp_path: Path, end: str) -> None:
         (b"1\n\nx7\n1\n", "line 3: 'x7' is no number, and 2 of the 3 lines are"),
         (b"1\n1\n\xc2\xb2\n", "is no number"),
         (b"1\n2\n9\n", "line 3: 9 is not an ILSVRC2012 id of meta.mat"),
-        (b"1\n2\n", "has 2 lines, and there are 3 validation pictures"),
+        (b"1\n2\n", "has 2 lines, and there are 3 validation images"),
         (b"1\n2\n3\n4\n", "has 4 lines"),
         (b"a ash\nb\n", "line 2: 'b' names no class"),
         (b"a,ash\n\na,oak\n", "line 3: a has another class than in a line before"),

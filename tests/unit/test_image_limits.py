@@ -15,7 +15,7 @@ from odd_images import chunk, encoded, jpeg_with, png_with, segment, tiff_with, 
 from PIL import Image
 
 from moco_scale.data.images.crop import write_centre
-from moco_scale.data.images.decode import DecodeError, decode_rgb, picture_size
+from moco_scale.data.images.decode import DecodeError, decode_rgb, image_size
 from moco_scale.data.images.jpeg_header import read_header
 from moco_scale.data.images.pil_decode import _BLOCK
 from moco_scale.untrusted.limits import IMAGE_MEMORY, IMAGE_PARTS, IMAGE_PIXELS, IMAGE_SCANS
@@ -82,7 +82,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-@pytest.mark.parametrize("call", [decode_rgb, picture_size])
+@pytest.mark.parametrize("call", [decode_rgb, image_size])
 def test_what_would_take_too_much_is_refused_before_it_is_taken(kind: str, call: object) -> None:
     assert callable(call)
     tracemalloc.start()
@@ -204,7 +204,7 @@ def test_an_image_without_pixels(width: int, height: int) -> None:
         odd.png(width, height, 8, 2, odd.zeros(10)),
         b"P6 %d %d 255\n" % (width, height),
     ):
-        for call in (decode_rgb, picture_size):
+        for call in (decode_rgb, image_size):
             with pytest.raises(DecodeError, match="broken"):
                 call(data)
 

@@ -12,7 +12,7 @@ from odd_images import encoded, exif, whole
 from PIL import features
 
 from moco_scale.data.images import bad_image
-from moco_scale.data.images.decode import DecodeError, Decoder, decode_rgb, picture_size
+from moco_scale.data.images.decode import DecodeError, Decoder, decode_rgb, image_size
 
 SEEDS = {
     "JPEG": [
@@ -80,7 +80,7 @@ def test_an_image_or_the_one_error(kind: str, data: st.DataObject) -> None:
             assert str(error).isprintable()
             assert 3 < len(str(error)) <= 200
             return
-        assert picture_size(image) == pixels.shape[:2]
+        assert image_size(image) == pixels.shape[:2]
         assert pixels.dtype == np.uint8
         assert pixels.shape[2] == 3
         assert pixels.flags.c_contiguous
@@ -92,7 +92,7 @@ def test_every_truncation_of_a_header_is_one_error() -> None:
     for kind, seed in itertools.chain(*([(k, s) for s in seeds] for k, seeds in SEEDS.items())):
         for stop in range(min(len(seed) - 1, 200)):
             cut = seed[:stop]
-            for call in (decode_rgb, picture_size):
+            for call in (decode_rgb, image_size):
                 try:
                     call(cut)
                 except DecodeError as error:

@@ -24,11 +24,11 @@ from moco_scale.utils.errors import UserError
 
 
 @pytest.fixture
-def folder(picture_folder: Path, tmp_path: Path) -> Path:
-    """Shards of 24 training pictures, 5 in a shard, and 12 validation pictures."""
+def folder(image_folder: Path, tmp_path: Path) -> Path:
+    """Shards of 24 training images, 5 in a shard, and 12 validation images."""
     out = tmp_path / "shards"
     options = ["--out", str(out), "--shard-size", "5", "--workers", "1"]
-    assert main(["shard", "--source", str(picture_folder), *options]) == 0
+    assert main(["shard", "--source", str(image_folder), *options]) == 0
     return out
 
 
@@ -46,10 +46,10 @@ def test_labels_and_names(folder: Path) -> None:
 
 def test_reading_does_not_copy_and_knows_its_bounds(folder: Path) -> None:
     shards = IndexedShards.open(folder)
-    picture = shards.read(3)
-    assert isinstance(picture, memoryview) and picture.readonly
-    assert bytes(picture[:2]) == b"\xff\xd8" and bytes(picture[-2:]) == b"\xff\xd9"
-    assert bytes(shards.read(np.int64(3))) == bytes(picture)  # type: ignore[arg-type]
+    image = shards.read(3)
+    assert isinstance(image, memoryview) and image.readonly
+    assert bytes(image[:2]) == b"\xff\xd8" and bytes(image[-2:]) == b"\xff\xd9"
+    assert bytes(shards.read(np.int64(3))) == bytes(image)  # type: ignore[arg-type]
     for i in (-1, 24):
         with pytest.raises(IndexError):
             shards.read(i)
@@ -100,7 +100,7 @@ def test_pickled_and_forked(folder: Path) -> None:
     copy = pickle.loads(pickle.dumps(shards))
     assert everything(copy) == expected
     assert copy.fingerprint == shards.fingerprint
-    assert len(pickle.dumps(shards)) < 4000  # paths and positions, no pictures, no rows
+    assert len(pickle.dumps(shards)) < 4000  # paths and positions, no images, no rows
     with multiprocessing.get_context("fork").Pool(1) as pool:
         forked = pool.apply_async(lambda_free_read, (shards,)).get(timeout=60)
     assert forked == expected
@@ -163,23 +163,23 @@ def refusal(folder: Path, split: str = "train") -> str:
 def test_no_such_folder(tmp_path: Path) -> None:
     message = refusal(tmp_path / "data")
     assert str(tmp_path / "data") in message
-    assert f"python -m moco_scale shard --source PICTURES --out {tmp_path / 'data'}" in message
+    assert f"python -m moco_scale shard --source IMAGES --out {tmp_path / 'data'}" in message
 
 
-def test_pictures_instead_of_shards(picture_folder: Path, tmp_path: Path) -> None:
-    out = f"{picture_folder}-shards"
-    command = f"python -m moco_scale shard --source {picture_folder} --out {out}"
-    assert refusal(picture_folder).endswith(command)
-    tar = tmp_path / "my pictures.tar.gz"
+def test_images_instead_of_shards(image_folder: Path, tmp_path: Path) -> None:
+    out = f"{image_folder}-shards"
+    command = f"python -m moco_scale shard --source {image_folder} --out {out}"
+    assert refusal(image_folder).endswith(command)
+    tar = tmp_path / "my images.tar.gz"
     tar.touch()
-    command = f"--source '{tar}' --out '{tmp_path}/my pictures-shards'"
+    command = f"--source '{tar}' --out '{tmp_path}/my images-shards'"
     assert refusal(tar).endswith(command)
 
 
-def test_the_suggested_command_works(picture_folder: Path) -> None:
-    command = refusal(picture_folder).partition("python -m moco_scale ")[2].split()
+def test_the_suggested_command_works(image_folder: Path) -> None:
+    command = refusal(image_folder).partition("python -m moco_scale ")[2].split()
     assert main([*command, "--workers", "1"]) == 0
-    assert len(IndexedShards.open(f"{picture_folder}-shards")) == 24
+    assert len(IndexedShards.open(f"{image_folder}-shards")) == 24
 
 
 def test_other_folders(folder: Path, tmp_path: Path) -> None:

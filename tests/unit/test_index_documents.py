@@ -190,7 +190,7 @@ def test_rows_have_to_be_in_the_order_of_their_shards_and_as_many(tmp_path: Path
         rows = good_rows()
         rows["shard"] = order
         (tmp_path / index_name("train")).write_bytes(saved(rows))
-        with pytest.raises(UserError, match=r"order of the shards|other numbers of pictures"):
+        with pytest.raises(UserError, match=r"order of the shards|other numbers of images"):
             read_rows(tmp_path, "train", header_for(rows))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import make_shards
-from conftest import write_picture
+from conftest import write_image
 from PIL import Image
 
 from moco_scale.__main__ import main
@@ -22,17 +22,17 @@ def test_it_counts_what_is_there(tiny_shards: Path, capsys: pytest.CaptureFixtur
     files = list(tiny_shards.glob("train-*.tar"))
     shards = IndexedShards.open(tiny_shards)
     sizes = sorted(len(shards.read(i)) for i in range(32))
-    assert (train["pictures"], train["shards"]) == (32, len(files))
+    assert (train["images"], train["shards"]) == (32, len(files))
     assert train["bytes"] == sum(path.stat().st_size for path in files)
     assert (train["classes"], train["per_class"]) == (["ash", "birch"], [16, 16])
     assert train["unlabelled"] == train["unreadable"] == 0
     assert train["formats"] == {"jpeg": 32} and train["sampled"] == 32
-    assert [train["picture_bytes"][i] for i in (0, -1)] == [sizes[0], sizes[-1]]
+    assert [train["image_bytes"][i] for i in (0, -1)] == [sizes[0], sizes[-1]]
     assert (train["width"], train["height"]) == ([40] * 5, [32] * 5)
-    assert found["splits"]["val"]["pictures"] == 8
+    assert found["splits"]["val"]["images"] == 8
     assert main(["inspect", str(tiny_shards)]) == 0
     text = capsys.readouterr().out
-    for part in ("train: 32 pictures in 4 shards", "median 40 x 32", "jpeg 100 %", "ash 16"):
+    for part in ("train: 32 images in 4 shards", "median 40 x 32", "jpeg 100 %", "ash 16"):
         assert part in text
 
 
@@ -40,13 +40,13 @@ def test_shards_of_others_without_labels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i in range(6):
-        write_picture(tmp_path / "flat" / f"{i}.{('png', 'webp')[i % 2]}", seed=i)
+        write_image(tmp_path / "flat" / f"{i}.{('png', 'webp')[i % 2]}", seed=i)
     shards = make_shards(tmp_path / "flat", tmp_path / "shards")
     for path in (*shards.glob("*.npy"), shards / "index.json"):
         path.unlink()
     assert main(["inspect", str(shards), "--sheet", str(tmp_path / "sheet.png")]) == 0
     text = capsys.readouterr().out
-    assert "6 pictures in 1 shard" in text and "png 50 %" in text and "no labels" in text
+    assert "6 images in 1 shard" in text and "png 50 %" in text and "no labels" in text
     assert Image.open(tmp_path / "sheet.png").format == "PNG"
 
 
@@ -58,7 +58,7 @@ def test_it_takes_what_training_takes(
         (folder / "part").mkdir(parents=True, exist_ok=True)
         shutil.copy(tar, folder / "part")
     pattern, one = f"{folder}/part/train-{{000000..000001}}.tar", f"{folder}/part/train-000003.tar"
-    for spec, pictures, shards, splits in (
+    for spec, images, shards, splits in (
         (str(folder), 32, 4, ["train"]),
         (pattern, 16, 2, ["train"]),
         (one, 8, 1, ["train"]),
@@ -68,9 +68,9 @@ def test_it_takes_what_training_takes(
         found = json.loads(capsys.readouterr().out)
         assert found["path"] == spec and list(found["splits"]) == splits
         train = found["splits"]["train"]
-        assert (train["pictures"], train["shards"]) == (pictures, shards)
+        assert (train["images"], train["shards"]) == (images, shards)
         assert train["bytes"] == shards * (tiny_shards / "train-000000.tar").stat().st_size
-        sheet = tmp_path / f"{pictures}.png"
+        sheet = tmp_path / f"{images}.png"
         assert main(["inspect", spec, "--sheet", str(sheet)]) == 0
         assert Image.open(sheet).format == "PNG"
         capsys.readouterr()
@@ -86,7 +86,7 @@ def test_it_takes_what_training_takes(
     assert "--tensors is for a checkpoint" in capsys.readouterr().err
 
 
-def test_the_sheet_shows_pictures_whole_and_bad_ones_as_such(
+def test_the_sheet_shows_images_whole_and_bad_ones_as_such(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_shards, tmp_path / "shards")
@@ -107,8 +107,8 @@ def test_the_sheet_shows_pictures_whole_and_bad_ones_as_such(
     spoiled = np.asarray(Image.open(bad)).astype(int)
     assert spoiled.shape == sheet.shape
 
-    def colourful(picture: np.ndarray) -> float:
-        return float((picture.max(-1) - picture.min(-1) > 20).mean())
+    def colourful(image: np.ndarray) -> float:
+        return float((image.max(-1) - image.min(-1) > 20).mean())
 
     assert colourful(sheet) > 0.2 and colourful(spoiled) == 0
 

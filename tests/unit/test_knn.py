@@ -24,7 +24,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> MakeShards:
-    """Writes shards of a folder of pictures."""
+    """Writes shards of a folder of images."""
 
     def make(source: Path) -> Path:
         out = tmp_path / f"shards-of-{source.name}"
@@ -35,13 +35,13 @@ def make_shards(tmp_path: Path) -> MakeShards:
 
 
 @pytest.fixture
-def shards_of_pictures(make_shards: MakeShards, picture_folder: Path) -> Path:
-    """24 training and 12 validation pictures of 3 classes."""
-    return make_shards(picture_folder)
+def shards_of_images(make_shards: MakeShards, image_folder: Path) -> Path:
+    """24 training and 12 validation images of 3 classes."""
+    return make_shards(image_folder)
 
 
 def encoded(encode: Encode, shards: Shards, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Features of 16-pixel pictures."""
+    """Features of 16-pixel images."""
     return extract(
         encode,
         shards,
@@ -165,8 +165,8 @@ def raw(x: Tensor) -> Tensor:
 
 
 class TestExtraction:
-    def test_order_normalisation_and_modes(self, shards_of_pictures: Path) -> None:
-        shards = IndexedShards.open(shards_of_pictures, "train")
+    def test_order_normalisation_and_modes(self, shards_of_images: Path) -> None:
+        shards = IndexedShards.open(shards_of_images, "train")
         encoder = build_encoder("resnet18", stem="cifar", dim=8)
         encoder.train()
         first = dict(encoder.named_modules())["backbone.layer1"].eval()  # frozen, and stays so
@@ -202,10 +202,10 @@ class TestExtraction:
 
 
 class TestMonitor:
-    def test_measures_val_against_train(self, shards_of_pictures: Path) -> None:
-        bank, queries = knn.bank_and_queries(knn.open_splits(shards_of_pictures))
+    def test_measures_val_against_train(self, shards_of_images: Path) -> None:
+        bank, queries = knn.bank_and_queries(knn.open_splits(shards_of_images))
         assert (bank.split, queries.split) == ("train", "val")
-        monitor = monitor_of(shards_of_pictures, k=5)
+        monitor = monitor_of(shards_of_images, k=5)
         got = monitor.measure_function(raw)
         direct = knn.weighted_knn(
             *encoded(raw, bank),
@@ -215,48 +215,48 @@ class TestMonitor:
         )
         assert got == direct
 
-    def test_features_and_projection(self, shards_of_pictures: Path) -> None:
-        monitor = monitor_of(shards_of_pictures)
+    def test_features_and_projection(self, shards_of_images: Path) -> None:
+        monitor = monitor_of(shards_of_images)
         encoder = build_encoder("resnet18", stem="cifar", dim=8)
         assert isinstance(encoder.head, nn.Linear)
-        nn.init.zeros_(encoder.head.weight)  # all pictures project to the same point
+        nn.init.zeros_(encoder.head.weight)  # all images project to the same point
         assert monitor.measure(encoder, "projection")["top1"] == pytest.approx(100 / 3)
         assert encoder.training
         with pytest.raises(UserError, match="choose one of features, projection"):
             monitor.measure(encoder, "logits")
 
     def test_without_a_val_split_holds_out(
-        self, make_shards: MakeShards, picture_folder: Path
+        self, make_shards: MakeShards, image_folder: Path
     ) -> None:
-        folder = make_shards(picture_folder / "train")
+        folder = make_shards(image_folder / "train")
         bank, queries = knn.bank_and_queries(knn.open_splits(folder))
         assert len(queries) == 2 and len(bank) == 22
         assert not {bank.where(i) for i in range(22)} & {queries.where(i) for i in range(2)}
         again = knn.bank_and_queries(knn.open_splits(folder))
         assert [s.fingerprint for s in again] == [bank.fingerprint, queries.fingerprint]
 
-    def test_bounds_are_seeded_choices(self, shards_of_pictures: Path) -> None:
+    def test_bounds_are_seeded_choices(self, shards_of_images: Path) -> None:
         bank, queries = knn.bank_and_queries(
-            knn.open_splits(shards_of_pictures), max_bank=10, max_queries=3
+            knn.open_splits(shards_of_images), max_bank=10, max_queries=3
         )
         assert (len(bank), len(queries)) == (10, 3)
-        again, _ = knn.bank_and_queries(knn.open_splits(shards_of_pictures), max_bank=10)
-        other, _ = knn.bank_and_queries(knn.open_splits(shards_of_pictures), max_bank=10, seed=5)
+        again, _ = knn.bank_and_queries(knn.open_splits(shards_of_images), max_bank=10)
+        other, _ = knn.bank_and_queries(knn.open_splits(shards_of_images), max_bank=10, seed=5)
         assert again.fingerprint == bank.fingerprint != other.fingerprint
 
-    def test_refuses_unlabelled_pictures_at_once(
-        self, make_shards: MakeShards, picture_folder: Path
+    def test_refuses_unlabelled_images_at_once(
+        self, make_shards: MakeShards, image_folder: Path
     ) -> None:
-        flat = make_shards(picture_folder / "train" / "ash")
+        flat = make_shards(image_folder / "train" / "ash")
         unlabelled = knn.unlabelled_split(knn.open_splits(flat))
         assert unlabelled is not None and unlabelled.split == "train"
         with pytest.raises(UserError, match="needs labels"):
             monitor_of(flat)
 
     def test_a_split_without_labels_is_named(
-        self, shards_of_pictures: Path, monkeypatch: pytest.MonkeyPatch
+        self, shards_of_images: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert knn.unlabelled_split(knn.open_splits(shards_of_pictures)) is None
+        assert knn.unlabelled_split(knn.open_splits(shards_of_images)) is None
 
         def opened(data_dir: Path, split: str, *_: object) -> IndexedShards:
             shards = IndexedShards.open(data_dir, split)
@@ -265,7 +265,7 @@ class TestMonitor:
             return shards
 
         monkeypatch.setattr(knn, "open_shards", opened)
-        unlabelled = knn.unlabelled_split(knn.open_splits(shards_of_pictures))
+        unlabelled = knn.unlabelled_split(knn.open_splits(shards_of_images))
         assert unlabelled is not None and unlabelled.split == "val"
 
 

@@ -29,10 +29,10 @@ SMALL = LinearConfig(epochs=4, batch_size=8, learning_rate=0.05)
 
 
 @pytest.fixture
-def shards(tmp_path: Path, picture_folder: Path) -> Path:
-    """24 training and 12 validation pictures of 3 classes."""
+def shards(tmp_path: Path, image_folder: Path) -> Path:
+    """24 training and 12 validation images of 3 classes."""
     out = tmp_path / "shards"
-    assert main(["shard", "--source", str(picture_folder), "--out", str(out)]) == 0
+    assert main(["shard", "--source", str(image_folder), "--out", str(out)]) == 0
     return out
 
 
@@ -365,7 +365,7 @@ def test_divergence_is_named(shards: Path, tmp_path: Path) -> None:
         evaluation(shards, tmp_path / "out", config).run()
 
 
-def test_too_few_pictures_for_a_batch(shards: Path, tmp_path: Path) -> None:
+def test_too_few_images_for_a_batch(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="24 samples do not fill one global batch of 256"):
         evaluation(shards, tmp_path / "out", LinearConfig())
 
@@ -375,12 +375,12 @@ def test_labels_are_needed(shards: Path) -> None:
     assert linear._count_classes(train, val) == 3
     val.labels = val.labels.copy()
     val.labels[4] = -1
-    with pytest.raises(UserError, match=r"1 of the 12 val pictures .* have none"):
+    with pytest.raises(UserError, match=r"1 of the 12 val images .* have none"):
         linear._count_classes(train, val)
 
 
 def test_val_classes_must_be_known_from_train(shards: Path) -> None:
     train, val = (IndexedShards.open(shards, split) for split in ("train", "val"))
     train = train.subset(np.flatnonzero(train.labels != 1))
-    with pytest.raises(UserError, match=r"1 classes of the val pictures .*birch"):
+    with pytest.raises(UserError, match=r"1 classes of the val images .*birch"):
         linear._count_classes(train, val)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from commands import make_shards
-from conftest import write_picture
+from conftest import write_image
 
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading.loader import pretraining_loader
@@ -90,7 +90,7 @@ def test_without_a_length_an_epoch_is_a_pass() -> None:
     assert in_whole_batches(order, 4) is order
     with pytest.raises(UserError, match="--samples-per-epoch 3 is less than one global batch of 4"):
         in_whole_batches(order, 4, samples_per_epoch=3)
-    with pytest.raises(UserError, match=r"3 samples do not fill .* add pictures"):
+    with pytest.raises(UserError, match=r"3 samples do not fill .* add images"):
         BatchPlan(in_whole_batches(FullPermutation(3, 1), 4), 4)
 
 
@@ -138,7 +138,7 @@ def test_what_exists_under_a_name_is_meant(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """12 training pictures of two classes with val, 5 of the same classes, and 7 unlabelled."""
+    """12 training images of two classes with val, 5 of the same classes, and 7 unlabelled."""
     root = tmp_path_factory.mktemp("sets")
     seed = 0
     for name, folders, count in (
@@ -149,7 +149,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         for folder in folders:
             for i in range(count):
                 seed += 1
-                write_picture(root / name / folder / f"{i}.jpg", seed=seed)
+                write_image(root / name / folder / f"{i}.jpg", seed=seed)
     return [make_shards(root / name, root / f"{name}-shards") for name in ("one", "two", "three")]
 
 
@@ -198,7 +198,7 @@ def test_a_sample_seen_twice_in_an_epoch_has_other_crops(sets: list[Path]) -> No
     plan = BatchPlan(order, 8)
     assert plan.steps_per_epoch == 4
     (note,) = epoch_notes(shards, order)
-    assert f"16 of the 12 pictures in {sets[0]}, 16 of the 6 pictures in {sets[1]};" in note
+    assert f"16 of the 12 images in {sets[0]}, 16 of the 6 images in {sets[1]};" in note
     assert epoch_notes(shards.parts[0], shards.parts[0].order(0)) == []
     crops: dict[int, list[bytes]] = {}
     with pretraining_loader(

@@ -88,9 +88,9 @@ def strictness(model: str, device: torch.device) -> list[bool]:
     engine.moco.query.register_forward_hook(look)
     engine.moco.key.register_forward_hook(look)
     next(iter(engine.moco.trained_parameters().values())).register_hook(look)
-    picture = torch.randn(2, 3, 16, 16)
-    (query,) = engine.query(picture)
-    engine.key(picture)
+    image = torch.randn(2, 3, 16, 16)
+    (query,) = engine.query(image)
+    engine.key(image)
     engine.backward(query[:, 0].mean())
     look()
     return seen

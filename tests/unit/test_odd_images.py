@@ -24,7 +24,7 @@ from odd_images import (
 )
 from PIL import Image, ImageOps, features
 
-from moco_scale.data.images.decode import DecodeError, decode_rgb, picture_size
+from moco_scale.data.images.decode import DecodeError, decode_rgb, image_size
 
 RANDOM = np.random.default_rng(0).bytes(3000)
 LOOP = b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x8769, 4, 1, 8) * 2 + struct.pack("<I", 8)
@@ -111,7 +111,7 @@ def test_the_plain_images_are_the_photo() -> None:
 def test_damaged_exif_ends_no_image(place: str, bad: str) -> None:
     data = with_exif(place, BAD_EXIF[bad])
     assert np.array_equal(decode_rgb(data), plain(place))
-    assert picture_size(data) == (odd.HEIGHT, odd.WIDTH)
+    assert image_size(data) == (odd.HEIGHT, odd.WIDTH)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -119,7 +119,7 @@ def test_damaged_exif_ends_no_image(place: str, bad: str) -> None:
 def test_texts_and_profiles_end_no_png(text: str, at_end: bool) -> None:
     data = png_with(TEXTS[text], at_end=at_end)
     assert np.array_equal(decode_rgb(data), plain("PNG"))
-    assert picture_size(data) == (odd.HEIGHT, odd.WIDTH)
+    assert image_size(data) == (odd.HEIGHT, odd.WIDTH)
 
 
 def test_each_text_is_inflated_once() -> None:
@@ -184,7 +184,7 @@ def test_the_orientation_in_exif(place: str, tiff: bytes, expected: int) -> None
     image = Image.fromarray(plain(place))
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(image, "PNG", exif=turned))))
     assert np.array_equal(decode_rgb(data), np.asarray(upright))
-    assert picture_size(data) == upright.size[::-1]
+    assert image_size(data) == upright.size[::-1]
 
 
 @pytest.mark.parametrize("text", [odd.ATTRIBUTE, odd.ELEMENT, odd.SINGLE_QUOTES])
@@ -205,7 +205,7 @@ def test_the_orientation_in_xmp_alone(text: bytes) -> None:
     }
     for kind, data in ((kind, data) for kind, many in images.items() for data in many):
         assert np.array_equal(decode_rgb(data), np.rot90(plain(kind), 3)), kind
-        assert picture_size(data) == (odd.WIDTH, odd.HEIGHT)
+        assert image_size(data) == (odd.WIDTH, odd.HEIGHT)
     # EXIF goes before it.
     both = webp_with((b"EXIF", exif(1)), (b"XMP ", text))
     assert np.array_equal(decode_rgb(both), plain("WEBP"))
@@ -216,7 +216,7 @@ def test_a_tiff_is_turned_once(compression: str) -> None:
     data = encoded(odd.photo(), "TIFF", compression=compression, tiffinfo={0x0112: 6})
     straight = decode_rgb(encoded(odd.photo(), "TIFF", compression=compression))
     assert np.array_equal(decode_rgb(data), np.rot90(straight, 3))
-    assert picture_size(data) == (odd.WIDTH, odd.HEIGHT)
+    assert image_size(data) == (odd.WIDTH, odd.HEIGHT)
 
 
 def test_one_wrong_checksum() -> None:
@@ -232,7 +232,7 @@ def test_one_wrong_checksum() -> None:
         ):
             decode_rgb(damaged)
         with pytest.raises(DecodeError, match="broken PNG"):
-            picture_size(damaged)
+            image_size(damaged)
     end = png[:-4] + b"abcd"
     assert np.array_equal(decode_rgb(end), plain("PNG"))
     assert np.array_equal(decode_rgb(png[:-12]), plain("PNG"))  # all rows are there
@@ -275,7 +275,7 @@ NOT_IMAGES = {
 
 @pytest.mark.parametrize("content", NOT_IMAGES)
 def test_what_is_no_image_is_named(content: str) -> None:
-    for call in (decode_rgb, picture_size):
+    for call in (decode_rgb, image_size):
         with pytest.raises(DecodeError, match=NOT_IMAGES[content]):
             call(content.encode("latin-1"))
 
@@ -369,7 +369,7 @@ def test_avif_is_turned_by_its_own_property() -> None:
     turned[0x0112] = 6
     data = encoded(odd.photo(), "AVIF", exif=turned)
     assert np.array_equal(decode_rgb(data), np.rot90(decode_rgb(encoded(odd.photo(), "AVIF")), 3))
-    assert picture_size(data) == (odd.WIDTH, odd.HEIGHT)
+    assert image_size(data) == (odd.WIDTH, odd.HEIGHT)
 
 
 def test_a_hole_in_a_jpeg_of_inks_is_noticed() -> None:

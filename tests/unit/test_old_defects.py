@@ -25,7 +25,7 @@ from moco_scale.data.loading.loader import pretraining_loader
 from moco_scale.training.loop import Pretraining
 
 BATCH = 8
-PER_EPOCH = 4  # of the 32 pictures
+PER_EPOCH = 4  # of the 32 images
 
 
 def written(run: Pretraining) -> None:

@@ -96,7 +96,7 @@ figure.savefig(io.BytesIO())
 """
 
 
-def test_pictures_are_drawn_in_silence_where_the_home_cannot_be_written(tmp_path: Path) -> None:
+def test_figures_are_drawn_in_silence_where_the_home_cannot_be_written(tmp_path: Path) -> None:
     """Nothing can be made below a file, by root neither."""
     home = tmp_path / "file"
     home.touch()

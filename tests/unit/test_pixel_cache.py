@@ -1,4 +1,4 @@
-"""Decoded pictures kept for all processes of a node: the same pixels, in no more than there is."""
+"""Decoded images kept for all processes of a node: the same pixels, in no more than there is."""
 
 import contextlib
 import errno
@@ -103,7 +103,7 @@ def test_what_cannot_be_trusted_is_made_again(shards: Shards, tmp_path: Path, ha
     again.close()
 
 
-def test_other_pictures_have_a_cache_of_their_own(shards: Shards, tmp_path: Path) -> None:
+def test_other_images_have_a_cache_of_their_own(shards: Shards, tmp_path: Path) -> None:
     caches = [PixelCache.open(s, str(tmp_path)) for s in (shards, shards.subset(np.arange(5)))]
     assert len(list(tmp_path.iterdir())) == 2
     for cache in caches:
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     monkeypatch.setattr(pixel_cache, "SHARED_MEMORY", tmp_path)
     for memory in (0, total):  # seen from a part of the sizes, and from all of them
         monkeypatch.setattr(pixel_cache, "_free_memory", lambda memory=memory: memory)
-        with pytest.raises(UserError, match=r"--cache ram: the 32 pictures .* once decoded"):
+        with pytest.raises(UserError, match=r"--cache ram: the 32 images .* once decoded"):
             PixelCache.open(shards, "ram")
         assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(pixel_cache, "_free_memory", lambda: 3 * total)
@@ -195,7 +195,7 @@ def test_it_travels_to_processes_that_are_not_forked(shards: Shards, tmp_path: P
     cache.close()
 
 
-def test_pictures_that_are_not_what_their_header_says_are_not_kept(
+def test_images_that_are_not_what_their_header_says_are_not_kept(
     shards: Shards, tmp_path: Path
 ) -> None:
     cache = PixelCache.open(shards, str(tmp_path))

@@ -107,7 +107,7 @@ def test_a_few_groups_stand_for_many(
         # Each group reads weights and running statistics, which are small.
         assert moved == pytest.approx(sum(k.times * k.moved for k in whole), rel=0.03)
     assert few.flops == all_of_them.flops
-    # Statistics of each group, which small pictures make a large part.
+    # Statistics of each group, which small images make a large part.
     assert few.held == pytest.approx(all_of_them.held, rel=0.02)
     assert few.peak == pytest.approx(all_of_them.peak, rel=0.02)
 
@@ -361,7 +361,7 @@ def test_a_queue_longer_than_the_set_is_advised_against(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     main(["plan", *SMALL, "--images", "3002", "--nce-k", "65536"])
-    assert "hold each of the 3,002 pictures about 22 times" in capsys.readouterr().out
+    assert "hold each of the 3,002 images about 22 times" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--nodes", "--gpus", "--images", "--scale"])

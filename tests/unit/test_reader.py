@@ -35,27 +35,27 @@ SIZE = 16
 AUG = AUGMENTATIONS["cifar"]
 
 
-class PicturesInMemory:
+class ImagesInMemory:
     """The part of IndexedShards that the reader uses."""
 
     name = "in-memory"
 
     def __init__(self, count: int) -> None:
         self.labels = np.arange(count, dtype=np.int32) % 3
-        self.pictures = [self._picture(i) for i in range(count)]
+        self.images = [self._image(i) for i in range(count)]
 
     @staticmethod
-    def _picture(seed: int) -> bytes:
+    def _image(seed: int) -> bytes:
         pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
         out = io.BytesIO()
         Image.fromarray(pixels).resize((24 + seed % 7, 20)).save(out, "PNG")
         return out.getvalue()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def read(self, i: int) -> memoryview:
-        return memoryview(self.pictures[i])
+        return memoryview(self.images[i])
 
     def rest(self) -> None:
         pass
@@ -67,25 +67,25 @@ class PicturesInMemory:
         return str(self.place(i))
 
     def place(self, i: int) -> Place:
-        return Place("memory", i, f"picture {i}")
+        return Place("memory", i, f"image {i}")
 
     def fault(self, i: int) -> str | None:
         return None
 
     def remedy(self, i: int) -> str:
-        return f"draw picture {i} again"
+        return f"draw image {i} again"
 
     def checkable(self) -> list[str]:
         return []
 
 
 @pytest.fixture(scope="module")
-def pictures() -> PicturesInMemory:
-    return PicturesInMemory(22)
+def images() -> ImagesInMemory:
+    return ImagesInMemory(22)
 
 
 def global_batches(
-    pictures: PicturesInMemory | IndexedShards,
+    images: ImagesInMemory | IndexedShards,
     plan: BatchPlan,
     world: int,
     workers: int,
@@ -96,7 +96,7 @@ def global_batches(
     by_rank: list[list[ViewBatch]] = []
     for rank in range(world):
         with pretraining_loader(
-            pictures,
+            images,
             plan,
             AUG,
             SIZE,
@@ -161,19 +161,19 @@ def test_impossible_plans_are_refused_with_the_numbers() -> None:
         BatchPlan(FullPermutation(40, 0), 8).share(0, 0, 3)
 
 
-def test_a_plan_for_other_data_is_refused(pictures: PicturesInMemory) -> None:
+def test_a_plan_for_other_data_is_refused(images: ImagesInMemory) -> None:
     with pytest.raises(ValueError, match="21 samples"):
-        pretraining_loader(pictures, BatchPlan(FullPermutation(21, 0), 4), AUG, SIZE, end_step=1)
+        pretraining_loader(images, BatchPlan(FullPermutation(21, 0), 4), AUG, SIZE, end_step=1)
     with pytest.raises(UserError, match="3 processes"):
         pretraining_loader(
-            pictures, BatchPlan(FullPermutation(22, 0), 4), AUG, SIZE, world=3, end_step=1
+            images, BatchPlan(FullPermutation(22, 0), 4), AUG, SIZE, world=3, end_step=1
         )
 
 
-def test_batches_hold_the_documented_crops(pictures: PicturesInMemory) -> None:
+def test_batches_hold_the_documented_crops(images: ImagesInMemory) -> None:
     plan = BatchPlan(FullPermutation(22, seed=9), 4)
     with pretraining_loader(
-        pictures, plan, AUG, SIZE, views=3, num_workers=0, start_step=4, end_step=7
+        images, plan, AUG, SIZE, views=3, num_workers=0, start_step=4, end_step=7
     ) as loader:
         assert len(loader) == 3
         batches = list(loader)
@@ -182,13 +182,13 @@ def test_batches_hold_the_documented_crops(pictures: PicturesInMemory) -> None:
         samples = plan.batch(batch.step).index
         assert batch.index.dtype == batch.labels.dtype == torch.int64
         assert batch.index.tolist() == samples.tolist()
-        assert batch.labels.tolist() == pictures.labels[samples].tolist()
+        assert batch.labels.tolist() == images.labels[samples].tolist()
         assert batch.views.shape == (3, 4, 3, SIZE, SIZE)
         assert batch.views.dtype == torch.uint8
         for view in range(3):
             numbers = uniforms(9, batch.epoch, samples, view, CROP_SLOTS).tolist()
             for i, sample in enumerate(samples):
-                pixels = decode_rgb(pictures.read(sample))
+                pixels = decode_rgb(images.read(sample))
                 height, width = pixels.shape[:2]
                 expected = torch.empty(3, SIZE, SIZE, dtype=torch.uint8)
                 box = crop_box(numbers[i], height, width, AUG.crop_min, AUG.crop_max)
@@ -199,12 +199,10 @@ def test_batches_hold_the_documented_crops(pictures: PicturesInMemory) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # 3 workers on 2 cores
-def test_ranks_and_workers_change_nothing(
-    pictures: PicturesInMemory, world: int, workers: int
-) -> None:
+def test_ranks_and_workers_change_nothing(images: ImagesInMemory, world: int, workers: int) -> None:
     plan = BatchPlan(FullPermutation(22, seed=2), 8)
-    expected = global_batches(pictures, plan, 1, 0, 5)  # two and a half epochs
-    got = global_batches(pictures, plan, world, workers, 5)
+    expected = global_batches(images, plan, 1, 0, 5)  # two and a half epochs
+    got = global_batches(images, plan, world, workers, 5)
     assert len(got) == len(expected) == 5
     for ours, theirs in zip(got, expected, strict=True):
         assert ours[:2] == theirs[:2]
@@ -212,11 +210,11 @@ def test_ranks_and_workers_change_nothing(
 
 
 @pytest.mark.parametrize("start", [1, 3, 5])
-def test_a_restart_reads_what_was_left(pictures: PicturesInMemory, start: int) -> None:
+def test_a_restart_reads_what_was_left(images: ImagesInMemory, start: int) -> None:
     plan = BatchPlan(FullPermutation(22, seed=2), 8)
-    whole = list(pretraining_loader(pictures, plan, AUG, SIZE, num_workers=0, end_step=5))
+    whole = list(pretraining_loader(images, plan, AUG, SIZE, num_workers=0, end_step=5))
     rest = list(
-        pretraining_loader(pictures, plan, AUG, SIZE, num_workers=2, start_step=start, end_step=5)
+        pretraining_loader(images, plan, AUG, SIZE, num_workers=2, start_step=start, end_step=5)
     )
     assert [batch.step for batch in rest] == list(range(start, 5))
     for ours, theirs in zip(rest, whole[start:], strict=True):
@@ -224,10 +222,10 @@ def test_a_restart_reads_what_was_left(pictures: PicturesInMemory, start: int) -
         assert torch.equal(ours.views, theirs.views)
 
 
-def test_views_epochs_and_seeds_have_crops_of_their_own(pictures: PicturesInMemory) -> None:
+def test_views_epochs_and_seeds_have_crops_of_their_own(images: ImagesInMemory) -> None:
     def views(seed: int) -> list[tuple[Tensor, Tensor]]:
         loader = pretraining_loader(
-            pictures, BatchPlan(FullPermutation(22, seed), 22), AUG, SIZE, num_workers=0, end_step=2
+            images, BatchPlan(FullPermutation(22, seed), 22), AUG, SIZE, num_workers=0, end_step=2
         )
         return [(batch.views[:, batch.index.argsort()], batch.index) for batch in loader]
 
@@ -241,11 +239,11 @@ def test_views_epochs_and_seeds_have_crops_of_their_own(pictures: PicturesInMemo
     assert all(which.sum() < 4 for which in same)
 
 
-def test_one_pool_of_workers_serves_all_epochs(pictures: PicturesInMemory) -> None:
+def test_one_pool_of_workers_serves_all_epochs(images: ImagesInMemory) -> None:
     plan = BatchPlan(FullPermutation(22, 0), 8)
     before = set(multiprocessing.active_children())
     pools = []
-    with pretraining_loader(pictures, plan, AUG, SIZE, num_workers=2, end_step=7) as loader:
+    with pretraining_loader(images, plan, AUG, SIZE, num_workers=2, end_step=7) as loader:
         for batch in loader:
             pools.append({p.pid for p in set(multiprocessing.active_children()) - before})
             if batch.step == 3:
@@ -266,19 +264,19 @@ def test_a_worker_builds_batches_in_shared_memory(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_pixel_s_colours_lie_together(pictures: PicturesInMemory, workers: int) -> None:
+def test_a_pixel_s_colours_lie_together(images: ImagesInMemory, workers: int) -> None:
     """Also after the way from the worker: a copy in another order would cost what it saves."""
     loader = pretraining_loader(
-        pictures, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=workers, end_step=1
+        images, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=workers, end_step=1
     )
     (batch,) = loader
     assert batch.views.permute(0, 1, 3, 4, 2).is_contiguous()
     assert batch.views.to("cpu", copy=True).stride() == batch.views.stride()  # as to a GPU
 
 
-def test_a_closed_loader_has_no_batches(pictures: PicturesInMemory) -> None:
+def test_a_closed_loader_has_no_batches(images: ImagesInMemory) -> None:
     loader = pretraining_loader(
-        pictures, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=1, end_step=7
+        images, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=1, end_step=7
     )
     assert next(loader).step == 0
     loader.close()
@@ -287,17 +285,17 @@ def test_a_closed_loader_has_no_batches(pictures: PicturesInMemory) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_no_steps_are_no_batches(pictures: PicturesInMemory) -> None:
+def test_no_steps_are_no_batches(images: ImagesInMemory) -> None:
     plan = BatchPlan(FullPermutation(22, 0), 8)
-    assert list(pretraining_loader(pictures, plan, AUG, SIZE, start_step=4, end_step=4)) == []
+    assert list(pretraining_loader(images, plan, AUG, SIZE, start_step=4, end_step=4)) == []
 
 
-def test_no_global_generator_is_used(pictures: PicturesInMemory) -> None:
+def test_no_global_generator_is_used(images: ImagesInMemory) -> None:
     state = torch.get_rng_state()
     for number in (0, 1):
         list(
             pretraining_loader(
-                pictures,
+                images,
                 BatchPlan(FullPermutation(22, 0), 8),
                 AUG,
                 SIZE,
@@ -310,11 +308,11 @@ def test_no_global_generator_is_used(pictures: PicturesInMemory) -> None:
 
 @pytest.mark.parametrize(("count", "world"), [(22, 1), (22, 3), (2, 4)])
 def test_evaluation_reads_every_sample_once_in_order(count: int, world: int) -> None:
-    pictures = PicturesInMemory(count)
+    images = ImagesInMemory(count)
     index: list[int] = []
     for rank in range(world):
         with evaluation_loader(
-            pictures, SIZE, 1.25, batch_size=4, rank=rank, world=world, num_workers=rank % 2
+            images, SIZE, 1.25, batch_size=4, rank=rank, world=world, num_workers=rank % 2
         ) as loader:
             batches = list(loader)
         assert len(loader) == len(batches)
@@ -326,17 +324,17 @@ def test_evaluation_reads_every_sample_once_in_order(count: int, world: int) -> 
         for batch in batches:
             assert batch.epoch == 0
             assert batch.views.shape == (1, len(batch.index), 3, SIZE, SIZE)
-            assert batch.labels.tolist() == pictures.labels[batch.index.numpy()].tolist()
+            assert batch.labels.tolist() == images.labels[batch.index.numpy()].tolist()
             for i, crop in zip(batch.index.tolist(), batch.views[0], strict=True):
                 expected = torch.empty(3, SIZE, SIZE, dtype=torch.uint8)
-                write_centre(expected, decode_rgb(pictures.read(i)), 1.25)
+                write_centre(expected, decode_rgb(images.read(i)), 1.25)
                 assert torch.equal(crop, expected)
     assert index == list(range(count))
 
 
-def test_evaluation_refuses_to_enlarge_the_crop_beyond_the_picture() -> None:
+def test_evaluation_refuses_to_enlarge_the_crop_beyond_the_image() -> None:
     with pytest.raises(ValueError, match="resize_ratio"):
-        evaluation_loader(PicturesInMemory(2), SIZE, 0.9, batch_size=2)
+        evaluation_loader(ImagesInMemory(2), SIZE, 0.9, batch_size=2)
 
 
 MakeShards = Callable[[Path, Path], IndexedShards]
@@ -358,9 +356,9 @@ def make_shards() -> MakeShards:
     ("start_method", "world"), [("fork", 2), pytest.param("spawn", 1, marks=pytest.mark.slow)]
 )
 def test_real_shards_are_read_by_any_number_of_ranks_and_workers(
-    picture_folder: Path, tmp_path: Path, make_shards: MakeShards, start_method: str, world: int
+    image_folder: Path, tmp_path: Path, make_shards: MakeShards, start_method: str, world: int
 ) -> None:
-    shards = make_shards(picture_folder, tmp_path / "shards")
+    shards = make_shards(image_folder, tmp_path / "shards")
     plan = BatchPlan(FullPermutation(len(shards), seed=0), 8)
     alone = global_batches(shards, plan, 1, 0, 4)
     shared = global_batches(shards, plan, world, 1, 4, start_method)
@@ -372,14 +370,14 @@ def test_real_shards_are_read_by_any_number_of_ranks_and_workers(
     assert torch.bincount(labels).tolist() == [8, 8, 8]
 
 
-def test_workers_can_start_while_other_threads_run(pictures: PicturesInMemory) -> None:
+def test_workers_can_start_while_other_threads_run(images: ImagesInMemory) -> None:
     """As they do in training, where gloo, TensorBoard and the progress bar have threads."""
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
         loader = pretraining_loader(
-            pictures, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=2, end_step=2
+            images, BatchPlan(FullPermutation(22, 0), 8), AUG, SIZE, num_workers=2, end_step=2
         )
         assert len(list(loader)) == 2
     finally:

@@ -188,7 +188,7 @@ def test_a_configuration_that_differs_is_listed(tmp_path: Path) -> None:
         "--aug: 'cifar' in the run, 'v2' now",
         "--epochs: 200 in the run, 100 now",
         "--nce-t: 0.1 in the run, 0.2 now",
-        "--data-dir: other pictures in data/cifar10 now",
+        "--data-dir: other images in data/cifar10 now",
     ]
     assert "another --output-dir for a new run" in message
     assert (tmp_path / "config.json").read_bytes() == before

@@ -53,7 +53,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 )
 def test_a_damaged_one_is_none(tmp_path: Path, offset: bytes) -> None:
     said = {"format": 4, "bytes": 9, "checksum": "0" * 32, "state": [9, "", ""], "names": ["ash"]}
-    said |= {"without_picture": 0, "odd": "", "dotted": "", "part": ""}
+    said |= {"without_image": 0, "odd": "", "dotted": "", "part": ""}
     arrays = COLUMNS | {"said": np.frombuffer(json.dumps(said).encode(), np.uint8)}
     path = tmp_path / "a.npz"
     for content in (None, offset):

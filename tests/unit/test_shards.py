@@ -1,4 +1,4 @@
-"""Writing shards: every picture once, with its label, in an order that only the seed decides."""
+"""Writing shards: every image once, with its label, in an order that only the seed decides."""
 
 import base64
 import io
@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import write_picture
+from conftest import write_image
 from PIL import Image
 
 from moco_scale.__main__ import main
 from moco_scale.data.images.decode import decode_rgb
 from moco_scale.data.shards.indexed_shards import IndexedShards
-from moco_scale.data.tools.layout import Picture
+from moco_scale.data.tools.layout import SourceImage
 from moco_scale.data.tools.writer import random_order
 
 
@@ -27,12 +27,12 @@ def shard(source: Path, out: Path, *options: str) -> Path:
 
 
 def contents(shards: IndexedShards) -> dict[bytes, str]:
-    """Bytes of each picture -> its class."""
+    """Bytes of each image -> its class."""
     found = {
         bytes(shards.read(i)): shards.classes[label] if label >= 0 else "none"
         for i, label in enumerate(shards.labels.tolist())
     }
-    assert len(found) == len(shards)  # the pictures of these tests all differ
+    assert len(found) == len(shards)  # the images of these tests all differ
     return found
 
 
@@ -65,14 +65,14 @@ def jpeg(seed: int) -> bytes:
     return stream.getvalue()
 
 
-def test_every_picture_is_written_once_unchanged_with_its_class(
-    picture_folder: Path, tmp_path: Path
+def test_every_image_is_written_once_unchanged_with_its_class(
+    image_folder: Path, tmp_path: Path
 ) -> None:
-    out = shard(picture_folder, tmp_path / "out", "--shard-size", "5")
+    out = shard(image_folder, tmp_path / "out", "--shard-size", "5")
     for split in ("train", "val"):
         shards = IndexedShards.open(out, split)
         assert shards.classes == ["ash", "birch", "cedar"]
-        assert contents(shards) == on_disk(picture_folder / split)
+        assert contents(shards) == on_disk(image_folder / split)
     names = {path.name for path in out.iterdir()}
     train = {f"train-{i:06d}.tar" for i in range(5)}
     val = {f"val-{i:06d}.tar" for i in range(3)}
@@ -81,80 +81,78 @@ def test_every_picture_is_written_once_unchanged_with_its_class(
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
-def test_workers_do_not_change_a_byte(picture_folder: Path, tmp_path: Path) -> None:
-    one = shard(picture_folder, tmp_path / "one", "--shard-size", "3", "--verify")
-    many = shard(
-        picture_folder, tmp_path / "many", "--shard-size", "3", "--verify", "--workers", "3"
-    )
+def test_workers_do_not_change_a_byte(image_folder: Path, tmp_path: Path) -> None:
+    one = shard(image_folder, tmp_path / "one", "--shard-size", "3", "--verify")
+    many = shard(image_folder, tmp_path / "many", "--shard-size", "3", "--verify", "--workers", "3")
     assert files(one) == files(many)
 
 
-def test_a_folder_and_tars_of_it_give_the_same_shards(picture_folder: Path, tmp_path: Path) -> None:
-    expected = shard(picture_folder, tmp_path / "folder")
-    for tar in ("pictures.tar", "pictures.tar.gz"):
-        packed = pack(picture_folder, tmp_path / tar, "some/where/pictures")
+def test_a_folder_and_tars_of_it_give_the_same_shards(image_folder: Path, tmp_path: Path) -> None:
+    expected = shard(image_folder, tmp_path / "folder")
+    for tar in ("images.tar", "images.tar.gz"):
+        packed = pack(image_folder, tmp_path / tar, "some/where/images")
         out = shard(packed, tmp_path / f"{tar}-out")
         for pattern in ("*.tar", "*.npy"):
             assert files(out, pattern) == files(expected, pattern)
         assert len(files(out)) == len(files(expected))  # nothing unpacked is left in it
 
 
-def test_a_tar_that_was_replaced_is_read_anew(picture_folder: Path, tmp_path: Path) -> None:
+def test_a_tar_that_was_replaced_is_read_anew(image_folder: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
-        tar = pack(picture_folder / split, tmp_path / "pictures.tar", "x")
+        tar = pack(image_folder / split, tmp_path / "images.tar", "x")
         out = shard(tar, tmp_path / split)
-        assert contents(IndexedShards.open(out)) == on_disk(picture_folder / split)
+        assert contents(IndexedShards.open(out)) == on_disk(image_folder / split)
         tar.unlink()
 
 
-def test_the_seed_decides_the_order(picture_folder: Path, tmp_path: Path) -> None:
+def test_the_seed_decides_the_order(image_folder: Path, tmp_path: Path) -> None:
     def order(name: str, *options: str) -> list[bytes]:
-        shards = IndexedShards.open(shard(picture_folder, tmp_path / name, *options))
+        shards = IndexedShards.open(shard(image_folder, tmp_path / name, *options))
         return [bytes(shards.read(i)) for i in range(len(shards))]
 
     zero, again, one = order("a"), order("b", "--seed", "0"), order("c", "--seed", "1")
     assert zero == again
     assert zero != one
     assert sorted(zero) == sorted(one)
-    by_name = [p.read_bytes() for p in sorted((picture_folder / "train").rglob("*.jpg"))]
+    by_name = [p.read_bytes() for p in sorted((image_folder / "train").rglob("*.jpg"))]
     assert zero != by_name
 
 
 def test_the_order_is_uniform() -> None:
-    pictures = [Picture(f"{i // 100:02d}/{i:04d}.jpg", "", 0, 1, i // 100) for i in range(2000)]
+    images = [SourceImage(f"{i // 100:02d}/{i:04d}.jpg", "", 0, 1, i // 100) for i in range(2000)]
     deviations, repeats = [], []
     for seed in range(20):
-        labels = np.array([p.label for p in random_order(pictures, seed, "train")])
+        labels = np.array([p.label for p in random_order(images, seed, "train")])
         first_half = np.bincount(labels[:1000], minlength=20)
         deviations.append((first_half - 50.0) ** 2)
         repeats.append((labels[1:] == labels[:-1]).mean())
-    # hypergeometric variance: 2000 pictures, 1000 drawn, 100 of each class
+    # hypergeometric variance: 2000 images, 1000 drawn, 100 of each class
     assert np.mean(deviations) == pytest.approx(25 * 1900 / 1999, rel=0.2)
     assert np.mean(repeats) == pytest.approx(99 / 1999, abs=0.005)
 
 
-def test_a_plain_webdataset_pipeline_reads_the_shards(picture_folder: Path, tmp_path: Path) -> None:
-    out = shard(picture_folder, tmp_path / "out", "--shard-size", "10")
+def test_a_plain_webdataset_pipeline_reads_the_shards(image_folder: Path, tmp_path: Path) -> None:
+    out = shard(image_folder, tmp_path / "out", "--shard-size", "10")
     shards = IndexedShards.open(out)
     urls = [str(path) for path in sorted(out.glob("train-*.tar"))]
     stream = webdataset.WebDataset(urls, shardshuffle=False)
     read = list(stream.decode("pil").to_tuple("jpg", "cls"))
     assert [label for _, label in read] == shards.labels.tolist()
-    for i, (picture, _) in enumerate(read):
-        np.testing.assert_array_equal(np.asarray(picture), decode_rgb(shards.read(i)))
+    for i, (image, _) in enumerate(read):
+        np.testing.assert_array_equal(np.asarray(image), decode_rgb(shards.read(i)))
 
 
-def test_the_index_is_what_tarfile_finds(picture_folder: Path, tmp_path: Path) -> None:
-    out = shard(picture_folder, tmp_path / "out", "--shard-size", "7")
+def test_the_index_is_what_tarfile_finds(image_folder: Path, tmp_path: Path) -> None:
+    out = shard(image_folder, tmp_path / "out", "--shard-size", "7")
     rows = np.load(out / "train-index.npy")
     expected = []
     for number, path in enumerate(sorted(out.glob("train-*.tar"))):
         with tarfile.open(path) as tar:
             members = tar.getmembers()
-        for label, picture in zip(members[::2], members[1::2], strict=True):
-            assert label.name == picture.name.replace(".jpg", ".cls")
-            assert (picture.mtime, picture.uid, picture.gid, picture.uname) == (0, 0, 0, "")
-            expected.append((number, picture.offset_data, picture.size))
+        for label, image in zip(members[::2], members[1::2], strict=True):
+            assert label.name == image.name.replace(".jpg", ".cls")
+            assert (image.mtime, image.uid, image.gid, image.uname) == (0, 0, 0, "")
+            expected.append((number, image.offset_data, image.size))
     assert [row[:3] for row in rows.tolist()] == expected
 
 
@@ -163,91 +161,87 @@ def test_the_index_is_what_tarfile_finds(picture_folder: Path, tmp_path: Path) -
     [("1000", [24]), ("10", [8, 8, 8]), ("23", [12, 12]), ("24", [24]), ("1kB", None)],
 )
 def test_shards_are_even(
-    picture_folder: Path, tmp_path: Path, size: str, counts: list[int] | None
+    image_folder: Path, tmp_path: Path, size: str, counts: list[int] | None
 ) -> None:
-    out = shard(picture_folder, tmp_path / "out", "--shard-size", size)
+    out = shard(image_folder, tmp_path / "out", "--shard-size", size)
     entry = json.loads((out / "index.json").read_text())["splits"]["train"]
     if counts is None:
-        total = sum(p.stat().st_size for p in (picture_folder / "train").rglob("*.jpg"))
+        total = sum(p.stat().st_size for p in (image_folder / "train").rglob("*.jpg"))
         assert len(entry["shards"]) == min(24, -(-total // 1000))
     else:
         assert [s["samples"] for s in entry["shards"]] == counts
 
 
-def test_per_class_takes_the_first_by_name_of_the_training_pictures(
-    picture_folder: Path, tmp_path: Path
+def test_per_class_takes_the_first_by_name_of_the_training_images(
+    image_folder: Path, tmp_path: Path
 ) -> None:
-    out = shard(picture_folder, tmp_path / "out", "--per-class", "2")
+    out = shard(image_folder, tmp_path / "out", "--per-class", "2")
     kept = {
         data: name
-        for data, name in on_disk(picture_folder / "train").items()
-        if any(
-            (picture_folder / "train" / name / f"00{i}.jpg").read_bytes() == data for i in (0, 1)
-        )
+        for data, name in on_disk(image_folder / "train").items()
+        if any((image_folder / "train" / name / f"00{i}.jpg").read_bytes() == data for i in (0, 1))
     }
     assert len(kept) == 6
     assert contents(IndexedShards.open(out)) == kept
     assert len(IndexedShards.open(out, "val")) == 12
 
 
-def test_class_folders_without_splits_are_training_pictures(
-    picture_folder: Path, tmp_path: Path
+def test_class_folders_without_splits_are_training_images(
+    image_folder: Path, tmp_path: Path
 ) -> None:
-    out = shard(picture_folder / "train", tmp_path / "out")
-    assert contents(IndexedShards.open(out)) == on_disk(picture_folder / "train")
+    out = shard(image_folder / "train", tmp_path / "out")
+    assert contents(IndexedShards.open(out)) == on_disk(image_folder / "train")
     assert list(json.loads((out / "index.json").read_text())["splits"]) == ["train"]
 
 
-def test_validation_pictures_from_a_source_of_their_own(
-    picture_folder: Path, tmp_path: Path
-) -> None:
-    val = pack(picture_folder / "val", tmp_path / "v.tar", "v")
-    out = shard(picture_folder / "train", tmp_path / "out", "--val-source", str(val))
-    assert contents(IndexedShards.open(out, "val")) == on_disk(picture_folder / "val")
+def test_validation_images_from_a_source_of_their_own(image_folder: Path, tmp_path: Path) -> None:
+    val = pack(image_folder / "val", tmp_path / "v.tar", "v")
+    out = shard(image_folder / "train", tmp_path / "out", "--val-source", str(val))
+    assert contents(IndexedShards.open(out, "val")) == on_disk(image_folder / "val")
 
 
-def test_train_only(picture_folder: Path, tmp_path: Path) -> None:
-    out = shard(picture_folder, tmp_path / "out", "--train-only")
+def test_train_only(image_folder: Path, tmp_path: Path) -> None:
+    out = shard(image_folder, tmp_path / "out", "--train-only")
     assert not list(out.glob("val*"))
 
 
-def test_a_flat_folder_is_unlabelled(picture_folder: Path, tmp_path: Path) -> None:
-    out = shard(picture_folder / "train" / "ash", tmp_path / "out")
+def test_a_flat_folder_is_unlabelled(image_folder: Path, tmp_path: Path) -> None:
+    out = shard(image_folder / "train" / "ash", tmp_path / "out")
     shards = IndexedShards.open(out)
     assert shards.classes == []
     assert shards.labels.tolist() == [-1] * 8
-    assert set(contents(shards)) == set(on_disk(picture_folder / "train" / "ash"))
+    assert set(contents(shards)) == set(on_disk(image_folder / "train" / "ash"))
 
 
-def test_unlabelled_takes_pictures_from_any_depth(picture_folder: Path, tmp_path: Path) -> None:
-    top = picture_folder / "train"
-    write_picture(top / "loose.jpg", seed=99)
-    write_picture(top / "ash" / "deep" / "deeper" / "x.jpg", seed=98)
+def test_unlabelled_takes_images_from_any_depth(image_folder: Path, tmp_path: Path) -> None:
+    top = image_folder / "train"
+    write_image(top / "loose.jpg", seed=99)
+    write_image(top / "ash" / "deep" / "deeper" / "x.jpg", seed=98)
     shards = IndexedShards.open(shard(top, tmp_path / "out", "--unlabelled"))
     assert set(shards.labels.tolist()) == {-1}
     assert set(contents(shards)) == set(on_disk(top))
 
 
-def test_hidden_files_and_other_files_are_no_pictures(picture_folder: Path, tmp_path: Path) -> None:
-    expected = on_disk(picture_folder / "train")
+def test_hidden_files_and_other_files_are_no_images(image_folder: Path, tmp_path: Path) -> None:
+    expected = on_disk(image_folder / "train")
     for name in ("._000.jpg", ".thumbnails/000.jpg", "notes.txt"):
-        path = picture_folder / "train" / "ash" / name
+        path = image_folder / "train" / "ash" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"\xff\xd8 not a picture")
-    (picture_folder / "train" / "__MACOSX").mkdir()
-    (picture_folder / "train" / "__MACOSX" / "x.jpg").write_bytes(b"x")
-    out = shard(picture_folder, tmp_path / "out", "--verify")
+        path.write_bytes(b"\xff\xd8 not an image")
+    (image_folder / "train" / "__MACOSX").mkdir()
+    (image_folder / "train" / "__MACOSX" / "x.jpg").write_bytes(b"x")
+    out = shard(image_folder, tmp_path / "out", "--verify")
     assert contents(IndexedShards.open(out)) == expected
 
 
 def test_linked_class_folders_are_followed_and_circles_are_not(
-    picture_folder: Path, tmp_path: Path
+    image_folder: Path, tmp_path: Path
 ) -> None:
     linked = tmp_path / "linked"
     linked.mkdir()
-    (linked / "oak").symlink_to(picture_folder / "train" / "ash")
-    (linked / "yew").symlink_to(picture_folder / "train" / "birch")
-    (picture_folder / "train" / "ash" / "circle").symlink_to(linked)
+    (linked / "oak").symlink_to(image_folder / "train" / "ash")
+    (linked / "yew").symlink_to(image_folder / "train" / "birch")
+    (image_folder / "train" / "ash" / "circle").symlink_to(linked)
     shards = IndexedShards.open(shard(linked, tmp_path / "out"))
     assert shards.classes == ["oak", "yew"]
     assert np.bincount(shards.labels).tolist() == [8, 8]
@@ -256,16 +250,16 @@ def test_linked_class_folders_are_followed_and_circles_are_not(
 def test_suffixes(tmp_path: Path) -> None:
     names = ("a.JPEG", "b.jpg", "c.png", "d.PNG", "e.webp", "f.jpeg", "g.bmp")
     for seed, name in enumerate(names):
-        write_picture(tmp_path / "in" / name, seed=seed)
+        write_image(tmp_path / "in" / name, seed=seed)
     out = shard(tmp_path / "in", tmp_path / "out", "--verify")
     with tarfile.open(out / "train-000000.tar") as tar:
         suffixes = sorted(n.partition(".")[2] for n in tar.getnames() if not n.endswith("cls"))
     assert suffixes == sorted(["jpg", "jpg", "jpg", "png", "png", "webp", "bmp"])
 
 
-def test_reencoding_shrinks_larger_pictures_only(tmp_path: Path) -> None:
+def test_reencoding_shrinks_larger_images_only(tmp_path: Path) -> None:
     for name, size in {"wide.png": (96, 64), "high.jpg": (50, 200), "small.png": (40, 31)}.items():
-        write_picture(tmp_path / "in" / name, seed=1, width=size[0], height=size[1])
+        write_image(tmp_path / "in" / name, seed=1, width=size[0], height=size[1])
     out = shard(tmp_path / "in", tmp_path / "out", "--short-side", "32", "--quality", "95")
     shards = IndexedShards.open(out)
     read = [bytes(shards.read(i)) for i in range(3)]
@@ -278,7 +272,7 @@ def test_reencoding_shrinks_larger_pictures_only(tmp_path: Path) -> None:
     assert np.abs(decode_rgb(wide).astype(float) - np.asarray(source, float)).mean() < 3
 
 
-def test_reencoding_turns_pictures_upright(tmp_path: Path) -> None:
+def test_reencoding_turns_images_upright(tmp_path: Path) -> None:
     """What is written anew has no EXIF; bytes that are kept keep theirs."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -287,23 +281,23 @@ def test_reencoding_turns_pictures_upright(tmp_path: Path) -> None:
     gradient.save(tmp_path / "in" / "shrunk.jpg", exif=exif)
     gradient.resize((30, 20)).save(tmp_path / "in" / "kept.jpg", exif=exif)
     shards = IndexedShards.open(shard(tmp_path / "in", tmp_path / "out", "--short-side", "40"))
-    pictures = {decode_rgb(data).shape[:2]: data for data in (shards.read(i) for i in range(2))}
-    assert pictures.keys() == {(60, 40), (30, 20)}
-    shrunk = decode_rgb(pictures[60, 40]).astype(float)
-    assert Image.open(io.BytesIO(pictures[60, 40])).getexif().get(0x0112, 1) == 1
+    images = {decode_rgb(data).shape[:2]: data for data in (shards.read(i) for i in range(2))}
+    assert images.keys() == {(60, 40), (30, 20)}
+    shrunk = decode_rgb(images[60, 40]).astype(float)
+    assert Image.open(io.BytesIO(images[60, 40])).getexif().get(0x0112, 1) == 1
     assert shrunk[:, 0].mean() > shrunk[:, -1].mean() + 100  # dark top, turned to the right
 
 
 def test_verify_leaves_out_what_cannot_be_decoded_and_lists_it(
-    picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = on_disk(picture_folder / "train")
-    ash = picture_folder / "train" / "ash"
+    good = on_disk(image_folder / "train")
+    ash = image_folder / "train" / "ash"
     (ash / "empty.jpg").write_bytes(b"")
-    (ash / "text.jpg").write_bytes(b"this is no picture")
+    (ash / "text.jpg").write_bytes(b"this is no image")
     whole = (ash / "000.jpg").read_bytes()
     (ash / "half.jpg").write_bytes(whole[: len(whole) // 2])
-    out = shard(picture_folder, tmp_path / "out", "--verify", "--shard-size", "4")
+    out = shard(image_folder, tmp_path / "out", "--verify", "--shard-size", "4")
     assert contents(IndexedShards.open(out)) == good
     lines = [json.loads(line) for line in (out / "left_out.jsonl").read_text().splitlines()]
     assert {(line["split"], line["name"]) for line in lines} == {
@@ -311,23 +305,23 @@ def test_verify_leaves_out_what_cannot_be_decoded_and_lists_it(
     }
     assert all(line["reason"] for line in lines)
     shown = capsys.readouterr().out
-    assert "left out 3 pictures" in shown and "left_out.jsonl" in shown
+    assert "left out 3 images" in shown and "left_out.jsonl" in shown
     assert "1 x empty file (as train: ash/empty.jpg)" in shown
 
 
 def test_without_verify_empty_files_are_left_out_all_the_same(
-    picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = on_disk(picture_folder / "train")
-    (picture_folder / "train" / "birch" / "zero.jpg").touch()
-    out = shard(picture_folder, tmp_path / "out")
+    good = on_disk(image_folder / "train")
+    (image_folder / "train" / "birch" / "zero.jpg").touch()
+    out = shard(image_folder, tmp_path / "out")
     assert contents(IndexedShards.open(out)) == good
-    assert "left out 1 picture;" in capsys.readouterr().out
+    assert "left out 1 image;" in capsys.readouterr().out
 
 
 def test_a_shard_of_which_nothing_is_left_leaves_no_gap(tmp_path: Path) -> None:
     for i in range(6):
-        write_picture(tmp_path / "in" / f"{i}.jpg", seed=i)
+        write_image(tmp_path / "in" / f"{i}.jpg", seed=i)
     (tmp_path / "in" / "bad.jpg").write_bytes(b"bad")
     out = shard(tmp_path / "in", tmp_path / "out", "--verify", "--shard-size", "1")
     assert [p.name for p in sorted(out.glob("*.tar"))] == [f"train-{i:06d}.tar" for i in range(6)]
@@ -359,7 +353,7 @@ META_MAT = (
     "kGDOaLogLb8ORLqAhTel6cKIBHNG08Xgr0dYkex3YCA7XVhakmDOUEoXyPkmgAF3umCEqkVOFwoMMPDBHspwgFAc"
     "UFrAYaDrGQAjnZEW"
 )
-# the class of validation picture 1, 2, … as an ILSVRC2012_ID
+# the class of validation image 1, 2, … as an ILSVRC2012_ID
 IDS = [1, 2, 3, 4, 1, 1, 4, 2]
 CLASSES = [{1: 2, 2: 0, 3: 3, 4: 1}[i] for i in IDS]
 
@@ -388,7 +382,7 @@ def ilsvrc(tmp_path: Path) -> Path:
 
 
 def val_labels(out: Path) -> list[int]:
-    """Labels of validation picture 1, 2, …"""
+    """Labels of validation image 1, 2, …"""
     shards = IndexedShards.open(out, "val")
     by_bytes = {bytes(shards.read(i)): int(shards.labels[i]) for i in range(len(shards))}
     return [by_bytes[jpeg(100 + i)] for i in range(len(IDS))]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_picture
+from conftest import write_image
 from PIL import Image
-from shard_runs import CLASSES, Command, packed, picture_bytes, splits, told
+from shard_runs import CLASSES, Command, image_bytes, packed, splits, told
 
 from moco_scale.__main__ import main
 from moco_scale.data.images.formats import START_BYTES, image_kind
@@ -37,14 +37,14 @@ def command(tmp_path: Path, capsys: Shown) -> Command:
 
 @pytest.mark.parametrize("how", ["folder", "tar", "zip"])
 def test_what_systems_leave_is_no_image_and_no_class(
-    command: Command, capsys: Shown, picture_folder: Path, how: str
+    command: Command, capsys: Shown, image_folder: Path, how: str
 ) -> None:
     for below in ("", "train", "train/ash"):
         for name in JUNK:
-            path = picture_folder / below / name
+            path = image_folder / below / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"junk")
-    text = told(command, capsys, packed(picture_folder, how))
+    text = told(command, capsys, packed(image_folder, how))
     assert splits(command.out)["train"] == CLASSES
     assert len(IndexedShards.open(command.out, "val")) == 12
     for name in ("@eaDir", ".AppleDouble", "__MACOSX", "._…", "Thumbs.db", ".ipynb_checkpoints"):
@@ -66,57 +66,57 @@ def test_what_systems_leave_is_no_image_and_no_class(
     ],
 )
 def test_split_folders_of_other_names(
-    command: Command, capsys: Shown, picture_folder: Path, train: str, val: str
+    command: Command, capsys: Shown, image_folder: Path, train: str, val: str
 ) -> None:
-    (picture_folder / "train").rename(picture_folder / "1")
-    (picture_folder / "1").rename(picture_folder / train)
-    (picture_folder / "val").rename(picture_folder / val)
-    text = told(command, capsys, picture_folder)
+    (image_folder / "train").rename(image_folder / "1")
+    (image_folder / "1").rename(image_folder / train)
+    (image_folder / "val").rename(image_folder / val)
+    text = told(command, capsys, image_folder)
     assert splits(command.out) == {"train": CLASSES, "val": dict.fromkeys(CLASSES, 4)}
     assert train == "train" or f"{train} is taken as train" in text
-    assert f"{val} is taken as val" in text or f"{val} (12 pictures) is taken as val" in text
+    assert f"{val} is taken as val" in text or f"{val} (12 images) is taken as val" in text
 
 
 def test_splits_unpacked_into_folders_of_their_own_names(
-    command: Command, picture_folder: Path
+    command: Command, image_folder: Path
 ) -> None:
     for split in ("train", "val"):
-        (picture_folder / split).rename(picture_folder / "x")
-        (picture_folder / split).mkdir()
-        (picture_folder / "x").rename(picture_folder / split / split)
-    assert command(picture_folder) == 0
+        (image_folder / split).rename(image_folder / "x")
+        (image_folder / split).mkdir()
+        (image_folder / "x").rename(image_folder / split / split)
+    assert command(image_folder) == 0
     assert splits(command.out) == {"train": CLASSES, "val": dict.fromkeys(CLASSES, 4)}
 
 
 def test_test_images_are_val_only_where_they_can_be(
-    command: Command, capsys: Shown, picture_folder: Path
+    command: Command, capsys: Shown, image_folder: Path
 ) -> None:
-    shutil.copytree(picture_folder / "val", picture_folder / "test")
-    text = told(command, capsys, picture_folder)
-    assert f"ignored in {picture_folder}: test (12 pictures)" in text
-    shutil.rmtree(picture_folder / "val")
-    (picture_folder / "test" / "ash").rename(picture_folder / "test" / "oak")
-    text = told(command, capsys, picture_folder, "--overwrite")
-    assert "test (12 pictures) is not used: train has no class oak" in text
-    write_picture(picture_folder / "test" / "x.jpg", seed=1)
-    text = told(command, capsys, picture_folder, "--overwrite")
-    assert "test (13 pictures) is not used: not all of its pictures lie in class folders" in text
+    shutil.copytree(image_folder / "val", image_folder / "test")
+    text = told(command, capsys, image_folder)
+    assert f"ignored in {image_folder}: test (12 images)" in text
+    shutil.rmtree(image_folder / "val")
+    (image_folder / "test" / "ash").rename(image_folder / "test" / "oak")
+    text = told(command, capsys, image_folder, "--overwrite")
+    assert "test (12 images) is not used: train has no class oak" in text
+    write_image(image_folder / "test" / "x.jpg", seed=1)
+    text = told(command, capsys, image_folder, "--overwrite")
+    assert "test (13 images) is not used: not all of its images lie in class folders" in text
     assert splits(command.out) == {"train": CLASSES}
 
 
 def test_folders_that_could_be_splits_or_classes_are_named(
-    command: Command, picture_folder: Path
+    command: Command, image_folder: Path
 ) -> None:
-    shutil.copytree(picture_folder / "val", picture_folder / "Validation")
-    message = command.refused(picture_folder)
+    shutil.copytree(image_folder / "val", image_folder / "Validation")
+    message = command.refused(image_folder)
     assert "Validation and val, which both mean val" in message
-    classes = picture_folder / "train"
+    classes = image_folder / "train"
     shutil.copytree(classes / "ash", classes / "train")  # vehicles, say
     message = command.refused(classes)
     assert "has train beside ash and birch and cedar" in message and "called train" in message
-    shutil.rmtree(picture_folder / "val")
-    shutil.rmtree(picture_folder / "Validation")
-    assert command(picture_folder) == 0
+    shutil.rmtree(image_folder / "val")
+    shutil.rmtree(image_folder / "Validation")
+    assert command(image_folder) == 0
     assert splits(command.out) == {"train": {**CLASSES, "train": 8}}
 
 
@@ -126,7 +126,7 @@ def test_classes_that_differ_in_spelling_alone(
     names = {"train": ("na\u0308h", "n\u00e4h", "Cat", "cat"), "val": ("na\u0308h", "cat")}
     for split, folders in names.items():
         for n, name in enumerate(folders):
-            write_picture(tmp_path / "in" / split / name / "0.jpg", seed=n)
+            write_image(tmp_path / "in" / split / name / "0.jpg", seed=n)
     text = told(command, capsys, tmp_path / "in")
     assert splits(command.out) == {
         "train": {"Cat": 1, "cat": 1, "n\u00e4h": 2},
@@ -136,17 +136,17 @@ def test_classes_that_differ_in_spelling_alone(
     assert "classes whose names differ in capitals alone: Cat and cat" in text
     shutil.rmtree(tmp_path / "in" / "train" / "cat")
     message = command.refused(tmp_path / "in", "--overwrite")
-    assert "no training picture has: cat (there is Cat: capitals count)" in message
+    assert "no training image has: cat (there is Cat: capitals count)" in message
 
 
 def test_what_is_no_image_is_counted_with_what_to_do(
     command: Command, capsys: Shown, tmp_path: Path
 ) -> None:
     folder = tmp_path / "in"
-    write_picture(folder / "a" / "1.jpg", seed=1)
-    write_picture(folder / "a" / "1.JPG", seed=2)
-    (folder / "a" / "2.avif").write_bytes(picture_bytes(3, "AVIF"))
-    (folder / "a" / "none").write_bytes(picture_bytes(4, "WEBP"))
+    write_image(folder / "a" / "1.jpg", seed=1)
+    write_image(folder / "a" / "1.JPG", seed=2)
+    (folder / "a" / "2.avif").write_bytes(image_bytes(3, "AVIF"))
+    (folder / "a" / "none").write_bytes(image_bytes(4, "WEBP"))
     (folder / "a" / "BMW").write_bytes(b"BMW makes cars")
     for i in range(40):
         (folder / "a" / f"{i}.HEIC").write_bytes(b"heic")
@@ -178,13 +178,13 @@ def test_what_only_begins_like_an_image(start: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
 def test_kinds_of_images(kind: str) -> None:
-    assert image_kind(picture_bytes(1, kind)[:START_BYTES]) == kind
+    assert image_kind(image_bytes(1, kind)[:START_BYTES]) == kind
 
 
 def test_files_that_cannot_be_taken_are_listed_and_the_others_are_taken(
-    command: Command, capsys: Shown, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, capsys: Shown, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ash = picture_folder / "train" / "ash"
+    ash = image_folder / "train" / "ash"
     (ash / "gone.jpg").symlink_to("nowhere.jpg")
     (ash / "round.jpg").symlink_to("round.jpg")
     (ash / "nowhere").symlink_to("nowhere-else")
@@ -201,7 +201,7 @@ def test_files_that_cannot_be_taken_are_listed_and_the_others_are_taken(
         return opener(path, flags)
 
     monkeypatch.setattr(shard_file, "without_waiting", locked)
-    text = told(command, capsys, picture_folder)
+    text = told(command, capsys, image_folder)
     assert splits(command.out)["train"] == CLASSES
     lines = (command.out / "left_out.jsonl").read_text().splitlines()
     reasons = {line["name"]: line["reason"] for line in map(json.loads, lines)}
@@ -213,7 +213,7 @@ def test_files_that_cannot_be_taken_are_listed_and_the_others_are_taken(
     assert "a pipe" in reasons["ash/pipe.jpg"]
     assert "git lfs pull" in reasons["ash/lfs.jpg"]
     assert reasons["ash/secret.jpg"] == "cannot be read: Permission denied"
-    assert "left out 5 pictures" in text and "1 x a link to nothing (as train: ash/gone" in text
+    assert "left out 5 images" in text and "1 x a link to nothing (as train: ash/gone" in text
 
 
 def test_a_folder_of_lfs_pointers(command: Command, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_folder_of_lfs_pointers(command: Command, tmp_path: Path) -> None:
         text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{i}\nsize 9\n"
         (tmp_path / "in" / f"{i}.png").write_text(text)
     message = command.refused(tmp_path / "in")
-    assert "None of the 3 train pictures can be used: 3 x a pointer of Git LFS" in message
+    assert "None of the 3 train images can be used: 3 x a pointer of Git LFS" in message
 
 
 def test_names_that_no_terminal_takes(command: Command, capsys: Shown, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_names_that_no_terminal_takes(command: Command, capsys: Shown, tmp_path:
         for file in (b"1.jpg", b"1.JPG", b"\xff\n.jpg", b"b" * 251 + b".jpg"):
             path = folder + b"/" + name + b"/" + file
             with open(path, "wb") as stream:
-                stream.write(picture_bytes(len(path)))
+                stream.write(image_bytes(len(path)))
     with open(folder + b"/caf\xe9/bad\xe9.jpg", "wb") as stream:
         stream.write(b"bad")
     text = told(command, capsys, tmp_path / "in", "--verify")
@@ -257,7 +257,7 @@ def test_a_source_and_an_output_that_are_not_utf_8(
     command: Command, capsys: Shown, tmp_path: Path
 ) -> None:
     source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
-    write_picture(source / "a" / "1.jpg", seed=1)
+    write_image(source / "a" / "1.jpg", seed=1)
     command.out = command.out.with_name(source.name)
     assert r"caf\xe9 is complete" in told(command, capsys, source)
     assert main(["inspect", str(command.out)]) == 0
@@ -266,7 +266,7 @@ def test_a_source_and_an_output_that_are_not_utf_8(
 
 def test_a_very_long_class_name_on_a_sheet(tmp_path: Path, capsys: Shown) -> None:
     for i in range(8):
-        write_picture(tmp_path / "in" / "class" / f"{i}.jpg", seed=i)
+        write_image(tmp_path / "in" / "class" / f"{i}.jpg", seed=i)
     command = Command(tmp_path / "out", capsys)
     assert command(tmp_path / "in") == 0
     index = command.out / "index.json"
@@ -290,14 +290,14 @@ def test_folders_nested_deeper_than_recursion_goes(command: Command, deep: Path)
 
 
 def _nest(top: Path, name: str, depth: int) -> None:
-    """A picture in so many folders within each other."""
+    """An image in so many folders within each other."""
     here = os.getcwd()
     os.chdir(top)
     try:
         for _ in range(depth):
             os.mkdir(name)
             os.chdir(name)
-        Path("1.jpg").write_bytes(picture_bytes(1))
+        Path("1.jpg").write_bytes(image_bytes(1))
     finally:
         os.chdir(here)
 
@@ -305,7 +305,7 @@ def _nest(top: Path, name: str, depth: int) -> None:
 def test_links_that_lead_to_each_other_end(command: Command, tmp_path: Path) -> None:
     names = [f"f{i}" for i in range(9)]
     for name in names:
-        write_picture(tmp_path / "in" / name / "1.jpg", seed=1)
+        write_image(tmp_path / "in" / name / "1.jpg", seed=1)
     for name in names:
         for other in names:
             if other != name:
@@ -315,9 +315,9 @@ def test_links_that_lead_to_each_other_end(command: Command, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("option", ["source", "out", "check", "repair", "val-source"])
 def test_an_empty_name_is_not_this_folder(
-    option: str, picture_folder: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
+    option: str, image_folder: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(picture_folder)
+    monkeypatch.chdir(image_folder)
     with pytest.raises(SystemExit) as ended:
         main(["shard", f"--{option}", ""])
     assert ended.value.code == 2 and "the name is empty" in capsys.readouterr().err
@@ -325,15 +325,15 @@ def test_an_empty_name_is_not_this_folder(
 
 
 def test_an_output_in_the_source_is_no_part_of_it(
-    command: Command, capsys: Shown, picture_folder: Path
+    command: Command, capsys: Shown, image_folder: Path
 ) -> None:
-    onto_itself = ["--source", str(picture_folder), "--out", f"{picture_folder}/", "--overwrite"]
+    onto_itself = ["--source", str(image_folder), "--out", f"{image_folder}/", "--overwrite"]
     assert main(["shard", *onto_itself]) == 2
     assert "is the source itself" in capsys.readouterr().err
-    assert len(list(picture_folder.rglob("*.jpg"))) == 36
-    command.out = picture_folder / "train" / "shards"
+    assert len(list(image_folder.rglob("*.jpg"))) == 36
+    command.out = image_folder / "train" / "shards"
     for options in ((), ("--overwrite",)):
-        assert ".tar" not in told(command, capsys, picture_folder, *options)
+        assert ".tar" not in told(command, capsys, image_folder, *options)
         assert splits(command.out)["train"] == CLASSES
 
 
@@ -345,7 +345,7 @@ def test_a_source_that_is_no_file(command: Command, tmp_path: Path) -> None:
 
 
 def test_outputs_and_sources_that_cannot_be(
-    command: Command, capsys: Shown, picture_folder: Path, tmp_path: Path
+    command: Command, capsys: Shown, image_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "round").symlink_to("round")
     for source, words in (
@@ -358,14 +358,14 @@ def test_outputs_and_sources_that_cannot_be(
         (str(tmp_path / "round"), "is no folder"),
         (str(tmp_path / ("x" * 300)), "File name too long"),
     ):
-        assert main(["shard", "--source", str(picture_folder), "--out", out]) == 2
+        assert main(["shard", "--source", str(image_folder), "--out", out]) == 2
         assert words in capsys.readouterr().err
 
 
 def test_a_tar_that_is_two_or_a_bomb(
-    command: Command, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tar = packed(picture_folder, "tar")
+    tar = packed(image_folder, "tar")
     whole = tar.read_bytes()
     tar.write_bytes(whole + whole)
     assert "goes on after its end" in command.refused(tar)
@@ -379,27 +379,27 @@ def test_a_tar_that_is_two_or_a_bomb(
 
 
 def test_two_compressed_tars_of_one_name(
-    command: Command, capsys: Shown, picture_folder: Path, tmp_path: Path
+    command: Command, capsys: Shown, image_folder: Path, tmp_path: Path
 ) -> None:
     tars = []
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         tars.append(tmp_path / split / "images.tar.gz")
         with tarfile.open(tars[-1], "w:gz") as archive:
-            archive.add(picture_folder / split, "images")
+            archive.add(image_folder / split, "images")
     told(command, capsys, tars[0], "--val-source", str(tars[1]))
     assert splits(command.out) == {"train": CLASSES, "val": dict.fromkeys(CLASSES, 4)}
 
 
 def test_knn_says_which_classes_nobody_votes_for(
-    command: Command, capsys: Shown, picture_folder: Path
+    command: Command, capsys: Shown, image_folder: Path
 ) -> None:
-    assert command(picture_folder, "--shard-size", "1") == 0
+    assert command(image_folder, "--shard-size", "1") == 0
     bank, queries = knn.bank_and_queries(knn.open_splits(command.out))
     kept = bank.subset((bank.labels != 1).nonzero()[0])
     pixels: Any = (16, 1.0, (0.5,) * 3, (0.5,) * 3)
     assert knn.KnnMonitor(bank, queries, *pixels).hopeless == ""
     assert (
-        "4 of the 12 val pictures are of 1 class that none of the 16 train pictures that vote "
+        "4 of the 12 val images are of 1 class that none of the 16 train images that vote "
         "has (first: birch)" in knn.KnnMonitor(kept, queries, *pixels).hopeless
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_sets import ALL, contents, foreign_set, picture, samples, write_tar
+from foreign_sets import ALL, contents, foreign_set, image, samples, write_tar
 
 from moco_scale.__main__ import main
 from moco_scale.data.open import open_shards
@@ -39,11 +39,11 @@ def test_labels_that_are_names_are_one_list_for_all_splits(tmp_path: Path) -> No
     def named(*names: str) -> list[tuple[str, bytes]]:
         members = []
         for i, name in enumerate(names):
-            members += [(f"{i}.jpg", picture(i)), (f"{i}.cls", name.encode())]
+            members += [(f"{i}.jpg", image(i)), (f"{i}.cls", name.encode())]
         return members
 
     write_tar(tmp_path / "train-0.tar", named("oak", "ash"))
-    write_tar(tmp_path / "train-1.tar", [*named("oak"), ("9.jpg", picture(9))])
+    write_tar(tmp_path / "train-1.tar", [*named("oak"), ("9.jpg", image(9))])
     write_tar(tmp_path / "val-0.tar", named("birch", "oak"))
     train, val = open_shards(tmp_path, "train"), open_shards(tmp_path, "val")
     assert train.classes == val.classes == ["ash", "birch", "oak"]
@@ -74,7 +74,7 @@ def test_labels_that_are_names_are_one_list_for_all_splits(tmp_path: Path) -> No
     ],
 )
 def test_fields_of_json(tmp_path: Path, content: Any, label: int) -> None:
-    members = [("a.jpg", picture(0)), ("a.json", json.dumps(content).encode())]
+    members = [("a.jpg", image(0)), ("a.json", json.dumps(content).encode())]
     scan = scan_tar(write_tar(tmp_path / "0.tar", members))
     assert (scan.label.tolist(), scan.names, scan.odd) == ([label], [], "")
 
@@ -99,7 +99,7 @@ def test_fields_of_json(tmp_path: Path, content: Any, label: int) -> None:
 def test_labels_as_other_programs_write_them(
     tmp_path: Path, suffix: str, content: bytes, label: int | str
 ) -> None:
-    members = [("a.jpg", picture(0)), (f"a.{suffix}", content)]
+    members = [("a.jpg", image(0)), (f"a.{suffix}", content)]
     scan = scan_tar(write_tar(tmp_path / "0.tar", members))
     assert scan.odd == ""
     assert label == (scan.names[scan.label[0]] if scan.names else scan.label[0])
@@ -111,9 +111,9 @@ def test_every_kind_of_tar(tmp_path: Path, format: int) -> None:
     if format != tarfile.USTAR_FORMAT:
         folder += "ü" * 60 + "/"
     members = [
-        (f"{folder}1.jpg", picture(1)),
-        (f"{folder}1.mask.png", b"not the picture"),
-        (f"{folder}2.JPG", picture(2)),
+        (f"{folder}1.jpg", image(1)),
+        (f"{folder}1.mask.png", b"not the image"),
+        (f"{folder}2.JPG", image(2)),
         (f"{folder}.hidden.jpg", b"no"),
         ("README", b"no"),
     ]
@@ -121,15 +121,15 @@ def test_every_kind_of_tar(tmp_path: Path, format: int) -> None:
     data = path.read_bytes()
     scan = scan_tar(path)
     found = [data[int(o) : int(o) + int(s)] for o, s in zip(scan.offset, scan.size, strict=True)]
-    assert found == [picture(1), picture(2)]
+    assert found == [image(1), image(2)]
 
 
-def test_samples_without_a_picture_are_counted(
+def test_samples_without_an_image_are_counted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_tar(tmp_path / "0.tar", [*samples(0, 2), ("7.txt", b"x")])
     assert len(open_shards(tmp_path, "train")) == 2
-    assert "1 samples hold no picture" in capfd.readouterr().err
+    assert "1 samples hold no image" in capfd.readouterr().err
 
 
 ODD_LABELS = {
@@ -159,13 +159,13 @@ def test_an_odd_label_makes_a_set_unlabelled_and_is_named(
     foreign: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     suffix, label, words = ODD_LABELS[kind]
-    odd = [("9.jpg", picture(9)), (f"9.{suffix}", label)]
+    odd = [("9.jpg", image(9)), (f"9.{suffix}", label)]
     write_tar(foreign / "set-train-0002.tar", [*samples(10, 5, "png"), *odd])
     shards = open_shards(foreign, "train")
     assert re.match(rf"set-train-0002\.tar holds .*{words}", shards.why_unlabelled)
     assert f"labels are not used: {shards.why_unlabelled}" in capfd.readouterr().err
     assert [data for data, _ in contents(shards)] == [
-        data for data, _ in (*ALL[:15], (picture(9), 0), *ALL[15:])
+        data for data, _ in (*ALL[:15], (image(9), 0), *ALL[15:])
     ]
     assert shards.classes == [] and set(shards.labels.tolist()) == {-1}
     val = open_shards(foreign, "val")  # one list of classes for all splits
@@ -179,64 +179,64 @@ def test_an_odd_label_makes_a_set_unlabelled_and_is_named(
 @pytest.mark.parametrize(
     "order", [(0, 1, 2, 3, 4, 5), (0, 1, 4, 5, 2, 3), (0, 2, 4, 3, 1, 5), (0, 2, 4, 5, 1, 3)]
 )
-def test_pictures_with_several_dots_in_their_names_are_all_seen(
+def test_images_with_several_dots_in_their_names_are_all_seen(
     tmp_path: Path, order: tuple[int, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     members = [
-        *(("a.b/x_1.5.jpg", picture(1)), ("a.b/x_1.5.cls", b"1")),
-        *(("a.b/x_1.7.JPG", picture(2)), ("a.b/x_1.7.cls", b"2")),
-        *(("a.b/y.jpg", picture(3)), ("a.b/y.cls", b"0")),
+        *(("a.b/x_1.5.jpg", image(1)), ("a.b/x_1.5.cls", b"1")),
+        *(("a.b/x_1.7.JPG", image(2)), ("a.b/x_1.7.cls", b"2")),
+        *(("a.b/y.jpg", image(3)), ("a.b/y.cls", b"0")),
     ]
     write_tar(tmp_path / "0.tar", [members[i] for i in order])
     shards = open_shards(tmp_path, "train")
-    labelled = [(picture(1), 1), (picture(2), 2), (picture(3), 0)]
+    labelled = [(image(1), 1), (image(2), 2), (image(3), 0)]
     assert contents(shards) == [labelled[i // 2] for i in order if i % 2 == 0]
     assert shards.place(0).key == "a.b/x_1.5"
     said = capfd.readouterr().err
-    assert "names of pictures have several dots (a.b/x_1.5.jpg)" in said
-    assert "hold no picture" not in said
+    assert "names of images have several dots (a.b/x_1.5.jpg)" in said
+    assert "hold no image" not in said
 
 
-def test_pictures_with_several_dots_in_their_names_are_kept_by_a_repair(tmp_path: Path) -> None:
+def test_images_with_several_dots_in_their_names_are_kept_by_a_repair(tmp_path: Path) -> None:
     names = ("x_1.5.jpg", "x_1.5.cls", "x_1.7.jpg", "x_1.7.cls", "y.jpg")
-    members = [(n, b"1" if n.endswith("cls") else picture(i)) for i, n in enumerate(names)]
+    members = [(n, b"1" if n.endswith("cls") else image(i)) for i, n in enumerate(names)]
     path = write_tar(tmp_path / "0.tar", members)
     os.truncate(path, int(scan_tar(path).offset[2]) + 10)
     assert main(["shard", "--repair", str(tmp_path), "--workers", "1"]) == 0
-    assert contents(open_shards(tmp_path, "train")) == [(picture(0), 1), (picture(2), 1)]
+    assert contents(open_shards(tmp_path, "train")) == [(image(0), 1), (image(2), 1)]
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        # Which of the two is the picture of the sample that the label belongs to?
+        # Which of the two is the image of the sample that the label belongs to?
         (
             ["0.left.jpg", "0.right.jpg", "0.cls"],
             r"0\.left\.jpg and no 0\.jpg or .*0\.cls belongs to",
         ),
         (
             ["0.jpg", "0.mask.png", "1.mask.png"],
-            r"1\.mask\.png in 0\.tar, a picture .* 0\.mask\.png",
+            r"1\.mask\.png in 0\.tar, an image .* 0\.mask\.png",
         ),
     ],
 )
 def test_names_that_may_mean_two_things_are_refused(
     tmp_path: Path, names: list[str], words: str
 ) -> None:
-    write_tar(tmp_path / "0.tar", [(name, picture(i)) for i, name in enumerate(names)])
+    write_tar(tmp_path / "0.tar", [(name, image(i)) for i, name in enumerate(names)])
     with pytest.raises(UserError, match=words):
         open_shards(tmp_path, "train")
 
 
 def test_names_that_mean_different_things_in_two_tars_are_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", [("0.jpg", picture(0)), ("0.mask.png", b"a mask")])
-    write_tar(tmp_path / "1.tar", [("1.mask.png", picture(1))])
+    write_tar(tmp_path / "0.tar", [("0.jpg", image(0)), ("0.mask.png", b"a mask")])
+    write_tar(tmp_path / "1.tar", [("1.mask.png", image(1))])
     with pytest.raises(UserError, match=r"1\.mask\.png in 1\.tar, .*0\.mask\.png in 0\.tar"):
         open_shards(tmp_path, "train")
 
 
 def test_a_sample_has_only_so_many_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    members = [(f"frame.{i}.jpg", picture(i)) for i in range(4)]
+    members = [(f"frame.{i}.jpg", image(i)) for i in range(4)]
     path = write_tar(tmp_path / "0.tar", members)
     assert len(scan_tar(path).offset) == 4
     monkeypatch.setattr(tar_scan, "MEMBERS_OF_A_SAMPLE", 3)
@@ -266,7 +266,7 @@ def no_samples(path: Path) -> None:
     write_tar(path, [])
 
 
-def no_pictures(path: Path) -> None:
+def no_images(path: Path) -> None:
     write_tar(path, [("1.txt", b"a"), ("1.cls", b"0")])
 
 
@@ -275,11 +275,11 @@ def same_key(path: Path) -> None:
 
 
 def same_name(path: Path) -> None:
-    write_tar(path, [("1.jpg", picture(1)), ("1.JPG", picture(2))])
+    write_tar(path, [("1.jpg", image(1)), ("1.JPG", image(2))])
 
 
 def no_tar(path: Path) -> None:
-    path.write_bytes(picture(1) * 20)
+    path.write_bytes(image(1) * 20)
 
 
 def zipped(path: Path) -> None:
@@ -290,7 +290,7 @@ def two_in_one(path: Path) -> None:
     path.write_bytes(path.read_bytes() * 2)
 
 
-def empty_picture(path: Path) -> None:
+def empty_image(path: Path) -> None:
     write_tar(path, [("1.jpg", b"")])
 
 
@@ -314,13 +314,13 @@ def gone(path: Path) -> None:
         (damage, r"the header at byte \d+ is not one"),
         (empty, "0 bytes"),
         (no_samples, "empty tar"),
-        (no_pictures, "holds no picture: its 1 samples have cls, txt"),
+        (no_images, "holds no image: its 1 samples have cls, txt"),
         (same_key, "the key '000000' twice"),
         (same_name, r"1\.JPG beside 1\.jpg"),
         (no_tar, "is not a tar"),
         (zipped, "gunzip"),
         (two_in_one, "goes on after its end"),
-        (empty_picture, "a picture of 0 bytes"),
+        (empty_image, "an image of 0 bytes"),
         (link, "as a link"),
         (gone, "Cannot read shard"),
     ],

@@ -40,7 +40,7 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (32, 32), (1, 1), (3, 900)])
-def test_boxes_lie_inside_the_picture(height: int, width: int) -> None:
+def test_boxes_lie_inside_the_image(height: int, width: int) -> None:
     top, left, h, w = boxes(500, height, width, 0.08).T
     assert min(top.min(), left.min()) >= 0
     assert min(h.min(), w.min()) >= 1
@@ -50,7 +50,7 @@ def test_boxes_lie_inside_the_picture(height: int, width: int) -> None:
 
 @pytest.mark.parametrize(("crop_min", "crop_max"), [(0.2, 1.0), (0.08, 1.0), (0.05, 0.3)])
 def test_boxes_are_distributed_as_torchvisions(crop_min: float, crop_max: float) -> None:
-    """Area, ratio and position by their deciles, in a picture where boxes often do not fit."""
+    """Area, ratio and position by their deciles, in an image where boxes often do not fit."""
     height, width, n = 300, 400, 3000
     image = torch.empty(1, height, width)
     with torch.random.fork_rng():
@@ -152,7 +152,7 @@ def test_centre_is_torchvisions_resize_and_centre_crop(
     assert difference.max() <= 2
 
 
-def test_a_cifar_picture_stays_as_it_is() -> None:
+def test_a_cifar_image_stays_as_it_is() -> None:
     pixels = photo(32, 32)
     out = torch.empty(3, 32, 32, dtype=torch.uint8)
     write_centre(out, pixels, 1.0)

@@ -77,10 +77,10 @@ def test_patches_and_positions_stay_as_drawn_unless_asked() -> None:
 
 def test_features_are_the_class_token() -> None:
     encoder = build_encoder("vit_small", image_size=16, patch_size=4, head="mlp", dim=8).eval()
-    pictures = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    features = encoder.features(pictures)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    features = encoder.features(images)
     assert features.shape == (2, 384)
-    assert encoder(pictures).shape == (2, 8)
+    assert encoder(images).shape == (2, 8)
     # After a layer normalisation with its initial weights.
     assert features.mean(1).abs().max() < 1e-5
     assert features.var(1, correction=0).tolist() == pytest.approx([1, 1], rel=1e-3)

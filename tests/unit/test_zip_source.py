@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shard_runs import CLASSES, Command, packed, picture_bytes, splits, told
+from shard_runs import CLASSES, Command, image_bytes, packed, splits, told
 
 from moco_scale.data.tools import source_zip
 
@@ -42,11 +42,11 @@ def written(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_zip_and_a_folder_give_the_same_shards(
-    command: Command, picture_folder: Path, tmp_path: Path, method: int
+    command: Command, image_folder: Path, tmp_path: Path, method: int
 ) -> None:
-    assert command(picture_folder) == 0
+    assert command(image_folder) == 0
     expected = written(command.out)
-    packing = shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path, "pictures")
+    packing = shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path, "images")
     with zipfile.ZipFile(packing) as archive:
         files = {name: archive.read(name) for name in archive.namelist() if name[-1] != "/"}
     zipped(tmp_path / "x.zip", files, method)
@@ -57,11 +57,11 @@ def test_a_zip_and_a_folder_give_the_same_shards(
 
 
 def test_what_stands_before_a_zip_and_wide_sizes(
-    command: Command, picture_folder: Path, tmp_path: Path
+    command: Command, image_folder: Path, tmp_path: Path
 ) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        for path in sorted((picture_folder / "train").rglob("*.jpg")):
-            name = str(path.relative_to(picture_folder))
+        for path in sorted((image_folder / "train").rglob("*.jpg")):
+            name = str(path.relative_to(image_folder))
             with archive.open(name, "w", force_zip64=True) as file:
                 file.write(path.read_bytes())
     (tmp_path / "y.zip").write_bytes(b"#!/bin/sh\n" * 9 + (tmp_path / "x.zip").read_bytes())
@@ -71,10 +71,10 @@ def test_what_stands_before_a_zip_and_wide_sizes(
 
 
 def test_a_zip_of_very_many_files(
-    command: Command, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)  # 65,535: more need a list of zip64
-    path = packed(picture_folder, "zip")
+    path = packed(image_folder, "zip")
     assert b"PK\x06\x06" in path.read_bytes()
     assert command(path) == 0
     assert splits(command.out)["train"] == CLASSES
@@ -82,7 +82,7 @@ def test_a_zip_of_very_many_files(
 
 def test_names_lead_nowhere_and_may_be_old(command: Command, tmp_path: Path) -> None:
     names = ("../../../a/1.jpg", "/b/2.jpg", "c\\3.jpg", "d/../e/4.jpg", "\u00fc/5.jpg")
-    zipped(tmp_path / "x.zip", {n: picture_bytes(i) for i, n in enumerate(names)})
+    zipped(tmp_path / "x.zip", {n: image_bytes(i) for i, n in enumerate(names)})
     (tmp_path / "dos.zip").write_bytes(_with_437(names))
     for name, options in (("x.zip", ()), ("dos.zip", ("--overwrite",))):
         assert command(tmp_path / name, *options) == 0
@@ -95,15 +95,15 @@ def _with_437(names: tuple[str, ...]) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for i, name in enumerate(names):
-            archive.writestr(name.replace("\u00fc", "?"), picture_bytes(i))
+            archive.writestr(name.replace("\u00fc", "?"), image_bytes(i))
     return stream.getvalue().replace(b"?/5.jpg", b"\x81/5.jpg")
 
 
 def test_what_cannot_be_read_of_a_zip_is_left_out_by_name(
     command: Command, capsys: Shown, tmp_path: Path
 ) -> None:
-    files = {f"a/{name}.jpg": picture_bytes(1) for name in ("good", "locked", "lzma", "bad", "lie")}
-    path = zipped(tmp_path / "x.zip", {**files, "b/good.jpg": picture_bytes(2)})
+    files = {f"a/{name}.jpg": image_bytes(1) for name in ("good", "locked", "lzma", "bad", "lie")}
+    path = zipped(tmp_path / "x.zip", {**files, "b/good.jpg": image_bytes(2)})
     whole = bytearray(path.read_bytes())
     whole[listed(whole, 1) + 8] |= 1  # encrypted
     whole[listed(whole, 2) + 10] = 14
@@ -123,7 +123,7 @@ def test_what_cannot_be_read_of_a_zip_is_left_out_by_name(
 
 
 def test_what_inflates_like_no_image(command: Command, capsys: Shown, tmp_path: Path) -> None:
-    files = {"a/bomb.jpg": bytes(65 << 20), "a/1.jpg": picture_bytes(1), "b/1.jpg": b"\xff\xd8\xff"}
+    files = {"a/bomb.jpg": bytes(65 << 20), "a/1.jpg": image_bytes(1), "b/1.jpg": b"\xff\xd8\xff"}
     path = zipped(tmp_path / "x.zip", files, zipfile.ZIP_DEFLATED)
     assert "made to fill memory: 68,157,440 bytes" in told(command, capsys, path)
     assert splits(command.out)["train"] == {"a": 1, "b": 1}
@@ -137,7 +137,7 @@ def test_no_more_is_inflated_than_is_listed() -> None:
 
 
 def test_files_that_share_bytes(command: Command, tmp_path: Path) -> None:
-    path = zipped(tmp_path / "x.zip", {f"a/{i}.jpg": picture_bytes(1) for i in range(3)})
+    path = zipped(tmp_path / "x.zip", {f"a/{i}.jpg": image_bytes(1) for i in range(3)})
     whole = bytearray(path.read_bytes())
     first = struct.unpack_from("<L", whole, listed(whole, 0) + 42)[0]
     struct.pack_into("<L", whole, listed(whole, 2) + 42, first)
@@ -159,14 +159,14 @@ def test_files_that_share_bytes(command: Command, tmp_path: Path) -> None:
 def test_a_damaged_zip(
     command: Command, tmp_path: Path, change: Callable[[bytes], bytes], words: str
 ) -> None:
-    path = zipped(tmp_path / "x.zip", {f"a/{i}.jpg": picture_bytes(i) for i in range(3)})
+    path = zipped(tmp_path / "x.zip", {f"a/{i}.jpg": image_bytes(i) for i in range(3)})
     path.write_bytes(change(path.read_bytes()))
     assert words in command.refused(path)
 
 
 def test_a_zip_of_a_folder_in_a_folder_is_not_looked_into(
-    command: Command, capsys: Shown, picture_folder: Path
+    command: Command, capsys: Shown, image_folder: Path
 ) -> None:
-    packed(picture_folder, "zip").rename(picture_folder / "train" / "ash" / "more.zip")
-    text = told(command, capsys, picture_folder)
+    packed(image_folder, "zip").rename(image_folder / "train" / "ash" / "more.zip")
+    text = told(command, capsys, image_folder)
     assert "1 x .zip (as train/ash/more.zip)" in text and "name it as the --source" in text

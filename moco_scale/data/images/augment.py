@@ -39,7 +39,7 @@ ORDERS = tuple(permutations(range(4)))
 class Augmentation:
     """One recipe of random views; probabilities end in _p.
 
-    crop_min, crop_max: share of the picture's area a crop covers (RandomResizedCrop).
+    crop_min, crop_max: share of the image's area a crop covers (RandomResizedCrop).
     jitter: strengths of brightness, contrast, saturation (factor uniform in
     [max(0, 1 - x), 1 + x]) and hue (shift uniform in [-x, x] turns), as in torchvision's
     ColorJitter; applied in random order. gray_first: grayscale before the jitter, not after it.
@@ -119,7 +119,7 @@ def draw_params(
     Columns: FLIP 0 or 1; factors BRIGHTNESS, CONTRAST, SATURATION; HUE shift in turns; ORDER, an
     index into ORDERS or NO_JITTER; GRAY 0 or 1; SIGMA of the blur in pixels, 0 for none; SOLARIZE
     0 or 1. `epoch` is one number or one for each sample. A function of the arguments alone, not of
-    the picture: any rank can compute any sample's.
+    the image: any rank can compute any sample's.
     """
     aug = aug.of(view)
     u = uniforms(seed, epoch, samples, view, VIEW_SLOTS)

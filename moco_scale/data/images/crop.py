@@ -1,4 +1,4 @@
-"""Crops of a decoded picture, as uint8, in the worker. Everything else happens on the device."""
+"""Crops of a decoded image, as uint8, in the worker. Everything else happens on the device."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def decode_rgb(data: bytes | memoryview) -> Pixels:
     return _decode(data, None)
 
 
-def picture_size(data: bytes | memoryview) -> tuple[int, int]:
+def image_size(data: bytes | memoryview) -> tuple[int, int]:
     """Return (height, width) of the upright image, from its header alone. Raises DecodeError."""
     kind = _kind(data)
     if kind != "JPEG":

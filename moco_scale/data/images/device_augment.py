@@ -81,7 +81,7 @@ class DeviceAugment:
         out = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
         size = len(crops)
         if crops.device.type == "cpu" and size:
-            # One big picture at a time stays in the cache; small ones share the cost of a call.
+            # One big image at a time stays in the cache; small ones share the cost of a call.
             size = max(1, _CACHED_ELEMENTS // crops[0].numel())
         for i in range(0, len(crops), max(1, size)):
             part = slice(i, i + size)

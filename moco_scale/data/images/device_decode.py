@@ -1,7 +1,7 @@
 """Decoding on the device that trains: workers hand over encoded bytes and the boxes of the crops.
 
 The main process decodes a batch at once with nvJPEG, through torchcodec or torchvision, turns the
-pictures upright, and cuts and resizes the same boxes that a worker would. What the device cannot
+images upright, and cuts and resizes the same boxes that a worker would. What the device cannot
 decode (PNG and its like, CMYK) or what looks damaged is decoded and cropped by the worker as ever.
 On a CPU the same calls decode with libjpeg, so that all of it can be tested there.
 """
@@ -23,10 +23,10 @@ from moco_scale.utils.errors import UserError
 
 
 class EncodedViews(NamedTuple):
-    """What a worker makes of b pictures, n of which the device is to decode."""
+    """What a worker makes of b images, n of which the device is to decode."""
 
     data: Tensor
-    """uint8, the encoded bytes of the n pictures, one after the other, without their EXIF."""
+    """uint8, the encoded bytes of the n images, one after the other, without their EXIF."""
     ends: Tensor
     """int64 [n], where each of them ends in `data`."""
     turned: Tensor
@@ -36,15 +36,15 @@ class EncodedViews(NamedTuple):
     rows: Tensor
     """int64 [n], their places in the batch."""
     boxes: Tensor
-    """int64 [n, V, 4], (top, left, height, width) of each view in the upright picture."""
+    """int64 [n, V, 4], (top, left, height, width) of each view in the upright image."""
     others: Tensor
     """int64 [b - n], the places of the others."""
     views: Tensor
     """uint8 [V, b - n, 3, S, S], the others' crops."""
 
 
-class BadPicture(Exception):
-    """A picture that neither the device nor the CPU decodes; `row` is its place in the batch."""
+class BadImage(Exception):
+    """An image that neither the device nor the CPU decodes; `row` is its place in the batch."""
 
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(reason)
@@ -52,7 +52,7 @@ class BadPicture(Exception):
 
 
 def can_decode(data: bytes | memoryview) -> bool:
-    """Whether a picture is left to the device: a JPEG in gray or colour that seems whole.
+    """Whether an image is left to the device: a JPEG in gray or colour that seems whole.
 
     nvJPEG makes something of a file whose end is missing or zeros; the CPU's decoder, to which
     such files are sent, says that it is damaged.
@@ -86,22 +86,22 @@ class DeviceDecoder:
         return cls(device)
 
     def __call__(self, encoded: EncodedViews) -> Tensor:
-        """Raises BadPicture for one that turns out to be damaged."""
+        """Raises BadImage for one that turns out to be damaged."""
         rows, others = encoded.rows.tolist(), encoded.others.to(self.device)
         shape = (len(encoded.views), len(rows) + len(others), *encoded.views.shape[2:])
         views = torch.empty(shape, dtype=torch.uint8, device=self.device)
         views[:, others] = encoded.views.to(self.device, non_blocking=True)
         boxes, turned = encoded.boxes.tolist(), encoded.turned.tolist()
-        for i, picture in self._pictures(encoded):
+        for i, image in self._images(encoded):
             swap, *flips = UPRIGHT[turned[i]]
-            upright = picture.swapaxes(1, 2) if swap else picture
+            upright = image.swapaxes(1, 2) if swap else image
             axes = [axis for axis, flip in zip((1, 2), flips, strict=True) if flip]
             upright = upright.flip(axes) if axes else upright
             for view, box in zip(views, boxes[i], strict=True):
                 crop_into(view[rows[i]], upright, box)
         return views
 
-    def _pictures(self, encoded: EncodedViews) -> Iterator[tuple[int, Tensor]]:
+    def _images(self, encoded: EncodedViews) -> Iterator[tuple[int, Tensor]]:
         """(place among them, uint8 [3, H, W] as it is stored, on the device) of each JPEG."""
         ends, rows = encoded.ends.tolist(), encoded.rows.tolist()
         jpegs = [encoded.data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -110,17 +110,17 @@ class DeviceDecoder:
                 decoded = self._decode(jpegs[start:stop], self.device)
             except RuntimeError:  # for one of them; which one, it does not say
                 group = zip(jpegs[start:stop], rows[start:stop], strict=True)
-                decoded = [self._picture(jpeg, row) for jpeg, row in group]
+                decoded = [self._image(jpeg, row) for jpeg, row in group]
             yield from enumerate(decoded, start)
 
-    def _picture(self, jpeg: Tensor, row: int) -> Tensor:
+    def _image(self, jpeg: Tensor, row: int) -> Tensor:
         try:
             return self._decode([jpeg], self.device)[0]
         except RuntimeError:
             try:
                 pixels = decode_rgb(jpeg.numpy().tobytes())
             except DecodeError as error:
-                raise BadPicture(row, str(error)) from None
+                raise BadImage(row, str(error)) from None
             return torch.from_numpy(pixels).permute(2, 0, 1).to(self.device)
 
 
@@ -136,13 +136,13 @@ def _groups(pixels: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, len(pixels)
 
 
-def crop_into(out: Tensor, picture: Tensor, box: Sequence[int]) -> None:
-    """As `views.write_crop` on any device: `picture` uint8 [3, H, W], `out` uint8 [3, S, S].
+def crop_into(out: Tensor, image: Tensor, box: Sequence[int]) -> None:
+    """As `views.write_crop` on any device: `image` uint8 [3, H, W], `out` uint8 [3, S, S].
 
     In fp32, rounded once, where the CPU's uint8 kernel rounds after each axis: at most 1/255 apart.
     """
     top, left, height, width = box
-    region = picture[:, top : top + height, left : left + width]
+    region = image[:, top : top + height, left : left + width]
     if region.shape != out.shape:
         resized = F.interpolate(
             region[None].float(), out.shape[1:], mode="bilinear", antialias=True

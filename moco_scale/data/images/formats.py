@@ -63,4 +63,4 @@ def no_image(data: bytes | memoryview) -> str:
     if not start:
         return "empty file"
     what = next((name for name, pattern in _OTHERS if pattern.match(start)), None)
-    return "not a picture in any known format" + (f" ({what})" if what else "")
+    return "not an image in any known format" + (f" ({what})" if what else "")

@@ -50,7 +50,7 @@ def luma(x: Tensor) -> Tensor:
 
 
 def mean_luma(gray: Tensor) -> Tensor:
-    """The rounded mean of each picture of :func:`luma`: [n, 1, 1, 1]."""
+    """The rounded mean of each image of :func:`luma`: [n, 1, 1, 1]."""
     # Both sums are exact, in float32 along a row and then in float64: their order does not matter.
     mean = gray.sum(3, keepdim=True).sum(2, keepdim=True, dtype=torch.float64)
     return mean.div_(gray.shape[2] * gray.shape[3]).add_(0.5).floor_().to(gray.dtype)

@@ -1,6 +1,6 @@
-"""Pictures that cannot be decoded: what is seen in their place.
+"""Images that cannot be decoded: what is seen in their place.
 
-A picture in the place of another is a function of (seed, pass, sample) alone, as a crop is. So
+An image in the place of another is a function of (seed, pass, sample) alone, as a crop is. So
 every rank keeps its count, and any number of ranks and workers sees the same batches.
 """
 
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from moco_scale.data.sampling.random import uniforms
-from moco_scale.data.shards.protocols import Pictures
+from moco_scale.data.shards.protocols import Images
 from moco_scale.untrusted.bad_sample import NAME_CHARACTERS
 from moco_scale.untrusted.text import printable
 
 POLICIES = ("error", "skip")
-"""What becomes of a picture that cannot be decoded: the end of the run, or another in its place."""
+"""What becomes of an image that cannot be decoded: the end of the run, or another in its place."""
 
 TRIES = 64
 _NEAREST = 64  # the first tries are this near: as a rule in the same shard, which is at hand
@@ -26,11 +26,11 @@ _VIEW = 2**16 - 1  # a stream of random numbers that no view of a sample uses
 
 
 class BadSample(NamedTuple):
-    """A picture that cannot be decoded."""
+    """An image that cannot be decoded."""
 
     sample: int
     shard: str  # this, key and reason are fit to be shown
-    key: str  # "" where the header before the picture cannot be read either
+    key: str  # "" where the header before the image cannot be read either
     reason: str
     replacement: int
     """The sample that is seen in its place; -1: none, it is left out."""
@@ -49,8 +49,8 @@ def substitutes(seed: int, passes: int, sample: int, num_samples: int) -> Iterat
         yield (sample + (distance + 1) // 2 * (1 if distance % 2 else -1)) % num_samples
 
 
-def how_to_check(shards: Pictures) -> str:
-    """What to do about a set of which many pictures are bad."""
+def how_to_check(shards: Images) -> str:
+    """What to do about a set of which many images are bad."""
     commands = [
         f"`python -m moco_scale shard --check {shlex.quote(folder)}`"
         for folder in shards.checkable()
@@ -63,8 +63,8 @@ def how_to_check(shards: Pictures) -> str:
     return f"See what is wrong with {' and '.join(commands)} and copy damaged shards again"
 
 
-def bad_sample(shards: Pictures, sample: int, reason: str, replacement: int = -1) -> BadSample:
-    """The record of a picture that cannot be decoded."""
+def bad_sample(shards: Images, sample: int, reason: str, replacement: int = -1) -> BadSample:
+    """The record of an image that cannot be decoded."""
     place = shards.place(sample)
     data = shards.read(sample)
     if len(data) and not np.frombuffer(data, np.uint8).any():

@@ -22,11 +22,11 @@ from moco_scale.data.images.decode import (
     DecodeError,
     Decoder,
     Pixels,
+    image_size,
     orientation,
-    picture_size,
     without_exif,
 )
-from moco_scale.data.images.device_decode import BadPicture, DeviceDecoder, EncodedViews, can_decode
+from moco_scale.data.images.device_decode import BadImage, DeviceDecoder, EncodedViews, can_decode
 from moco_scale.data.loading.bad_samples import (
     TRIES,
     BadSample,
@@ -39,7 +39,7 @@ from moco_scale.data.loading.workers import PREFETCHED, BatchLoader, Failure, Re
 from moco_scale.data.remote.prefetch import FetchAhead, Job, check_room
 from moco_scale.data.sampling.order import BatchPlan, Samples, Slices
 from moco_scale.data.sampling.random import uniforms
-from moco_scale.data.shards.protocols import Pictures
+from moco_scale.data.shards.protocols import Images
 from moco_scale.utils.errors import UserError
 
 _SPARE_SHARDS = 8  # that an evaluation has fetched ahead
@@ -65,7 +65,7 @@ class ViewBatch(NamedTuple):
 
 
 def pretraining_loader(
-    shards: Pictures,
+    shards: Images,
     plan: BatchPlan,
     aug: Augmentation,
     image_size: int,
@@ -91,7 +91,7 @@ def pretraining_loader(
     ahead, for all ranks of its machine. `cache` keeps what was decoded. With a `decoder` workers
     decode nothing that it can, and the views lie on its device. `lost`: see `BatchLoader`.
 
-    Raises UserError, also while iterating: a batch that `world` does not divide, a picture that
+    Raises UserError, also while iterating: a batch that `world` does not divide, an image that
     cannot be decoded, a worker that died, a shard that cannot be fetched, a cache that is too small
     for the plan.
     """
@@ -117,7 +117,7 @@ def pretraining_loader(
 
 
 def evaluation_loader(
-    shards: Pictures,
+    shards: Images,
     image_size: int,
     resize_ratio: float,
     *,
@@ -137,7 +137,7 @@ def evaluation_loader(
     UserError as `pretraining_loader` does.
     """
     if resize_ratio < 1:
-        raise ValueError(f"resize_ratio {resize_ratio}: pictures smaller than the crop")
+        raise ValueError(f"resize_ratio {resize_ratio}: images smaller than the crop")
     ahead, parts = None, shards.remote_parts() if fetches_for else []
     if parts and len(shards):
         slices = Slices(tuple(rank_slice(len(shards), r, world) for r in fetches_for), batch_size)
@@ -205,10 +205,10 @@ class _Crops(Dataset[Any]):
 
     views = 1
     skip = False
-    """Whether a picture that cannot be decoded is reported in the batch, not raised."""
+    """Whether an image that cannot be decoded is reported in the batch, not raised."""
     cache: PixelCache | None = None
 
-    def __init__(self, shards: Pictures, image_size: int) -> None:
+    def __init__(self, shards: Images, image_size: int) -> None:
         self.shards, self.image_size = shards, image_size
         self.reading = Reading(shards)
         self.decode = Decoder()
@@ -228,14 +228,14 @@ class _Crops(Dataset[Any]):
     def made(self, job: _Job) -> ViewBatch:
         raise NotImplementedError
 
-    def memory(self, pictures: int) -> Tensor:
-        """uint8 [V, pictures, 3, S, S], to be filled."""
-        return batch_memory((self.views, pictures, 3, self.image_size, self.image_size))
+    def memory(self, images: int) -> Tensor:
+        """uint8 [V, images, 3, S, S], to be filled."""
+        return batch_memory((self.views, images, 3, self.image_size, self.image_size))
 
     def batch(
         self, job: _Job, samples: Samples, seen: Sequence[int], views: Tensor, bad: list[BadSample]
     ) -> ViewBatch:
-        """A batch of samples, of which `seen` are the pictures."""
+        """A batch of samples, of which `seen` are the images."""
         index, passes = (torch.from_numpy(np.array(column)) for column in samples)
         labels = self.shards.labels[np.asarray(seen, dtype=np.int64)].astype(np.int64)
         return ViewBatch(
@@ -243,7 +243,7 @@ class _Crops(Dataset[Any]):
         )
 
     def pixels(self, sample: int) -> Pixels:
-        """RGB pixels of a picture, uint8 [H, W, 3]; the next call may overwrite them.
+        """RGB pixels of an image, uint8 [H, W, 3]; the next call may overwrite them.
 
         Raises DecodeError.
         """
@@ -262,7 +262,7 @@ class _Crops(Dataset[Any]):
         if self.skip:
             return record
         raise UserError(
-            f"cannot decode the picture in {self.shards.name}, {self.shards.where(sample)}: "
+            f"cannot decode the image in {self.shards.name}, {self.shards.where(sample)}: "
             f"{record.reason}. Go on without it with --bad-samples skip, or "
             f"{self.shards.remedy(sample)}"
         )
@@ -271,7 +271,7 @@ class _Crops(Dataset[Any]):
 class _RandomCrops(_Crops):
     def __init__(
         self,
-        shards: Pictures,
+        shards: Images,
         seed: int,
         crop_min: float,
         crop_max: float,
@@ -288,9 +288,9 @@ class _RandomCrops(_Crops):
             self.crop(views[:, i], i, job, draws, seen, bad)
         return self.batch(job, job.samples, seen, views, bad)
 
-    def memory(self, pictures: int) -> Tensor:
+    def memory(self, images: int) -> Tensor:
         """As resizing likes it: a pixel's colours together."""
-        memory = batch_memory((self.views, pictures, self.image_size, self.image_size, 3))
+        memory = batch_memory((self.views, images, self.image_size, self.image_size, 3))
         return memory.permute(0, 1, 4, 2, 3)
 
     def draws(self, job: _Job) -> list[list[list[float]]]:
@@ -303,7 +303,7 @@ class _RandomCrops(_Crops):
         return numbers
 
     def boxes(self, draws: list[list[float]], height: int, width: int) -> list[Box]:
-        """The box of each view of one picture."""
+        """The box of each view of one image."""
         return [crop_box(u, height, width, self.crop_min, self.crop_max) for u in draws]
 
     def crop(
@@ -326,15 +326,15 @@ class _RandomCrops(_Crops):
             write_crop(view, pixels, box)
 
     def substitute(self, sample: int, passes: int, error: DecodeError) -> tuple[Pixels, int]:
-        """Pixels of another picture, and which it is."""
+        """Pixels of another image, and which it is."""
         if not self.skip:
             self.bad(sample, error)
         for other in substitutes(self.seed, passes, sample, len(self.shards)):
             with contextlib.suppress(DecodeError):
                 return self.pixels(other), other
         raise UserError(
-            f"cannot decode the picture in {self.shards.name}, {self.shards.where(sample)}: "
-            f"{error}; nor any of {TRIES} others tried in its place. Is this a set of pictures? "
+            f"cannot decode the image in {self.shards.name}, {self.shards.where(sample)}: "
+            f"{error}; nor any of {TRIES} others tried in its place. Is this a set of images? "
             f"{how_to_check(self.shards)}"
         )
 
@@ -351,7 +351,7 @@ class _EncodedCrops(_RandomCrops):
             if can_decode(data):
                 parts.append(without_exif(data))
                 turned.append(orientation(data))
-                height, width = picture_size(data)
+                height, width = image_size(data)
                 pixels.append(height * width)
                 rows.append(i)
                 boxes.append(self.boxes(draws[i], height, width))
@@ -375,22 +375,22 @@ class _EncodedCrops(_RandomCrops):
         return self.batch(job, job.samples, seen, whole, bad)
 
 
-def _decoded(decoder: DeviceDecoder, shards: Pictures, batch: ViewBatch) -> ViewBatch:
-    """The batch with its views on the device; UserError for a picture that is damaged."""
+def _decoded(decoder: DeviceDecoder, shards: Images, batch: ViewBatch) -> ViewBatch:
+    """The batch with its views on the device; UserError for an image that is damaged."""
     encoded: Any = batch.views
     try:
         return batch._replace(views=decoder(encoded))
-    except BadPicture as error:
+    except BadImage as error:
         sample = int(batch.index[error.row])
         raise UserError(
-            f"cannot decode the picture in {shards.name}, {shards.where(sample)}: {error}. It was "
+            f"cannot decode the image in {shards.name}, {shards.where(sample)}: {error}. It was "
             "found on the device, when its batch was made: go on without it with --decode cpu and "
             f"--bad-samples skip, or {shards.remedy(sample)}"
         ) from None
 
 
 class _CentreCrops(_Crops):
-    def __init__(self, shards: Pictures, image_size: int, resize_ratio: float) -> None:
+    def __init__(self, shards: Images, image_size: int, resize_ratio: float) -> None:
         super().__init__(shards, image_size)
         self.resize_ratio = resize_ratio
 

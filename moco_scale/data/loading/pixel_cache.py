@@ -1,7 +1,7 @@
-"""Decoded pictures of a small set, kept once a node for all ranks and workers.
+"""Decoded images of a small set, kept once a node for all ranks and workers.
 
-A folder holds one file of pixels with a place for every picture, whose size is known from its
-header before anything is decoded. Whoever decodes a picture puts its pixels in their place and then
+A folder holds one file of pixels with a place for every image, whose size is known from its
+header before anything is decoded. Whoever decodes an image puts its pixels in their place and then
 marks it; two that do so at once write the same bytes. Everything is allocated when the folder is
 made, so that a full disk or memory is a message at the start and not a bus error later.
 
@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.images.decode import DecodeError, Pixels, picture_size
+from moco_scale.data.images.decode import DecodeError, Pixels, image_size
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.data.tools.output_folder import size_text
 from moco_scale.untrusted.documents import DocumentError, read_document
@@ -45,13 +45,13 @@ _FORMAT = 1
 _CONTENT = ("meta.json", "table.npy", "pixels", "done")
 _ALL = (*_CONTENT, ".meta.json.tmp", "used", "changing")
 _TABLE_DTYPE = np.dtype([("offset", "<u8"), ("height", "<u4"), ("width", "<u4")])
-_PROBES = 512  # pictures from whose sizes a set that is far too large is refused at once
+_PROBES = 512  # images from whose sizes a set that is far too large is refused at once
 _SPARE = 0.9  # share of a disk's free space that may be taken
 _SPARE_MEMORY = 0.5  # likewise of memory
 
 
 class PixelCache:
-    """Pixels of pictures that were decoded before, by whichever process of this node.
+    """Pixels of images that were decoded before, by whichever process of this node.
 
     Can be pickled, and used after a fork.
     """
@@ -67,7 +67,7 @@ class PixelCache:
 
     @classmethod
     def open(cls, shards: Shards, place: str, passing: bool = False) -> PixelCache:
-        """The cache of these pictures in `place`, a folder on a local disk or RAM.
+        """The cache of these images in `place`, a folder on a local disk or RAM.
 
         One that is there and whole is used again, and gains from earlier runs. In RAM it is
         removed with the last run on this node that uses it; what a killed run left there is removed
@@ -78,7 +78,7 @@ class PixelCache:
         if shards.remote_parts():
             raise UserError(
                 f"--cache {place}: {shards.name} is fetched while it is read; --shard-cache keeps "
-                "what was fetched, and --cache the pictures of local shards"
+                "what was fetched, and --cache the images of local shards"
             )
         parent = SHARED_MEMORY if place == RAM else Path(place)
         mine = f"{PREFIX}{os.geteuid()}-"
@@ -102,11 +102,11 @@ class PixelCache:
         return cache
 
     def get(self, i: int) -> Pixels | None:
-        """Pixels of picture i, uint8 [H, W, 3], not to be changed; None when not yet decoded."""
+        """Pixels of image i, uint8 [H, W, 3], not to be changed; None when not yet decoded."""
         return self._place(i) if self._done[i] else None
 
     def put(self, i: int, pixels: Pixels) -> None:
-        """Keep what picture i was decoded to; not if its header promised another size."""
+        """Keep what image i was decoded to; not if its header promised another size."""
         place = self._place(i)
         if place.shape == pixels.shape and not self._done[i]:
             place[...] = pixels
@@ -114,7 +114,7 @@ class PixelCache:
 
     @property
     def filled(self) -> float:
-        """Share of the pictures that need not be decoded any more."""
+        """Share of the images that need not be decoded any more."""
         return float(np.count_nonzero(self._done)) / len(self._done)
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ def _remove_unused(folder: Path) -> None:
 
 
 def _meta(folder: Path, shards: Shards, boot: str, complete: bool) -> PixelCacheMeta:
-    """Of these pictures and the files that are there. Raises OSError: one is missing."""
+    """Of these images and the files that are there. Raises OSError: one is missing."""
     return PixelCacheMeta(
         format=_FORMAT,
         fingerprint=shards.fingerprint,
@@ -217,12 +217,12 @@ def _make_unless_whole(folder: Path, shards: Shards, place: str) -> None:
 
 
 def _make(folder: Path, shards: Shards, place: str) -> None:
-    """Lay out the files for all pictures, none of them decoded. Raises UserError: no room."""
+    """Lay out the files for all images, none of them decoded. Raises UserError: no room."""
     count = len(shards)
     probes = np.unique(np.linspace(0, count - 1, _PROBES).astype(np.int64))
     mean = sum(3 * h * w for h, w in _sizes(shards, probes)) / len(probes)
     try:
-        # Half of the estimate, which may be off; the sizes themselves are taken of fewer pictures.
+        # Half of the estimate, which may be off; the sizes themselves are taken of fewer images.
         _require_room(int(mean * count / 2), int(mean * count), folder, shards, place)
         table = np.zeros(count, _TABLE_DTYPE)
         table["height"], table["width"] = np.array(list(_sizes(shards, range(count)))).T
@@ -254,11 +254,11 @@ def _mark_if_complete(folder: Path) -> None:
         _write_meta(folder, meta.model_copy(update={"complete": True}))
 
 
-def _sizes(shards: Shards, pictures: Any) -> Iterator[tuple[int, int]]:
-    """(height, width) of each picture once upright; (0, 0) of one that cannot be read."""
-    for i in pictures:
+def _sizes(shards: Shards, images: Any) -> Iterator[tuple[int, int]]:
+    """(height, width) of each image once upright; (0, 0) of one that cannot be read."""
+    for i in images:
         try:
-            yield picture_size(shards.read(int(i)))
+            yield image_size(shards.read(int(i)))
         except DecodeError:
             yield 0, 0
 
@@ -270,9 +270,9 @@ def _require_room(least: int, total: int, folder: Path, shards: Shards, place: s
         room, where = min(room, int(_free_memory() * _SPARE_MEMORY)), "of memory"
     if least > room:
         raise UserError(
-            f"--cache {place}: the {len(shards)} pictures of {shards.name} take about "
+            f"--cache {place}: the {len(shards)} images of {shards.name} take about "
             f"{size_text(total)} once decoded, and a cache may take {size_text(room)} {where}. "
-            "Leave --cache out, name a folder on a larger local disk, or shrink the pictures "
+            "Leave --cache out, name a folder on a larger local disk, or shrink the images "
             "(python -m moco_scale shard --short-side N)"
         )
 

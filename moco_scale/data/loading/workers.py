@@ -252,7 +252,7 @@ def _check_room_for_sockets() -> None:
     room = _SOCKET_PATH - len(_LISTENER)
     if len(os.fsencode(folder)) > room:
         raise UserError(
-            f"TMPDIR, {folder}, is too long a name: processes that read pictures have sockets in "
+            f"TMPDIR, {folder}, is too long a name: processes that read images have sockets in "
             f"it, for which it may have {room} bytes. Choose another, such as TMPDIR=/tmp"
         )
 
@@ -314,10 +314,10 @@ def _explained(
     text = str(error)
     # The second is what is left of it when a file descriptor could not be received.
     if "Too many open files" in text or "ancdata" in text:
-        return UserError(f"Too many files are open for reading pictures. {open_files_advice()}")
+        return UserError(f"Too many files are open for reading images. {open_files_advice()}")
     if isinstance(error, BlockingIOError) or "Resource temporarily unavailable" in text:
         return UserError(
-            "No more processes can be started for reading pictures: `ulimit -u`, or the limit of "
+            "No more processes can be started for reading images: `ulimit -u`, or the limit of "
             "the job's or container's processes, is too low; raise it or use a lower --num-workers"
         )
     # The latter two: it died with a batch sent but not yet handed over.
@@ -351,7 +351,7 @@ def _deaths(batches: Any, reading: Reading | None) -> UserError | None:
         if code > _NOT_SENT:
             why = os.strerror(code - _NOT_SENT)
             fix = open_files_advice() if code - _NOT_SENT == errno.EMFILE else "See above"
-            return UserError(f"a process that reads pictures cannot hand them over: {why}. {fix}")
+            return UserError(f"a process that reads images cannot hand them over: {why}. {fix}")
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         sample = None if reading is None else reading.of(number)
         place = ""
@@ -364,7 +364,7 @@ def _deaths(batches: Any, reading: Reading | None) -> UserError | None:
     if not ends:
         return None
     kind = ReaderLost if killed else UserError
-    return kind(f"a process that reads pictures died ({'; '.join(ends)}). {advice}")
+    return kind(f"a process that reads images died ({'; '.join(ends)}). {advice}")
 
 
 def _advice(number: int, fault: str | None, reading: bool) -> str:

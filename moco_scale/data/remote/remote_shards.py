@@ -35,7 +35,7 @@ _ATTEMPTS = 3  # to fetch an index that is whole and fits the rest
 
 
 class RemoteShards(indexed_shards.IndexedShards):
-    """The pictures of a split that lie elsewhere, read through a cache.
+    """The images of a split that lie elsewhere, read through a cache.
 
     `files` are the split's shards; `folder` is the set's in the cache, with those that are here
     now; `index_dir` holds the index.
@@ -109,7 +109,7 @@ class RemoteShards(indexed_shards.IndexedShards):
 
 
 def open_remote(source: ShardSource, split: str) -> RemoteShards:
-    """The pictures of a split at an address.
+    """The images of a split at an address.
 
     Raises UserError: it cannot be reached, holds no such split or no index, the index is damaged,
     the cache cannot be written.

@@ -84,8 +84,8 @@ def remote_tars(source: ShardSource) -> RemoteTars:
     for name in names:
         if COMPRESSED_TAR.search(name):
             raise UserError(
-                f"{shown(folder)}/{name} is compressed: pictures in it cannot be reached on their "
-                "own. Decompress it and its like where they lie; tars of pictures need no "
+                f"{shown(folder)}/{name} is compressed: images in it cannot be reached on their "
+                "own. Decompress it and its like where they lie; tars of images need no "
                 "compression"
             )
     splits: dict[str, list[str]] = {}
@@ -97,7 +97,7 @@ def remote_tars(source: ShardSource) -> RemoteTars:
 
 
 def open_remote_tars(source: ShardSource, split: str) -> RemoteShards:
-    """The pictures of a split of such tars; makes their index if there is none yet.
+    """The images of a split of such tars; makes their index if there is none yet.
 
     Raises UserError: no such split; a tar is not to be had or damaged; a cache cannot be written.
     """

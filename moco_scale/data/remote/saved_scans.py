@@ -64,7 +64,7 @@ def load_scan(path: Path) -> SavedScan | None:
         return None
     if not len(offset) == len(size) == len(label) or not _labels_fit(label, said.names):
         return None
-    words = said.names, said.without_picture, said.odd, said.dotted, said.part
+    words = said.names, said.without_image, said.odd, said.dotted, said.part
     state = FileState(*said.state)
     return SavedScan(ShardScan(offset, size, label, *words), said.bytes, said.checksum, state)
 
@@ -97,7 +97,7 @@ def save_scan(path: Path, saved: SavedScan) -> None:
         "checksum": saved.checksum,
         "state": saved.state,
         "names": saved.scan.names,
-        "without_picture": saved.scan.without_picture,
+        "without_image": saved.scan.without_image,
         **{field: printable(getattr(saved.scan, field)) for field in _WORDS},
     }
     content, scan = io.BytesIO(), saved.scan

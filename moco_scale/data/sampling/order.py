@@ -124,7 +124,7 @@ class BatchPlan:
         if self.order.epoch_samples < self.global_batch:
             raise UserError(
                 f"{self.order.epoch_samples} samples do not fill one global batch of "
-                f"{self.global_batch}; lower --batch-size or add pictures"
+                f"{self.global_batch}; lower --batch-size or add images"
             )
 
     @property

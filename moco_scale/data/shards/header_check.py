@@ -56,7 +56,7 @@ def check_headers(tars: IndexedTars) -> None:
 
     One process of those that share the place reads, in parallel processes; others wait for it.
 
-    Raises UserError: a tar cannot be read, is damaged, or has no picture where the index has one.
+    Raises UserError: a tar cannot be read, is damaged, or has no image where the index has one.
     """
     near, far = places(tars.folder)
     if not _unknown(tars, near, far):
@@ -94,7 +94,7 @@ def note_checked(tars: IndexedTars) -> None:
 
 
 def tar_problem(path: Path, rows: np.ndarray, file: int | None = None) -> str | None:
-    """What is wrong with a tar whose pictures are these rows of the index; None: nothing.
+    """What is wrong with a tar whose images are these rows of the index; None: nothing.
 
     file: its descriptor, where it is open. Raises OSError: it cannot be read.
     """
@@ -111,7 +111,7 @@ def tar_problem(path: Path, rows: np.ndarray, file: int | None = None) -> str | 
         return None
     first = rows[int(np.flatnonzero(~there)[0])]
     return (
-        f"Shard {path} is not the one that its index was made of: the index has a picture of "
+        f"Shard {path} is not the one that its index was made of: the index has an image of "
         f"{first['size']} bytes at byte {first['offset']}, the tar has none there. Copy it again "
         "from where the shards were made, or make them again."
     )

@@ -2,13 +2,13 @@
 
 A folder of shards holds, for each split, ``train-000000.tar … `` and ``train-index.npy``, and once
 for all splits ``index.json``. The tars are plain WebDataset files that any tool can stream; the
-index is what exact epochs need on top of that: where each picture lies. (Shards of others that were
+index is what exact epochs need on top of that: where each image lies. (Shards of others that were
 repaired may lie in sub-folders: their names are paths below the folder.)
 
 ``index.json``::
 
     {"format": "moco_scale shards", "version": 1,
-     "classes": ["n01440764", …],            # [] when the pictures have no labels
+     "classes": ["n01440764", …],            # [] when the images have no labels
      "splits": {"train": {"samples": 1281167,
                           "index": "train-index.npy",
                           "checksum": "…",   # BLAKE2b-128 of the rows' bytes
@@ -16,7 +16,7 @@ repaired may lie in sub-folders: their names are paths below the folder.)
                                       "checksum": "…"}, …]}},  # of the tar; may be missing
      "made": {…}}                            # how: source, seed, re-encoding, what was left out
 
-``train-index.npy`` is one record of ``INDEX_DTYPE`` a picture, in shard order. It is memory-mapped,
+``train-index.npy`` is one record of ``INDEX_DTYPE`` an image, in shard order. It is memory-mapped,
 so all processes of a node share one copy of it.
 """
 
@@ -224,7 +224,7 @@ def shard_command(source: Path | str, out: Path | str) -> str:
 
 
 def _beside(path: Path) -> Path:
-    """Where shards of path could go: pictures.tar.gz -> pictures-shards, next to it."""
+    """Where shards of path could go: images.tar.gz -> images-shards, next to it."""
     named = path if path.name not in ("", "..") else path.resolve()
     stem = named.name.partition(".")[0] if path.is_file() else named.name
     return named.parent / f"{stem}-shards"
@@ -234,12 +234,12 @@ def _not_a_folder(data_dir: Path) -> str:
     if data_dir.is_file():
         return (
             f"{data_dir} is a file, and no tar of samples (000.jpg, 000.cls, …). Make shards of "
-            "the pictures in it, with the folders they lie in as classes: "
+            "the images in it, with the folders they lie in as classes: "
             f"{shard_command(data_dir, _beside(data_dir))}"
         )
     return (
         f"There is no folder {data_dir}. It should hold shards, which are made from a folder or "
-        f"tar of pictures with: {shard_command('PICTURES', data_dir)}"
+        f"tar of images with: {shard_command('IMAGES', data_dir)}"
     )
 
 
@@ -252,11 +252,11 @@ def _not_shards(data_dir: Path) -> str:
         return f"{data_dir} holds no {INDEX_JSON}; did you mean {data_dir / shards[0]}?"
     if not names:
         return (
-            f"{data_dir} is empty. Make shards of a folder or tar of pictures with: "
-            f"{shard_command('PICTURES', data_dir)}"
+            f"{data_dir} is empty. Make shards of a folder or tar of images with: "
+            f"{shard_command('IMAGES', data_dir)}"
         )
     return (
-        f"{data_dir} is not a folder of shards (it has no {INDEX_JSON}). If it holds pictures "
+        f"{data_dir} is not a folder of shards (it has no {INDEX_JSON}). If it holds images "
         f"(train/CLASS/* and val/CLASS/*, or CLASS/*), make shards of them with: "
         f"{shard_command(data_dir, _beside(data_dir))}"
     )

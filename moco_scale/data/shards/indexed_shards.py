@@ -40,7 +40,7 @@ class Scanned(NamedTuple):
 
 
 class IndexedShards:
-    """The pictures of one split, in the order of the shards, each readable on its own.
+    """The images of one split, in the order of the shards, each readable on its own.
 
     Costs one memory map for the index and one per shard in use. At most a quarter of the process's
     limit on open files is kept open (a mapping holds a file descriptor); opening one more takes
@@ -108,7 +108,7 @@ class IndexedShards:
 
         Raises UserError: no such folder; not a folder of shards (an ImageFolder or a tar: the
         message has the command that makes shards of it); no such split; a shard is missing or has
-        another size than the index says, or is damaged, or holds no pictures where the index has
+        another size than the index says, or is damaged, or holds no images where the index has
         some (see `data.shards.header_check`); an index that is damaged or of another version.
         """
         data_dir = Path(data_dir)
@@ -122,7 +122,7 @@ class IndexedShards:
             known = ", ".join(sorted(header.splits)) or "none"
             raise UserError(
                 f"{data_dir} has no split {split!r}; it has: {known}. Make the shards again from a "
-                f"source that has {split!r} pictures (python -m moco_scale shard --help)."
+                f"source that has {split!r} images (python -m moco_scale shard --help)."
             )
         rows = index_file.read_rows(index_dir, split, header)
         entry = header.splits[split]
@@ -152,7 +152,7 @@ class IndexedShards:
         return []
 
     def read(self, i: int) -> memoryview:
-        """The encoded bytes of picture i, not copied: a view into the mapped tar.
+        """The encoded bytes of image i, not copied: a view into the mapped tar.
 
         Raises UserError when the shard has gone, or another one has come in its place.
         """
@@ -160,7 +160,7 @@ class IndexedShards:
         mapped = self._maps.get(shard)
         if mapped is None:
             mapped = self._map(shard)
-        # One request for all of the picture's pages; otherwise a cold file is read fault by fault.
+        # One request for all of the image's pages; otherwise a cold file is read fault by fault.
         start = offset - offset % mmap.PAGESIZE
         mapped.madvise(mmap.MADV_WILLNEED, start, offset + size - start)
         return memoryview(mapped)[offset : offset + size]
@@ -179,7 +179,7 @@ class IndexedShards:
             return Place(name, offset, "")
 
     def _header_before(self, shard: int, offset: int) -> bytes:
-        """The tar's header of the picture at `offset`."""
+        """The tar's header of the image at `offset`."""
         start, mapped = offset - BLOCK, self._maps.get(shard)
         if mapped is not None:  # its name may have gone
             return mapped[start:offset]
@@ -192,7 +192,7 @@ class IndexedShards:
         return self.data_dir / self._shards[shard][0]
 
     def fault(self, i: int) -> str | None:
-        """What has happened to the shard of picture i since the index was made; None: nothing."""
+        """What has happened to the shard of image i since the index was made; None: nothing."""
         shard = self._locate(i)[0]
         try:
             _check_shard(self._path(shard), self._shards[shard][1], len(self._shards))
@@ -206,14 +206,14 @@ class IndexedShards:
         return [size for _, size in self._shards]
 
     def remedy(self, i: int) -> str:
-        """What the user can do about picture i, should it be bad; for messages."""
+        """What the user can do about image i, should it be bad; for messages."""
         if self.index_dir != self.data_dir:
             shard = self._path(self._locate(i)[0])
             return f"pack {shard} again without it, or with a good copy of it"
         if self.made.get("by"):
             return (
-                f"make the shards again with `{shard_command('PICTURES', self.data_dir)} --verify "
-                "--overwrite`, which leaves such pictures out and lists them"
+                f"make the shards again with `{shard_command('IMAGES', self.data_dir)} --verify "
+                "--overwrite`, which leaves such images out and lists them"
             )
         folder = shlex.quote(str(self.data_dir))
         return f"take it out of the index with `python -m moco_scale shard --repair {folder}`"
@@ -224,7 +224,7 @@ class IndexedShards:
         return [str(self.data_dir)] if whole else []
 
     def subset(self, indices: np.ndarray) -> IndexedShards:
-        """The same for some of the pictures only: int64 [M] positions, kept in the given order."""
+        """The same for some of the images only: int64 [M] positions, kept in the given order."""
         return IndexedShards(
             self.data_dir,
             self.split,
@@ -257,9 +257,9 @@ class IndexedShards:
         self.__init__(data_dir, split, header, rows, selection, index_dir, *more)  # type: ignore[misc]
 
     def _locate(self, i: int) -> tuple[int, int, int]:
-        """(shard, offset, size) of picture i."""
+        """(shard, offset, size) of image i."""
         if not 0 <= i < len(self._rows):
-            raise IndexError(f"picture {i} of {len(self._rows)}")
+            raise IndexError(f"image {i} of {len(self._rows)}")
         shard, offset, size, _ = self._rows[i].item()
         return shard, offset, size
 

@@ -1,4 +1,4 @@
-"""Several sets of pictures as one, and how the user names them."""
+"""Several sets of images as one, and how the user names them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def split_mixture(spec: str) -> list[Named]:
     if without and len(without) < len(named):
         raise UserError(
             f"--data-dir {shown(spec)}: {without[0]} has no weight, others have one; give all "
-            "or none (none: by the numbers of their pictures)"
+            "or none (none: by the numbers of their images)"
         )
     for part in named:
         refuse_command(part.spec)
@@ -77,9 +77,9 @@ def _weighted(part: str) -> Named:
 
 
 class MixedShards:
-    """The pictures of several sets, one set after the other.
+    """The images of several sets, one set after the other.
 
-    They are labelled when all sets have the same classes, else no picture is.
+    They are labelled when all sets have the same classes, else no image is.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class MixedShards:
 
     def _locate(self, i: int) -> tuple[Shards, int]:
         if not 0 <= i < len(self):
-            raise IndexError(f"picture {i} of {len(self)}")
+            raise IndexError(f"image {i} of {len(self)}")
         place = i if self._selection is None else int(self._selection[i])
         number = int(np.searchsorted(self._ends, place, side="right"))
         part = self.parts[number]
@@ -181,7 +181,7 @@ def epoch_notes(shards: Shards, order: Order) -> list[str]:
         return []
     parts = shards.parts if isinstance(shards, MixedShards) else (shards,)
     read = [
-        f"{share} of the {len(part)} pictures in {printable(part.name)}"
+        f"{share} of the {len(part)} images in {printable(part.name)}"
         for share, part in zip(order.shares, parts, strict=True)
     ]
     return [f"an epoch reads {', '.join(read)}; the next one goes on where it ends"]

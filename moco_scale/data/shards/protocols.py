@@ -1,4 +1,4 @@
-"""What readers, evaluation and reports need of a set of pictures, wherever it lies."""
+"""What readers, evaluation and reports need of a set of images, wherever it lies."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from moco_scale.untrusted.text import printable
 
 
 class Place(NamedTuple):
-    """Where a picture lies, for people."""
+    """Where an image lies, for people."""
 
     shard: str
     offset: int
-    key: str  # "" where the header before the picture cannot be read
+    key: str  # "" where the header before the image cannot be read
 
     def __str__(self) -> str:
         key = f" (key {printable(self.key)})" if self.key else ""
         return f"{printable(self.shard)} at byte {self.offset}{key}"
 
 
-class Pictures(Protocol):
-    """Encoded pictures with labels, each readable on its own: what a loader needs.
+class Images(Protocol):
+    """Encoded images with labels, each readable on its own: what a loader needs.
 
     Can be pickled, and used after a fork.
     """
@@ -43,11 +43,11 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> memoryview:
-        """The encoded bytes of picture i; UserError when they are no longer what they were."""
+        """The encoded bytes of image i; UserError when they are no longer what they were."""
         ...
 
     def where(self, i: int) -> str:
-        """Shard, byte and key of picture i; for messages."""
+        """Shard, byte and key of image i; for messages."""
         ...
 
     def place(self, i: int) -> Place:
@@ -55,11 +55,11 @@ class Pictures(Protocol):
         ...
 
     def fault(self, i: int) -> str | None:
-        """What has happened to the file of picture i since it was indexed; None: nothing."""
+        """What has happened to the file of image i since it was indexed; None: nothing."""
         ...
 
     def remedy(self, i: int) -> str:
-        """What the user can do about picture i, should it be bad; for messages."""
+        """What the user can do about image i, should it be bad; for messages."""
         ...
 
     def checkable(self) -> list[str]:
@@ -75,8 +75,8 @@ class Pictures(Protocol):
         ...
 
 
-class Shards(Pictures, Protocol):
-    """The pictures of one split."""
+class Shards(Images, Protocol):
+    """The images of one split."""
 
     @property
     def split(self) -> str: ...
@@ -93,7 +93,7 @@ class Shards(Pictures, Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Differs where pictures, labels or their places differ: a resumed run checks it."""
+        """Differs where images, labels or their places differ: a resumed run checks it."""
         ...
 
     def order(self, seed: int, window: int = 0) -> Order:
@@ -101,5 +101,5 @@ class Shards(Pictures, Protocol):
         ...
 
     def subset(self, indices: Indices) -> Any:
-        """The same (Shards) for some of the pictures: int64 [M] places, kept in this order."""
+        """The same (Shards) for some of the images: int64 [M] places, kept in this order."""
         ...

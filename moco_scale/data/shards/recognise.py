@@ -9,9 +9,9 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from moco_scale.data.shards.tar_scan import picture_key, split_name
+from moco_scale.data.shards.tar_scan import image_key, split_name
 from moco_scale.data.tools.source_tar import COMPRESSED, content_of
-from moco_scale.data.tools.sources import is_hidden, is_picture
+from moco_scale.data.tools.sources import is_hidden, is_image
 from moco_scale.untrusted.limits import TAR_LOOKED_INTO
 from moco_scale.untrusted.tar_headers import FILE, FOLDER, Member, NoTarError, TarError, TarHeaders
 from moco_scale.untrusted.text import printable
@@ -23,11 +23,11 @@ _LABELS = (".cls", ".json")
 class Seems(NamedTuple):
     """What the first members are."""
 
-    pictures: bool
+    images: bool
     folders: bool
-    """Pictures lie in folders, which may be classes."""
+    """Images lie in folders, which may be classes."""
     labelled: str
-    """A picture and the member that labels it, as WebDataset has it; "": none. Fit to be shown."""
+    """An image and the member that labels it, as WebDataset has it; "": none. Fit to be shown."""
     unusable: bool
     """A tar, not compressed, of which scanning it says why it cannot be used."""
 
@@ -40,15 +40,15 @@ def look_into(tar: Path) -> Seems:
     first, damaged = _first_members(tar, _LOOKED_AT)
     names = [member.name.removeprefix("./") for member in first if member.kind == FILE]
     names = [name for name in names if not any(map(is_hidden, name.split("/")[:-1]))]
-    pictures = {picture_key(name): name for name in names if is_picture(name)}
-    labels = {picture_key(name): name for name in names if name.lower().endswith(_LABELS)}
-    both = next((key for key in pictures if key in labels), None)
-    labelled = "" if both is None else printable(f"{pictures[both]} and {labels[both]}")
-    folders = any("/" in name for name in pictures.values())
-    links = any(m.kind not in (FILE, FOLDER) and is_picture(m.name) for m in first)
+    images = {image_key(name): name for name in names if is_image(name)}
+    labels = {image_key(name): name for name in names if name.lower().endswith(_LABELS)}
+    both = next((key for key in images if key in labels), None)
+    labelled = "" if both is None else printable(f"{images[both]} and {labels[both]}")
+    folders = any("/" in name for name in images.values())
+    links = any(m.kind not in (FILE, FOLDER) and is_image(m.name) for m in first)
     nameless = bool(names) and not any(split_name(name)[0] for name in names)
     unusable = damaged or links or nameless
-    return Seems(bool(pictures), folders, labelled, unusable)
+    return Seems(bool(images), folders, labelled, unusable)
 
 
 def first_members(tar: Path, count: int) -> list[Member]:

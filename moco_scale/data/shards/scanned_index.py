@@ -29,7 +29,7 @@ from moco_scale.utils.errors import UserError, open_failure
 from moco_scale.utils.files import sync_folder, write_atomically
 from moco_scale.utils.log import say
 
-_RULES = b"4"  # by which pictures and labels are found: an index made by others is made again
+_RULES = b"4"  # by which images and labels are found: an index made by others is made again
 
 
 class _Key(NamedTuple):
@@ -41,12 +41,12 @@ class _Key(NamedTuple):
 
 
 def open_scanned(spec: str, shards: ShardList, split: str) -> indexed_shards.IndexedShards:
-    """The pictures of a split of tars that have no index; makes it if there is none yet.
+    """The images of a split of tars that have no index; makes it if there is none yet.
 
     One process of those that share the place of the index scans, in parallel processes; the others
     wait for it, and later runs find what it has written.
 
-    Raises UserError: no such split; a tar is missing, damaged or holds no picture (see `scan_tar`);
+    Raises UserError: no such split; a tar is missing, damaged or holds no image (see `scan_tar`);
     names with several dots that mean two things; no place for the index.
     """
     if split not in shards.splits:
@@ -147,7 +147,7 @@ def write_index(
         "splits": {},
         "made": {
             "scanned": json_name(spec),
-            "without_picture": sum(s.without_picture for s in scans),
+            "without_image": sum(s.without_image for s in scans),
             "unlabelled": printable(why_none),
         },
     }
@@ -176,22 +176,22 @@ def write_index(
         raise UserError(
             f"Cannot write the index of {spec} to {folder}: {error.strerror or error}."
         ) from error
-    pictures = sum(len(scan.offset) for scan in scans)
-    line = f"{spec}: indexed {pictures} pictures in {len(scans)} shards"
+    images = sum(len(scan.offset) for scan in scans)
+    line = f"{spec}: indexed {images} images in {len(scans)} shards"
     line += f" in {time.monotonic() - started:.1f} s, kept in {folder}"
-    without = header["made"]["without_picture"]
+    without = header["made"]["without_image"]
     if without:
-        line += f"; {without} samples hold no picture and are left out"
+        line += f"; {without} samples hold no image and are left out"
     lines = [line]
     dotted = next((scan.dotted for scan in scans if scan.dotted), "")
     if dotted:
         lines.append(
-            f"names of pictures have several dots ({dotted}): they are split at the last one, or "
-            "samples would have no picture"
+            f"names of images have several dots ({dotted}): they are split at the last one, or "
+            "samples would have no image"
         )
     part = next((scan.part for scan in scans if scan.part), "")
     if part:
-        lines.append(f"what is like {part} belongs to another picture and is not seen")
+        lines.append(f"what is like {part} belongs to another image and is not seen")
     if why_none:
         lines.append(
             f"the labels are not used: {why_none}. Pretraining needs none, kNN and linear "

@@ -159,7 +159,7 @@ def _tars(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise UserError(f"Cannot read {folder}: {open_failure(error)}.") from error
-    # ImageNet's own tars hold tars and pictures of all kinds, and no samples.
+    # ImageNet's own tars hold tars and images of all kinds, and no samples.
     return [
         folder / name
         for name in names
@@ -171,9 +171,9 @@ def _tars(folder: Path) -> list[Path]:
 def _refuse_compressed(path: Path) -> UserError:
     tool = _UNPACK.get(path.name.rpartition(".")[2].lower(), "tar")
     return UserError(
-        f"{path} is compressed: pictures in it cannot be reached on their own, and they hardly "
+        f"{path} is compressed: images in it cannot be reached on their own, and they hardly "
         f"become smaller. Decompress it and its like once, for example with `{tool} {path}`; "
-        "tars of pictures need no compression."
+        "tars of images need no compression."
     )
 
 

@@ -25,13 +25,13 @@ class Groups:
     Keys are kept as hashes: of a tar of five million small files all columns take 250 MB.
 
     Attributes:
-        labels: of the groups with a picture.
+        labels: of the groups with an image.
     """
 
     def __init__(self, content: Content) -> None:
         self._content, self.labels = content, TarLabels()
         self._key, self._name = array("q"), array("q")  # hashes of keys, of (key, suffix)
-        self._offset, self._size = array("Q"), array("Q")  # of the picture; 0: there is none
+        self._offset, self._size = array("Q"), array("Q")  # of the image; 0: there is none
         # Which of LABEL_SUFFIXES has the label, the better the higher; 0: none has.
         self._rank, self._label_at, self._label_size = array("B"), array("Q"), array("Q")
 
@@ -39,7 +39,7 @@ class Groups:
         return len(self._key)
 
     def add(self, key: str, sample: Mapping[str, Member], suffix: str | None) -> None:
-        """Take up a group of {suffix: member}. suffix: of its picture; None: it has none."""
+        """Take up a group of {suffix: member}. suffix: of its image; None: it has none."""
         self._key.append(hash(key))
         self._name.extend(hash((key, each)) for each in sample)
         label = next((each for each in LABEL_SUFFIXES if each in sample), None)
@@ -55,12 +55,12 @@ class Groups:
                 self._read(len(self) - 1, len(self.labels) - 1, member.name)
 
     def places(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """(offset, size) of the pictures, in the order of the tar."""
+        """(offset, size) of the images, in the order of the tar."""
         offset, size = np.array(self._offset, np.uint64), np.array(self._size, np.uint32)
         return offset[offset > 0], size[offset > 0]
 
     def twice(self) -> Callable[[str, str], bool] | None:
-        """How to tell (key, suffix) that are there twice, or of a key whose pictures lie at two
+        """How to tell (key, suffix) that are there twice, or of a key whose images lie at two
         places; None: there are none."""
         again = _first_again(np.array(self._name, np.int64))
         if again is not None:
@@ -71,7 +71,7 @@ class Groups:
         return None
 
     def join(self) -> int:
-        """Give pictures the labels that lie apart from them. Returns how many keys have none.
+        """Give images the labels that lie apart from them. Returns how many keys have none.
 
         None may be there `twice`.
         """
@@ -83,17 +83,17 @@ class Groups:
             number = dict(zip(keys[groups[wanted]].tolist(), wanted.tolist(), strict=True))
             best = {n: self._rank[group] for n, group in enumerate(groups.tolist())}
             for group in apart.tolist():
-                picture = number[self._key[group]]
-                if self._rank[group] > best[picture]:
-                    best[picture] = self._rank[group]
-                    self._read(group, picture, f"the label at byte {self._label_at[group]}")
+                image = number[self._key[group]]
+                if self._rank[group] > best[image]:
+                    best[image] = self._rank[group]
+                    self._read(group, image, f"the label at byte {self._label_at[group]}")
         return len(np.unique(keys)) - int(has.sum())
 
-    def _read(self, group: int, picture: int, member: str) -> None:
-        """Read the label of a group, as that of a picture."""
+    def _read(self, group: int, image: int, member: str) -> None:
+        """Read the label of a group, as that of an image."""
         suffix = LABEL_SUFFIXES[len(LABEL_SUFFIXES) - self._rank[group]]
         place = self._label_at[group], self._label_size[group]
-        self.labels.read(picture, member, suffix, lambda most: self._content(*place, most))
+        self.labels.read(image, member, suffix, lambda most: self._content(*place, most))
 
 
 def _first_again(hashes: npt.NDArray[np.int64]) -> int | None:

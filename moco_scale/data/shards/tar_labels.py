@@ -1,6 +1,6 @@
 """What the label of a sample is, and when the labels of a set cannot be used.
 
-Pretraining needs no labels, so an odd one refuses nobody's pictures: the set is then an unlabelled
+Pretraining needs no labels, so an odd one refuses nobody's images: the set is then an unlabelled
 one, and which label was the first odd one is kept to be said.
 """
 
@@ -32,12 +32,12 @@ class OddLabel(Exception):
 
 
 class TarLabels:
-    """The labels of one tar, picture by picture."""
+    """The labels of one tar, image by image."""
 
     def __init__(self) -> None:
         self.odd = ""
         """What is odd about the first odd one, fit to be shown."""
-        self._values = array("q")  # of each picture, a number or a place in _names; -1: none
+        self._values = array("q")  # of each image, a number or a place in _names; -1: none
         self._names: dict[str, int] = {}
         self._first: dict[type, str] = {}  # a member with a number, one with a name
 
@@ -45,16 +45,16 @@ class TarLabels:
         return len(self._values)
 
     def add_none(self) -> None:
-        """The next picture, which has no label so far."""
+        """The next image, which has no label so far."""
         self._values.append(-1)
 
     def read(
-        self, picture: int, member: str, suffix: str, content: Callable[[int], bytes | None]
+        self, image: int, member: str, suffix: str, content: Callable[[int], bytes | None]
     ) -> None:
-        """Read the label of a picture; once one was odd, none is read any more.
+        """Read the label of an image; once one was odd, none is read any more.
 
         Args:
-            picture: its number.
+            image: its number.
             member: what holds the label, as a name.
             suffix: which of LABEL_SUFFIXES it is.
             content: from the most bytes it may have to those, None where there are more.
@@ -80,7 +80,7 @@ class TarLabels:
                 label = self._names.setdefault(label, len(self._names))
                 if label >= CLASSES:
                     raise OddLabel(f"the name of one more than {CLASSES:,} classes")
-            self._values[picture] = label
+            self._values[image] = label
         except OddLabel as error:
             self.odd = f"{printable(member)}, {error}"
 

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moco_scale.data.shards.tar_groups import Groups
-from moco_scale.data.tools.sources import PICTURE_SUFFIXES, is_hidden
-from moco_scale.untrusted.limits import MEMBERS_OF_A_SAMPLE, PICTURE_FILE
+from moco_scale.data.tools.sources import IMAGE_SUFFIXES, is_hidden
+from moco_scale.untrusted.limits import IMAGE_FILE, MEMBERS_OF_A_SAMPLE
 from moco_scale.untrusted.tar_headers import (
     BLOCK,
     FILE,
@@ -36,9 +36,9 @@ from moco_scale.utils.errors import UserError, open_failure
 _T = TypeVar("_T")
 
 # In the order of preference, should one sample have several.
-PICTURES = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
+IMAGES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _WINDOW = 4096  # bytes read at once: a header, small members and the header after them
-_AS_FILES = (*PICTURES, "cls")
+_AS_FILES = (*IMAGES, "cls")
 _PATH_SHOWN = 4096
 KEY_SHOWN = 1100  # characters: every byte of a name in a header, if it has to be escaped
 _SUFFIXES_SHOWN = 8
@@ -51,7 +51,7 @@ _COMPRESSED = {
 
 
 class ShardScan(NamedTuple):
-    """The pictures of one tar, in its order."""
+    """The images of one tar, in its order."""
 
     offset: npt.NDArray[np.uint64]
     size: npt.NDArray[np.uint32]
@@ -59,27 +59,27 @@ class ShardScan(NamedTuple):
     """Class numbers, or places in `names` where labels are names; -1 = unlabelled."""
     names: list[str]
     """[] where labels are numbers."""
-    without_picture: int
-    """Samples that hold no picture."""
+    without_image: int
+    """Samples that hold no image."""
     odd: str = ""
     """What it holds that makes its labels useless; "": nothing."""
     dotted: str = ""
-    """A picture whose key has a dot: its name was split at the last one; "": there is none."""
+    """An image whose key has a dot: its name was split at the last one; "": there is none."""
     part: str = ""
-    """A picture that is part of another picture's sample, such as 1.mask.png; "": none."""
+    """An image that is part of another image's sample, such as 1.mask.png; "": none."""
 
 
 def scan_tar(path: Path) -> ShardScan:
-    """List the pictures of a tar: consecutive members whose names differ in what follows the first
-    dot are one sample, as WebDataset has it. Where that leaves no picture to a sample that has
+    """List the images of a tar: consecutive members whose names differ in what follows the first
+    dot are one sample, as WebDataset has it. Where that leaves no image to a sample that has
     some by the last dots of their names, the last dots count. A label that lies apart from its
-    picture is found by its key.
+    image is found by its key.
 
     The label is the text of a `.cls`, or the field `label`, `cls` or `class` of a `.json`: a
     number, or the name of a class. With one that is neither, none is used (see `ShardScan.odd`).
 
     Raises UserError: the file cannot be read, is compressed, truncated or no tar; a header is
-    damaged; it holds no picture, or a key twice; neither dot gives every sample a picture.
+    damaged; it holds no image, or a key twice; neither dot gives every sample an image.
     """
     try:
         with _Tar(path) as tar:
@@ -125,8 +125,8 @@ def shard_shown(path: Path) -> str:
     return f"Shard {printable(path, _PATH_SHOWN)}"
 
 
-def picture_key(name: str) -> str:
-    """The key of the sample whose picture has this name in the tar."""
+def image_key(name: str) -> str:
+    """The key of the sample whose image has this name in the tar."""
     stem, _, suffix = name.rpartition(".")
     return name if "/" in suffix or not stem else stem
 
@@ -134,7 +134,7 @@ def picture_key(name: str) -> str:
 def raw_key_in(header: bytes) -> str:
     """The same from the header of its member; "" where that is none."""
     try:
-        return picture_key(parse_header(header).name)
+        return image_key(parse_header(header).name)
     except ValueError:
         return ""
 
@@ -149,7 +149,7 @@ def compressed(path: Path, start: bytes) -> str | None:
     for magic, tool in _COMPRESSED.items():
         if start.startswith(magic):
             return (
-                f"{shard_shown(path)} is compressed. Pictures in it cannot be reached on their "
+                f"{shard_shown(path)} is compressed. Images in it cannot be reached on their "
                 "own, and they hardly become smaller: decompress it once with "
                 f"`{tool} {printable(path, _PATH_SHOWN)}`."
             )
@@ -159,12 +159,12 @@ def compressed(path: Path, start: bytes) -> str | None:
 def _scan(tar: _Tar) -> ShardScan:
     groups, dots, suffixes = Groups(tar.content), _Dots(), set[str]()
     for key, sample in _samples(tar, dots):
-        suffix = picture_suffix(sample)
+        suffix = image_suffix(sample)
         if suffix is None and len(suffixes) < _SUFFIXES_SHOWN:
             suffixes |= set(sample)
-        elif suffix is not None and not 0 < sample[suffix].size <= PICTURE_FILE:
+        elif suffix is not None and not 0 < sample[suffix].size <= IMAGE_FILE:
             name, length = printable(sample[suffix].name), sample[suffix].size
-            raise tar.problem(f"holds {name}, a picture of {length} bytes. {_AGAIN}")
+            raise tar.problem(f"holds {name}, an image of {length} bytes. {_AGAIN}")
         groups.add(key, sample, suffix)
     if not len(groups):
         raise tar.no_samples()
@@ -177,8 +177,7 @@ def _scan(tar: _Tar) -> ShardScan:
     if not len(offset):
         found = ", ".join(printable(s, 40) for s in sorted(suffixes)[:_SUFFIXES_SHOWN])
         raise tar.problem(
-            f"holds no picture: its {without} samples have {found}; pictures end in "
-            f"{', '.join(PICTURES)}"
+            f"holds no image: its {without} samples have {found}; images end in {', '.join(IMAGES)}"
         )
     label, names = groups.labels.numbered()
     odd, own, part = groups.labels.odd, dots.own, dots.part
@@ -198,20 +197,20 @@ def dots_problem(scans: Iterable[tuple[str, ShardScan]]) -> str:
     if not (own and part):
         return ""
     return (
-        f"holds {own}, a picture of its own if the last dot of its name counts, and {part}, a part "
-        "of another picture's sample if the first one does: what is meant cannot be told. Pack "
-        "pictures again with one dot in each name"
+        f"holds {own}, an image of its own if the last dot of its name counts, and {part}, a part "
+        "of another image's sample if the first one does: what is meant cannot be told. Pack "
+        "images again with one dot in each name"
     )
 
 
-def picture_suffix(sample: Collection[str]) -> str | None:
-    """Which of a sample's suffixes is that of its picture."""
-    return next((suffix for suffix in PICTURES if suffix in sample), None)
+def image_suffix(sample: Collection[str]) -> str | None:
+    """Which of a sample's suffixes is that of its image."""
+    return next((suffix for suffix in IMAGES if suffix in sample), None)
 
 
 def _is_dotted(suffix: str) -> bool:
-    """Whether what follows the first dot of a name has another dot, and is a picture's after it."""
-    return "." in suffix and suffix.rpartition(".")[2] in PICTURES
+    """Whether what follows the first dot of a name has another dot, and is an image's after it."""
+    return "." in suffix and suffix.rpartition(".")[2] in IMAGES
 
 
 def by_last_dot(sample: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
@@ -236,32 +235,32 @@ def _samples(tar: _Tar, dots: _Dots) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, {suffix: member}) of each sample: where it has to be, by the last dots."""
     for stem, members in _neighbours(tar):
         dotted = next((member.name for s, member in members.items() if _is_dotted(s)), "")
-        if dotted and picture_suffix(members) is None:
+        if dotted and image_suffix(members) is None:
             dots.own = dots.own or printable(dotted)
             yield from _of_their_own(tar, stem, members, dotted).items()
         elif dots.own and all("." in suffix for suffix in members):  # labels apart, by last dots
             for parts in by_last_dot(members).values():
-                yield picture_key(next(iter(parts.values())).name), parts
+                yield image_key(next(iter(parts.values())).name), parts
         else:
             dots.part = dots.part or printable(dotted)
             yield stem, members
 
 
 def _of_their_own(
-    tar: _Tar, key: str, sample: dict[str, Member], picture: str
+    tar: _Tar, key: str, sample: dict[str, Member], image: str
 ) -> dict[str, dict[str, Member]]:
-    """The samples of pictures whose names have several dots, such as photo_1.5.jpg, the first."""
+    """The samples of images whose names have several dots, such as photo_1.5.jpg, the first."""
     parts = by_last_dot(sample)
     for members in parts.values():
-        if picture_suffix(members) is None:
+        if image_suffix(members) is None:
             other = next(iter(members.values())).name
             raise tar.problem(
-                f"holds {printable(picture)} and no {printable(key)}.{PICTURES[0]} or the like: if "
-                f"keys end at the first dot, the sample {printable(key)} has no picture, and if "
+                f"holds {printable(image)} and no {printable(key)}.{IMAGES[0]} or the like: if "
+                f"keys end at the first dot, the sample {printable(key)} has no image, and if "
                 f"they end at the last one, {printable(other)} belongs to none. Pack it again with "
-                "one dot in the names of pictures and of what belongs to them"
+                "one dot in the names of images and of what belongs to them"
             )
-    return {picture_key(next(iter(m.values())).name): m for m in parts.values()}
+    return {image_key(next(iter(m.values())).name): m for m in parts.values()}
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -319,7 +318,7 @@ class _Tar:
         self._file = open_shard(path) if file is None else os.dup(file)
         self._bytes = os.fstat(self._file).st_size
         self._start, self._window = 0, b""
-        if hasattr(os, "posix_fadvise"):  # or the kernel would read the pictures too
+        if hasattr(os, "posix_fadvise"):  # or the kernel would read the images too
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __enter__(self) -> _Tar:

@@ -12,7 +12,7 @@ _MOST_SHOWN = 100
 
 
 def check(path: Path, workers: int) -> int:
-    """Read every byte and decode every picture; say what is wrong.
+    """Read every byte and decode every image; say what is wrong.
 
     Returns:
         0 when nothing is, else 1.
@@ -24,10 +24,10 @@ def check(path: Path, workers: int) -> int:
     if not folder.indexed:
         tell(f"{path} has no index of its own: only what the tars say can be checked")
     findings = [f"index: {problem}" for problem in folder.problems]
-    pictures, read, shards, damaged = 0, 0, 0, 0
+    images, read, shards, damaged = 0, 0, 0, 0
     for _, examined in examine_all(folder, workers, f"checking {path}"):
         shards += 1
-        pictures += examined.pictures
+        images += examined.images
         read += max(examined.bytes, 0)
         damaged += bool(examined.findings)
         findings += map(str, examined.findings)
@@ -36,7 +36,7 @@ def check(path: Path, workers: int) -> int:
     if len(findings) > _MOST_SHOWN:
         tell(f"and {len(findings) - _MOST_SHOWN} more")
     tell(
-        f"{pictures} pictures in {shards} shard{'s' * (shards != 1)} read and decoded, "
+        f"{images} images in {shards} shard{'s' * (shards != 1)} read and decoded, "
         f"{size_text(read)}"
     )
     if not findings:

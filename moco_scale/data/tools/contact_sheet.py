@@ -1,4 +1,4 @@
-"""A sheet of pictures of a data set, to look at before a week of training."""
+"""A sheet of images of a data set, to look at before a week of training."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PAPER, _INK, _FAINT, _EMPTY = "#ffffff", "#1f2328", "#6e7781", "#eceff2"
 
 
 def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
-    """Draw a seeded choice of pictures: a row for each of some classes, or, where classes are small
+    """Draw a seeded choice of images: a row for each of some classes, or, where classes are small
     or missing, all of them mixed.
 
-    Every picture is shown whole and upright, with its size in pixels.
+    Every image is shown whole and upright, with its size in pixels.
 
     Args:
-        shards: the pictures.
+        shards: the images.
         out: PNG to write; must not exist.
         seed: of the choice.
 
@@ -46,7 +46,7 @@ def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
     draw = ImageDraw.Draw(sheet)
     large, middle, small = (ImageFont.load_default(size) for size in (19, 14, 11))
     classes = f", {len(shards.classes)} classes" if shards.classes else ""
-    title = f"{shards.name}   {shards.split}: {len(shards):,} pictures{classes}"
+    title = f"{shards.name}   {shards.split}: {len(shards):,} images{classes}"
     title = _fitted(title, width - 2 * _MARGIN, large)
     draw.text((_MARGIN, _MARGIN), title, _INK, large, anchor="lm")
     for row, (name, count, places) in enumerate(rows):
@@ -54,7 +54,7 @@ def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
         if name:
             text = _fitted(name, _NAMES - 16, middle)
             draw.text((_MARGIN, top + _TILE / 2 - 9), text, _INK, middle, anchor="lm")
-            label = f"{count:,} picture{'s' * (count != 1)}"
+            label = f"{count:,} image{'s' * (count != 1)}"
             draw.text((_MARGIN, top + _TILE / 2 + 10), label, _FAINT, small, anchor="lm")
         for column, place in enumerate(places):
             corner = left + column * (_TILE + _GAP), top
@@ -72,11 +72,11 @@ def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
 
 
 def _chosen(shards: Shards, seed: int) -> list[tuple[str, int, list[int]]]:
-    """(class, how many pictures it has, places in the set) of each row; "": of any class."""
+    """(class, how many images it has, places in the set) of each row; "": of any class."""
     order = permutation(len(shards), seed, "contact sheet", 0)
     labels = shards.labels[order]
     present = np.unique(labels[labels >= 0])
-    # Rows of a class are worth it where there are pictures to fill them.
+    # Rows of a class are worth it where there are images to fill them.
     if not len(present) or np.median(np.bincount(labels[labels >= 0])[present]) < COLUMNS / 2:
         places = order[: COLUMNS * ROWS].tolist()
         return [("", 0, places[i : i + COLUMNS]) for i in range(0, len(places), COLUMNS)]
@@ -95,21 +95,21 @@ def _tile(
     corner: tuple[int, int],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> str:
-    """Draw one picture; returns what to write below it."""
+    """Draw one image; returns what to write below it."""
     left, top = corner
     try:
-        picture = Image.fromarray(decode_rgb(shards.read(place)))
+        image = Image.fromarray(decode_rgb(shards.read(place)))
     except DecodeError:
         draw.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), _EMPTY)
         middle = left + _TILE / 2, top + _TILE / 2
         draw.text(middle, "cannot be\ndecoded", _FAINT, font, anchor="mm", align="center")
         return shards.place(place).key
-    scale = _TILE / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    scale = _TILE / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     how = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
     at = left + (_TILE - size[0]) // 2, top + (_TILE - size[1]) // 2
-    sheet.paste(picture.resize(size, how), at)
-    return f"{picture.width} x {picture.height}"
+    sheet.paste(image.resize(size, how), at)
+    return f"{image.width} x {image.height}"
 
 
 def _fitted(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -1,4 +1,4 @@
-"""What is wrong with shards: every byte is read, every picture decoded."""
+"""What is wrong with shards: every byte is read, every image decoded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moco_scale.data.shards.tar_scan import (
 )
 from moco_scale.data.tools.output_folder import LEFT_OUT
 from moco_scale.untrusted.documents import lines_of, record_of
-from moco_scale.untrusted.limits import PICTURE_FILE
+from moco_scale.untrusted.limits import IMAGE_FILE
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.process_pool import BrokenProcessPool, in_order
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
     shard: str
     offset: int
-    """Of the picture; -1: the shard as a whole."""
+    """Of the image; -1: the shard as a whole."""
     key: str  # this and the problem are fit to be shown
     problem: str
 
@@ -70,8 +70,8 @@ class Examined(NamedTuple):
     bytes: int  # -1: there is none
     checksum: str
     scan: ShardScan | None  # None: its structure is damaged
-    bad: frozenset[int]  # offsets of pictures that cannot be decoded or lie outside
-    pictures: int  # that can be decoded
+    bad: frozenset[int]  # offsets of images that cannot be decoded or lie outside
+    images: int  # that can be decoded
     findings: list[Finding]
     unreadable: bool = False  # it is there, and the system does not let it be read
 
@@ -139,7 +139,7 @@ def list_folder(path: Path) -> Folder:
 
 
 def _dropped(folder: Path) -> dict[str, frozenset[str]]:
-    """By shard: keys of pictures that a repair left out of the index and in the tar."""
+    """By shard: keys of images that a repair left out of the index and in the tar."""
     found: dict[str, set[str]] = {}
     try:
         lines = list(lines_of(folder / LEFT_OUT))
@@ -171,7 +171,7 @@ def examine_all(folder: Folder, workers: int, label: str) -> Iterator[tuple[str,
 
 
 def examine(expected: Expected) -> Examined:
-    """Read one shard from its first byte to its last, and decode its pictures."""
+    """Read one shard from its first byte to its last, and decode its images."""
     path, findings = expected.path, list[Finding]()
 
     def wrong(problem: str, offset: int = -1, key: str = "") -> None:
@@ -208,7 +208,7 @@ def examine(expected: Expected) -> Examined:
                 for offset in scan.offset.tolist():
                     key = key_before(file, offset)
                     if offset not in known and key not in expected.dropped:
-                        wrong("a picture that the index does not have", offset, key)
+                        wrong("an image that the index does not have", offset, key)
     except FileNotFoundError:
         return Examined(expected, -1, "", None, frozenset(), 0, [_missing(expected)])
     except UserError as error:
@@ -222,12 +222,12 @@ def examine(expected: Expected) -> Examined:
 
 
 def _missing(expected: Expected) -> Finding:
-    count = "" if expected.rows is None else f", with {len(expected.rows)} pictures"
+    count = "" if expected.rows is None else f", with {len(expected.rows)} images"
     return Finding(expected.name, -1, "", f"is missing{count}")
 
 
 def _places(expected: Expected, scan: ShardScan | None, wrong: Any) -> list[tuple[int, int]]:
-    """(offset, size) of the pictures to decode: those of the index, or else of the tar."""
+    """(offset, size) of the images to decode: those of the index, or else of the tar."""
     if expected.rows is None:
         if scan is None:
             return []
@@ -239,16 +239,16 @@ def _places(expected: Expected, scan: ShardScan | None, wrong: Any) -> list[tupl
         there = set(zip(scan.offset.tolist(), scan.size.tolist(), strict=True))
         for offset, _ in places:
             if (offset, _) not in there:
-                wrong("the index has a picture here, and the tar has none", offset)
+                wrong("the index has an image here, and the tar has none", offset)
         places = [place for place in places if place in there]
     return places
 
 
 def _problem(file: Any, offset: int, length: int, end: int) -> str | None:
-    """Why a picture cannot be decoded, None when it can."""
+    """Why an image cannot be decoded, None when it can."""
     if offset + length > end:
         return f"cut off: the file ends at byte {end}"
-    if length > PICTURE_FILE:
+    if length > IMAGE_FILE:
         return f"has {length:,} bytes, more than any image"
     file.seek(offset)
     data = file.read(length)
@@ -261,12 +261,12 @@ def _problem(file: Any, offset: int, length: int, end: int) -> str | None:
 
 
 def key_before(file: Any, offset: int) -> str:
-    """The key in the header before a picture, "" where there is no header."""
+    """The key in the header before an image, "" where there is no header."""
     return key_in(header_before(file, offset))
 
 
 def header_before(file: Any, offset: int) -> bytes:
-    """The block before a picture, which should be its header; b"" where there is none."""
+    """The block before an image, which should be its header; b"" where there is none."""
     if offset < BLOCK:
         return b""
     file.seek(offset - BLOCK)

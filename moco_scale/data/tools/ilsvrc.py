@@ -1,10 +1,10 @@
-"""ILSVRC2012 as it is downloaded: its archives, and the classes of its validation pictures.
+"""ILSVRC2012 as it is downloaded: its archives, and the classes of its validation images.
 
 The official ground truth (``ILSVRC2012_validation_ground_truth.txt``, in the development kit) has
-one number a line in the order of the pictures' names: the ILSVRC2012_ID of the class, from 1 to
+one number a line in the order of the images' names: the ILSVRC2012_ID of the class, from 1 to
 1000, which is not the place in the sorted WordNet ids that everybody trains with. What it stands
 for is in the kit's ``meta.mat``, a MATLAB 5 file, which matfile.py reads. Other widespread forms
-of the same facts name the picture and its class in each line, and need no kit.
+of the same facts name the image and its class in each line, and need no kit.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from moco_scale.data.tools.layout import picture_stem
+from moco_scale.data.tools.layout import image_stem
 from moco_scale.data.tools.matfile import MatFileError, struct_array
 from moco_scale.data.tools.source_tar import content_of, decompressed
-from moco_scale.data.tools.sources import is_picture
+from moco_scale.data.tools.sources import is_image
 from moco_scale.untrusted.documents import read_bounded
 from moco_scale.untrusted.limits import GROUND_TRUTH, MAT_FILE
 from moco_scale.untrusted.tar_headers import FILE, TarHeaders
@@ -38,21 +38,21 @@ _KIT = GROUND_TRUTH + MAT_FILE  # bytes of a development kit: 2.5 MB compressed
 
 ACCEPTED = (
     f"Accepted are {DEVKIT_TAR} (or the folder it unpacks to, or {_TRUTH} with {_META} beside it), "
-    "a text with a picture's name and its class or class number (from 0, in the sorted order of "
+    "a text with an image's name and its class or class number (from 0, in the sorted order of "
     "the classes) in each line, LOC_val_solution.csv, and a text with one class name a line in "
-    "the order of the pictures' names"
+    "the order of the images' names"
 )
 
 
-def read_ground_truth(path: Path, pictures: Sequence[str]) -> dict[str, str | int]:
-    """The class of each validation picture, by file name without suffix (see `picture_stem`).
+def read_ground_truth(path: Path, images: Sequence[str]) -> dict[str, str | int]:
+    """The class of each validation image, by file name without suffix (see `image_stem`).
 
-    pictures: the names of all validation pictures; forms without names are in their sorted order.
+    images: the names of all validation images; forms without names are in their sorted order.
     Returns class names, or numbers in the sorted order of the class names.
 
     Raises UserError: not readable, or in no form that is known (the message lists them).
     """
-    stems = sorted(map(picture_stem, pictures))
+    stems = sorted(map(image_stem, images))
     content, meta, name = _load(path)
     lines = [(n, line) for n, line in _lines(content, name) if line]
     if lines and lines[0][1].replace(" ", "") == _HEADER:
@@ -65,13 +65,13 @@ def read_ground_truth(path: Path, pictures: Sequence[str]) -> dict[str, str | in
     known = set(stems)
     labels: dict[str, str | int] = {}
     for number, line in lines:
-        picture, label = _named(line, known)
+        image, label = _named(line, known)
         if not label:
             raise UserError(f"{name}, line {number}: {printable(line)!r} names no class.")
         value = int(label) if _NUMBER.fullmatch(label) else label
-        if labels.setdefault(picture, value) != value:
+        if labels.setdefault(image, value) != value:
             raise UserError(
-                f"{name}, line {number}: {printable(picture)} has another class than in a line "
+                f"{name}, line {number}: {printable(image)} has another class than in a line "
                 "before."
             )
     return labels
@@ -92,42 +92,42 @@ def _lines(content: bytes, name: str) -> Iterable[tuple[int, str]]:
 
 def _first_box(line: str) -> str:
     """Name and class of a line of LOC_val_solution.csv, without the places of objects."""
-    picture, _, boxes = line.partition(",")
-    return ",".join((picture, *boxes.split()[:1]))
+    image, _, boxes = line.partition(",")
+    return ",".join((image, *boxes.split()[:1]))
 
 
 def _named(line: str, known: set[str]) -> tuple[str, str]:
-    """(picture, class) of a line; "" where it names none.
+    """(image, class) of a line; "" where it names none.
 
     Separated by a tab, a comma, a semicolon or else a space; names may have spaces, on either side.
     What follows a second tab is of something else, such as the box of an object.
     """
     for separator in ("\t", ",", ";"):
-        picture, found, label = line.partition(separator)
-        if found and (separator != ";" or _stem(picture) in known):
+        image, found, label = line.partition(separator)
+        if found and (separator != ";" or _stem(image) in known):
             label = label.partition("\t")[0]
             break
     else:
-        picture, _, label = line.partition(" ")
-        if _stem(picture) not in known and len(words := line.rsplit(None, 1)) == 2:
-            picture, label = words
-    return _stem(picture), label.strip(' \t"')
+        image, _, label = line.partition(" ")
+        if _stem(image) not in known and len(words := line.rsplit(None, 1)) == 2:
+            image, label = words
+    return _stem(image), label.strip(' \t"')
 
 
-def _stem(picture: str) -> str:
-    """A picture's stem, whether it is named with its suffix and its folder or not."""
-    picture = picture.strip(' "')
-    return picture_stem(picture if is_picture(picture) else f"{picture}.jpg")
+def _stem(image: str) -> str:
+    """An image's stem, whether it is named with its suffix and its folder or not."""
+    image = image.strip(' "')
+    return image_stem(image if is_image(image) else f"{image}.jpg")
 
 
 def _in_order(
     name: str, lines: list[tuple[int, str]], meta: bytes | None, stems: list[str]
 ) -> dict[str, str | int]:
-    """Labels given one a line, without the pictures' names."""
+    """Labels given one a line, without the images' names."""
     if len(lines) != len(stems):
         raise UserError(
-            f"{name} has {len(lines)} lines, and there are {len(stems)} validation pictures. "
-            "A file that does not name the pictures must have one line for each."
+            f"{name} has {len(lines)} lines, and there are {len(stems)} validation images. "
+            "A file that does not name the images must have one line for each."
         )
     odd = [(n, line) for n, line in lines if not _NUMBER.fullmatch(line)]
     if len(odd) == len(lines):

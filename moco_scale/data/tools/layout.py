@@ -1,7 +1,7 @@
 """From the paths of a source to splits, classes and labels.
 
 Understood are ``train/CLASS/…`` with an optional ``val/CLASS/…``, ``CLASS/…`` (all of it training
-pictures), and pictures in one flat folder (training pictures without labels); each also inside
+images), and images in one flat folder (training images without labels); each also inside
 further folders that hold nothing else, as in a tar of a folder. ``split_folders`` knows the names
 of split folders. Classes are numbered in the sorted order of their names, as torchvision's
 ImageFolder does.
@@ -18,22 +18,22 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from moco_scale.data.tools.sources import Entry, Packed
-from moco_scale.data.tools.split_folders import Split, images, split_folders
-from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, PICTURE_FILE
+from moco_scale.data.tools.split_folders import Split, images_text, split_folders
+from moco_scale.untrusted.limits import CLASSES, IMAGE_FILE, LABEL_CHARACTERS
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 
 UNLABELLED = -1
 _SHOWN = 5
-TOO_LARGE = f"more than {PICTURE_FILE >> 30} GB: no image"
+TOO_LARGE = f"more than {IMAGE_FILE >> 30} GB: no image"
 
-# From the file names of the validation pictures to the class of each, by file name without suffix:
+# From the file names of the validation images to the class of each, by file name without suffix:
 # its name, or its number in the sorted class names.
 GroundTruth = Callable[[Sequence[str]], Mapping[str, str | int]]
 
 
-class Picture(NamedTuple):
-    """One picture of a split."""
+class SourceImage(NamedTuple):
+    """One image of a split."""
 
     name: str  # below the split, with "/": "n01440764/n01440764_18.JPEG"
     container: str
@@ -45,7 +45,7 @@ class Picture(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """A picture that is not written, and why."""
+    """An image that is not written, and why."""
 
     split: str
     name: str
@@ -57,7 +57,7 @@ class Listing:
     """What is to be written."""
 
     classes: list[str]
-    splits: dict[str, list[Picture]]
+    splits: dict[str, list[SourceImage]]
     left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what a user should know about the choice
 
@@ -73,21 +73,21 @@ def arrange(
     train_only: bool = False,
     per_class: int | None = None,
 ) -> Listing:
-    """Sort a source's pictures into splits and label them.
+    """Sort a source's images into splits and label them.
 
-    val_entries: a source of its own for the validation pictures. ground_truth: gives their classes
-    instead of the folders they lie in. per_class: of the training pictures, the first so many of
+    val_entries: a source of its own for the validation images. ground_truth: gives their classes
+    instead of the folders they lie in. per_class: of the training images, the first so many of
     each class by name.
 
-    Raises UserError where the folders do not say which class a picture has, where validation
-    pictures have a class that no training picture has, or no label where training pictures do.
+    Raises UserError where the folders do not say which class an image has, where validation
+    images have a class that no training image has, or no label where training images do.
     """
     found = split_folders(source, entries)
     notes = found.notes
     if "train" not in found.splits:
         raise UserError(
             f"{source} has {printable(', '.join(found.folders.values()))} but no train folder. "
-            "Name the folder itself as the source if its pictures are to be trained on."
+            "Name the folder itself as the source if its images are to be trained on."
         )
     train = found.splits["train"]
     labelled = _labelled(f"{source}: train", train, unlabelled)
@@ -101,30 +101,30 @@ def arrange(
         val = other.splits.get("val") or other.splits.get("test") or other.splits["train"]
         notes += other.notes
     elif test and not val and not train_only:
-        called = f"{source}: {printable(found.folders['test'])} ({images(len(test))})"
+        called = f"{source}: {printable(found.folders['test'])} ({images_text(len(test))})"
         why = "" if unlabelled or ground_truth is not None else _no_val(test, number)
         notes.append(f"{called} is not used: {why}" if why else f"{called} is taken as val")
         val = None if why else test
     elif test:
         folder = printable(found.folders["test"])
-        notes.append(f"ignored in {source}: {folder} ({images(len(test))})")
+        notes.append(f"ignored in {source}: {folder} ({images_text(len(test))})")
     if train_only and val:
-        notes.append("validation pictures are not written (--train-only)")
+        notes.append("validation images are not written (--train-only)")
         val = None
     listing = Listing(sorted(names), {}, [], notes)
     listing.splits["train"] = [
-        _picture(path, entry, number[class_name(path[0])] if labelled else UNLABELLED)
+        _image(path, entry, number[class_name(path[0])] if labelled else UNLABELLED)
         for path, entry in train
     ]
     if val:
         where = f"{val_source or source}: val"
         listing.splits["val"] = _val(where, val, number, ground_truth, unlabelled)
     elif ground_truth is not None and not train_only:
-        raise UserError(f"There is a ground-truth file, but {source} has no validation pictures.")
+        raise UserError(f"There is a ground-truth file, but {source} has no validation images.")
     if labelled:
         notes += _alike(p[0] for split in (train, val or []) for p, _ in split if len(p) > 1)
     if not labelled:
-        notes.append("the pictures have no labels (no class folders): no kNN, no linear evaluation")
+        notes.append("the images have no labels (no class folders): no kNN, no linear evaluation")
     elif len(listing.classes) == 1:
         notes.append(f"there is only one class, {printable(listing.classes[0], 60)}")
     _leave_out(listing)
@@ -188,31 +188,31 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _no_val(test: Split, number: Mapping[str, int]) -> str:
-    """Why test pictures cannot be used for validation; "": they can."""
+    """Why test images cannot be used for validation; "": they can."""
     if not number:
         return ""
     if any(len(path) == 1 for path, _ in test):
-        return "not all of its pictures lie in class folders"
+        return "not all of its images lie in class folders"
     strangers = sorted({class_name(path[0]) for path, _ in test} - number.keys())
     return f"train has no class {printable(strangers[0], 60)}" if strangers else ""
 
 
 def _labelled(where: str, found: Split, unlabelled: bool) -> bool:
-    """Whether a split's pictures lie in class folders; UserError when only some do."""
+    """Whether a split's images lie in class folders; UserError when only some do."""
     if unlabelled:
         return False
     loose = [path for path, _ in found if len(path) == 1]
     if loose and len(loose) < len(found):
         raise UserError(
-            f"{where}: {len(loose)} pictures lie in no class folder (the first: "
+            f"{where}: {len(loose)} images lie in no class folder (the first: "
             f"{printable(loose[0][0], 60)}), {len(found) - len(loose)} do. Move them, or take all "
             "as unlabelled (--unlabelled)."
         )
     return not loose
 
 
-def _picture(path: tuple[str, ...], entry: Entry, label: int) -> Picture:
-    return Picture(
+def _image(path: tuple[str, ...], entry: Entry, label: int) -> SourceImage:
+    return SourceImage(
         "/".join(path),
         entry.container,
         entry.offset,
@@ -229,25 +229,25 @@ def _val(
     number: Mapping[str, int],
     ground_truth: GroundTruth | None,
     unlabelled: bool,
-) -> list[Picture]:
-    """The validation pictures, labelled as the training pictures are."""
+) -> list[SourceImage]:
+    """The validation images, labelled as the training images are."""
     if unlabelled or (ground_truth is None and not number):
-        return [_picture(path, entry, UNLABELLED) for path, entry in found]
+        return [_image(path, entry, UNLABELLED) for path, entry in found]
     if ground_truth is None and not _labelled(where, found, unlabelled):
         raise UserError(
-            f"{where}: the pictures lie in no class folders, so their classes are not known. Give "
-            "them with --val-ground-truth FILE, or leave the pictures out with --train-only."
+            f"{where}: the images lie in no class folders, so their classes are not known. Give "
+            "them with --val-ground-truth FILE, or leave the images out with --train-only."
         )
     labels = None
     if ground_truth is not None:
         _refuse_same_names(where, found)
         labels = ground_truth([path[-1] for path, _ in found])
-    pictures, strangers = [], Counter[str]()
+    images, strangers = [], Counter[str]()
     for path, entry in found:
         if labels is None:
             name: str | int = path[0]
         else:
-            stem = picture_stem(path[-1])
+            stem = image_stem(path[-1])
             if stem not in labels:
                 raise UserError(
                     f"{where}: the ground-truth file says nothing about {printable(path[-1])}."
@@ -257,71 +257,71 @@ def _val(
         if label is None or not 0 <= label < len(number):
             strangers[str(name)] += 1
         else:
-            pictures.append(_picture(path, entry, label))
+            images.append(_image(path, entry, label))
     if strangers:
         shown = _shown([printable(name, 60) for name in sorted(strangers)])
         cases = {name.casefold(): name for name in number}
         same = next((cases[s.casefold()] for s in strangers if s.casefold() in cases), "")
         raise UserError(
-            f"{where}: {strangers.total()} pictures are of a class that no training picture has: "
+            f"{where}: {strangers.total()} images are of a class that no training image has: "
             f"{shown}"
             + (f" (there is {printable(same, 60)}: capitals count)" if same else "")
             + ". Training and validation need the same class folders; --train-only leaves "
             "validation out."
         )
-    return pictures
+    return images
 
 
-def picture_stem(name: str) -> str:
-    """A picture's name without folder and suffix, spelled as `class_name` does."""
+def image_stem(name: str) -> str:
+    """An image's name without folder and suffix, spelled as `class_name` does."""
     return class_name(PurePosixPath(name).stem)
 
 
 def _refuse_same_names(where: str, found: Split) -> None:
-    """UserError where a list of names could mean several pictures."""
-    counts = Counter(picture_stem(path[-1]) for path, _ in found)
+    """UserError where a list of names could mean several images."""
+    counts = Counter(image_stem(path[-1]) for path, _ in found)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise UserError(
-            f"{where}: {len(twice)} names are those of several pictures, such as "
+            f"{where}: {len(twice)} names are those of several images, such as "
             f"{printable(twice[0], 60)}, so a ground-truth file cannot tell these apart. Rename "
             "them."
         )
 
 
 def _leave_out(listing: Listing) -> None:
-    for split, pictures in listing.splits.items():
-        out = [LeftOut(split, p.name, _problem(p)) for p in pictures if _problem(p)]
+    for split, images in listing.splits.items():
+        out = [LeftOut(split, p.name, _problem(p)) for p in images if _problem(p)]
         listing.left_out += out
-        kept = [p for p in pictures if not _problem(p)]
+        kept = [p for p in images if not _problem(p)]
         if not kept:
-            raise none_left(split, len(pictures), out)
+            raise none_left(split, len(images), out)
         listing.splits[split] = kept
 
 
-def _problem(picture: Picture) -> str:
-    if picture.problem:
-        return picture.problem
-    return TOO_LARGE if picture.size > PICTURE_FILE else "" if picture.size else "empty file"
+def _problem(image: SourceImage) -> str:
+    if image.problem:
+        return image.problem
+    return TOO_LARGE if image.size > IMAGE_FILE else "" if image.size else "empty file"
 
 
 def none_left(split: str, count: int, left_out: Sequence[LeftOut]) -> UserError:
-    """What to say where nothing could be taken of the pictures of a split."""
+    """What to say where nothing could be taken of the images of a split."""
     reasons = Counter(entry.reason for entry in left_out if entry.split == split).most_common(3)
     why = "; ".join(f"{number} x {printable(reason)}" for reason, number in reasons)
-    return UserError(f"None of the {count} {split} pictures can be used: {why}.")
+    return UserError(f"None of the {count} {split} images can be used: {why}.")
 
 
 def _keep_first(listing: Listing, per_class: int) -> None:
     if not listing.classes:
-        raise UserError("--per-class needs pictures in class folders; these have no labels.")
+        raise UserError("--per-class needs images in class folders; these have no labels.")
     seen: Counter[int] = Counter()
     kept = []
-    for picture in listing.splits["train"]:  # sorted by name
-        seen[picture.label] += 1
-        if seen[picture.label] <= per_class:
-            kept.append(picture)
+    for image in listing.splits["train"]:  # sorted by name
+        seen[image.label] += 1
+        if seen[image.label] <= per_class:
+            kept.append(image)
     listing.splits["train"] = kept
     fewer = sum(count < per_class for count in seen.values())
     if fewer:
-        listing.notes.append(f"{fewer} classes have fewer than {per_class} training pictures")
+        listing.notes.append(f"{fewer} classes have fewer than {per_class} training images")

@@ -1,6 +1,6 @@
 """``python -m moco_scale shard --repair DIR``: keep what can be kept, and say what is lost.
 
-A tar whose structure is whole is left as it is: pictures in it that cannot be decoded are left out
+A tar whose structure is whole is left as it is: images in it that cannot be decoded are left out
 of the index. A tar whose structure is damaged is written anew from what can be read of it. What is
 replaced stays beside it under another name.
 """
@@ -46,7 +46,7 @@ class _Shard(NamedTuple):
     name: str  # below the folder
     examined: Examined
     scan: ShardScan
-    keep: np.ndarray  # bool, of the scan's pictures
+    keep: np.ndarray  # bool, of the scan's images
     new: Path | None  # a tar to put in its place
 
 
@@ -67,7 +67,7 @@ def repair(path: Path, workers: int) -> int:
     for _, examined in found:
         if examined.unreadable:
             raise UserError(
-                f"{examined.findings[-1]}. Its pictures would be lost, so nothing was changed: see "
+                f"{examined.findings[-1]}. Its images would be lost, so nothing was changed: see "
                 "that it can be read, or move it away if it is to be given up."
             )
     lost: list[LeftOut] = []
@@ -80,7 +80,7 @@ def repair(path: Path, workers: int) -> int:
                     splits[split].append(shard)
             for split, shards in splits.items():
                 if not any(shard.keep.any() for shard in shards):
-                    raise UserError(f"Nothing of the {split} pictures in {path} can be kept.")
+                    raise UserError(f"Nothing of the {split} images in {path} can be kept.")
             header, rows = _index(folder, splits)
             backups = _put_in_place(folder, splits, header, rows, lost)
     finally:
@@ -109,7 +109,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
         if len(lost) > before:
             tell(
                 f"{name}: left out of the index, because they cannot be decoded: "
-                f"{len(lost) - before} of {len(keep)} pictures; the tar stays as it is"
+                f"{len(lost) - before} of {len(keep)} images; the tar stays as it is"
             )
         return _Shard(expected.name, examined, examined.scan, keep, None)
     wanted = 0 if expected.rows is None else len(expected.rows)
@@ -117,7 +117,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
     if examined.bytes < 0:
         for offset in [] if expected.rows is None else expected.rows["offset"].tolist():
             lose(f"byte {offset}", "the shard is not there")
-        tell(f"{name} {reason}: {wanted} pictures are lost; copy it again to have them")
+        tell(f"{name} {reason}: {wanted} images are lost; copy it again to have them")
         return None
     new = expected.path.with_name(f"{expected.path.name}{_TEMPORARY}{os.getpid()}")
     kept = salvage(expected.path, new, expected.rows)
@@ -125,7 +125,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
         lose(place, why)
     of = f" of {wanted}" if wanted else ""
     what = reason.partition(". ")[0].rstrip(".")
-    tell(f"{name} {what}: {kept.kept}{of} pictures are kept in a new tar")
+    tell(f"{name} {what}: {kept.kept}{of} images are kept in a new tar")
     if not kept.kept:
         return None
     after = examine(Expected(new, expected.name))
@@ -230,7 +230,7 @@ def _conclude(
 ) -> None:
     for split, entry in header["splits"].items():
         count = len(entry["shards"])
-        tell(f"{split}: {entry['samples']} pictures in {count} shard{'s' * (count != 1)} are kept")
+        tell(f"{split}: {entry['samples']} images in {count} shard{'s' * (count != 1)} are kept")
     if folder.indexed and folder.classes is None and header["classes"]:
         tell(
             f"the names of the {len(header['classes'])} classes were in {index_file.INDEX_JSON}, "
@@ -238,7 +238,7 @@ def _conclude(
         )
     if lost:
         tell(
-            f"lost: {len(lost)} pictures, listed in {folder.path / LEFT_OUT}. A run that was "
+            f"lost: {len(lost)} images, listed in {folder.path / LEFT_OUT}. A run that was "
             "started with all of them cannot be resumed with fewer: for that, copy the damaged "
             "files again, or use them as they were with --bad-samples skip"
         )

@@ -18,13 +18,13 @@ from moco_scale.data.shards.tar_labels import LABEL_SUFFIXES
 from moco_scale.data.shards.tar_scan import (
     KEY_SHOWN,
     by_last_dot,
-    picture_suffix,
+    image_suffix,
     raw_key_in,
     split_name,
 )
 from moco_scale.data.tools.examine import header_before
 from moco_scale.data.tools.sources import suffix_by_content
-from moco_scale.untrusted.limits import PICTURE_FILE
+from moco_scale.untrusted.limits import IMAGE_FILE
 from moco_scale.untrusted.tar_headers import BLOCK, parse_header
 from moco_scale.untrusted.text import printable
 
@@ -45,10 +45,10 @@ class _Sample(NamedTuple):
 
 
 def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
-    """Write the samples of `old` whose pictures can be decoded to `new`.
+    """Write the samples of `old` whose images can be decoded to `new`.
 
     Where a header is damaged, the search goes on at the next one that is not; with `rows`, the
-    index of the shard, pictures behind damaged headers are found as well, and labels come from it.
+    index of the shard, images behind damaged headers are found as well, and labels come from it.
     Raises OSError.
     """
     lost: list[tuple[str, str]] = []
@@ -69,12 +69,12 @@ def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
         used, again = set[str](), Counter[str]()
         for sample in samples:
             shown = printable(sample.key, KEY_SHOWN)
-            picture = picture_suffix(sample.members)
-            if picture is None:
+            image = image_suffix(sample.members)
+            if image is None:
                 if rows is None:  # otherwise the index knows better what there should be
-                    lost.append((shown, "its picture is not to be found"))
+                    lost.append((shown, "its image is not to be found"))
                 continue
-            offset, size = sample.members[picture]
+            offset, size = sample.members[image]
             has_label = offset in labels or not sample.members.keys().isdisjoint(LABEL_SUFFIXES)
             if labelled and not has_label:
                 lost.append((shown, "its label is not to be found"))
@@ -82,7 +82,7 @@ def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
             if offset + size > end:
                 lost.append((shown, "cut off with the end of the tar"))
                 continue
-            if size > PICTURE_FILE:
+            if size > IMAGE_FILE:
                 lost.append((shown, f"has {size:,} bytes, more than any image"))
                 continue
             try:
@@ -118,22 +118,22 @@ def _samples(file: BinaryIO, end: int) -> Iterator[_Sample]:
 
 
 def _own(sample: _Sample) -> list[_Sample]:
-    """The sample, or those of its pictures by the last dots of their names; see `scan_tar`."""
-    if picture_suffix(sample.members) is not None:
+    """The sample, or those of its images by the last dots of their names; see `scan_tar`."""
+    if image_suffix(sample.members) is not None:
         return [sample]
     parts = by_last_dot(sample.members)
-    if not any(picture_suffix(members) for members in parts.values()):
+    if not any(image_suffix(members) for members in parts.values()):
         return [sample]
     return [_Sample(f"{sample.key}.{k}" if k else sample.key, m) for k, m in parts.items()]
 
 
 def _joined(samples: list[_Sample]) -> list[_Sample]:
-    """The samples, with labels and the like that lie apart from their pictures; see `scan_tar`."""
-    pictured = {s.key: s for s in reversed(samples) if picture_suffix(s.members) is not None}
+    """The samples, with labels and the like that lie apart from their images; see `scan_tar`."""
+    imaged = {s.key: s for s in reversed(samples) if image_suffix(s.members) is not None}
     kept = []
     for sample in samples:
-        of = pictured.get(sample.key)
-        if of is None or picture_suffix(sample.members) is not None:
+        of = imaged.get(sample.key)
+        if of is None or image_suffix(sample.members) is not None:
             kept.append(sample)
             continue
         for suffix, place in sample.members.items():
@@ -163,7 +163,7 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _by_index(file: BinaryIO, offset: int, size: int, end: int) -> _Sample:
-    """A picture that no whole header leads to."""
+    """An image that no whole header leads to."""
     suffix = suffix_by_content(_bytes(file, offset, START_BYTES) if offset < end else b"")[1:]
     key = raw_key_in(header_before(file, offset)) or f"at-byte-{offset:012d}"
     return _Sample(key, {suffix: (offset, size)})

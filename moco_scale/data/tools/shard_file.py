@@ -1,4 +1,4 @@
-"""Writes one shard: reads its pictures from wherever they lie, and tells where they went."""
+"""Writes one shard: reads its images from wherever they lie, and tells where they went."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.images.formats import START_BYTES
 from moco_scale.data.shards.index_file import INDEX_DTYPE
 from moco_scale.data.shards.tar_scan import scan_tar
-from moco_scale.data.tools.layout import TOO_LARGE, LeftOut, Picture
+from moco_scale.data.tools.layout import TOO_LARGE, LeftOut, SourceImage
 from moco_scale.data.tools.output_folder import sync
 from moco_scale.data.tools.source_folder import NOT_READABLE
 from moco_scale.data.tools.source_zip import unpack
 from moco_scale.data.tools.sources import LFS_POINTER, suffix_to_write
 from moco_scale.untrusted.documents import without_waiting
-from moco_scale.untrusted.limits import PICTURE_FILE
+from moco_scale.untrusted.limits import IMAGE_FILE
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, open_failure
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are changed on the way: larger ones shrunk to short_side and saved as JPEG."""
+    """How images are changed on the way: larger ones shrunk to short_side and saved as JPEG."""
 
     short_side: int
     quality: int
@@ -45,7 +45,7 @@ class Task(NamedTuple):
     split: str
     shard: int
     first_key: int  # keys are numbers in the order of the split
-    pictures: list[Picture]
+    images: list[SourceImage]
     verify: bool
     encoding: Encoding | None
 
@@ -72,11 +72,11 @@ def write_shard(task: Task) -> Done:
 
     path = Path(task.folder) / shard_name(task.split, task.shard)
     labels, left_out = [], []
-    _read_ahead(task.pictures)
+    _read_ahead(task.images)
     with write_errors(path.parent), _Sink(path) as sink:
         writer = webdataset.ShardWriter(
             f"{task.split}-%06d.tar",
-            maxcount=len(task.pictures) + 1,
+            maxcount=len(task.images) + 1,
             maxsize=float("inf"),
             start_shard=task.shard,
             verbose=0,
@@ -86,18 +86,18 @@ def write_shard(task: Task) -> Done:
             user="",
             group="",
         )
-        for key, picture in enumerate(task.pictures, start=task.first_key):
+        for key, image in enumerate(task.images, start=task.first_key):
             try:
-                data = source_bytes(picture)
-                suffix = suffix_to_write(picture.name, data[:START_BYTES])
+                data = source_bytes(image)
+                suffix = suffix_to_write(image.name, data[:START_BYTES])
                 if task.verify or task.encoding is not None:
                     data, suffix = _checked(data, suffix, task.encoding)
             except DecodeError as error:
-                left_out.append(LeftOut(task.split, picture.name, str(error)))
+                left_out.append(LeftOut(task.split, image.name, str(error)))
                 continue
-            label = str(picture.label).encode()
+            label = str(image.label).encode()
             writer.write({"__key__": f"{key:09d}", suffix[1:]: data, "cls": label})
-            labels.append(picture.label)
+            labels.append(image.label)
         writer.close()
     sync(path)
     rows = _rows(path, labels)
@@ -131,7 +131,7 @@ class _Sink:
 
 
 def _checked(data: bytes, suffix: str, encoding: Encoding | None) -> tuple[bytes, str]:
-    """The bytes to write and their suffix; DecodeError when they are no picture."""
+    """The bytes to write and their suffix; DecodeError when they are no image."""
     rgb = decode_rgb(data)
     if encoding is None:
         return data, suffix
@@ -174,41 +174,41 @@ def close_sources() -> None:
         os.close(_sources.popitem()[1])
 
 
-def source_bytes(picture: Picture) -> bytes:
+def source_bytes(image: SourceImage) -> bytes:
     """The bytes of an image. Raises DecodeError: there are none to be had; UserError: no disk."""
-    data = _own_bytes(picture) if picture.offset == 0 else _archived_bytes(picture)
+    data = _own_bytes(image) if image.offset == 0 else _archived_bytes(image)
     if not data:
         raise DecodeError("empty file")
-    if len(data) > PICTURE_FILE:
+    if len(data) > IMAGE_FILE:
         raise DecodeError(TOO_LARGE)
     if data.startswith(LFS_POINTER):
         raise DecodeError("a pointer of Git LFS and not the image: run `git lfs pull` first")
     return data
 
 
-def _own_bytes(picture: Picture) -> bytes:
+def _own_bytes(image: SourceImage) -> bytes:
     """Those of a file of its own; in an archive a header comes first."""
     try:
-        with open(picture.container, "rb", opener=without_waiting) as file:
-            return file.read(PICTURE_FILE + 1)
+        with open(image.container, "rb", opener=without_waiting) as file:
+            return file.read(IMAGE_FILE + 1)
     except OSError as error:
         if error.errno in NOT_READABLE:
             raise DecodeError(f"cannot be read: {error.strerror or error}") from error
-        raise _unreadable(picture.container, error) from error
+        raise _unreadable(image.container, error) from error
 
 
-def _archived_bytes(picture: Picture) -> bytes:
-    size = picture.size if picture.packed is None else picture.packed.size
+def _archived_bytes(image: SourceImage) -> bytes:
+    size = image.size if image.packed is None else image.packed.size
     try:
-        data = os.pread(_open_source(picture.container), size, picture.offset)
+        data = os.pread(_open_source(image.container), size, image.offset)
     except OSError as error:
-        raise _unreadable(picture.container, error) from error
+        raise _unreadable(image.container, error) from error
     if len(data) != size:
-        raise UserError(f"{printable(picture.container)} became shorter while it was read.")
-    if picture.packed is None:
+        raise UserError(f"{printable(image.container)} became shorter while it was read.")
+    if image.packed is None:
         return data
     try:
-        return unpack(data, picture.size, picture.packed)
+        return unpack(data, image.size, image.packed)
     except ValueError as error:
         raise DecodeError(str(error)) from error
 
@@ -217,15 +217,15 @@ def _unreadable(container: str, error: OSError) -> UserError:
     return UserError(f"Cannot read {printable(container)}: {open_failure(error)}.")
 
 
-def _read_ahead(pictures: Sequence[Picture]) -> None:
+def _read_ahead(images: Sequence[SourceImage]) -> None:
     """Tell the kernel what of the tars is wanted next: it reads in the order of the disk."""
     if not hasattr(os, "posix_fadvise"):
         return
-    for picture in pictures:
-        if picture.offset:
-            handle = _open_source(picture.container)
-            size = picture.size if picture.packed is None else picture.packed.size
-            os.posix_fadvise(handle, picture.offset, size, os.POSIX_FADV_WILLNEED)
+    for image in images:
+        if image.offset:
+            handle = _open_source(image.container)
+            size = image.size if image.packed is None else image.packed.size
+            os.posix_fadvise(handle, image.offset, size, os.POSIX_FADV_WILLNEED)
 
 
 @contextlib.contextmanager

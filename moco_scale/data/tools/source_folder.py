@@ -13,7 +13,7 @@ from moco_scale.data.images.formats import START_BYTES, image_kind
 from moco_scale.data.tools.sources import (
     Entry,
     PassedOver,
-    is_picture,
+    is_image,
     suffix_of,
 )
 from moco_scale.untrusted.text import printable
@@ -90,7 +90,7 @@ def _is_folder(child: os.DirEntry[str]) -> bool:
 
 
 def _file(child: os.DirEntry[str], path: str, passed: PassedOver) -> Iterator[Entry]:
-    named = is_picture(path)
+    named = is_image(path)
     try:
         status = child.stat()
     except FileNotFoundError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from moco_scale.data.tools.source_folder import scan_folder
 from moco_scale.data.tools.source_tar import plain_tar, scan_tar
 from moco_scale.data.tools.source_zip import is_zip, scan_zip
-from moco_scale.data.tools.sources import PICTURE_SUFFIXES, Entry, PassedOver
+from moco_scale.data.tools.sources import IMAGE_SUFFIXES, Entry, PassedOver
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.progress import bar
@@ -42,7 +42,7 @@ def scan(
     notes = passed.notes(source)
     if not entries:
         said = "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
-        raise UserError(f"{source} holds no pictures.{said} {_what_is_there(source)}")
+        raise UserError(f"{source} holds no images.{said} {_what_is_there(source)}")
     entries.sort(key=lambda entry: entry.path)
     for before, after in itertools.pairwise(entries):
         if before.path == after.path:
@@ -53,7 +53,7 @@ def scan(
     return entries, notes
 
 
-def holds_pictures(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
     """Whether there are images in a folder, not counting those in archives. Raises OSError."""
     return next(scan_folder(folder, PassedOver()), None) is not None
 
@@ -76,7 +76,7 @@ def _entries(
 
 def _what_is_there(source: Path) -> str:
     """A hint for a source without images."""
-    suffixes = f"Images are files that end in {' '.join(sorted(PICTURE_SUFFIXES))}."
+    suffixes = f"Images are files that end in {' '.join(sorted(IMAGE_SUFFIXES))}."
     if not source.is_dir():
         return suffixes
     names = sorted(child.name for child in source.iterdir())

@@ -20,7 +20,7 @@ from moco_scale.data.images.formats import START_BYTES, image_kind
 from moco_scale.data.tools.sources import (
     Entry,
     PassedOver,
-    is_picture,
+    is_image,
     suffix_of,
 )
 from moco_scale.untrusted.limits import SOURCE_INFLATION, SOURCE_INFLATION_FROM
@@ -97,7 +97,7 @@ def _named(
 def _entry(
     member: Member, path: str, tar: Path, content: Content, source: Path, passed: PassedOver
 ) -> Iterator[Entry]:
-    named = is_picture(path)
+    named = is_image(path)
     if member.kind == LINK and named:
         raise UserError(
             f"{source} holds links instead of images ({printable(member.name)} -> "

@@ -21,7 +21,7 @@ from moco_scale.data.tools.sources import (
     Entry,
     Packed,
     PassedOver,
-    is_picture,
+    is_image,
     suffix_of,
 )
 from moco_scale.untrusted.limits import ZIP_DIRECTORY
@@ -73,7 +73,7 @@ def scan_zip(source: Path, passed: PassedOver) -> Iterator[Entry]:
             path = passed.path_of(listed.name)
             if not path or listed.name.endswith("/"):
                 continue
-            if not is_picture(path) and suffix_of(path):
+            if not is_image(path) and suffix_of(path):
                 passed.other(path)
                 continue
             why = _refusal(listed)
@@ -81,7 +81,7 @@ def scan_zip(source: Path, passed: PassedOver) -> Iterator[Entry]:
             if not why:
                 entry = _entry(file, listed, path, source)
                 taken.append((listed.offset, entry.offset + listed.packed))
-            if is_picture(path) or (not why and _starts_as_image(file, entry)):
+            if is_image(path) or (not why and _starts_as_image(file, entry)):
                 yield entry
             else:
                 passed.other(path)

@@ -17,7 +17,7 @@ from moco_scale.data.images.formats import image_kind
 from moco_scale.untrusted.text import printable
 
 JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
     *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
     *((".avif",) if features.check("avif") else ()),
@@ -143,9 +143,9 @@ def suffix_of(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def is_picture(path: str) -> bool:
+def is_image(path: str) -> bool:
     """Whether a file is an image by its name."""
-    return suffix_of(path) in PICTURE_SUFFIXES
+    return suffix_of(path) in IMAGE_SUFFIXES
 
 
 def suffix_by_content(start: bytes) -> str:
@@ -156,6 +156,6 @@ def suffix_by_content(start: bytes) -> str:
 def suffix_to_write(path: str, start: bytes) -> str:
     """The suffix of an image in a shard: its name's, or what its first bytes are."""
     suffix = suffix_of(path)
-    if suffix not in PICTURE_SUFFIXES:
+    if suffix not in IMAGE_SUFFIXES:
         suffix = suffix_by_content(start)
     return ".jpg" if suffix in JPEG_SUFFIXES else suffix

@@ -70,7 +70,7 @@ def split_folders(source: str, entries: Sequence[Entry]) -> Splits:
     if loose:
         ignored["(no folder)"] = loose
     notes = [f"{printable(f)} is taken as {s}" for f, s in meant.items() if f != s and s != "test"]
-    notes += [f"ignored in {source}: {name} ({images(n)})" for name, n in ignored.items()]
+    notes += [f"ignored in {source}: {name} ({images_text(n)})" for name, n in ignored.items()]
     found = {split: _unwrapped(split, images_of) for split, images_of in found.items()}
     return Splits(found, {split: folder for folder, split in meant.items()}, notes)
 
@@ -111,6 +111,6 @@ def _named(names: Collection[str]) -> str:
     return " and ".join(shown[:_SHOWN]) + (", …" if len(shown) > _SHOWN else "")
 
 
-def images(count: int) -> str:
+def images_text(count: int) -> str:
     """A number of images, in words."""
-    return f"{count} picture{'s' * (count != 1)}"
+    return f"{count} image{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""What a set of shards holds, in numbers: all of it from the index, pictures from a sample."""
+"""What a set of shards holds, in numbers: all of it from the index, images from a sample."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moco_scale.data.images.decode import DecodeError, picture_size
+from moco_scale.data.images.decode import DecodeError, image_size
 from moco_scale.data.images.formats import image_kind
 from moco_scale.data.open import local_splits, open_shards
 from moco_scale.data.shards.indexed_shards import IndexedShards
@@ -18,7 +18,7 @@ from moco_scale.untrusted.text import printable
 from moco_scale.utils.log import tell
 
 SAMPLE = 1000
-_NAMED = 5  # classes with most and with fewest pictures
+_NAMED = 5  # classes with most and with fewest images
 
 
 def summarise(spec: str) -> dict[str, Any]:
@@ -29,9 +29,9 @@ def summarise(spec: str) -> dict[str, Any]:
 
     Returns:
         ``path``, ``made`` (what the index says about how), and under ``splits`` for each:
-        ``pictures``, ``shards``, ``bytes`` (of the tars); ``classes`` (names), ``per_class``
-        (pictures of each, in their order), ``unlabelled``, ``why_unlabelled``; and of ``sampled``
-        pictures, spread over the split: ``picture_bytes``, ``width``, ``height``, ``short_side``
+        ``images``, ``shards``, ``bytes`` (of the tars); ``classes`` (names), ``per_class``
+        (images of each, in their order), ``unlabelled``, ``why_unlabelled``; and of ``sampled``
+        images, spread over the split: ``image_bytes``, ``width``, ``height``, ``short_side``
         as [smallest, 5 %, median, 95 %, largest], ``formats`` (counts), ``unreadable`` (whose
         header is none).
 
@@ -48,7 +48,7 @@ def summarise(spec: str) -> dict[str, Any]:
         labels = shards.labels
         counts = np.bincount(labels[labels >= 0], minlength=len(shards.classes))
         splits[split] = {
-            "pictures": len(shards),
+            "images": len(shards),
             "shards": len(tars),
             "bytes": sum(tars),
             "classes": shards.classes,
@@ -69,13 +69,13 @@ def _sampled(shards: Shards) -> dict[str, Any]:
         sizes.append(len(data))
         formats[(image_kind(data) or "?").lower()] += 1
         try:
-            sides.append(picture_size(data))
+            sides.append(image_size(data))
         except DecodeError:
             unreadable += 1
     heights, widths = np.array(sides or [(0, 0)]).T
     return {
         "sampled": len(places),
-        "picture_bytes": _spread(np.array(sizes)),
+        "image_bytes": _spread(np.array(sizes)),
         "width": _spread(widths),
         "height": _spread(heights),
         "short_side": _spread(np.minimum(heights, widths)),
@@ -99,7 +99,7 @@ def print_summary(found: dict[str, Any]) -> None:
     for split, part in found["splits"].items():
         count = part["shards"]
         tell(
-            f"  {split}: {part['pictures']:,} pictures in {count:,} shard{'s' * (count != 1)}, "
+            f"  {split}: {part['images']:,} images in {count:,} shard{'s' * (count != 1)}, "
             f"{size_text(part['bytes'])}"
         )
         for name, text in _lines(part):
@@ -108,8 +108,8 @@ def print_summary(found: dict[str, Any]) -> None:
 
 def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
     sampled, lines = part["sampled"], []
-    least, low, median, high, most = part["picture_bytes"]
-    of = "" if sampled == part["pictures"] else f" (of {sampled} pictures spread over all)"
+    least, low, median, high, most = part["image_bytes"]
+    of = "" if sampled == part["images"] else f" (of {sampled} images spread over all)"
     lines.append(
         (
             "file size",
@@ -132,12 +132,12 @@ def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
     counts = part["per_class"]
     if not part["classes"]:
         why = printable(part["why_unlabelled"], 400)
-        reason = f"the labels are not used: {why}" if why else "the pictures have no labels"
+        reason = f"the labels are not used: {why}" if why else "the images have no labels"
         return [*lines, ("classes", f"none: {reason}")]
     order = sorted(range(len(counts)), key=lambda c: -counts[c])
     same = min(counts) == max(counts)
     each = f"{min(counts)}" if same else f"{min(counts)} to {max(counts)}"
-    lines.append(("classes", f"{len(counts)}, of {each} pictures each"))
+    lines.append(("classes", f"{len(counts)}, of {each} images each"))
 
     def named(some: list[int]) -> str:
         return ", ".join(f"{printable(part['classes'][c], 60)} {counts[c]}" for c in some)
@@ -148,5 +148,5 @@ def _lines(part: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("  most", named(order[:_NAMED])))
         lines.append(("  fewest", named(order[: -_NAMED - 1 : -1])))
     if part["unlabelled"]:
-        lines.append(("unlabelled", f"{part['unlabelled']} pictures"))
+        lines.append(("unlabelled", f"{part['unlabelled']} images"))
     return lines

@@ -1,6 +1,6 @@
-"""Writes pictures as WebDataset shards, in seeded random order, with their index.
+"""Writes images as WebDataset shards, in seeded random order, with their index.
 
-What is written is a function of the pictures, their names and the seed: the order follows from a
+What is written is a function of the images, their names and the seed: the order follows from a
 hash of (seed, split, name), each shard is one task, and the tar headers hold no date and no user.
 So any number of workers writes the same tars and the same index.
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 from moco_scale.data.shards import index_file
 from moco_scale.data.shards.header_check import IndexedTars, note_checked
-from moco_scale.data.tools.layout import Listing, Picture, none_left
+from moco_scale.data.tools.layout import Listing, SourceImage, none_left
 from moco_scale.data.tools.output_folder import LEFT_OUT, size_text, sync
 from moco_scale.data.tools.shard_file import (
     Done,
@@ -41,26 +41,26 @@ from moco_scale.utils.side_files import json_line, json_text
 
 @dataclass(frozen=True)
 class ShardSize:
-    """At most so many pictures, or about so many bytes, in a shard."""
+    """At most so many images, or about so many bytes, in a shard."""
 
-    pictures: int | None = 1000
+    images: int | None = 1000
     bytes: int | None = None
 
-    def count(self, pictures: Sequence[Picture]) -> int:
-        """How many shards these pictures fill."""
+    def count(self, images: Sequence[SourceImage]) -> int:
+        """How many shards these images fill."""
         if self.bytes is not None:
-            wanted = -(-sum(p.size for p in pictures) // self.bytes)
+            wanted = -(-sum(p.size for p in images) // self.bytes)
         else:
-            assert self.pictures is not None
-            wanted = -(-len(pictures) // self.pictures)
-        return max(1, min(wanted, len(pictures)))
+            assert self.images is not None
+            wanted = -(-len(images) // self.images)
+        return max(1, min(wanted, len(images)))
 
 
 class Written(NamedTuple):
     """What one split became."""
 
     split: str
-    pictures: int
+    images: int
     shards: int
     bytes: int
 
@@ -78,7 +78,7 @@ def write_shards(
 ) -> list[Written]:
     """Write all splits of a listing, their index and the list of what was left out.
 
-    folder: an existing folder for the files. verify: decode every picture and leave out those that
+    folder: an existing folder for the files. verify: decode every image and leave out those that
     cannot be decoded (with an encoding they are decoded anyway); what is left out is added to
     listing.left_out. made: goes into index.json.
 
@@ -96,8 +96,8 @@ def write_shards(
         "splits": {},
     }
     splits: list[Written] = []
-    for split, pictures in listing.splits.items():
-        ordered = random_order(pictures, seed, split)
+    for split, images in listing.splits.items():
+        ordered = random_order(images, seed, split)
         tasks = _tasks(folder, split, ordered, shard_size, verify, encoding)
         all_rows: list[np.ndarray] = []
         shards: list[tuple[str, int, int]] = []
@@ -137,28 +137,28 @@ def write_shards(
     return splits
 
 
-def random_order(pictures: Sequence[Picture], seed: int, split: str) -> list[Picture]:
-    """The pictures sorted by a hash of (seed, split, name): a seeded random order that does not
-    depend on any generator, and in which a picture's place hardly depends on the others."""
+def random_order(images: Sequence[SourceImage], seed: int, split: str) -> list[SourceImage]:
+    """The images sorted by a hash of (seed, split, name): a seeded random order that does not
+    depend on any generator, and in which an image's place hardly depends on the others."""
     start = hashlib.blake2b(f"{seed}/{split}/".encode(), digest_size=16)
 
-    def key(picture: Picture) -> bytes:
+    def key(image: SourceImage) -> bytes:
         digest = start.copy()
-        digest.update(os.fsencode(picture.name))
+        digest.update(os.fsencode(image.name))
         return digest.digest()
 
-    return sorted(pictures, key=key)
+    return sorted(images, key=key)
 
 
 def _tasks(
     folder: Path,
     split: str,
-    ordered: list[Picture],
+    ordered: list[SourceImage],
     shard_size: ShardSize,
     verify: bool,
     encoding: Encoding | None,
 ) -> Iterator[Task]:
-    """One task a shard; their numbers of pictures differ by at most one."""
+    """One task a shard; their numbers of images differ by at most one."""
     count = shard_size.count(ordered)
     for shard in range(count):
         first, last = (len(ordered) * n // count for n in (shard, shard + 1))
@@ -172,7 +172,7 @@ def _run(tasks: Iterable[Task], workers: int, total: int, split: str) -> Iterato
         with Progress(split, total) as progress:
             for task, done in in_order(write_shard, tasks, workers):
                 yield done
-                progress.add(len(task.pictures))
+                progress.add(len(task.images))
     except BrokenProcessPool as error:
         raise UserError(
             "A worker process was killed, probably for want of memory. "
@@ -183,21 +183,21 @@ def _run(tasks: Iterable[Task], workers: int, total: int, split: str) -> Iterato
 
 
 def _check_room(listing: Listing, folder: Path) -> None:
-    """UserError when the shards cannot fit: per picture two headers and two padded bodies.
+    """UserError when the shards cannot fit: per image two headers and two padded bodies.
 
     What a zip says of sizes may be a lie, but no more than it says is written.
     """
     block = tarfile.BLOCKSIZE
     needed = sum(
-        3 * block + -(-picture.size // block) * block
-        for pictures in listing.splits.values()
-        for picture in pictures
+        3 * block + -(-image.size // block) * block
+        for images in listing.splits.values()
+        for image in images
     )
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"The shards need {size_text(needed)}, and {folder.parent} has only "
-            f"{size_text(free)} left. Free some, write elsewhere, or shrink the pictures "
+            f"{size_text(free)} left. Free some, write elsewhere, or shrink the images "
             "(--short-side)."
         )
 

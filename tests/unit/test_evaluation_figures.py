@@ -58,8 +58,8 @@ def drawn(
     metrics, out = folder / "metrics.jsonl", folder / "report.png"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
     figures.report(metrics, out, **options)
-    with Image.open(out) as picture:
-        picture.verify()
+    with Image.open(out) as image:
+        image.verify()
     return {a.get_title(loc="left").split(" ")[0]: a for a in figures[-1].axes}
 
 
@@ -104,7 +104,7 @@ def test_any_length_is_drawn(
         assert axes["contrastive"].get_lines()[0].get_marker() == "o", "a lone point needs a dot"
 
 
-def test_missing_metrics_and_unwritable_picture(tmp_path: Path) -> None:
+def test_missing_metrics_and_unwritable_image(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*absent\.jsonl"):
         figures.report(tmp_path / "absent.jsonl", tmp_path / "report.png")
     metrics = tmp_path / "metrics.jsonl"
@@ -182,10 +182,10 @@ def by_colour(x: Tensor) -> Tensor:
 
 
 def test_sheet_from_shards(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "shards"
-    assert main(["shard", "--source", str(picture_folder), "--out", str(data)]) == 0
+    assert main(["shard", "--source", str(image_folder), "--out", str(data)]) == 0
     calls: list[dict[str, Any]] = []
     real = figures.neighbours
 

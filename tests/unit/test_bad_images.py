@@ -1,4 +1,4 @@
-"""The list of pictures that cannot be decoded: whole lines of it, whatever names, lines, disks."""
+"""The list of images that cannot be decoded: whole lines of it, whatever names, lines, disks."""
 
 import errno
 import json
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from foreign_sets import picture, write_tar
+from foreign_sets import image, write_tar
 
 from moco_scale.data.loading.bad_samples import BadSample, bad_sample
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.open import open_shards
-from moco_scale.training.bad_images import FILE, BadPictures
+from moco_scale.training.bad_images import FILE, BadImages
 from moco_scale.untrusted.limits import LINE
 from moco_scale.untrusted.text import printable
 from moco_scale.utils import side_files
@@ -25,18 +25,16 @@ NAMES = [
 ]
 
 
-def meet(bad: BadPictures, step: int, *names: str) -> list[str]:
-    """Let a run meet pictures of these names in a step."""
-    met = [
-        BadSample(100 * step + i, name, name, "is no picture", 0) for i, name in enumerate(names)
-    ]
+def meet(bad: BadImages, step: int, *names: str) -> list[str]:
+    """Let a run meet images of these names in a step."""
+    met = [BadSample(100 * step + i, name, name, "is no image", 0) for i, name in enumerate(names)]
     batch = types.SimpleNamespace(step=step - 1, epoch=0, bad=met)
     bad.note(cast(ViewBatch, batch))
     return bad.collect(step)
 
 
-def begun(folder: Path, step: int) -> BadPictures:
-    bad = BadPictures(folder, "advice", 100, 10_000, 1.0)
+def begun(folder: Path, step: int) -> BadImages:
+    bad = BadImages(folder, "advice", 100, 10_000, 1.0)
     bad.begin(step, SideFile(folder / FILE))
     return bad
 
@@ -70,7 +68,7 @@ def test_a_list_that_cannot_be_written_ends_nothing(
     bad = begun(tmp_path, 5)
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", fails)
-        assert "bad pictures so far: 2" in meet(bad, 6, "a")[-1]
+        assert "bad images so far: 2" in meet(bad, 6, "a")[-1]
     meet(bad, 7, "b")
     said = capsys.readouterr().err
     assert said.count("training goes on") == 2 and "all is there" in said
@@ -94,18 +92,18 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_names_that_no_terminal_should_see_are_listed_as_escapes(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", [("1.jpg", picture(1)), (f"{HOSTILE}.jpg", b"none")])
+    write_tar(tmp_path / "0.tar", [("1.jpg", image(1)), (f"{HOSTILE}.jpg", b"none")])
     shards = open_shards(tmp_path / "0.tar", "train")
     assert shards.where(1) == f"0.tar at byte {shards.place(1).offset} (key {SHOWN})"
     found = begun(tmp_path, 0)
-    found.note(met(3, bad_sample(shards, 1, f"no picture: {HOSTILE}", 0)))
+    found.note(met(3, bad_sample(shards, 1, f"no image: {HOSTILE}", 0)))
     said = found.collect(3)
-    assert f"(key {SHOWN}): no picture: {SHOWN}; sample 0" in said[0]
+    assert f"(key {SHOWN}): no image: {SHOWN}; sample 0" in said[0]
     assert all(line.isprintable() for line in said)
     (entry,) = lines(tmp_path)
     assert (entry["sample"], entry["key"], entry["step"]) == (1, SHOWN, 3)
     again = begun(tmp_path, 3)
-    again.note(met(4, bad_sample(shards, 1, "no picture", 0)))
+    again.note(met(4, bad_sample(shards, 1, "no image", 0)))
     assert again.collect(4) == [] and lines(tmp_path) == [entry]
 
 

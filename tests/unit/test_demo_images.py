@@ -1,4 +1,4 @@
-"""The rendered pictures: the same for a seed, labelled, and not classified by raw pixels."""
+"""The rendered images: the same for a seed, labelled, and not classified by raw pixels."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def _bytes(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.jpg"))}
 
 
-def test_pictures_depend_on_seed_class_and_number_only(tmp_path: Path) -> None:
+def test_images_depend_on_seed_class_and_number_only(tmp_path: Path) -> None:
     write_folder(tmp_path / "a", train_per_class=2, val_per_class=1, size=24, processes=1)
     write_folder(tmp_path / "b", train_per_class=3, val_per_class=1, size=24, processes=2)
     write_folder(tmp_path / "c", train_per_class=2, val_per_class=1, size=24, processes=1, seed=1)
@@ -23,15 +23,15 @@ def test_pictures_depend_on_seed_class_and_number_only(tmp_path: Path) -> None:
     assert len(a) == 3 * len(CLASSES) and len(b) == 4 * len(CLASSES)
     assert a == {name: b[name] for name in a}
     assert all(a[name] != c[name] for name in a)
-    assert len(set(b.values())) == len(b), "two pictures are the same"
+    assert len(set(b.values())) == len(b), "two images are the same"
 
 
 def test_folder_is_an_image_folder(tmp_path: Path) -> None:
     write_folder(tmp_path / "x", train_per_class=1, val_per_class=1, size=24, processes=1)
     for split in ("train", "val"):
         assert sorted(p.name for p in (tmp_path / "x" / split).iterdir()) == sorted(CLASSES)
-    with Image.open(tmp_path / "x" / "val" / "rings" / "00000.jpg") as picture:
-        assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (24, 24))
+    with Image.open(tmp_path / "x" / "val" / "rings" / "00000.jpg") as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (24, 24))
 
 
 def test_an_existing_folder_is_not_mixed_with_another_set(tmp_path: Path) -> None:
@@ -40,40 +40,40 @@ def test_an_existing_folder_is_not_mixed_with_another_set(tmp_path: Path) -> Non
         write_folder(tmp_path, train_per_class=1, val_per_class=1, size=24, processes=1)
 
 
-def _value(picture: Image.Image) -> np.ndarray:
+def _value(image: Image.Image) -> np.ndarray:
     """The V of HSV in 0..1, by which ink and cloth differ."""
-    return np.asarray(picture, dtype=float).max(axis=-1) / 255.0
+    return np.asarray(image, dtype=float).max(axis=-1) / 255.0
 
 
 MIDDLE = (CLOTH[3] + PRINT[2]) / 2
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_motif_is_seen_everywhere_in_a_picture(name: str) -> None:
+def test_a_motif_is_seen_everywhere_in_an_image(name: str) -> None:
     """In each quarter there is ink, and there is cloth."""
     value = _value(render(name, np.random.default_rng(1), 64))
     quarters = [value[i : i + 32, j : j + 32] > MIDDLE for i in (0, 32) for j in (0, 32)]
     assert all(0.05 < quarter.mean() < 0.7 for quarter in quarters)
 
 
-def test_no_place_of_a_picture_has_the_colours_of_another() -> None:
-    """Of two crops of one picture, colours say as little as of crops of two pictures."""
+def test_no_place_of_an_image_has_the_colours_of_another() -> None:
+    """Of two crops of one image, colours say as little as of crops of two images."""
 
-    def colours(picture: Image.Image, ink: bool) -> np.ndarray:
-        """Mean colour [4, 3] of a picture's quarters, of 1, of the ink or of the cloth."""
-        rgb, of_ink = np.asarray(picture, dtype=float) / 255.0, _value(picture) > MIDDLE
+    def colours(image: Image.Image, ink: bool) -> np.ndarray:
+        """Mean colour [4, 3] of an image's quarters, of 1, of the ink or of the cloth."""
+        rgb, of_ink = np.asarray(image, dtype=float) / 255.0, _value(image) > MIDDLE
         quarters = [(slice(i, i + 48), slice(j, j + 48)) for i in (0, 48) for j in (0, 48)]
         return np.stack([rgb[q][of_ink[q] == ink].mean(axis=0) for q in quarters])
 
-    pictures = [render("discs", np.random.default_rng(i)) for i in range(60)]
+    images = [render("discs", np.random.default_rng(i)) for i in range(60)]
     for ink in (True, False):
-        quarters = np.stack([colours(picture, ink) for picture in pictures])  # [60, 4, 3]
+        quarters = np.stack([colours(image, ink) for image in images])  # [60, 4, 3]
         within = np.abs(quarters[:, 0] - quarters[:, 3]).mean()
         between = np.abs(quarters[:-1, 0] - quarters[1:, 3]).mean()
         assert within > 0.8 * between
 
 
-def test_pictures_of_two_classes_differ_in_nothing_but_the_motif() -> None:
+def test_images_of_two_classes_differ_in_nothing_but_the_motif() -> None:
     """The same draws give the same places and turns: what is not ink in either is the same."""
     first, second = (
         np.asarray(render(name, np.random.default_rng(2)), dtype=float)
