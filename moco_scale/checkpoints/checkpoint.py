@@ -133,7 +133,7 @@ def _attempt(action: Callable[[], T], temporary: Path, group: Any) -> T:
             ) from error
 
     try:
-        return consensus.agree(named, group)
+        return consensus.raise_on_all_ranks(named, group)
     except UserError:
         if collectives.is_main():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -65,10 +65,10 @@ class RunFolder:
         """
         shuffled = _shuffled_here(self.config)
 
-        consensus.on_main(lambda: self._writing(self._make))
+        consensus.broadcast_from_main(lambda: self._writing(self._make))
         claim_for_all(self.lock)
         # What is there is looked at when nobody else can change it any more.
-        start, self.config = consensus.on_main(
+        start, self.config = consensus.broadcast_from_main(
             lambda: self._writing(lambda: self._prepare(shuffled))
         )
         self._require_shared()
@@ -83,7 +83,7 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        return consensus.on_main(lambda: self._writing(lambda: self._begin(step)))
+        return consensus.broadcast_from_main(lambda: self._writing(lambda: self._begin(step)))
 
     def _writing(self, action: Callable[[], T]) -> T:
         try:
@@ -174,7 +174,7 @@ class RunFolder:
             if not os.access(self.path, os.W_OK):
                 raise UserError(f"--output-dir {self.path} cannot be written from here")
 
-        consensus.agree(look)
+        consensus.raise_on_all_ranks(look)
 
     def release(self) -> None:
         """Let other runs write here."""
@@ -291,9 +291,11 @@ class RunFolder:
                 for n, t in copies.items()
                 if n in rows or checkpoint.owner(n) == collectives.rank()
             }
-            consensus.agree(hold, group)
+            consensus.raise_on_all_ranks(hold, group)
             checkpoint.save(folder, owned, meta, group, rows)
-            consensus.agree(lambda: publish(copies) if collectives.is_main() else None, group)
+            consensus.raise_on_all_ranks(
+                lambda: publish(copies) if collectives.is_main() else None, group
+            )
 
         def hold() -> None:
             if collectives.is_main():
@@ -339,7 +341,7 @@ class RunFolder:
                 return False
             return isinstance(content, dict) and content.get("step") == step
 
-        return consensus.on_main(look)
+        return consensus.broadcast_from_main(look)
 
     def write_current(
         self, tensors: dict[str, Tensor], names: dict[str, str], meta: dict[str, Any]
@@ -359,7 +361,7 @@ class RunFolder:
                     "again"
                 ) from error
 
-        consensus.on_main(write)
+        consensus.broadcast_from_main(write)
 
     def save_failed(self) -> bool:
         """Whether a save in the background has failed on this rank, and :meth:`settle` raises."""
@@ -387,7 +389,7 @@ class RunFolder:
 
     def is_logged(self, step: int) -> bool:
         """Whether the metrics have a line of this step; all ranks call it."""
-        return consensus.on_main(lambda: metrics_file.has_step(self.metrics, step))
+        return consensus.broadcast_from_main(lambda: metrics_file.has_step(self.metrics, step))
 
 
 def _content(file: Path) -> str:
@@ -402,7 +404,7 @@ def _shuffled_here(config: Config) -> int:
     contrast = config.contrast
     if contrast.shuffle_bn != "node" or contrast.shuffle_group:
         return 0
-    ranks = consensus.agree(collectives.ranks_per_node)
+    ranks = consensus.raise_on_all_ranks(collectives.ranks_per_node)
     return config.optim.batch_size // collectives.world_size() * ranks
 
 

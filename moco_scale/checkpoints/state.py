@@ -51,7 +51,7 @@ def read_state(
         checkpoint.refuse(folder, [*_wrong_numbers(run, meta, saved), *_not_finite(saved)])
         return meta, saved
 
-    return consensus.agree(read)
+    return consensus.raise_on_all_ranks(read)
 
 
 def _expected(run: Pretraining, moco: MoCo) -> dict[str, checkpoint.Expected]:

@@ -81,7 +81,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
     started = time.monotonic()
     folder = Path(args.output_dir)
     # Which may index them.
-    train = consensus.in_turn(partial(open_shards, _source(args), "train"), alive)
+    train = consensus.rank0_first(partial(open_shards, _source(args), "train"), alive)
 
     def prepare() -> Pretrained:
         if collectives.is_main():
@@ -90,13 +90,13 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
         _require_agreement(args, pretrained)
         return pretrained
 
-    pretrained = consensus.agree(prepare)
+    pretrained = consensus.raise_on_all_ranks(prepare)
     test: KnnMonitor | Shards
     if args.protocol == "knn":
-        splits = consensus.in_turn(partial(open_splits, _source(args), train), alive)
-        test = consensus.agree(partial(_knn, args, pretrained, splits))
+        splits = consensus.rank0_first(partial(open_splits, _source(args), train), alive)
+        test = consensus.raise_on_all_ranks(partial(_knn, args, pretrained, splits))
     else:
-        test = consensus.in_turn(partial(open_shards, _source(args), "val"), alive)
+        test = consensus.rank0_first(partial(open_shards, _source(args), "val"), alive)
     weights = {"weights in --pretrained-model": pretrained.fingerprint}
     same_setup.require_alike(weights, "give all of them the same file")
     if collectives.is_main():
@@ -121,7 +121,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
         "step": pretrained.step,
         "seconds": round(time.monotonic() - started, 1),
     }
-    consensus.on_main(lambda: _finish(folder, result))
+    consensus.broadcast_from_main(lambda: _finish(folder, result))
     return result
 
 

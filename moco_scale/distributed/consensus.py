@@ -37,7 +37,7 @@ def first_error(error: UserError | None, group: Any = None) -> UserError | None:
     return None
 
 
-def agree(action: Callable[[], T], group: Any = None) -> T:
+def raise_on_all_ranks(action: Callable[[], T], group: Any = None) -> T:
     """Run something on every rank; what goes wrong on one is raised on all, so that none waits.
 
     group: as in :func:`first_error`.
@@ -56,7 +56,7 @@ def agree(action: Callable[[], T], group: Any = None) -> T:
     return cast(T, result)
 
 
-def in_turn(
+def rank0_first(
     action: Callable[[Callable[[], None]], T], alive: Callable[[], None] = lambda: None
 ) -> T:
     """Run something on every rank: rank 0 first, then the first of every host, then the others.
@@ -73,7 +73,9 @@ def in_turn(
         PeerLost: nobody whose turn it is has got on for as long as a collective may take.
     """
     turn = 0 if collectives.rank() == 0 else 1 if collectives.local_rank() == 0 else 2
-    results = [agree(lambda now=now: _turn(action, turn == now, alive)) for now in range(3)]  # type: ignore[misc]
+    results = [
+        raise_on_all_ranks(lambda now=now: _turn(action, turn == now, alive)) for now in range(3)
+    ]  # type: ignore[misc]
     return cast(T, results[turn])
 
 
@@ -136,6 +138,8 @@ def _until_all_are_done(
         wait = min(1.0, 2 * wait)
 
 
-def on_main(action: Callable[[], T]) -> T:
+def broadcast_from_main(action: Callable[[], T]) -> T:
     """Run something on rank 0; its result, a small picklable object, or its error is everyone's."""
-    return collectives.broadcast_object(agree(lambda: action() if collectives.is_main() else None))
+    return collectives.broadcast_object(
+        raise_on_all_ranks(lambda: action() if collectives.is_main() else None)
+    )

@@ -38,7 +38,7 @@ def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
             BatchNorm's running statistics then stay as the first pass left them.
     """
     if compiled:
-        consensus.agree(own_compile_cache)
+        consensus.raise_on_all_ranks(own_compile_cache)
         # All blocks of a class share one limit, and each shape, with gradients and without, in
         # each part of a step and recomputed, is a graph.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)

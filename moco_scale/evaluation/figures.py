@@ -237,7 +237,7 @@ def neighbours_sheet(
             title=title,
         )
 
-    consensus.on_main(lambda: drawn(draw))
+    consensus.broadcast_from_main(lambda: drawn(draw))
 
 
 def _varied(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -25,7 +25,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written; the earlier state is untouched.
     """
-    consensus.on_main(lambda: _write(path, state))
+    consensus.broadcast_from_main(lambda: _write(path, state))
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
@@ -64,7 +64,9 @@ def load(
         UserError: the state belongs to something else that is not finished (each difference is
             named), is damaged, or is not wanted.
     """
-    return consensus.on_main(lambda: _read(path, identity, described, resume, classifier))
+    return consensus.broadcast_from_main(
+        lambda: _read(path, identity, described, resume, classifier)
+    )
 
 
 def _read(

@@ -58,7 +58,7 @@ class BadImages:
             file: the list, which rank 0 adds to.
         """
         self._file = file
-        self._known, self._by_shard = consensus.on_main(lambda: self._up_to(step))
+        self._known, self._by_shard = consensus.broadcast_from_main(lambda: self._up_to(step))
 
     def _up_to(self, step: int) -> tuple[set[int], Counter[str]]:
         """Samples and counts of shards in the list; what came later leaves it."""

@@ -75,7 +75,7 @@ def open_data(config: Config, alive: Callable[[], None] = lambda: None) -> tuple
             the ranks can share.
     """
     opened = partial(open_shards, config.source, "train")
-    shards = consensus.in_turn(opened, alive)
+    shards = consensus.rank0_first(opened, alive)
     same_setup.require_alike({"index of --data-dir": shards.fingerprint}, same_setup.SAME_DATA)
     order = shards.order(config.optim.rng_seed, config.data.shuffle_window)
     batch = config.optim.batch_size
@@ -105,10 +105,12 @@ class Pretraining:
         same_setup.require_alike(same_setup.of_run(config))
         if config.run.deepspeed:  # all that is wrong with it, before anything takes time
             asked = read_deepspeed(config, self.world, 1).configuration
-            consensus.on_main(lambda: refuse(config.run.deepspeed, unwritable_reports(asked)))
+            consensus.broadcast_from_main(
+                lambda: refuse(config.run.deepspeed, unwritable_reports(asked))
+            )
         self.shards, self.plan = open_data(config, self.phases.alive)
-        self.decoder = consensus.agree(self._decoder)
-        self.cache = consensus.agree(self._cache)
+        self.decoder = consensus.raise_on_all_ranks(self._decoder)
+        self.cache = consensus.raise_on_all_ranks(self._cache)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch
         self.last_step = min(config.run.max_steps or self.total_steps, self.total_steps)
 
@@ -343,7 +345,7 @@ class Pretraining:
                 failed = self.folder.save_failed()
                 reason, (worst, unsaved) = stop.agree(self.watch.code(), failed)
                 if unsaved:
-                    consensus.agree(self.folder.settle)
+                    consensus.raise_on_all_ranks(self.folder.settle)
                 problem = self.watch.judge(worst)
                 if problem:
                     raise self.folder.not_finite(self.step, problem)

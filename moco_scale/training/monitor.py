@@ -81,7 +81,7 @@ class Monitor:
     def _splits(self) -> Splits:
         """Of all ranks, which ask for them together."""
         opened = partial(open_splits, self.run.config.source, self.run.shards)
-        return consensus.in_turn(opened, self.run.phases.alive)
+        return consensus.rank0_first(opened, self.run.phases.alive)
 
     def _make_evaluation(self) -> KnnMonitor | None:
         config = self.run.config
@@ -292,7 +292,7 @@ class Monitor:
     def is_finished(self) -> bool:
         """Whether the figures of :meth:`finish` are there; the same on every rank."""
         out = self.run.folder.path
-        return consensus.on_main(
+        return consensus.broadcast_from_main(
             lambda: all((out / name).exists() for name in ("report.png", "neighbours.png"))
         )
 
@@ -333,7 +333,7 @@ class Monitor:
 
         made = ["current.pth"]
         for name, draw in (
-            ("report.png", lambda: consensus.on_main(lambda: figures.drawn(report))),
+            ("report.png", lambda: consensus.broadcast_from_main(lambda: figures.drawn(report))),
             ("neighbours.png", neighbours),
         ):
             try:

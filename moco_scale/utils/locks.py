@@ -154,7 +154,7 @@ def claim_for_all(lock: RunLock) -> None:
             raise UserError(f"{lock.path} cannot be written: {error.strerror or error}") from error
         return None
 
-    busy = consensus.on_main(claim)
+    busy = consensus.broadcast_from_main(claim)
     if busy is not None:
         raise busy
 

@@ -113,11 +113,13 @@ def message(action: Callable[[], Any]) -> str:
 def agreement() -> dict[str, Any]:
     rank = collectives.rank()
     results = {
-        "agreed": consensus.agree(lambda: 10 * rank),
+        "agreed": consensus.raise_on_all_ranks(lambda: 10 * rank),
         "gathered": collectives.gather_objects(f"of rank {rank}"),
-        "on_main": consensus.on_main(lambda: f"of rank {collectives.rank()}"),
-        "one_failed": message(lambda: consensus.agree(fail_on_the_last)),
-        "main_failed": message(lambda: consensus.on_main(fail_as_main)),
+        "broadcast_from_main": consensus.broadcast_from_main(
+            lambda: f"of rank {collectives.rank()}"
+        ),
+        "one_failed": message(lambda: consensus.raise_on_all_ranks(fail_on_the_last)),
+        "main_failed": message(lambda: consensus.broadcast_from_main(fail_as_main)),
     }
     return results
 
@@ -179,9 +181,9 @@ def turns() -> tuple[set[int], str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", str(rank % 2))
-        before = consensus.in_turn(action, lambda: signs.append(1))
+        before = consensus.rank0_first(action, lambda: signs.append(1))
         assert signs
-        failed = message(lambda: consensus.in_turn(lambda gets_on: fail_as_main()))
+        failed = message(lambda: consensus.rank0_first(lambda gets_on: fail_as_main()))
     return before, failed
 
 
@@ -281,7 +283,7 @@ def test_what_fails_on_one_rank_fails_on_all(ranks: Ranks) -> None:
     for rank, results in enumerate(ranks):
         got = results["agreement"]
         assert got["agreed"] == 10 * rank
-        assert got["on_main"] == "of rank 0"
+        assert got["broadcast_from_main"] == "of rank 0"
         assert got["one_failed"] == f"{place}a defect of one rank"
         assert got["main_failed"] == "a defect of rank 0"
         assert got["gathered"] == [f"of rank {r}" for r in range(last + 1)]
@@ -304,7 +306,7 @@ def test_one_process_has_one_turn() -> None:
         taken.append(1)
         return "done"
 
-    assert consensus.in_turn(action) == "done"
+    assert consensus.rank0_first(action) == "done"
     assert taken == [1]
 
 

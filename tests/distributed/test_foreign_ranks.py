@@ -34,7 +34,7 @@ def scans(folder: Path) -> tuple[int, int, str, str]:
     scanned_index.scan_tar = counted
     index_place.MOST_WORKERS = 1
     try:
-        shards = consensus.in_turn(partial(open_shards, folder, "train"))
+        shards = consensus.rank0_first(partial(open_shards, folder, "train"))
     except UserError as error:
         return 0, len(scanned), "", str(error)
     return len(shards), len(scanned), shards.fingerprint, ""

@@ -305,7 +305,7 @@ def opened(folder: Path) -> tuple[int, list[str], str]:
     header_check.member_places = partial(counted, names)
     index_place.MOST_WORKERS = 1
     try:
-        return len(consensus.in_turn(partial(open_shards, folder, "train"))), names, ""
+        return len(consensus.rank0_first(partial(open_shards, folder, "train"))), names, ""
     except UserError as error:
         return 0, names, str(error)
 
