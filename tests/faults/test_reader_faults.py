@@ -19,16 +19,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset, SequentialSampler, get_worker_info
 
 from moco_scale.commands import shard
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading import workers
 from moco_scale.data.loading.bad_samples import how_to_check
 from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
+from moco_scale.data.loading.workers import BatchLoader
 from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.shards.protocols import Images
+from moco_scale.utils import worker_process
 from moco_scale.utils.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
@@ -164,6 +167,30 @@ def test_after_a_killed_worker_the_main_process_reads_the_rest(
     assert len(told) == 1 and "SIGKILL" in told[0]
     assert len(found) == 12
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class DiesAsking(Dataset[torch.Tensor]):
+    """Its reader is killed while it asks whether its batches are still wanted."""
+
+    def __getitem__(self, job: int) -> torch.Tensor:
+        if job == 3 and get_worker_info() is not None:
+            frame = sys._getframe()
+            while "done_event" not in frame.f_locals:  # torch's loop of a worker
+                assert frame.f_back is not None
+                frame = frame.f_back
+            for asked in (frame.f_locals["done_event"], worker_process._no_longer):
+                if hasattr(asked, "_cond"):  # as multiprocessing's has
+                    asked._cond.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor([job])
+
+
+def test_a_worker_killed_while_it_asks_leaves_nobody_waiting() -> None:
+    told: list[str] = []
+    jobs = SequentialSampler(range(8))
+    with BatchLoader[torch.Tensor](DiesAsking(), jobs, 2, lost=told.append) as loader:
+        assert [int(batch) for batch in loader] == list(range(8))
+    assert len(told) == 1 and "SIGKILL" in told[0]
 
 
 def test_a_stopped_worker_is_not_waited_for(
@@ -324,9 +351,9 @@ def test_after_ctrl_c_the_main_process_may_read_on(reading: subprocess.Popen[str
 def test_only_the_loss_of_the_main_process_is_passed_over_in_silence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    workers._report_unless_alone(ConnectionResetError, ConnectionResetError(), None)
+    worker_process._report_unless_alone(ConnectionResetError, ConnectionResetError(), None)
     assert capsys.readouterr().err == ""
-    workers._report_unless_alone(ValueError, ValueError("a defect"), None)
+    worker_process._report_unless_alone(ValueError, ValueError("a defect"), None)
     assert "a defect" in capsys.readouterr().err
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import errno
 import itertools
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
-import traceback as tracebacks
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
-from multiprocessing import connection, queues
+from multiprocessing import connection
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -29,9 +28,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from moco_scale.data.remote.prefetch import FetchAhead
 from moco_scale.utils.errors import ReaderLost, UserError, open_files_advice
-from moco_scale.utils.log import say
 from moco_scale.utils.own_folders import PASSING, remove_passing
-from moco_scale.utils.parents import die_with
+from moco_scale.utils.worker_process import NOT_SENT, Flag, set_up_worker
 
 Batch = TypeVar("Batch")
 PREFETCHED = 2
@@ -39,8 +37,6 @@ PREFETCHED = 2
 
 _END_SECONDS = 5.0  # for the end of a process to be seen after its connection has broken
 _GRACE = 5.0  # seconds for workers to end by themselves
-_NOT_SENT = 100
-"""Status of a worker that could not hand over a batch, plus the number of the system's error."""
 _SOCKET_PATH = 107  # bytes that the name of a socket may have
 _LISTENER = "/pymp-xxxxxxxx/listener-xxxxxxxx"  # as multiprocessing names its own in TMPDIR
 
@@ -131,8 +127,8 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         if num_workers:
             _check_room_for_sockets()
         try:
-            self._no_longer = None if context is None else context.Event()
-        except OSError as error:  # it takes files too
+            self._no_longer = None if context is None else Flag()
+        except (OSError, RuntimeError) as error:  # it takes a file
             raise _explained(error, None, None) or error from error
         # More decoders than cores is the default on small machines, and does no harm.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -272,7 +268,10 @@ def _context(start_method: str | None) -> Any:
     # whose libraries do not survive a fork.
     if start_method is None:
         start_method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    return multiprocessing.get_context(start_method)
+    context = copy.copy(multiprocessing.get_context(start_method))
+    # torch asks the one that it makes for each batch, in its workers and in this process.
+    context.Event = Flag  # type: ignore[method-assign]
+    return context
 
 
 def _start(loader: DataLoader[Any], no_longer: Any, sockets: str) -> Iterator[Any]:
@@ -287,7 +286,7 @@ def _start(loader: DataLoader[Any], no_longer: Any, sockets: str) -> Iterator[An
     in_main = threading.current_thread() is threading.main_thread()
     # The kernel takes the end of the thread that starts a process for that of its parent.
     parent = os.getpid() if in_main else None
-    loader.worker_init_fn = partial(_set_up_worker, no_longer, parent)
+    loader.worker_init_fn = partial(set_up_worker, no_longer, parent)
     handler = signal.getsignal(signal.SIGCHLD)
     # One folder of ours in the place of one of each worker's, which a killed one would leave.
     inherited = multiprocessing.current_process()._config  # type: ignore[attr-defined]
@@ -348,9 +347,9 @@ def _deaths(batches: Any, reading: Reading | None) -> UserError | None:
         code = worker.exitcode
         if not code:
             continue
-        if code > _NOT_SENT:
-            why = os.strerror(code - _NOT_SENT)
-            fix = open_files_advice() if code - _NOT_SENT == errno.EMFILE else "See above"
+        if code > NOT_SENT:
+            why = os.strerror(code - NOT_SENT)
+            fix = open_files_advice() if code - NOT_SENT == errno.EMFILE else "See above"
             return UserError(f"a process that reads images cannot hand them over: {why}. {fix}")
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         sample = None if reading is None else reading.of(number)
@@ -396,51 +395,3 @@ def _shared_memory_advice() -> str:
         f"Make room in /dev/shm{free} (in a container: --shm-size), or use a lower --num-workers "
         "or --batch-size"
     )
-
-
-_no_longer: Any = None  # in a worker: an event, set when its batches are not wanted any more
-
-
-def closing() -> bool:
-    """Whether nobody waits any more for what this process reads: for waits that may be long."""
-    parent = multiprocessing.parent_process()
-    if get_worker_info() is None or parent is None:
-        return False
-    return not parent.is_alive() or (_no_longer is not None and _no_longer.is_set())
-
-
-def _set_up_worker(no_longer: Any, parent: int | None, worker: int) -> None:
-    global _no_longer
-    _no_longer = no_longer
-    if parent == os.getppid():  # not with a server between the two
-        die_with(parent)
-    queues.Queue._on_queue_feeder_error = staticmethod(_not_sent)  # type: ignore[attr-defined]
-    # Whoever stops the run (Ctrl-C, Slurm) signals the whole group. The main process decides what
-    # to do about it, and may want to finish its step; it ends the workers itself, and they end on
-    # their own within seconds when it is gone.
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)  # the main process's
-    # torch would blame shared memory for every one of these; the main process knows better.
-    signal.signal(signal.SIGBUS, signal.SIG_DFL)
-    sys.excepthook = _report_unless_alone
-
-
-def _not_sent(error: BaseException, batch: Any) -> None:
-    """End this worker: the main process would wait for a batch that was lost on its way."""
-    if not isinstance(error, OSError):
-        say("".join(tracebacks.format_exception(error)))
-    os._exit(_NOT_SENT + min(getattr(error, "errno", None) or errno.EIO, 100))
-
-
-def _report_unless_alone(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    """Errors in a worker reach the main process; what is left is the thread that sends memory.
-
-    It fails when the main process is gone, about which nobody needs to hear from every worker.
-    """
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        _not_sent(error, None)
-    if not isinstance(error, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, traceback)

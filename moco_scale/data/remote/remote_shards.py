@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from moco_scale.data.loading.workers import closing
 from moco_scale.data.remote.download import RemoteFile, TooLarge, download_document
 from moco_scale.data.remote.place import Place
 from moco_scale.data.remote.prefetch import RemotePart
@@ -29,6 +28,7 @@ from moco_scale.untrusted.shard_index import AnyIndex, ShardIndex, parse_index
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.own_folders import without_links
+from moco_scale.utils.worker_process import closing
 
 _ROWS_RATE = 1e5  # bytes a second at which rows have to arrive
 _ATTEMPTS = 3  # to fetch an index that is whole and fits the rest
