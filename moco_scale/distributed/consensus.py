@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -73,9 +74,7 @@ def rank0_first(
         PeerLost: nobody whose turn it is has got on for as long as a collective may take.
     """
     turn = 0 if collectives.rank() == 0 else 1 if collectives.local_rank() == 0 else 2
-    results = [
-        raise_on_all_ranks(lambda now=now: _turn(action, turn == now, alive)) for now in range(3)
-    ]  # type: ignore[misc]
+    results = [raise_on_all_ranks(partial(_turn, action, turn == now, alive)) for now in range(3)]
     return cast(T, results[turn])
 
 

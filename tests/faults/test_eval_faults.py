@@ -317,6 +317,6 @@ def test_wrong_flags(
 ) -> None:
     required = {"data_dir": tmp_path, "pretrained_model": tmp_path, "output_dir": tmp_path}
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main([str(w) for w in words({}, **required, **{flag: value})])
+        main([str(w) for w in words({}, **required, **{flag: value})])
     assert stopped.value.code == 2
     assert "--" + flag.replace("_", "-") in capsys.readouterr().err

@@ -23,13 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moco_scale.data.open import open_shards
-from moco_scale.data.remote import download, http_connection, shard_source, stores
-from moco_scale.data.remote.download import Patience, RemoteFile, download_document, state_of
+from moco_scale.data.remote import download, fsspec_store, http_connection, shard_source
+from moco_scale.data.remote.download import RemoteFile, RetryPolicy, download_document, state_of
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.index_file import INDEX_DTYPE, rows_checksum
 from moco_scale.utils.errors import UserError
 
-ONCE = Patience(give_up=0.0)
+ONCE = RetryPolicy(give_up=0.0)
 Answer = Callable[[str], Iterator[bytes]]
 """The pieces of an answer to a request for a path; after the last the connection is closed."""
 
@@ -72,7 +72,7 @@ def raw() -> Iterator[Raw]:
 def hurried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(http_connection, "SILENCE", 0.5)
     monkeypatch.setattr(http_connection, "DOCUMENT_SECONDS", 1.0)
-    monkeypatch.setattr(shard_source, "Patience", lambda give_up: ONCE)
+    monkeypatch.setattr(shard_source, "RetryPolicy", lambda give_up: ONCE)
     monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path / "home"))
 
 
@@ -91,8 +91,8 @@ def little_memory() -> Iterator[None]:
 def fetched(raw: Raw, answer: Answer, most: int | None = 10**6) -> bytes:
     raw.answers.append(answer)
     content = io.BytesIO()
-    place = stores.place(raw.url)
-    download_document(place, RemoteFile("index.json", most=most), content, ONCE, 5.0)
+    store = fsspec_store.store_at(raw.url)
+    download_document(store, RemoteFile("index.json", most=most), content, ONCE, 5.0)
     return content.getvalue()
 
 
@@ -162,7 +162,7 @@ def test_an_odd_answer_is_a_file_or_a_message(
     with contextlib.suppress(UserError):
         assert len(fetched(raw, answer)) <= len(body)
     with contextlib.suppress(UserError):
-        state = state_of(stores.place(raw.url), RemoteFile("x"), ONCE)
+        state = state_of(fsspec_store.store_at(raw.url), RemoteFile("x"), ONCE)
         assert state.bytes is None or 0 <= state.bytes <= 2**50
         assert state.tag.isprintable() and len(state.tag) + len(state.changed) <= 2000
 
@@ -246,12 +246,12 @@ def test_a_body_that_drips_is_given_up(raw: Raw, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(download, "_LOOK", 60.0)
     raw.answers.append(answer)
     with pytest.raises(UserError, match="not arrived within 0 s"):
-        place, file = stores.place(raw.url), RemoteFile("index.json")
-        download_document(place, file, io.BytesIO(), ONCE, 0.2)
+        store, file = fsspec_store.store_at(raw.url), RemoteFile("index.json")
+        download_document(store, file, io.BytesIO(), ONCE, 0.2)
     # Nor a shard, for all that it gets on each time.
     monkeypatch.setattr(download, "_LOOK", 0.3)
     with pytest.raises(UserError, match="given up after"):
-        download.download(place, file, io.BytesIO(), Patience(0.5, 0.01, 0.01))
+        download.download(store, file, io.BytesIO(), RetryPolicy(0.5, 0.01, 0.01))
 
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -329,9 +329,9 @@ def test_nothing_is_written_where_a_server_says(raw: Raw, tmp_path: Path) -> Non
 
 def test_a_place_can_be_sent_to_the_process_that_fetches_ahead(raw: Raw) -> None:
     raw.answers.append(whole(OK + b"abc"))
-    place = pickle.loads(pickle.dumps(stores.place(raw.url)))
+    store = pickle.loads(pickle.dumps(fsspec_store.store_at(raw.url)))
     content = io.BytesIO()
-    download_document(place, RemoteFile("x"), content, ONCE, 5.0)
+    download_document(store, RemoteFile("x"), content, ONCE, 5.0)
     assert content.getvalue() == b"abc"
 
 
@@ -340,10 +340,10 @@ def test_a_start_says_what_it_waits_for(
 ) -> None:
     """Once, and without the password; where nobody listens that is minutes."""
     monkeypatch.setattr(download, "_SAID_AFTER", 0.0)
-    patience = download.Patience(give_up=0.5, first_wait=0.02)
-    nobody = stores.place("http://joe:secret@127.0.0.1:1/data")
+    retry = download.RetryPolicy(give_up=0.5, first_wait=0.02)
+    nobody = fsspec_store.store_at("http://joe:secret@127.0.0.1:1/data")
     with pytest.raises(UserError, match="refused"):
-        download.state_of(nobody, download.RemoteFile("index.json"), patience)
+        download.state_of(nobody, download.RemoteFile("index.json"), retry)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "127.0.0.1:1/data/index.json" in said and "refused" in said

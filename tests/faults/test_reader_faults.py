@@ -179,8 +179,8 @@ class DiesAsking(Dataset[torch.Tensor]):
                 assert frame.f_back is not None
                 frame = frame.f_back
             for asked in (frame.f_locals["done_event"], worker_process._no_longer):
-                if hasattr(asked, "_cond"):  # as multiprocessing's has
-                    asked._cond.acquire()
+                if lock := getattr(asked, "_cond", None):  # as multiprocessing's has
+                    lock.acquire()
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.tensor([job])
 

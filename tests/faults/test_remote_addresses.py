@@ -14,7 +14,7 @@ from remote_sets import HURRIED, batches, same, source_of
 from moco_scale.config.command_line import parse
 from moco_scale.config.resolve import build
 from moco_scale.data.open import open_shards
-from moco_scale.data.remote import shard_source, stores
+from moco_scale.data.remote import fsspec_store, shard_source
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards import addresses
 from moco_scale.data.shards.mixed_shards import split_mixture
@@ -25,7 +25,7 @@ from moco_scale.utils.errors import UserError
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_source, "Patience", HURRIED)
+    monkeypatch.setattr(shard_source, "RetryPolicy", HURRIED)
 
 
 def test_addresses_that_are_none_say_what_they_should_be(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_nor_where_they_are_written_carelessly() -> None:
     ]:
         assert addresses.shown(spec) == said
     with pytest.raises(UserError, match=r"//host:x/y: .* port that is none") as caught:
-        stores.place("http://me:secret@host:x/y")
+        fsspec_store.store_at("http://me:secret@host:x/y")
     assert "secret" not in str(caught.value)
 
 

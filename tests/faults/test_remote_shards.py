@@ -28,7 +28,7 @@ from moco_scale.config.schema import differences
 from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.loading.workers import BatchLoader
 from moco_scale.data.open import has_split, open_shards
-from moco_scale.data.remote import prefetch, shard_source, stores
+from moco_scale.data.remote import fsspec_store, prefetch, shard_source
 from moco_scale.data.remote.download import RemoteFile
 from moco_scale.data.remote.prefetch import (
     NOWHERE,
@@ -47,7 +47,7 @@ from moco_scale.utils.errors import UserError
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_source, "Patience", HURRIED)
+    monkeypatch.setattr(shard_source, "RetryPolicy", HURRIED)
 
 
 def test_images_labels_and_identity_are_those_of_the_folder(
@@ -175,8 +175,8 @@ def test_evaluation_fetches_ahead_for_all_ranks_of_a_machine(
 def test_who_reads_beside_a_run_holds_few_shards_ready(tmp_path: Path) -> None:
     shard_of = np.repeat(np.arange(40, dtype=np.uint32), 8)
     files = [RemoteFile(f"{n}.tar", 100) for n in range(40)]
-    place, cache = stores.place("http://host"), ShardCache(tmp_path, 10**6)
-    part = RemotePart(0, shard_of, files, place, tmp_path, cache)
+    store, cache = fsspec_store.store_at("http://host"), ShardCache(tmp_path, 10**6)
+    part = RemotePart(0, shard_of, files, store, tmp_path, cache)
     slices = Slices((range(160), range(160, 320)), 8)
     lookahead = Lookahead(Job([part], slices, 0, len(slices), in_flight=1, spare=3))
     lookahead.advance(0)
@@ -308,7 +308,7 @@ def test_it_looks_ahead_in_the_order_of_need_as_far_as_there_is_room(tmp_path: P
 
     def job(limit: int) -> Job:
         cache = ShardCache(tmp_path, limit)
-        part = RemotePart(0, shard_of, files, stores.place("http://host"), tmp_path, cache)
+        part = RemotePart(0, shard_of, files, fsspec_store.store_at("http://host"), tmp_path, cache)
         return Job([part], plan, 0, 80, in_flight=2)
 
     def needs(*steps: int) -> set[tuple[int, int]]:

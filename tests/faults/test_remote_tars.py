@@ -13,9 +13,9 @@ from remote_sets import HURRIED, batches, same
 
 from moco_scale.data.open import has_split, open_shards
 from moco_scale.data.remote import remote_tars, shard_source
-from moco_scale.data.remote.place import FileState
 from moco_scale.data.remote.saved_scans import SavedScan, load_scan, save_scan, scan_path
 from moco_scale.data.remote.shard_source import ShardSource
+from moco_scale.data.remote.store import FileState
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.data.shards.tar_scan import ShardScan
 from moco_scale.utils.errors import UserError
@@ -23,7 +23,7 @@ from moco_scale.utils.errors import UserError
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shard_source, "Patience", HURRIED)
+    monkeypatch.setattr(shard_source, "RetryPolicy", HURRIED)
     monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path / "home"))
 
 

@@ -1,4 +1,4 @@
-"""Fetching shards from places that fail, into a cache that others use."""
+"""Fetching shards from stores that fail, into a cache that others use."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from http_folder import FaultyFolder, Request, served
 
-from moco_scale.data.remote import download, http_connection, shard_cache, stores
-from moco_scale.data.remote.download import Patience, RemoteFile, Stopped
-from moco_scale.data.remote.place import Place
+from moco_scale.data.remote import download, fsspec_store, http_connection, shard_cache
+from moco_scale.data.remote.download import RemoteFile, RetryPolicy, Stopped
 from moco_scale.data.remote.shard_cache import SHARDS, NoRoom, ShardCache, shard_path
+from moco_scale.data.remote.store import Store
 from moco_scale.utils.errors import UserError
 
 SIZE = 300_000
-HURRIED = Patience(give_up=20.0, first_wait=0.002, longest_wait=0.01)
+HURRIED = RetryPolicy(give_up=20.0, first_wait=0.002, longest_wait=0.01)
 
 
 def content_of(number: int) -> bytes:
@@ -63,8 +63,8 @@ def serve(origin: Path) -> Iterator[Serve]:
         yield lambda fault: stack.enter_context(served(origin, fault))
 
 
-def at(server: FaultyFolder) -> Place:
-    return stores.place(server.url)
+def at(server: FaultyFolder) -> Store:
+    return fsspec_store.store_at(server.url)
 
 
 def in_order(*faults: str) -> Callable[[str, int], str]:
@@ -133,7 +133,7 @@ def test_what_stays_broken_is_given_up_with_what_happened_how_often(
     target: Path, cache: ShardCache, serve: Serve
 ) -> None:
     server = serve(lambda name, attempt: "drop 1000" if attempt in (2, 5) else "500")
-    short = ShardCache(cache.root, cache.limit, Patience(0.3, 0.002, 0.05))
+    short = ShardCache(cache.root, cache.limit, RetryPolicy(0.3, 0.002, 0.05))
     with pytest.raises(UserError) as caught:
         short.hold(at(server), target, shard(1))
     text = str(caught.value)
@@ -146,17 +146,17 @@ def test_what_stays_broken_is_given_up_with_what_happened_how_often(
 
 def test_nobody_listens(cache: ShardCache, target: Path, serve: Serve) -> None:
     with served(cache.root.parent) as gone:
-        place = at(gone)
-    short = ShardCache(cache.root, cache.limit, Patience(0.05, 0.002, 0.01))
+        store = at(gone)
+    short = ShardCache(cache.root, cache.limit, RetryPolicy(0.05, 0.002, 0.01))
     with pytest.raises(UserError, match="Connection refused"):
-        short.hold(place, target, shard(0))
+        short.hold(store, target, shard(0))
 
 
 def test_a_shard_that_advances_is_never_given_up(
     cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every connection breaks after a hundredth of it; together they take far more than the
-    patience, by a clock that the waits alone move on."""
+    retry, by a clock that the waits alone move on."""
     now = [0.0]
 
     def wait(seconds: float, stopped: object) -> None:
@@ -165,10 +165,10 @@ def test_a_shard_that_advances_is_never_given_up(
     monkeypatch.setattr(download.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(download, "_sleep", wait)
     server = serve(lambda name, attempt: "drop 3000" if attempt % 3 == 2 else "503")
-    patience = Patience(give_up=30.0, first_wait=1.0, longest_wait=10.0)
-    ShardCache(cache.root, cache.limit, patience).fetch(at(server), target, shard(2))
+    retry = RetryPolicy(give_up=30.0, first_wait=1.0, longest_wait=10.0)
+    ShardCache(cache.root, cache.limit, retry).fetch(at(server), target, shard(2))
     assert (target / "shards" / shard(2).name).read_bytes() == content_of(2)
-    assert now[0] > 5 * patience.give_up
+    assert now[0] > 5 * retry.give_up
 
 
 def test_a_silent_server_is_left_when_nobody_wants_the_shard_any_more(
@@ -205,13 +205,13 @@ def test_a_left_part_of_something_else_does_no_harm(
         os.unlink(target / "shards" / shard(3).name)
 
 
-def fetch_in_child(cache: ShardCache, place: Place, target: Path, number: int) -> int:
+def fetch_in_child(cache: ShardCache, store: Store, target: Path, number: int) -> int:
     """Fork a process that holds a shard and checks it; its pid."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            with cache.hold(place, target, shard(number)) as file:
+            with cache.hold(store, target, shard(number)) as file:
                 status = 0 if file.read() == content_of(number) else 2
         finally:
             os._exit(status)
@@ -238,8 +238,8 @@ def test_the_lock_of_a_dead_fetcher_is_free(cache: ShardCache, target: Path, ser
     assert os.waitpid(second, 0)[1] == 0
 
 
-def held(cache: ShardCache, place: Place, target: Path, number: int) -> mmap.mmap:
-    with cache.hold(place, target, shard(number)) as file:
+def held(cache: ShardCache, store: Store, target: Path, number: int) -> mmap.mmap:
+    with cache.hold(store, target, shard(number)) as file:
         return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
 
@@ -251,31 +251,31 @@ def there(target: Path) -> set[int]:
 def test_the_least_recently_used_goes_and_never_one_that_is_mapped(
     cache: ShardCache, target: Path, serve: Serve
 ) -> None:
-    place = at(serve(in_order()))
+    store = at(serve(in_order()))
     small = ShardCache(cache.root, 3 * SIZE, HURRIED)
-    mapped = held(small, place, target, 0)
+    mapped = held(small, store, target, 0)
     for number in (1, 2, 1):
-        held(small, place, target, number).close()
-    small.fetch(place, target, shard(3))
+        held(small, store, target, number).close()
+    small.fetch(store, target, shard(3))
     assert there(target) == {0, 1, 3}
-    small.fetch(place, target, shard(4), keep={target / "shards" / shard(1).name})
+    small.fetch(store, target, shard(4), keep={target / "shards" / shard(1).name})
     assert there(target) == {0, 1, 4}
     assert mapped[:] == content_of(0)
     mapped.close()
-    small.fetch(place, target, shard(5))
+    small.fetch(store, target, shard(5))
     assert there(target) == {1, 4, 5}
 
 
 def test_a_full_cache_waits_for_what_its_owner_lets_go(
     cache: ShardCache, target: Path, serve: Serve
 ) -> None:
-    place = at(serve(in_order()))
+    store = at(serve(in_order()))
     small = ShardCache(cache.root, 2 * SIZE, HURRIED)
-    maps = [held(small, place, target, number) for number in (0, 1)]
+    maps = [held(small, store, target, number) for number in (0, 1)]
     with pytest.raises(NoRoom):
-        small.fetch(place, target, shard(2))
+        small.fetch(store, target, shard(2))
     assert there(target) == {0, 1}
-    with small.hold(place, target, shard(2), let_go=lambda: maps.pop(0).close()) as file:
+    with small.hold(store, target, shard(2), let_go=lambda: maps.pop(0).close()) as file:
         assert file.read() == content_of(2)
     assert there(target) == {1, 2}
 
@@ -283,14 +283,14 @@ def test_a_full_cache_waits_for_what_its_owner_lets_go(
 def test_a_cache_that_others_fill_is_an_error_in_the_end(
     cache: ShardCache, target: Path, serve: Serve
 ) -> None:
-    place = at(serve(in_order()))
-    small = ShardCache(cache.root, SIZE, Patience(0.1, 0.002, 0.01))
-    other = held(small, place, target, 0)
+    store = at(serve(in_order()))
+    small = ShardCache(cache.root, SIZE, RetryPolicy(0.1, 0.002, 0.01))
+    other = held(small, store, target, 0)
     with pytest.raises(UserError, match=r"all 0\.0003 GB are in use"):
-        small.hold(place, target, shard(1))
+        small.hold(store, target, shard(1))
     other.close()
     with pytest.raises(UserError, match=r"train-000001.tar alone has 0\.0003 GB"):
-        ShardCache(cache.root, SIZE - 1, HURRIED).hold(place, target, shard(1))
+        ShardCache(cache.root, SIZE - 1, HURRIED).hold(store, target, shard(1))
 
 
 def test_room_is_kept_for_what_is_on_its_way(cache: ShardCache, target: Path, serve: Serve) -> None:
@@ -311,16 +311,16 @@ def test_room_is_kept_for_what_is_on_its_way(cache: ShardCache, target: Path, se
 def test_room_is_made_for_a_shard_of_unknown_size_as_it_grows(
     cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moco_scale.data.remote.http.CHUNK", SIZE // 20)
-    small, place = ShardCache(cache.root, 5 * SIZE // 2, HURRIED), at(serve(lambda *_: ""))
+    monkeypatch.setattr("moco_scale.data.remote.http_store.CHUNK", SIZE // 20)
+    small, store = ShardCache(cache.root, 5 * SIZE // 2, HURRIED), at(serve(lambda *_: ""))
     unknown = RemoteFile(shard(3).name, most=small.limit)
     for number in (1, 2):
-        small.fetch(place, target, shard(number))
+        small.fetch(store, target, shard(number))
     path = shard_path(target, shard(1))
     with pytest.raises(NoRoom):
-        small.fetch(place, target, unknown, keep={path, shard_path(target, shard(2))})
+        small.fetch(store, target, unknown, keep={path, shard_path(target, shard(2))})
     assert there(target) == {1, 2}
-    small.fetch(place, target, unknown, keep={path})
+    small.fetch(store, target, unknown, keep={path})
     assert there(target) == {1, 3}
 
 
@@ -336,13 +336,13 @@ def test_a_name_stays_a_name_in_the_folder_whatever_it_is(tmp_path: Path) -> Non
 
 
 def test_threads_fetch_beside_each_other(cache: ShardCache, target: Path, serve: Serve) -> None:
-    place = at(serve(in_order("drop 1000")))
+    store = at(serve(in_order("drop 1000")))
     small = ShardCache(cache.root, 4 * SIZE, HURRIED)
     wrong: list[int] = []
 
     def work(first: int) -> None:
         for number in [(first + i) % 6 for i in range(12)]:
-            with small.hold(place, target, shard(number)) as file:
+            with small.hold(store, target, shard(number)) as file:
                 if file.read() != content_of(number):
                     wrong.append(number)
 
@@ -372,9 +372,9 @@ def test_on_a_full_disk_old_shards_make_way(
     cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_writes(monkeypatch, 2 * SIZE + SIZE // 2, cache.root)
-    place = at(serve(in_order()))
+    store = at(serve(in_order()))
     for number in range(5):
-        with cache.hold(place, target, shard(number)) as file:
+        with cache.hold(store, target, shard(number)) as file:
             assert file.read() == content_of(number)
     assert there(target) == {3, 4}
 
@@ -383,10 +383,10 @@ def test_a_full_disk_without_anything_to_remove_is_an_error(
     cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_writes(monkeypatch, SIZE + SIZE // 2, cache.root)
-    place = at(serve(in_order()))
-    mapped = held(cache, place, target, 0)
+    store = at(serve(in_order()))
+    mapped = held(cache, store, target, 0)
     with pytest.raises(UserError, match=f"{cache.root}: the disk is full"):
-        cache.hold(place, target, shard(1))
+        cache.hold(store, target, shard(1))
     assert [path.name for path in (target / "shards").iterdir()] == [shard(0).name]
     assert mapped[:] == content_of(0)
 
@@ -394,14 +394,14 @@ def test_a_full_disk_without_anything_to_remove_is_an_error(
 def test_locks_are_taken_as_a_network_file_system_wants_them(
     cache: ShardCache, target: Path, serve: Serve, locks_of_nfs: None
 ) -> None:
-    place = at(serve(in_order()))
+    store = at(serve(in_order()))
     small = ShardCache(cache.root, 2 * SIZE, HURRIED)
-    mapped = held(small, place, target, 0)
+    mapped = held(small, store, target, 0)
     for number in (1, 2, 3):
-        small.fetch(place, target, shard(number))
+        small.fetch(store, target, shard(number))
     assert there(target) == {0, 3}
     (target / "shards" / f".{shard(5).name}.{SIZE}.partial").touch()  # somebody was killed
-    small.fetch(place, target, shard(4))
+    small.fetch(store, target, shard(4))
     assert there(target) == {0, 4} and mapped[:] == content_of(0)
 
 
@@ -427,10 +427,10 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path, serve: Serve) 
 def test_a_shard_that_was_cut_short_on_the_disk_is_fetched_again(
     cache: ShardCache, target: Path, serve: Serve
 ) -> None:
-    place = at(serve(in_order()))
-    cache.fetch(place, target, shard(0))
+    store = at(serve(in_order()))
+    cache.fetch(store, target, shard(0))
     os.truncate(target / "shards" / shard(0).name, 10)
-    with cache.hold(place, target, shard(0)) as file:
+    with cache.hold(store, target, shard(0)) as file:
         assert file.read() == content_of(0)
 
 
@@ -454,9 +454,9 @@ def test_what_the_user_keeps_in_the_folder_is_neither_counted_nor_removed(
         for name in names:
             (folder / name).write_bytes(b"x" * SIZE)
     before = {folder: tree(folder) for folder in users}
-    small, place = ShardCache(cache.root, 2 * SIZE, HURRIED), at(serve(in_order()))
+    small, store = ShardCache(cache.root, 2 * SIZE, HURRIED), at(serve(in_order()))
     for number in range(4):
-        small.hold(place, target, shard(number)).close()
+        small.hold(store, target, shard(number)).close()
     assert there(target) == {2, 3}
     assert {folder: tree(folder) for folder in users} == before
 
@@ -477,9 +477,9 @@ def test_links_in_the_cache_are_not_followed(
     # One in the place of a shard is of another size, or of the right one.
     (target / "shards" / shard(0).name).symlink_to(mine / "shards" / "thesis")
     (target / "shards" / "linked").symlink_to(mine / "shards" / "thesis")
-    small, place = ShardCache(cache.root, SIZE, HURRIED), at(serve(in_order()))
+    small, store = ShardCache(cache.root, SIZE, HURRIED), at(serve(in_order()))
     for number in range(3):
-        with small.hold(place, target, shard(number)) as file:
+        with small.hold(store, target, shard(number)) as file:
             assert file.read() == content_of(number)
     assert tree(mine) == before
 
@@ -526,13 +526,13 @@ def test_where_all_files_have_one_owner_the_folder_is_ours(
 def test_users_of_one_folder_have_a_part_each(
     cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, small = at(serve(in_order())), ShardCache(cache.root, SIZE, HURRIED)
-    small.fetch(place, target, shard(0))
+    store, small = at(serve(in_order())), ShardCache(cache.root, SIZE, HURRIED)
+    small.fetch(store, target, shard(0))
     uid = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
     other = small.home / "set"
-    small.fetch(place, other, shard(1))
-    small.fetch(place, other, shard(2))
+    small.fetch(store, other, shard(1))
+    small.fetch(store, other, shard(2))
     assert other != target and there(other) == {2} and there(target) == {0}
 
 
@@ -542,9 +542,9 @@ def test_a_cache_of_an_earlier_version_is_said_once_and_left_alone(
     earlier = cache.root / "data-0123456789abcdef" / "shards"
     earlier.mkdir(parents=True)
     (earlier / "000.tar").write_bytes(b"x" * 2 * SIZE)
-    place, small = at(serve(in_order())), ShardCache(cache.root, SIZE, HURRIED)
+    store, small = at(serve(in_order())), ShardCache(cache.root, SIZE, HURRIED)
     for name in ("one", "two"):
-        small.fetch(place, small.home / name, shard(0))
+        small.fetch(store, small.home / name, shard(0))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and str(earlier.parent) in lines[0] and "earlier version" in lines[0]
     assert (earlier / "000.tar").exists()

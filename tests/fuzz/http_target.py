@@ -8,11 +8,11 @@ import socket
 from pathlib import Path
 from unittest import mock
 
-from moco_scale.data.remote import place
-from moco_scale.data.remote.download import Patience, RemoteFile, download_document, state_of
+from moco_scale.data.remote.download import RemoteFile, RetryPolicy, download_document, state_of
+from moco_scale.data.remote.fsspec_store import store_at
 from moco_scale.utils.errors import UserError
 
-_ONCE = Patience(give_up=0.0)
+_ONCE = RetryPolicy(give_up=0.0)
 _MOST = 1 << 16
 
 
@@ -47,7 +47,7 @@ def run(data: bytes, folder: Path) -> None:
             return ours
 
         open_sockets.enter_context(mock.patch("socket.create_connection", connect))
-        there, file = place("http://me:secret@127.0.0.1/d"), RemoteFile("index.json", most=_MOST)
+        there, file = store_at("http://me:secret@127.0.0.1/d"), RemoteFile("index.json", most=_MOST)
         content = io.BytesIO()
         with contextlib.suppress(UserError):
             download_document(there, file, content, _ONCE, 5.0)

@@ -10,7 +10,7 @@ from http_folder import FaultyFolder
 
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading.loader import ViewBatch, pretraining_loader
-from moco_scale.data.remote.download import Patience
+from moco_scale.data.remote.download import RetryPolicy
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.protocols import Shards
@@ -18,7 +18,7 @@ from moco_scale.data.shards.protocols import Shards
 AUG = AUGMENTATIONS["cifar"]
 WINDOW = 2
 # In the place of Patience where a test would wait between attempts.
-HURRIED = partial(Patience, first_wait=0.002, longest_wait=0.02)
+HURRIED = partial(RetryPolicy, first_wait=0.002, longest_wait=0.02)
 
 
 def source_of(server: FaultyFolder | str, cache: Path, size: float = 1.0) -> ShardSource:

@@ -47,11 +47,11 @@ def drawn(
     lines: Records, folder: Path, monkeypatch: pytest.MonkeyPatch, tail: str = "", **options: Any
 ) -> dict[str, Axes]:
     """Write the report; the axes it drew, by the first word of their title."""
-    figures: list[Figure] = []
+    drawn: list[Figure] = []
     save = Figure.savefig
 
     def keep(figure: Figure, *args: Any, **keywords: Any) -> None:
-        figures.append(figure)
+        drawn.append(figure)
         save(figure, *args, **keywords)
 
     monkeypatch.setattr(Figure, "savefig", keep)
@@ -60,7 +60,7 @@ def drawn(
     figures.report(metrics, out, **options)
     with Image.open(out) as image:
         image.verify()
-    return {a.get_title(loc="left").split(" ")[0]: a for a in figures[-1].axes}
+    return {a.get_title(loc="left").split(" ")[0]: a for a in drawn[-1].axes}
 
 
 def points(axis: Axes, line: int = -1) -> list[tuple[float, float]]:

@@ -19,7 +19,7 @@ ME = "Basic bWU6c2VjcmV0"  # me:secret
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shard_source, "Patience", HURRIED)
+    monkeypatch.setattr(shard_source, "RetryPolicy", HURRIED)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("USER", "PASSWORD", "TOKEN", "SIGNATURE"):
         monkeypatch.delenv(f"MOCO_SCALE_HTTP_{name}", raising=False)

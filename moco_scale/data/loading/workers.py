@@ -270,7 +270,7 @@ def _context(start_method: str | None) -> Any:
         start_method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context = copy.copy(multiprocessing.get_context(start_method))
     # torch asks the one that it makes for each batch, in its workers and in this process.
-    context.Event = Flag  # type: ignore[method-assign]
+    context.Event = Flag  # type: ignore[method-assign, assignment]
     return context
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from moco_scale.data.remote.place import CHUNK, Body, FetchError, FileState, Place
+from moco_scale.data.remote.store import CHUNK, Body, FetchError, FileState, Store
 from moco_scale.untrusted.limits import LEAST_RATE
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
@@ -49,7 +49,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to try.
 
     Attributes:
@@ -78,16 +78,16 @@ def never() -> bool:
 
 
 def download(
-    place: Place,
+    store: Store,
     file: RemoteFile,
     sink: Sink,
-    patience: Patience,
+    retry: RetryPolicy,
     stopped: Callable[[], bool] = never,
     held: int = 0,
 ) -> None:
     """Bring a file into `sink`, which holds its first `held` bytes already.
 
-    After a broken connection it goes on where it was, where the place can do that.
+    After a broken connection it goes on where it was, where the store can do that.
 
     Raises:
         TooLarge: it has more than `file.most` bytes.
@@ -95,10 +95,10 @@ def download(
         Stopped: `stopped` became true.
         OSError: the sink cannot be written.
     """
-    transfer = _Transfer(place, file, sink, stopped)
+    transfer = _Transfer(store, file, sink, stopped)
     if held:
         transfer.resume(held)
-    attempts = _Attempts(place, file, patience, held)
+    attempts = _Attempts(store, file, retry, held)
     while True:
         try:
             transfer.attempt()
@@ -110,14 +110,14 @@ def download(
 
 
 def download_document(
-    place: Place, file: RemoteFile, sink: Sink, patience: Patience, seconds: float
+    store: Store, file: RemoteFile, sink: Sink, retry: RetryPolicy, seconds: float
 ) -> None:
     """Bring a small file, which has to arrive in so many seconds over one connection or another.
 
     Unlike a shard it is given up when it advances too slowly. Raises as `download` does.
     """
-    transfer = _Transfer(place, file, sink, never, seconds)
-    attempts = _Attempts(place, file, patience, says=True)
+    transfer = _Transfer(store, file, sink, never, seconds)
+    attempts = _Attempts(store, file, retry, says=True)
     while True:
         try:
             transfer.attempt()
@@ -127,12 +127,12 @@ def download_document(
         _sleep(wait, never)
 
 
-def state_of(place: Place, file: RemoteFile, patience: Patience) -> FileState:
-    """What a place says of a file without sending it. Raises UserError as `download` does."""
-    attempts = _Attempts(place, file, patience, says=True)
+def state_of(store: Store, file: RemoteFile, retry: RetryPolicy) -> FileState:
+    """What a store says of a file without sending it. Raises UserError as `download` does."""
+    attempts = _Attempts(store, file, retry, says=True)
     while True:
         try:
-            return place.state(file.name)
+            return store.state(file.name)
         except FetchError as error:
             wait = attempts.failed(error)
         _sleep(wait, never)
@@ -146,14 +146,14 @@ class _Attempts:
 
     def __init__(
         self,
-        place: Place,
+        store: Store,
         file: RemoteFile,
-        patience: Patience,
+        retry: RetryPolicy,
         held: int = 0,
         says: bool = False,
     ) -> None:
         self._says = says
-        self._place, self._file, self._patience = place, file, patience
+        self._store, self._file, self._retry = store, file, retry
         self._failures: Counter[str] = Counter()
         self._started = self._advanced = time.monotonic()
         self._furthest, self._idle = held, 0
@@ -163,25 +163,25 @@ class _Attempts:
 
         Raises UserError: there is to be none.
         """
-        now, patience = time.monotonic(), self._patience
+        now, retry = time.monotonic(), self._retry
         self._failures[str(error)] += 1
         # A byte now and then is no advance.
         if furthest > self._furthest + LEAST_RATE * max(0.0, now - self._advanced - _LOOK):
             self._furthest, self._advanced, self._idle = furthest, now, 0
-        wait = min(patience.longest_wait, patience.first_wait * 2**self._idle)
+        wait = min(retry.longest_wait, retry.first_wait * 2**self._idle)
         wait = max(error.wait, wait * _jitter.uniform(0.5, 1.0))
         self._idle += 1
-        late = now + wait - self._advanced > patience.give_up
+        late = now + wait - self._advanced > retry.give_up
         if hopeless or late or not error.passing:
             seconds = now - self._started
             raise UserError(
-                _gave_up(self._place, self._file, self._failures, str(error), seconds)
+                _gave_up(self._store, self._file, self._failures, str(error), seconds)
             ) from None
         if self._says and now - self._advanced >= _SAID_AFTER:
             self._says = False
             say(
-                f"{self._place.address(self._file.name)}: {error}; it is tried for "
-                f"{patience.give_up:.0f} s (--shard-timeout)"
+                f"{self._store.address(self._file.name)}: {error}; it is tried for "
+                f"{retry.give_up:.0f} s (--shard-timeout)"
             )
         return wait
 
@@ -196,14 +196,14 @@ class _Transfer:
 
     def __init__(
         self,
-        place: Place,
+        store: Store,
         file: RemoteFile,
         sink: Sink,
         stopped: Callable[[], bool],
         seconds: float = float("inf"),
     ) -> None:
         """seconds: for all of the file over one connection."""
-        self._place, self._file, self._sink, self._stopped = place, file, sink, stopped
+        self._store, self._file, self._sink, self._stopped = store, file, sink, stopped
         self._seconds = seconds
         self._offset, self._hash = 0, hashlib.blake2b(digest_size=16)
         self.furthest, self.wrong = 0, 0
@@ -227,7 +227,7 @@ class _Transfer:
         """Over one connection. Raises FetchError, Stopped, OSError of the sink."""
         wanted = self._file.bytes
         if wanted is None or self._offset < wanted:
-            with self._place.open(self._file.name, self._offset) as body:
+            with self._store.open(self._file.name, self._offset) as body:
                 self._receive(body)
         self._check()
 
@@ -246,7 +246,7 @@ class _Transfer:
             pace.check(len(chunk))
             if self._file.most is not None and self._offset + len(chunk) > self._file.most:
                 self._restart()
-                raise TooLarge(_too_large(self._place, self._file))
+                raise TooLarge(_too_large(self._store, self._file))
             self._sink.write(chunk)
             self._hash.update(chunk)
             self._offset += len(chunk)
@@ -286,9 +286,9 @@ class _Pace:
             self._looked, self._bytes = now, 0
 
 
-def _too_large(place: Place, file: RemoteFile) -> str:
+def _too_large(store: Store, file: RemoteFile) -> str:
     return (
-        f"{place.address(file.name)} does not end: more than {file.most:,} bytes have arrived, "
+        f"{store.address(file.name)} does not end: more than {file.most:,} bytes have arrived, "
         "which are as many as are taken"
     )
 
@@ -302,10 +302,10 @@ def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
 
 
 def _gave_up(
-    place: Place, file: RemoteFile, failures: Counter[str], last: str, seconds: float
+    store: Store, file: RemoteFile, failures: Counter[str], last: str, seconds: float
 ) -> str:
     count = sum(failures.values())
-    where = f"{printable(file.name)} could not be fetched from {place.address(file.name)}"
+    where = f"{printable(file.name)} could not be fetched from {store.address(file.name)}"
     if count == 1:
         return f"{where}: {last}. {_advice(last, file)}"
     each = ", ".join(f"{number} x {reason}" for reason, number in failures.most_common(5))

@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from moco_scale.data.remote.place import FetchError, said_by
+from moco_scale.data.remote.store import FetchError, said_by
 from moco_scale.untrusted.limits import DOCUMENT_SECONDS, HEAD_BYTES
 
 SILENCE = 60.0

@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 import moco_scale
 from moco_scale.data.remote.download import RemoteFile
-from moco_scale.data.remote.place import Place
 from moco_scale.data.remote.shard_cache import NoRoom, ShardCache, gigabytes, shard_path
+from moco_scale.data.remote.store import Store
 from moco_scale.data.sampling.order import BatchPlan, Indices, Plan
 from moco_scale.data.sampling.windows import window_of
 from moco_scale.utils.errors import UserError, processes_advice
@@ -50,11 +50,11 @@ class RemotePart(NamedTuple):
     """A stretch of a data set that lies in shards elsewhere."""
 
     first: int
-    """Place of its first sample in the data set."""
+    """Store of its first sample in the data set."""
     shard_of: npt.NDArray[np.uint32]
     """uint32 [n], the shard of each of its samples; NOWHERE for those of other parts."""
     files: Sequence[RemoteFile]
-    place: Place
+    store: Store
     folder: Path
     """Of the cache, for this set."""
     cache: ShardCache
@@ -241,8 +241,8 @@ class _Fetching:
             part._replace(
                 cache=dataclasses.replace(
                     part.cache,
-                    patience=dataclasses.replace(
-                        part.cache.patience, give_up=part.cache.patience.give_up / 10
+                    retry=dataclasses.replace(
+                        part.cache.retry, give_up=part.cache.retry.give_up / 10
                     ),
                 )
             )
@@ -287,7 +287,7 @@ class _Fetching:
                 keep = {self._path(other) for other in self._lookahead.wanted()}
             part = self._parts[shard[0]]
             try:
-                part.cache.fetch(part.place, part.folder, part.files[shard[1]], keep=keep)
+                part.cache.fetch(part.store, part.folder, part.files[shard[1]], keep=keep)
             except NoRoom:
                 with self._changed:
                     self._busy.discard(shard)

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from moco_scale.data.remote.download import RemoteFile, TooLarge, download_document
-from moco_scale.data.remote.place import Place
 from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.remote.shard_cache import SHARDS, ShardCache, gigabytes, shard_path, write_once
 from moco_scale.data.remote.shard_source import ShardSource
+from moco_scale.data.remote.store import Store
 from moco_scale.data.sampling.order import Indices
 from moco_scale.data.shards import index_file, indexed_shards
 from moco_scale.untrusted.limits import DOCUMENT_SECONDS, INDEX_JSON, NPY_HEADER
@@ -51,14 +51,14 @@ class RemoteShards(indexed_shards.IndexedShards):
         files: Sequence[RemoteFile],
         name: str,
         folder: Path,
-        place: Place,
+        store: Store,
         cache: ShardCache,
     ) -> None:
         names = [file.name for file in files]
         super().__init__(
             folder / SHARDS, split, header, rows, selection, index_dir, name, names=names
         )
-        self._folder, self._place, self._cache, self._files = folder, place, cache, files
+        self._folder, self._store, self._cache, self._files = folder, store, cache, files
 
     def rest(self) -> None:
         self._maps.clear()
@@ -68,7 +68,7 @@ class RemoteShards(indexed_shards.IndexedShards):
         return None
 
     def remedy(self, i: int) -> str:
-        address = self._place.address(self._shards[self._locate(i)[0]][0])
+        address = self._store.address(self._shards[self._locate(i)[0]][0])
         return f"replace {address}, and the index if there is one beside it, by ones without it"
 
     def checkable(self) -> list[str]:
@@ -76,22 +76,22 @@ class RemoteShards(indexed_shards.IndexedShards):
 
     def remote_parts(self) -> list[RemotePart]:
         shard_of = self._rows["shard"].astype(np.uint32)
-        return [RemotePart(0, shard_of, self._files, self._place, self._folder, self._cache)]
+        return [RemotePart(0, shard_of, self._files, self._store, self._folder, self._cache)]
 
     def subset(self, indices: Indices) -> RemoteShards:
         selection = self._selected(indices)
         header, rows = self._header, self._all_rows
-        place = self._files, self.name, self._folder, self._place, self._cache
-        return RemoteShards(self.index_dir, self.split, header, rows, selection, *place)
+        origin = self._files, self.name, self._folder, self._store, self._cache
+        return RemoteShards(self.index_dir, self.split, header, rows, selection, *origin)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        place = self._files, self.name, self._folder, self._place, self._cache
-        return self.index_dir, self.split, self._header, self._selection, *place
+        origin = self._files, self.name, self._folder, self._store, self._cache
+        return self.index_dir, self.split, self._header, self._selection, *origin
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        index_dir, split, header, selection, *place = state
+        index_dir, split, header, selection, *origin = state
         rows = index_file.map_rows(index_dir, split, header.splits[split].samples)
-        self.__init__(index_dir, split, header, rows, selection, *place)  # type: ignore[misc]
+        self.__init__(index_dir, split, header, rows, selection, *origin)  # type: ignore[misc]
 
     def _path(self, shard: int) -> Path:
         return shard_path(self._folder, self._files[shard])
@@ -99,7 +99,7 @@ class RemoteShards(indexed_shards.IndexedShards):
     def _map(self, shard: int) -> mmap.mmap:
         file, size = self._files[shard], self._shards[shard][1]
         held = self._cache.hold(
-            self._place, self._folder, file, stopped=closing, let_go=self._maps.clear
+            self._store, self._folder, file, stopped=closing, let_go=self._maps.clear
         )
         with held:
             # The mapping keeps a descriptor of its own, and with it the lock.
@@ -114,18 +114,18 @@ def open_remote(source: ShardSource, split: str) -> RemoteShards:
     Raises UserError: it cannot be reached, holds no such split or no index, the index is damaged,
     the cache cannot be written.
     """
-    place, cache, name = source.place, source.cache, str(source)
+    store, cache, name = source.store, source.cache, str(source)
     for attempt in range(1, _ATTEMPTS + 1):
-        content = _fetch_index(place, cache)
+        content = _fetch_index(store, cache)
         try:
-            header = _parsed(content, place)
+            header = _parsed(content, store)
             if split not in header.splits:
                 break
             folder = cache.home / _folder_name(name, content)
-            rows = _rows(place, cache, folder, split, header, content)
+            rows = _rows(store, cache, folder, split, header, content)
             shards = header.splits[split].shards
             files = [RemoteFile(shard.name, shard.bytes, shard.checksum) for shard in shards]
-            where = name, folder, place, cache
+            where = name, folder, store, cache
             return RemoteShards(folder, split, header, rows, None, files, *where)
         except _DamagedError as damage:
             if attempt == _ATTEMPTS:
@@ -139,10 +139,10 @@ def open_remote(source: ShardSource, split: str) -> RemoteShards:
 
 def has_remote_split(source: ShardSource, split: str) -> bool:
     """Whether there is such a split at an address. Raises UserError where nothing can be read."""
-    place = source.place
-    content = _fetch_index(place, source.cache)
+    store = source.store
+    content = _fetch_index(store, source.cache)
     try:
-        return split in _parsed(content, place).splits
+        return split in _parsed(content, store).splits
     except _DamagedError as damage:
         raise UserError(str(damage)) from None
 
@@ -151,8 +151,8 @@ class _DamagedError(Exception):
     """What was fetched is not what it should be."""
 
 
-def _parsed(content: bytes, place: Place) -> ShardIndex:
-    where = place.address(index_file.INDEX_JSON)
+def _parsed(content: bytes, store: Store) -> ShardIndex:
+    where = store.address(index_file.INDEX_JSON)
     try:
         header = parse_index(content, where)
     except UserError as error:
@@ -172,15 +172,15 @@ def _folder_name(name: str, index_content: bytes) -> str:
     return f"{stem}-{key}"
 
 
-def _fetch_index(place: Place, cache: ShardCache) -> bytes:
+def _fetch_index(store: Store, cache: ShardCache) -> bytes:
     content = io.BytesIO()
     file = RemoteFile(index_file.INDEX_JSON, most=INDEX_JSON)
-    download_document(place, file, content, cache.patience, DOCUMENT_SECONDS)
+    download_document(store, file, content, cache.retry, DOCUMENT_SECONDS)
     return content.getvalue()
 
 
 def _rows(
-    place: Place, cache: ShardCache, folder: Path, split: str, header: ShardIndex, content: bytes
+    store: Store, cache: ShardCache, folder: Path, split: str, header: ShardIndex, content: bytes
 ) -> np.ndarray:
     """The rows of the index, which one process fetches unless they are in the folder."""
     path = folder / index_file.index_name(split)
@@ -192,34 +192,34 @@ def _rows(
                 with contextlib.suppress(UserError):
                     return index_file.read_rows(folder, split, header)
             write_once(folder / index_file.INDEX_JSON, content)
-            _fetch_rows(place, cache, path, header.splits[split].samples)
+            _fetch_rows(store, cache, path, header.splits[split].samples)
             try:
                 return index_file.read_rows(folder, split, header)
             except UserError:
                 path.unlink()
                 raise _DamagedError(
-                    f"{place.address(path.name)} is damaged, or not of the "
+                    f"{store.address(path.name)} is damaged, or not of the "
                     f"{index_file.INDEX_JSON} there"
                 ) from None
 
 
-def _fetch_rows(place: Place, cache: ShardCache, path: Path, samples: int) -> None:
+def _fetch_rows(store: Store, cache: ShardCache, path: Path, samples: int) -> None:
     """Fetch the rows to a file: what index.json says of their size may be anything."""
     most = samples * index_file.INDEX_DTYPE.itemsize + NPY_HEADER
     if most > cache.limit:
         raise UserError(
-            f"{place.address(index_file.INDEX_JSON)} speaks of {samples:,} samples, whose index "
+            f"{store.address(index_file.INDEX_JSON)} speaks of {samples:,} samples, whose index "
             f"alone has {gigabytes(most)}: more than --shard-cache-size {gigabytes(cache.limit)}"
         )
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "r+b") as file:
             wanted, seconds = RemoteFile(path.name, most=most), DOCUMENT_SECONDS + most / _ROWS_RATE
-            download_document(place, wanted, file, cache.patience, seconds)
+            download_document(store, wanted, file, cache.retry, seconds)
         os.replace(temporary, path)
     except TooLarge:
         raise _DamagedError(
-            f"{place.address(path.name)} has more than the {samples:,} samples that "
+            f"{store.address(path.name)} has more than the {samples:,} samples that "
             f"{index_file.INDEX_JSON} there says"
         ) from None
     finally:

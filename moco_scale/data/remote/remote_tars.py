@@ -20,9 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from moco_scale.data.remote import place
 from moco_scale.data.remote.download import RemoteFile, TooLarge, state_of
-from moco_scale.data.remote.place import FileState, Place
+from moco_scale.data.remote.fsspec_store import store_at
 from moco_scale.data.remote.remote_shards import RemoteShards
 from moco_scale.data.remote.saved_scans import (
     SavedScan,
@@ -33,6 +32,7 @@ from moco_scale.data.remote.saved_scans import (
 )
 from moco_scale.data.remote.shard_cache import cache_home, gigabytes, shard_path, write_once
 from moco_scale.data.remote.shard_source import ShardSource
+from moco_scale.data.remote.store import FileState, Store
 from moco_scale.data.shards import index_file
 from moco_scale.data.shards.addresses import shown
 from moco_scale.data.shards.index_place import alone
@@ -52,7 +52,7 @@ _FRESH = 60.0  # seconds for which what was asked of all tars need not be asked 
 class RemoteTars(NamedTuple):
     """What a pattern of addresses names."""
 
-    place: Place
+    store: Store
     """The folder above the first brace."""
     splits: dict[str, list[str]]
     """Names below it, in the order of the pattern."""
@@ -73,7 +73,7 @@ def is_remote_pattern(spec: str) -> bool:
 def remote_tars(source: ShardSource) -> RemoteTars:
     """The tars that a pattern such as `https://host/train-{000000..000099}.tar` names.
 
-    Splits are told by their names, as those of tars in a folder. Raises UserError: as `place`,
+    Splits are told by their names, as those of tars in a folder. Raises UserError: as `store_at`,
     `expand_braces` and `splits_of` do; tars are compressed, or named twice.
     """
     path, mark, query = source.spec.partition("?")
@@ -93,7 +93,7 @@ def remote_tars(source: ShardSource) -> RemoteTars:
     told = splits_of(str(source), [Path("/") / name for name in names], Path("/"))
     for split, name in zip(told, names, strict=True):
         splits.setdefault(split, []).append(name)
-    return RemoteTars(place(f"{folder}{mark}{query}"), splits)
+    return RemoteTars(store_at(f"{folder}{mark}{query}"), splits)
 
 
 def open_remote_tars(source: ShardSource, split: str) -> RemoteShards:
@@ -121,7 +121,7 @@ def open_remote_tars(source: ShardSource, split: str) -> RemoteShards:
         RemoteFile(tar, shard.bytes, shard.checksum, shard.version, indexing.scan_of(tar))
         for tar, shard in zip(tars.splits[split], header.splits[split].shards, strict=True)
     ]
-    where = name, indexing.folder, tars.place, cache
+    where = name, indexing.folder, tars.store, cache
     return RemoteShards(index_dir, split, header, rows, None, files, *where)
 
 
@@ -247,11 +247,11 @@ class _Indexing:
 
     def _state(self, name: str) -> FileState:
         file = self._file(name, FileState())
-        return state_of(self._tars.place, file, self._cache.patience)
+        return state_of(self._tars.store, file, self._cache.retry)
 
     def _scan(self, name: str, state: FileState) -> SavedScan:
         """Fetch a tar, see what it holds, and keep that."""
-        file, where = self._file(name, state), self._tars.place
+        file, where = self._file(name, state), self._tars.store
         try:
             got = self._cache.hold(where, self.folder, file, stopped=self._stopped.is_set)
         except TooLarge as error:

@@ -1,7 +1,7 @@
 """What tars elsewhere were found to hold, kept for each: none is fetched twice to be indexed.
 
 ``HASH.npz``, HASH being that of the tar's address, holds the scan, the tar's size and checksum, and
-what the place said of it when it was fetched.
+what the store said of it when it was fetched.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco_scale.data.remote.place import FileState
 from moco_scale.data.remote.shard_cache import write_once
+from moco_scale.data.remote.store import FileState
 from moco_scale.data.shards.tar_scan import ShardScan
 from moco_scale.untrusted.documents import parse_document
 from moco_scale.untrusted.saved_scan import FORMAT, SavedScanText

@@ -30,8 +30,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moco_scale.data.remote.download import Patience, RemoteFile, Stopped, download, never
-from moco_scale.data.remote.place import Place
+from moco_scale.data.remote.download import RemoteFile, RetryPolicy, Stopped, download, never
+from moco_scale.data.remote.store import Store
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import NO_LOCKS, write_atomically
@@ -92,12 +92,12 @@ class ShardCache:
     Args:
         root: the folder that the user names; made when needed.
         limit: bytes of all that is in this user's part of it.
-        patience: with places that fail, and for room that others take.
+        retry: of stores that fail, and for room that others take.
     """
 
     root: Path
     limit: int
-    patience: Patience = field(default_factory=Patience)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     @property
     def home(self) -> Path:
@@ -130,7 +130,7 @@ class ShardCache:
 
     def hold(
         self,
-        place: Place,
+        store: Store,
         folder: Path,
         file: RemoteFile,
         *,
@@ -147,7 +147,7 @@ class ShardCache:
             UserError: it is not to be had, the cache is too small, the disk is full.
             Stopped: `stopped` became true.
         """
-        deadline = time.monotonic() + self.patience.give_up
+        deadline = time.monotonic() + self.retry.give_up
         with self.explained():
             self.make(folder)
         while True:
@@ -155,7 +155,7 @@ class ShardCache:
             if held is not None:
                 return held
             try:
-                self.fetch(place, folder, file, stopped=stopped)
+                self.fetch(store, folder, file, stopped=stopped)
             except NoRoom:
                 if time.monotonic() > deadline:
                     raise UserError(
@@ -172,7 +172,7 @@ class ShardCache:
 
     def fetch(
         self,
-        place: Place,
+        store: Store,
         folder: Path,
         file: RemoteFile,
         *,
@@ -207,7 +207,7 @@ class ShardCache:
                     self._make_room(keep)
                     if file.bytes is None:  # room is made for it as it grows
                         sink.grows(self.limit // 8, lambda: self._make_room(keep))
-                    download(place, file, sink, self.patience, stopped, held)
+                    download(store, file, sink, self.retry, stopped, held)
                     _touch(sink)
                     os.fdatasync(sink.fileno())  # a name that outlives a power cut means content
                     os.rename(partial, path)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco_scale.data.remote import place
-from moco_scale.data.remote.download import Patience
-from moco_scale.data.remote.place import Place
+from moco_scale.data.remote.download import RetryPolicy
+from moco_scale.data.remote.fsspec_store import store_at
 from moco_scale.data.remote.shard_cache import GB, ShardCache, cache_home
+from moco_scale.data.remote.store import Store
 from moco_scale.data.shards.addresses import shown
 
 CACHE_GB = 32.0
@@ -37,9 +37,9 @@ class ShardSource:
     @property
     def cache(self) -> ShardCache:
         root = Path(self.cache_dir).expanduser() if self.cache_dir else cache_home() / "shards"
-        return ShardCache(root.absolute(), round(self.cache_size * GB), Patience(self.give_up))
+        return ShardCache(root.absolute(), round(self.cache_size * GB), RetryPolicy(self.give_up))
 
     @property
-    def place(self) -> Place:
+    def store(self) -> Store:
         """What an address stands for. Raises UserError."""
-        return place(self.spec)
+        return store_at(self.spec)

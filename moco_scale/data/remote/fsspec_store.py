@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from moco_scale.data.remote.http import HttpPlace
-from moco_scale.data.remote.place import CHUNK, Body, FetchError, FileState, Place, said_by
+from moco_scale.data.remote.http_store import HttpStore
+from moco_scale.data.remote.store import CHUNK, Body, FetchError, FileState, Store, said_by
 from moco_scale.data.shards.addresses import SCHEME, refuse_command, shown
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
@@ -16,7 +16,7 @@ from moco_scale.utils.errors import UserError
 EXTRA = "pip install 'moco_scale[remote]'"
 
 
-def place(spec: str) -> Place:
+def store_at(spec: str) -> Store:
     """What a user's address stands for; nothing is fetched yet.
 
     Raises UserError: no such protocol, or a library is not installed.
@@ -26,11 +26,11 @@ def place(spec: str) -> Place:
     if match is None:
         raise ValueError(f"{spec} is no address")
     if match[1].lower() in ("http", "https"):
-        return HttpPlace(spec)
-    return FsspecPlace(spec)
+        return HttpStore(spec)
+    return FsspecStore(spec)
 
 
-class FsspecPlace(Place):
+class FsspecStore(Store):
     """``s3://bucket/path``, ``gs://bucket/path`` and whatever else fsspec knows.
 
     Credentials are those of the library behind it: environment, profile, instance role.

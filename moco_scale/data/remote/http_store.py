@@ -15,7 +15,7 @@ from typing import Any
 from moco_scale.data.remote import http_connection
 from moco_scale.data.remote.credentials import authorization, signature
 from moco_scale.data.remote.http_connection import AUTHORIZATION, Response, opener
-from moco_scale.data.remote.place import CHUNK, Body, FetchError, FileState, Place, said_by
+from moco_scale.data.remote.store import CHUNK, Body, FetchError, FileState, Store, said_by
 from moco_scale.data.shards.addresses import shown
 from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
@@ -29,7 +29,7 @@ _PART = re.compile(r"bytes ([0-9]{1,15})-[0-9]{1,15}/([0-9]{1,15}|\*)")
 _COMPRESSED = re.compile(r"gzip|deflate|compress|br\b|zstd", re.IGNORECASE)
 
 
-class HttpPlace(Place):
+class HttpStore(Store):
     """``https://[user:password@]host/path[?signature]``; the signature is sent for every file.
 
     Redirects are followed and the usual proxy variables (https_proxy, no_proxy) obeyed.

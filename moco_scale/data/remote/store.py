@@ -1,6 +1,6 @@
-"""What a place elsewhere is to those who fetch from it.
+"""A store of files elsewhere, as those who fetch from it see it.
 
-A place is asked for a file by name, from some byte on, and gives its bytes or says what went wrong
+A store is asked for a file by name, from some byte on, and gives its bytes or says what went wrong
 and whether trying again can help. It neither retries nor checks what it gets: `download` does.
 """
 
@@ -34,7 +34,7 @@ class FetchError(Exception):
 
 
 class FileState(NamedTuple):
-    """What a place says of a file without sending it; None and "" where it does not say."""
+    """What a store says of a file without sending it; None and "" where it does not say."""
 
     bytes: int | None = None
     tag: str = ""
@@ -66,7 +66,7 @@ class Body(ABC):
     """The bytes of a file from `start` on.
 
     Attributes:
-        start: where they begin: as asked for, or 0 where the place can only send all.
+        start: where they begin: as asked for, or 0 where the store can only send all.
         total: size of the whole file; None when unknown.
     """
 
@@ -81,7 +81,7 @@ class Body(ABC):
         """
 
 
-class Place(ABC):
+class Store(ABC):
     """A folder elsewhere."""
 
     @abstractmethod
