@@ -24,18 +24,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from moco_scale.checkpoints.meta import FORMAT, INDEX, parse_meta, sealed, usable
 from moco_scale.checkpoints.rows import Rows, RowsSavePlanner
 from moco_scale.distributed import collectives, consensus
-from moco_scale.untrusted.checkpoint import FORMAT, INDEX, parse_meta, sealed, usable
 from moco_scale.untrusted.checkpoint_index import Chunk, Entry, parse_index
 from moco_scale.untrusted.documents import DocumentError, read_bounded, read_json
 from moco_scale.untrusted.limits import CHECKPOINT_INDEX, META_JSON
 from moco_scale.untrusted.pickles import PickleError
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile, describe
-from moco_scale.untrusted.text import printable_path, some_of
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import failure_reason, sync_folder
 from moco_scale.utils.log import say
+from moco_scale.utils.text import printable_path, some_of
 
 T = TypeVar("T")
 NO_ROWS: Mapping[str, Rows] = MappingProxyType({})

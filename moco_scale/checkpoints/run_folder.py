@@ -18,14 +18,14 @@ from moco_scale.checkpoints.background import BackgroundSaver
 from moco_scale.config.resolve import check_shuffle_group
 from moco_scale.config.schema import Config, differences
 from moco_scale.distributed import collectives, consensus
+from moco_scale.distributed.run_lock import RunLock, claim_for_all
 from moco_scale.observe import metrics_file
+from moco_scale.observe.side_files import SideFile
 from moco_scale.untrusted.tensor_files import TensorFile
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import failure_reason, save_atomically, write_atomically
-from moco_scale.utils.locks import RunLock, claim_for_all
 from moco_scale.utils.log import say
-from moco_scale.utils.side_files import SideFile
+from moco_scale.utils.text import printable
 
 T = TypeVar("T")
 LOCK = ".lock"

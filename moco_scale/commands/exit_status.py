@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from moco_scale.distributed.launchers import rank_of
-from moco_scale.untrusted.text import printable_lines
 from moco_scale.utils.errors import (
     INTERRUPTED,
     LOST_PEER,
@@ -29,6 +28,7 @@ from moco_scale.utils.log import outlive_terminal, say
 from moco_scale.utils.own_folders import remove_passing
 from moco_scale.utils.parents import leave_with_launcher
 from moco_scale.utils.signals import interruptible
+from moco_scale.utils.text import printable_lines
 
 
 def run_program(name: str, action: Callable[[], int | None]) -> NoReturn:

@@ -10,8 +10,9 @@ from typing import Any
 
 from moco_scale.checkpoints import checkpoint
 from moco_scale.checkpoints.run_folder import complete_checkpoints
+from moco_scale.config.saved_settings import ModelFile
 from moco_scale.data.open import open_shards
-from moco_scale.data.shards.addresses import names_remote, shown
+from moco_scale.data.remote.addresses import names_remote, shown
 from moco_scale.data.shards.index_file import INDEX_JSON
 from moco_scale.data.shards.mixed_shards import split_mixture
 from moco_scale.data.shards.shard_list import is_pattern, list_shards
@@ -19,11 +20,10 @@ from moco_scale.data.tools.contact_sheet import contact_sheet
 from moco_scale.data.tools.summary import print_summary, summarise
 from moco_scale.evaluation.pretrained import read_model_file
 from moco_scale.untrusted.documents import check
-from moco_scale.untrusted.settings import ModelFile
 from moco_scale.untrusted.tensor_files import StoredTensor
-from moco_scale.untrusted.text import printable, printable_path
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
+from moco_scale.utils.text import printable, printable_path
 
 PARTS = ("model.query", "model.key", "optimizer", "queue")
 

@@ -28,9 +28,9 @@ from moco_scale.observe.loggers import Telemetry
 from moco_scale.observe.phases import Phases
 from moco_scale.training.loop import Pretraining
 from moco_scale.training.monitor import Monitor
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
+from moco_scale.utils.text import printable
 
 GIB = 1 << 30
 SHARED_MEMORY = Path("/dev/shm")

@@ -27,10 +27,10 @@ from moco_scale.data.tools.repair import repair
 from moco_scale.data.tools.source_scan import holds_images, scan
 from moco_scale.data.tools.source_tar import UNPACKED
 from moco_scale.data.tools.writer import Encoding, ShardSize, write_shards
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
 from moco_scale.utils.signals import is_ignored
+from moco_scale.utils.text import printable
 
 DEFAULT_QUALITY = 90
 _MOST_REASONS = 5

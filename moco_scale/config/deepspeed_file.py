@@ -19,8 +19,8 @@ from moco_scale.untrusted.deepspeed_file import (
     shown,
     wrong_types,
 )
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 
 def _read(path: str) -> tuple[dict[str, Any], list[str]]:

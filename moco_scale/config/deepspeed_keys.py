@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moco_scale.untrusted.deepspeed_file import AUTO
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 KNOWN = frozenset(
     """

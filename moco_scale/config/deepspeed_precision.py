@@ -11,7 +11,7 @@ from typing import Any
 from moco_scale.config.deepspeed_keys import misspelt
 from moco_scale.optim.loss_scale import LossScaling
 from moco_scale.untrusted.deepspeed_file import is_number, shown
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 SECTIONS = {"bf16": ("bf16",), "fp16": ("fp16",), "torch_autocast": ("bf16", "fp16")}
 """Sections that switch on a half precision, and which."""

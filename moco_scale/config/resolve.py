@@ -13,8 +13,8 @@ from typing import Any
 from moco_scale.config import deepspeed_file
 from moco_scale.config.recipes import RECIPES
 from moco_scale.config.schema import SECTIONS, Config, OptimConfig, RunConfig
+from moco_scale.data.remote.addresses import names_remote
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
-from moco_scale.data.shards.addresses import names_remote
 from moco_scale.data.shards.mixed_shards import split_mixture
 from moco_scale.methods.infonce import MIN_TEMPERATURE
 from moco_scale.utils.errors import UserError

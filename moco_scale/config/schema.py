@@ -15,7 +15,7 @@ from moco_scale.methods.key_queue import DTYPES, KINDS
 from moco_scale.methods.shuffle_bn import MODES
 from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.optim.schedules import SCHEDULES
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 ENGINES = ("ddp", "fsdp", "deepspeed")
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from moco_scale.data.remote.remote_shards import has_remote_split, open_remote
-from moco_scale.data.remote.remote_tars import is_remote_pattern, open_remote_tars, remote_tars
+from moco_scale.data.remote.addresses import check_address, is_remote, names_remote
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards import index_file, indexed_shards
-from moco_scale.data.shards.addresses import check_address, is_remote, names_remote
 from moco_scale.data.shards.mixed_shards import MixedShards, split_mixture
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.data.shards.recognise import look_into
+from moco_scale.data.shards.remote_shards import has_remote_split, open_remote
+from moco_scale.data.shards.remote_tars import is_remote_pattern, open_remote_tars, remote_tars
 from moco_scale.data.shards.scanned_index import open_scanned
 from moco_scale.data.shards.shard_list import ShardList, is_pattern, list_shards
 from moco_scale.utils.errors import UserError

@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 SCHEDULERS = ("srun", "mpirun", "PMI")
 """Launchers, by :attr:`Place.launcher`, that may show each process its own GPU only."""

@@ -7,8 +7,8 @@ import time
 import uuid
 from typing import Any
 
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 
 def name_of_start(store: Any, rank: int, world: int) -> str:

@@ -31,9 +31,9 @@ from moco_scale.engines.base import (
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import Encoder
 from moco_scale.untrusted.deepspeed_file import shown
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, first_line
 from moco_scale.utils.log import say
+from moco_scale.utils.text import printable
 
 GATHERS = "_DeepSpeedZeRoOffload__allgather_stream"
 """Where DeepSpeed keeps the stream that stage 3 gathers on."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moco_scale.untrusted import metrics
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, first_line
 from moco_scale.utils.files import write_atomically
 from moco_scale.utils.matplotlib_home import matplotlib_home
+from moco_scale.utils.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

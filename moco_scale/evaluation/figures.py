@@ -17,7 +17,7 @@ from moco_scale.distributed import consensus
 from moco_scale.evaluation.curves import INK, drawn, new_figure, report, save
 from moco_scale.evaluation.features import Encode, LeftOut, extract
 from moco_scale.evaluation.knn import Splits, bank_and_queries
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

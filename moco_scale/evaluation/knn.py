@@ -24,8 +24,8 @@ from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives
 from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract
 from moco_scale.models.encoder import Encoder
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 _SIMILARITIES_AT_ONCE = 1 << 24  # 64 MiB in fp32
 

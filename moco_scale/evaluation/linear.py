@@ -29,6 +29,7 @@ from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus
+from moco_scale.distributed.run_lock import RunLock, claim_for_all
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (
     LeftOut,
@@ -42,10 +43,9 @@ from moco_scale.evaluation.features import (
 )
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.evaluation.pretrained import Pretrained
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.locks import RunLock, claim_for_all
 from moco_scale.utils.log import say
+from moco_scale.utils.text import printable
 
 
 class LinearEvaluation:

@@ -13,10 +13,10 @@ from moco_scale.untrusted.documents import DocumentError, check
 from moco_scale.untrusted.linear_file import LinearFile, Momenta
 from moco_scale.untrusted.pickles import PickleError
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import failure_reason, save_atomically
 from moco_scale.utils.log import say
+from moco_scale.utils.text import printable
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

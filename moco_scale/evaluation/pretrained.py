@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco_scale.config.saved_settings import EncoderSettings, ModelFile
 from moco_scale.models.encoder import Encoder, build_encoder
 from moco_scale.untrusted.documents import check
 from moco_scale.untrusted.pickles import ForeignError, PickleError
-from moco_scale.untrusted.settings import EncoderSettings, ModelFile
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile, describe
-from moco_scale.untrusted.text import printable, printable_path, some_of
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import failure_reason
+from moco_scale.utils.text import printable, printable_path, some_of
 
 _ENCODERS = {"query": "model", "key": "model_ema"}
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moco_scale.data.shards.index_place import alone
+from moco_scale.observe.side_files import json_text
 from moco_scale.untrusted.documents import DocumentError, read_document
 from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.untrusted.results import Results
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import write_atomically
 from moco_scale.utils.log import say
-from moco_scale.utils.side_files import json_text
 
 NAME = "results.json"
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from moco_scale.distributed import collectives
 from moco_scale.observe import metrics_file
-from moco_scale.untrusted.text import printable, printable_lines
+from moco_scale.observe.side_files import SideFile, json_line
 from moco_scale.utils.log import say
-from moco_scale.utils.side_files import SideFile, json_line
+from moco_scale.utils.text import printable, printable_lines
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moco_scale.observe.side_files import keep_lines
 from moco_scale.untrusted.documents import record_of
 from moco_scale.untrusted.metrics import records
-from moco_scale.utils.side_files import keep_lines
 
 NAME = "metrics.jsonl"
 

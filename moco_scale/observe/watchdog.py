@@ -30,7 +30,6 @@ from moco_scale.observe.heartbeats import Beat, Heard, place, silent, standing, 
 from moco_scale.observe.phases import Phases
 from moco_scale.untrusted.documents import DocumentError
 from moco_scale.untrusted.store_message import Verdict, parse_verdict
-from moco_scale.untrusted.text import printable_lines
 from moco_scale.utils.errors import (
     LOST_PEER,
     PeerLost,
@@ -43,6 +42,7 @@ from moco_scale.utils.errors import (
 from moco_scale.utils.log import say
 from moco_scale.utils.own_folders import remove_passing
 from moco_scale.utils.parents import children
+from moco_scale.utils.text import printable_lines
 
 _RANKS_PER_SECOND = 400  # beats that rank 0's store gets, at most, where ranks are many
 _BEATS = 20  # in a time-out, at least

@@ -8,8 +8,8 @@ from typing import Any
 
 from moco_scale.untrusted.documents import read_json
 from moco_scale.untrusted.limits import SETTINGS_JSON
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 GB = 1e9
 _SMALLEST, _LARGEST = 1e-6, 1e12  # of any figure of a machine

@@ -12,12 +12,12 @@ import torch
 from moco_scale.data.loading.bad_samples import BadSample
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.distributed import collectives, consensus
+from moco_scale.observe.side_files import SideFile, json_line, keep_lines
 from moco_scale.untrusted.bad_sample import BadSampleLine
 from moco_scale.untrusted.documents import DocumentError, parse_document
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
-from moco_scale.utils.side_files import SideFile, json_line, keep_lines
+from moco_scale.utils.text import printable
 
 FILE = "bad_samples.jsonl"
 FEWEST = 10

@@ -16,7 +16,7 @@ from moco_scale.untrusted.limits import KB
 from moco_scale.untrusted.names import plain_problem
 from moco_scale.untrusted.pickles import ORDERED_DICT, Name, PickleError, Record, read_pickle
 from moco_scale.untrusted.tensor_files import DTYPES, are_counts, is_shape
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 _HERE = "torch.distributed.checkpoint.metadata "
 _DTYPES = {f"torch {str(dtype).removeprefix('torch.')}": dtype for dtype in DTYPES}

@@ -8,7 +8,7 @@ from typing import Any
 
 from moco_scale.untrusted.documents import DocumentError, parse_json, read_named
 from moco_scale.untrusted.limits import SETTINGS_JSON
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 WHAT = "DeepSpeed configuration"
 AUTO = "auto"

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from moco_scale.config.saved_settings import at_most
 from moco_scale.untrusted.documents import Document
 from moco_scale.untrusted.limits import STEPS
-from moco_scale.untrusted.settings import at_most
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 

@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from moco_scale.untrusted.limits import NAME_BYTES
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 _MADE_HERE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 

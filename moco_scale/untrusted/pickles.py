@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from moco_scale.untrusted.limits import PICKLE_DEPTH, PICKLE_STEPS, PICKLE_TEXT
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 ORDERED_DICT = "collections OrderedDict"
 PERSISTENT = "persistent"

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from moco_scale.untrusted.limits import SHARD_BYTES, TAR_EXTENDED_HEADER
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 BLOCK = 512
 

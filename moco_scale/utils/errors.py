@@ -5,7 +5,7 @@ import re
 import resource
 import socket
 
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 
 class UserError(Exception):

@@ -1,6 +1,6 @@
 """What processes say: on standard error (:func:`say`) and as their product (:func:`tell`).
 
-Every line is written as a whole, and shows foreign text as :mod:`moco_scale.untrusted.text` does.
+Every line is written as a whole, and shows foreign text as :mod:`utils.text` does.
 A terminal, pipe or disk that takes no more of it never ends a run.
 """
 
@@ -15,7 +15,7 @@ import select
 import sys
 from typing import Any, TextIO
 
-from moco_scale.untrusted.text import printable_lines
+from moco_scale.utils.text import printable_lines
 
 _LONGEST = 1 << 20  # characters of a message
 _ALL = 1 << 40

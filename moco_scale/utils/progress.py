@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.log import say
+from moco_scale.utils.text import printable
 
 _LINE_SECONDS = 10.0
 _listeners: list[Callable[[], None]] = []

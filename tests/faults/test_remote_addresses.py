@@ -14,9 +14,8 @@ from remote_sets import HURRIED, batches, same, source_of
 from moco_scale.config.command_line import parse
 from moco_scale.config.resolve import build
 from moco_scale.data.open import open_shards
-from moco_scale.data.remote import fsspec_store, shard_source
+from moco_scale.data.remote import addresses, fsspec_store, shard_source
 from moco_scale.data.remote.shard_source import ShardSource
-from moco_scale.data.shards import addresses
 from moco_scale.data.shards.mixed_shards import split_mixture
 from moco_scale.training import bad_images
 from moco_scale.training.loop import Pretraining

@@ -12,11 +12,12 @@ from http_folder import FaultyFolder, served
 from remote_sets import HURRIED, batches, same
 
 from moco_scale.data.open import has_split, open_shards
-from moco_scale.data.remote import remote_tars, shard_source
-from moco_scale.data.remote.saved_scans import SavedScan, load_scan, save_scan, scan_path
+from moco_scale.data.remote import shard_source
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.remote.store import FileState
+from moco_scale.data.shards import remote_tars
 from moco_scale.data.shards.protocols import Shards
+from moco_scale.data.shards.saved_scans import SavedScan, load_scan, save_scan, scan_path
 from moco_scale.data.shards.tar_scan import ShardScan
 from moco_scale.utils.errors import UserError
 

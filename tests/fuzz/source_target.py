@@ -13,8 +13,8 @@ from moco_scale.data.images.decode import DecodeError
 from moco_scale.data.tools.layout import arrange
 from moco_scale.data.tools.shard_file import close_sources, source_bytes
 from moco_scale.data.tools.source_scan import scan
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 _NAMES = (
     *("Train/a/0.jpg", "Train/b/none", "Val/a/1.jpg", "../../etc/b.png", "C\\d\\e.jpg"),

@@ -13,11 +13,11 @@ from foreign_sets import image, write_tar
 from moco_scale.data.loading.bad_samples import BadSample, bad_sample
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.open import open_shards
+from moco_scale.observe import side_files
+from moco_scale.observe.side_files import SideFile
 from moco_scale.training.bad_images import FILE, BadImages
 from moco_scale.untrusted.limits import LINE
-from moco_scale.untrusted.text import printable
-from moco_scale.utils import side_files
-from moco_scale.utils.side_files import SideFile
+from moco_scale.utils.text import printable
 
 NAMES = [
     printable(name, 4096)  # as `bad_sample` gives them

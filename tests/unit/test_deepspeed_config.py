@@ -18,8 +18,8 @@ from moco_scale.config.deepspeed_file import (
 )
 from moco_scale.optim.loss_scale import LossScaling
 from moco_scale.untrusted import deepspeed_file
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 
 def write(folder: Path, content: Any) -> str:

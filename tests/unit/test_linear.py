@@ -303,7 +303,7 @@ class TestFolderWithState:
 HOLD = """
 import sys
 from pathlib import Path
-from moco_scale.utils.locks import RunLock
+from moco_scale.distributed.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.claim()
 print("held", flush=True)

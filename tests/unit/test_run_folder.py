@@ -19,9 +19,10 @@ import torch
 from moco_scale.checkpoints import checkpoint, run_folder
 from moco_scale.checkpoints.run_folder import RunFolder
 from moco_scale.config.resolve import build
-from moco_scale.utils import locks, side_files
+from moco_scale.distributed import run_lock
+from moco_scale.distributed.run_lock import RunLock
+from moco_scale.observe import side_files
 from moco_scale.utils.errors import StoppedEarly, UserError
-from moco_scale.utils.locks import RunLock
 
 
 def folder(path: Path, fingerprint: str = "f", **values: Any) -> RunFolder:
@@ -292,14 +293,14 @@ def test_the_lock_of_a_host_that_may_have_died_is_waited_for(
 
         clock = Clock(lease, die)
         lock = RunLock(tmp_path / ".lock", "node8", lambda: clock.now, clock.sleep)
-        if lease < locks.LEASE:
+        if lease < run_lock.LEASE:
             lock.claim()
             assert (tmp_path / ".lock").read_text() == lock.mark
             assert lease <= clock.now - 1000 <= lease + 5
         else:
             with pytest.raises(StoppedEarly, match=r"another run \(process 123 on node7\); wait"):
                 lock.claim()
-            assert clock.now - 1000 == locks.LEASE
+            assert clock.now - 1000 == run_lock.LEASE
         assert capsys.readouterr().err.count("locked by another host (process 123 on node7)") == 1
 
 
@@ -437,7 +438,7 @@ def test_a_folder_that_was_removed_is_made_again(
     # It is locked as before (which reading the lock would end, in this process).
     lines = [
         "from pathlib import Path",
-        "from moco_scale.utils.locks import RunLock",
+        "from moco_scale.distributed.run_lock import RunLock",
         f"RunLock(Path({str(out / '.lock')!r})).claim()",
     ]
     other = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moco_scale.data.remote.saved_scans import SavedScan, load_scan, save_scan
 from moco_scale.data.remote.store import FileState
+from moco_scale.data.shards.saved_scans import SavedScan, load_scan, save_scan
 from moco_scale.data.shards.tar_scan import ShardScan
 
 COLUMNS = {

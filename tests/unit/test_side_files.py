@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moco_scale.observe import metrics_file
+from moco_scale.observe import metrics_file, side_files
 from moco_scale.observe.metrics_file import forget_after
+from moco_scale.observe.side_files import SideFile, json_line, json_text
 from moco_scale.untrusted.documents import lines_of, record_of
-from moco_scale.utils import side_files
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.side_files import SideFile, json_line, json_text
 
 
 class Disk:

@@ -20,8 +20,8 @@ from moco_scale.untrusted.documents import (
     read_json,
 )
 from moco_scale.untrusted.names import PlainName, RelativePath, component_problem, inside, without
-from moco_scale.untrusted.text import printable, printable_lines
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable, printable_lines
 
 
 class Shelf(Document):

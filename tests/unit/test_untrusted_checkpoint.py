@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from moco_scale.__main__ import main
 from moco_scale.checkpoints import checkpoint
+from moco_scale.checkpoints.meta import parse_meta
 from moco_scale.checkpoints.state import read_state
 from moco_scale.methods.key_queue import KeyQueue
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import Encoder
 from moco_scale.observe.loggers import Meters
-from moco_scale.untrusted.checkpoint import parse_meta
 from moco_scale.utils.errors import UserError
 
 

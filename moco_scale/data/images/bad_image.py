@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moco_scale.untrusted.limits import IMAGE_MEMORY
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 
 class DecodeError(Exception):

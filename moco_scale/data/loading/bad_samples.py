@@ -15,7 +15,7 @@ import numpy as np
 from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.shards.protocols import Images
 from moco_scale.untrusted.bad_sample import NAME_CHARACTERS
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 POLICIES = ("error", "skip")
 """What becomes of an image that cannot be decoded: the end of the run, or another in its place."""

@@ -13,12 +13,12 @@ import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
-from moco_scale.data.shards.addresses import holds_secret, shown
+from moco_scale.data.remote.addresses import holds_secret, shown
 from moco_scale.distributed.launchers import rank_of
 from moco_scale.untrusted.limits import NETRC
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
+from moco_scale.utils.text import printable
 
 USER = "MOCO_SCALE_HTTP_USER"
 PASSWORD = "MOCO_SCALE_HTTP_PASSWORD"

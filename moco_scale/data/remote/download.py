@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol
 
 from moco_scale.data.remote.store import CHUNK, Body, FetchError, FileState, Store
 from moco_scale.untrusted.limits import LEAST_RATE
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
 from moco_scale.utils.progress import gets_on
+from moco_scale.utils.text import printable
 
 _WRONG_AT_MOST = 3  # a file that arrives whole and wrong so often is wrong over there
 _SAID_AFTER = 10.0  # seconds of failures at a start that nobody has been told of

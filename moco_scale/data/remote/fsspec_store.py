@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from moco_scale.data.remote.addresses import SCHEME, refuse_command, shown
 from moco_scale.data.remote.http_store import HttpStore
 from moco_scale.data.remote.store import CHUNK, Body, FetchError, FileState, Store, said_by
-from moco_scale.data.shards.addresses import SCHEME, refuse_command, shown
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 EXTRA = "pip install 'moco_scale[remote]'"
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from moco_scale.data.remote import http_connection
+from moco_scale.data.remote.addresses import shown
 from moco_scale.data.remote.credentials import authorization, signature
 from moco_scale.data.remote.http_connection import AUTHORIZATION, Response, opener
 from moco_scale.data.remote.store import CHUNK, Body, FetchError, FileState, Store, said_by
-from moco_scale.data.shards.addresses import shown
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 # What may stand in a path or after its ?, a % of the user's own included.
 _SAFE = "/%:@!$&'()*+,;=~"

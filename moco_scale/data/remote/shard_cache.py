@@ -32,11 +32,11 @@ from pathlib import Path
 
 from moco_scale.data.remote.download import RemoteFile, RetryPolicy, Stopped, download, never
 from moco_scale.data.remote.store import Store
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import NO_LOCKS, write_atomically
 from moco_scale.utils.log import say
 from moco_scale.utils.own_folders import ForeignFolderError, make_own, opened, without_links
+from moco_scale.utils.text import printable
 
 SHARDS = "shards"
 MARKER = ".moco_scale-shards"

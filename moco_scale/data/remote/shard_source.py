@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moco_scale.data.remote.addresses import shown
 from moco_scale.data.remote.download import RetryPolicy
 from moco_scale.data.remote.fsspec_store import store_at
 from moco_scale.data.remote.shard_cache import GB, ShardCache, cache_home
 from moco_scale.data.remote.store import Store
-from moco_scale.data.shards.addresses import shown
 
 CACHE_GB = 32.0
 GIVE_UP_SECONDS = 600.0

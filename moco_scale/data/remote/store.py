@@ -11,9 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moco_scale.data.shards.addresses import scrubbed
+from moco_scale.data.remote.addresses import scrubbed
 from moco_scale.untrusted.limits import SHARD_BYTES
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 CHUNK = 1 << 20
 _SAID = 120  # characters of what a server says that are shown

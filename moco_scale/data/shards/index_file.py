@@ -54,8 +54,8 @@ from moco_scale.untrusted.shard_index import (
     require_names,
     rows_problem,
 )
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, open_failure
+from moco_scale.utils.text import printable
 
 INDEX_JSON = "index.json"
 PARTIAL = ".partial-"  # what stands between a folder's name and a suffix while it is being written

@@ -22,8 +22,8 @@ from moco_scale.data.shards.index_file import shard_command
 from moco_scale.data.shards.protocols import Place
 from moco_scale.data.shards.tar_scan import BLOCK, key_in
 from moco_scale.untrusted.shard_index import AnyIndex, Tar
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, open_failure
+from moco_scale.utils.text import printable
 
 
 class Scanned(NamedTuple):

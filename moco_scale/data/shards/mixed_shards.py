@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from moco_scale.data.remote.addresses import refuse_command, shown
 from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.sampling.mixture import Mixture
 from moco_scale.data.sampling.order import FullPermutation, Indices, Order
-from moco_scale.data.shards.addresses import refuse_command, shown
 from moco_scale.data.shards.protocols import Place, Shards
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 _WEIGHT = re.compile(r"(?P<spec>.+):(?P<weight>[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+)")
 _LEAST, _MOST = 1e-9, 1e12

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.sampling.order import Indices, Order
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 
 class Place(NamedTuple):

@@ -14,7 +14,7 @@ from moco_scale.data.tools.source_tar import COMPRESSED, content_of
 from moco_scale.data.tools.sources import is_hidden, is_image
 from moco_scale.untrusted.limits import TAR_LOOKED_INTO
 from moco_scale.untrusted.tar_headers import FILE, FOLDER, Member, NoTarError, TarError, TarHeaders
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 _LOOKED_AT = 64
 _LABELS = (".cls", ".json")

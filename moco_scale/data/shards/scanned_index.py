@@ -24,10 +24,10 @@ from moco_scale.data.shards.shard_list import ShardList
 from moco_scale.data.shards.tar_scan import ShardScan, dots_problem, scan_tar
 from moco_scale.untrusted.limits import CLASSES
 from moco_scale.untrusted.shard_index import json_name
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, open_failure
 from moco_scale.utils.files import sync_folder, write_atomically
 from moco_scale.utils.log import say
+from moco_scale.utils.text import printable
 
 _RULES = b"4"  # by which images and labels are found: an index made by others is made again
 

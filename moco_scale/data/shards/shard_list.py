@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from moco_scale.data.shards.index_file import INDEX_JSON
 from moco_scale.untrusted.limits import TARS_OF_A_PATTERN
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, open_failure
+from moco_scale.utils.text import printable
 
 JOIN = "::"
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, LABEL_JSON, LABEL_TEXT
-from moco_scale.untrusted.text import printable, text_of
+from moco_scale.utils.text import printable, text_of
 
 LABEL_SUFFIXES = ("cls", "json")
 """Of the members that may hold a label, in the order of preference."""

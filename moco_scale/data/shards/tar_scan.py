@@ -30,8 +30,8 @@ from moco_scale.untrusted.tar_headers import (
     TarHeaders,
     parse_header,
 )
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, open_failure
+from moco_scale.utils.text import printable
 
 _T = TypeVar("_T")
 

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.sampling.random import permutation
 from moco_scale.data.shards.protocols import Shards
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import write_atomically
+from moco_scale.utils.text import printable
 
 COLUMNS, ROWS = 8, 8
 _TILE, _GAP, _CAPTION, _MARGIN, _TITLE, _NAMES = 132, 10, 16, 24, 56, 170

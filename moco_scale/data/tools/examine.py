@@ -25,10 +25,10 @@ from moco_scale.data.shards.tar_scan import (
 from moco_scale.data.tools.output_folder import LEFT_OUT
 from moco_scale.untrusted.documents import lines_of, record_of
 from moco_scale.untrusted.limits import IMAGE_FILE
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.process_pool import BrokenProcessPool, in_order
 from moco_scale.utils.progress import Progress
+from moco_scale.utils.text import printable
 
 _CHUNK = 1 << 22
 

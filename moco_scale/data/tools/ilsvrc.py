@@ -22,8 +22,8 @@ from moco_scale.data.tools.sources import is_image
 from moco_scale.untrusted.documents import read_bounded
 from moco_scale.untrusted.limits import GROUND_TRUTH, MAT_FILE
 from moco_scale.untrusted.tar_headers import FILE, TarHeaders
-from moco_scale.untrusted.text import printable, text_of
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable, text_of
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"

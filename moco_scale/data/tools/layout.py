@@ -20,8 +20,8 @@ from typing import NamedTuple
 from moco_scale.data.tools.sources import Entry, Packed
 from moco_scale.data.tools.split_folders import Split, images_text, split_folders
 from moco_scale.untrusted.limits import CLASSES, IMAGE_FILE, LABEL_CHARACTERS
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 UNLABELLED = -1
 _SHOWN = 5

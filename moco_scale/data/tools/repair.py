@@ -29,12 +29,12 @@ from moco_scale.data.tools.layout import LeftOut
 from moco_scale.data.tools.output_folder import LEFT_OUT, sync
 from moco_scale.data.tools.salvage import salvage
 from moco_scale.data.tools.shard_file import write_errors
+from moco_scale.observe.side_files import json_line, json_text
 from moco_scale.untrusted.names import relative_problem
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import sync_folder, write_atomically
 from moco_scale.utils.log import tell
-from moco_scale.utils.side_files import json_line, json_text
+from moco_scale.utils.text import printable
 
 _TEMPORARY = ".repaired-"
 _MOST_NAMED = 6

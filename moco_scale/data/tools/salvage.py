@@ -26,7 +26,7 @@ from moco_scale.data.tools.examine import header_before
 from moco_scale.data.tools.sources import suffix_by_content
 from moco_scale.untrusted.limits import IMAGE_FILE
 from moco_scale.untrusted.tar_headers import BLOCK, parse_header
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 _WINDOW = 1 << 20  # bytes that are searched for headers at once
 

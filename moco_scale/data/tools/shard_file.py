@@ -26,8 +26,8 @@ from moco_scale.data.tools.source_zip import unpack
 from moco_scale.data.tools.sources import LFS_POINTER, suffix_to_write
 from moco_scale.untrusted.documents import without_waiting
 from moco_scale.untrusted.limits import IMAGE_FILE
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError, open_failure
+from moco_scale.utils.text import printable
 
 
 @dataclass(frozen=True)

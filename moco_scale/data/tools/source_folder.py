@@ -16,8 +16,8 @@ from moco_scale.data.tools.sources import (
     is_image,
     suffix_of,
 )
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 NOT_READABLE = frozenset((errno.EACCES, errno.EPERM, errno.ELOOP))
 """What ails one file and not the disk: it is left out, and said; the others are taken."""

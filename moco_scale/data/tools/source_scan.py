@@ -10,9 +10,9 @@ from moco_scale.data.tools.source_folder import scan_folder
 from moco_scale.data.tools.source_tar import plain_tar, scan_tar
 from moco_scale.data.tools.source_zip import is_zip, scan_zip
 from moco_scale.data.tools.sources import IMAGE_SUFFIXES, Entry, PassedOver
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.progress import bar
+from moco_scale.utils.text import printable
 
 
 def scan(

@@ -25,9 +25,9 @@ from moco_scale.data.tools.sources import (
 )
 from moco_scale.untrusted.limits import SOURCE_INFLATION, SOURCE_INFLATION_FROM
 from moco_scale.untrusted.tar_headers import BLOCK, FILE, LINK, Member, TarHeaders
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.progress import bar
+from moco_scale.utils.text import printable
 
 UNPACKED = "unpacked-"  # how the names of decompressed tars begin
 COMPRESSED: dict[bytes, Callable[[Any, str], Any]] = {

@@ -25,8 +25,8 @@ from moco_scale.data.tools.sources import (
     suffix_of,
 )
 from moco_scale.untrusted.limits import ZIP_DIRECTORY
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from PIL import features
 
 from moco_scale.data.images.formats import image_kind
-from moco_scale.untrusted.text import printable
+from moco_scale.utils.text import printable
 
 JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
 IMAGE_SUFFIXES = (

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from moco_scale.data.shards.shard_list import SPLIT_WORDS
 from moco_scale.data.tools.sources import Entry
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 Split = list[tuple[tuple[str, ...], Entry]]
 """Images with their path below the split."""

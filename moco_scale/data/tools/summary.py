@@ -14,8 +14,8 @@ from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.shards.mixed_shards import MixedShards
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.data.tools.output_folder import size_text
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.log import tell
+from moco_scale.utils.text import printable
 
 SAMPLE = 1000
 _NAMED = 5  # classes with most and with fewest images

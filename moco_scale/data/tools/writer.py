@@ -31,12 +31,12 @@ from moco_scale.data.tools.shard_file import (
     write_errors,
     write_shard,
 )
+from moco_scale.observe.side_files import json_line, json_text
 from moco_scale.untrusted.shard_index import json_name
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.process_pool import BrokenProcessPool, in_order
 from moco_scale.utils.progress import Progress
-from moco_scale.utils.side_files import json_line, json_text
+from moco_scale.utils.text import printable
 
 
 @dataclass(frozen=True)

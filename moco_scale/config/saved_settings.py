@@ -14,7 +14,7 @@ from moco_scale.config.schema import SECTIONS
 from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.untrusted.documents import Document
 from moco_scale.untrusted.limits import IMAGE_SIZE, STEPS
-from moco_scale.untrusted.text import printable, some_of
+from moco_scale.utils.text import printable, some_of
 
 _FLAG = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _MANY = 300  # flags, or numbers in one

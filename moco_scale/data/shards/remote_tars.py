@@ -20,22 +20,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from moco_scale.data.remote.addresses import shown
 from moco_scale.data.remote.download import RemoteFile, TooLarge, state_of
 from moco_scale.data.remote.fsspec_store import store_at
-from moco_scale.data.remote.remote_shards import RemoteShards
-from moco_scale.data.remote.saved_scans import (
+from moco_scale.data.remote.shard_cache import cache_home, gigabytes, shard_path, write_once
+from moco_scale.data.remote.shard_source import ShardSource
+from moco_scale.data.remote.store import FileState, Store
+from moco_scale.data.shards import index_file
+from moco_scale.data.shards.index_place import alone
+from moco_scale.data.shards.remote_shards import RemoteShards
+from moco_scale.data.shards.saved_scans import (
     SavedScan,
     load_scan,
     save_scan,
     scan_path,
     version_of,
 )
-from moco_scale.data.remote.shard_cache import cache_home, gigabytes, shard_path, write_once
-from moco_scale.data.remote.shard_source import ShardSource
-from moco_scale.data.remote.store import FileState, Store
-from moco_scale.data.shards import index_file
-from moco_scale.data.shards.addresses import shown
-from moco_scale.data.shards.index_place import alone
 from moco_scale.data.shards.scanned_index import write_index
 from moco_scale.data.shards.shard_list import COMPRESSED_TAR, expand_braces, splits_of
 from moco_scale.data.shards.tar_scan import scan_tar

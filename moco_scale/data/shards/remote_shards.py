@@ -25,9 +25,9 @@ from moco_scale.data.sampling.order import Indices
 from moco_scale.data.shards import index_file, indexed_shards
 from moco_scale.untrusted.limits import DOCUMENT_SECONDS, INDEX_JSON, NPY_HEADER
 from moco_scale.untrusted.shard_index import AnyIndex, ShardIndex, parse_index
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.own_folders import without_links
+from moco_scale.utils.text import printable
 from moco_scale.utils.worker_process import closing
 
 _ROWS_RATE = 1e5  # bytes a second at which rows have to arrive

@@ -20,8 +20,8 @@ from moco_scale.data.remote.store import FileState
 from moco_scale.data.shards.tar_scan import ShardScan
 from moco_scale.untrusted.documents import parse_document
 from moco_scale.untrusted.saved_scan import FORMAT, SavedScanText
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "offset": np.dtype("<u8"),

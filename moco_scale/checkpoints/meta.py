@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
+from moco_scale.config.saved_settings import Settings, at_most
 from moco_scale.untrusted.documents import Document, check, parse_json
 from moco_scale.untrusted.limits import STEPS
 from moco_scale.untrusted.names import plain_problem, without
-from moco_scale.untrusted.settings import Settings, at_most
-from moco_scale.untrusted.text import printable
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import printable
 
 FORMAT = 1
 INDEX = ".metadata"
