@@ -28,9 +28,10 @@ def main() -> None:
 
             preflight.run(settings, phases)
         else:
-            from moco_scale.training.loop import Pretraining
+            from moco_scale.training.loop import train
+            from moco_scale.training.run import Run
 
-            Pretraining(settings, phases).run()
+            train(Run(settings, phases))
     collectives.shutdown()
 
 

@@ -39,7 +39,8 @@ from moco_scale.distributed.spawn import run_ranks
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.measure import CollectiveCounter, peak_of_step
 from moco_scale.planner.plan import make_plan
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.loop import train_step
+from moco_scale.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 4
@@ -66,14 +67,14 @@ def measure(flags: list[str]) -> tuple[dict[str, int], int]:
     counters = []
 
     def make() -> Callable[[], None]:
-        run = Pretraining(command_line.parse(flags))
+        run = Run(command_line.parse(flags))
         run.engine.moco.train()
         batches = run.loader(STEPS)
 
         def step() -> None:
             batch = next(batches)
             with CollectiveCounter() as counter:
-                run.train_step(batch)
+                train_step(run, batch)
             counters.append(counter)
 
         return step

@@ -6,7 +6,7 @@
 Images are random bytes in (pinned) host memory; nothing is read from disk. In the same process
 alternate:
 
-- run: :meth:`Pretraining.train_step` of recipe v2 with its inputs made one step ahead on a GPU:
+- run: :func:`train_step` of recipe v2 with its inputs made one step ahead on a GPU:
   copy, ShuffleBN, augmentation, both encoders, loss, optimizer, moving average, queue;
 - compiled: the same with ``--compile`` (where that is given);
 - ceiling: what the encoders alone take: forward and backward of the query, forward of the key,
@@ -55,7 +55,8 @@ from moco_scale.engines import make_engine
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import set_groups
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.loop import train_step
+from moco_scale.training.run import Run
 
 Step = Callable[[], Any]
 
@@ -69,7 +70,7 @@ def make_shards(root: Path, images: int) -> Path:
     return root / "shards"
 
 
-def batches(run: Pretraining) -> Iterator[ViewBatch]:
+def batches(run: Run) -> Iterator[ViewBatch]:
     """Batches of the plan, of random bytes."""
     optim, size = run.config.optim, run.config.data.image_size
     shape = (2, optim.batch_size // run.world, 3, size, size)
@@ -84,12 +85,12 @@ def batches(run: Pretraining) -> Iterator[ViewBatch]:
 
 
 def run_step(config: Config) -> Step:
-    run = Pretraining(config)
+    run = Run(config)
     run.engine.moco.train()
     coming = run.inputs.ahead(batches(run))
 
     def step() -> None:
-        run.train_step(next(coming))
+        train_step(run, next(coming))
         run.step += 1
         run.watch.judge(run.watch.code())
 
@@ -97,7 +98,7 @@ def run_step(config: Config) -> Step:
 
 
 def ceiling_step(config: Config, device: torch.device) -> Step:
-    run = Pretraining(config)
+    run = Run(config)
     moco = MoCo(run.initial_encoder()).to(device)
     set_groups(moco, config.model.bn_group_size, config.optim.batch_size, 1)
     engine = make_engine(config, moco.train(), device)

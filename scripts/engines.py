@@ -46,7 +46,8 @@ from moco_scale.demo.render import write_folder
 from moco_scale.distributed.spawn import run_ranks
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.models.encoder import Encoder
-from moco_scale.training.loop import Pretraining
+from moco_scale.training import loop
+from moco_scale.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
@@ -74,7 +75,7 @@ def small_encoder(settings: schema.Config) -> Encoder:
         return Encoder(backbone, nn.Linear(16, settings.model.dim), 16)
 
 
-class SmallPretraining(Pretraining):
+class SmallRun(Run):
     """A whole run of the small network."""
 
     def initial_encoder(self) -> Encoder:
@@ -86,7 +87,7 @@ def train(arguments: list[str], log: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    SmallPretraining(command_line.parse(arguments)).run()
+    loop.train(SmallRun(command_line.parse(arguments)))
 
 
 def run(

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
-from moco_scale.config.saved_settings import Settings, at_most
-from moco_scale.untrusted.documents import Document, check, parse_json
+from moco_scale.config.saved_settings import Settings
+from moco_scale.untrusted.documents import Document, at_most, check, parse_json
 from moco_scale.untrusted.limits import STEPS
 from moco_scale.untrusted.names import plain_problem, without
 from moco_scale.utils.errors import UserError

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from moco_scale.checkpoints import checkpoint
+from moco_scale.checkpoints.run_folder import RunFolder
+from moco_scale.config.schema import Config
+from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.distributed import collectives, consensus
 from moco_scale.distributed.same_state import sampled_hash
-from moco_scale.engines.base import MOMENTUM
+from moco_scale.engines.base import MOMENTUM, Engine
 from moco_scale.methods.key_queue import KeyQueue, share
 from moco_scale.methods.moco import MoCo
 from moco_scale.observe.finite import WEIGHTS
+from moco_scale.observe.loggers import Meters
 
-if TYPE_CHECKING:
-    from moco_scale.training.loop import Pretraining
-    from moco_scale.training.monitor import Unlogged
+
+class Unlogged(TypedDict):
+    """What a step is going to be logged with; its checkpoint keeps it, see :meth:`Monitor.log`."""
+
+    record: dict[str, Any]
+    line: str
+
+
+class TrainedRun(Protocol):
+    """A run, as far as a checkpoint holds it."""
+
+    config: Config
+    folder: RunFolder
+    plan: BatchPlan
+    device: torch.device
+    rank: int
+    world: int
+    engine: Engine
+    queue: KeyQueue
+    meters: Meters
+    step: int
+    total_steps: int
 
 
 # Of the queue's state, what has a row for each slot.
@@ -27,7 +50,7 @@ _SCALE = "loss_scale.state"
 
 
 def read_state(
-    run: Pretraining, moco: MoCo, folder: Path
+    run: TrainedRun, moco: MoCo, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The plain values and the tensors of a checkpoint; each rank reads by itself.
 
@@ -54,7 +77,7 @@ def read_state(
     return consensus.raise_on_all_ranks(read)
 
 
-def _expected(run: Pretraining, moco: MoCo) -> dict[str, checkpoint.Expected]:
+def _expected(run: TrainedRun, moco: MoCo) -> dict[str, checkpoint.Expected]:
     """What a checkpoint of this run holds."""
     tensors = {f"model.{name}": t for name, t in moco.state_dict().items()}
     tensors |= {
@@ -71,7 +94,7 @@ def _expected(run: Pretraining, moco: MoCo) -> dict[str, checkpoint.Expected]:
     return expected
 
 
-def _wrong_numbers(run: Pretraining, meta: dict[str, Any], saved: dict[str, Tensor]) -> list[str]:
+def _wrong_numbers(run: TrainedRun, meta: dict[str, Any], saved: dict[str, Tensor]) -> list[str]:
     """What no run can have come to."""
     step, batch = meta["step"], run.config.optim.batch_size
     pointer, enqueued = int(saved["queue.pointer"]), int(saved["queue.enqueued"])
@@ -104,21 +127,21 @@ def _not_finite(saved: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def load_model(run: Pretraining, moco: MoCo, saved: dict[str, Tensor]) -> None:
+def load_model(run: TrainedRun, moco: MoCo, saved: dict[str, Tensor]) -> None:
     """Give both encoders, the queue and the log's means what was saved; before an engine exists."""
     moco.load_state_dict(_part(saved, "model."))
     run.queue.load_state_dict(_part(saved, "queue."))
     run.meters.sums.copy_(saved["meters.sums"])
 
 
-def load_optimizer(run: Pretraining, saved: dict[str, Tensor]) -> None:
+def load_optimizer(run: TrainedRun, saved: dict[str, Tensor]) -> None:
     """Give the engine's optimizer and loss scale what was saved."""
     run.engine.load_optimizer_state(_part(saved, "optimizer."))
     if run.engine.loss_scale is not None and _SCALE in saved:
         run.engine.loss_scale.load(saved[_SCALE])
 
 
-def numbers_alike(run: Pretraining) -> dict[str, int | Tensor]:
+def numbers_alike(run: TrainedRun) -> dict[str, int | Tensor]:
     """Numbers of a run's state that must be the same on every rank; int64, see `agreement`."""
     numbers: dict[str, int | Tensor] = {
         "step": run.step,
@@ -132,7 +155,7 @@ def numbers_alike(run: Pretraining) -> dict[str, int | Tensor]:
     return numbers
 
 
-def save_state(run: Pretraining, epoch_done: bool, unlogged: Unlogged | None = None) -> None:
+def save_state(run: TrainedRun, epoch_done: bool, unlogged: Unlogged | None = None) -> None:
     """Write a checkpoint and ``current.pth``; all ranks call it.
 
     Args:
@@ -189,7 +212,7 @@ def save_state(run: Pretraining, epoch_done: bool, unlogged: Unlogged | None = N
     run.folder.save(run.step, tensors, model, meta, keep, rows)
 
 
-def restore_current(run: Pretraining) -> None:
+def restore_current(run: TrainedRun) -> None:
     """Write ``current.pth`` of the step that a run stands at, unless it is there.
 
     All ranks call it, for a run that was killed between its last checkpoint and this.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from moco_scale.distributed.launchers import rank_of
+from moco_scale.distributed.launcher_watch import leave_with_launcher
+from moco_scale.distributed.launchers import rank_of, speaker
 from moco_scale.utils.errors import (
     INTERRUPTED,
     LOST_PEER,
@@ -26,9 +25,7 @@ from moco_scale.utils.errors import (
 )
 from moco_scale.utils.log import outlive_terminal, say
 from moco_scale.utils.own_folders import remove_passing
-from moco_scale.utils.parents import leave_with_launcher
 from moco_scale.utils.signals import interruptible
-from moco_scale.utils.text import printable_lines
 
 
 def run_program(name: str, action: Callable[[], int | None]) -> NoReturn:
@@ -72,10 +69,10 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
         if isinstance(error, RankError):  # which says whose it is
             say(f"{name}: error: {error}")
         elif _speaks():
-            say(f"{name}: error: {_who()}{error}")
+            say(f"{name}: error: {speaker(os.environ)}{error}")
         return error.status
     except StoppedEarly as stop:
-        if _rank() == 0:
+        if rank_of(os.environ) == 0:
             say(f"{name}: {stop}")
         return stop.status
     except KeyboardInterrupt:
@@ -86,7 +83,7 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
         return LOST_PEER
     except (OSError, MemoryError, RuntimeError) as error:
         if met := limit_met(error):
-            say(f"{name}: error: {_who()}{met}")
+            say(f"{name}: error: {speaker(os.environ)}{met}")
             return UserError.status
         if not isinstance(error, RuntimeError):
             raise
@@ -94,8 +91,8 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
             raise
         # A traceback here would bury the message of the process that caused it.
         say(
-            f"{name}: rank {_rank()} stops too: another process ended, for the reason it gave, or "
-            f"the network failed ({first_line(error)})"
+            f"{name}: rank {rank_of(os.environ)} stops too: another process ended, for the reason "
+            f"it gave, or the network failed ({first_line(error)})"
         )
         return LOST_PEER
 
@@ -117,36 +114,12 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line: at length on rank 0, in one line on the others."""
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        super()._print_message(printable_lines(message, 1 << 20), file)
-
-    def error(self, message: str) -> NoReturn:
-        if _rank() == 0:
-            super().error(message)
-        # No other may have this error: a file, a variable or a typing mistake of one host alone.
-        say(f"{self.prog}: error: {_who()}{message}")
-        sys.exit(2)
-
-
 def _speaks() -> bool:
     """Whether an error is for this rank to say.
 
     Ranks that have met share their errors, and rank 0 says them for all. Before that nobody knows
     whether another has the same one.
     """
-    distributed = sys.modules.get(
-        "moco_scale.distributed.collectives"
-    )  # not loaded: nobody has met
-    return _rank() == 0 or distributed is None or not distributed.have_met()
-
-
-def _who() -> str:
-    rank = _rank()
-    return f"rank {rank} on {socket.gethostname()}: " if rank else ""
-
-
-def _rank() -> int:
-    return rank_of(os.environ)
+    collectives = sys.modules.get("moco_scale.distributed.collectives")
+    met = collectives is not None and collectives.have_met()  # not loaded: nobody has
+    return rank_of(os.environ) == 0 or not met

@@ -26,8 +26,8 @@ from moco_scale.distributed.bandwidth import Bandwidth
 from moco_scale.distributed.stop_signal import StopRequest
 from moco_scale.observe.loggers import Telemetry
 from moco_scale.observe.phases import Phases
-from moco_scale.training.loop import Pretraining
 from moco_scale.training.monitor import Monitor
+from moco_scale.training.run import Run
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
 from moco_scale.utils.text import printable
@@ -84,7 +84,7 @@ def run(config: Config, phases: Phases) -> None:
     if shared := shared_gpus(machines):  # with which nothing could be built
         raise UserError(_not_ready(shared))
     with _left_as_it_was(config):
-        run = Pretraining(config, phases)
+        run = Run(config, phases)
         try:
             _say(*_found(run, machines))
             telemetry = Telemetry(None, run.total_steps, run.step)
@@ -107,9 +107,9 @@ def run(config: Config, phases: Phases) -> None:
     _say(f"ready, after {time.monotonic() - started:.1f} s")
 
 
-def _found(run: Pretraining, machines: Sequence[Machine]) -> list[str]:
+def _found(run: Run, machines: Sequence[Machine]) -> list[str]:
     """What a run that could begin its first step is, and where."""
-    config, facts = run.config, same_setup.of_run(run.config)
+    config, facts = run.config, same_setup.of_run(run.config.flat())
     hosts = {machine.host for machine in machines}
     versions = [f"{n} {v}" for n, v in facts.items() if _is_library(n)]
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(WATCHED)]

@@ -22,12 +22,13 @@ from moco_scale.data.shards.shard_list import list_shards
 from moco_scale.data.tools.check import check
 from moco_scale.data.tools.ilsvrc import ACCEPTED, DEVKIT_TAR, TRAIN_TAR, VAL_TAR, read_ground_truth
 from moco_scale.data.tools.layout import Listing, arrange, class_name
-from moco_scale.data.tools.output_folder import LEFT_OUT, OutputFolder, size_text
+from moco_scale.data.tools.output_folder import LEFT_OUT, OutputFolder
 from moco_scale.data.tools.repair import repair
 from moco_scale.data.tools.source_scan import holds_images, scan
 from moco_scale.data.tools.source_tar import UNPACKED
 from moco_scale.data.tools.writer import Encoding, ShardSize, write_shards
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import size_text
 from moco_scale.utils.log import tell
 from moco_scale.utils.signals import is_ignored
 from moco_scale.utils.text import printable

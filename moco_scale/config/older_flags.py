@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from moco_scale.commands.exit_status import Parser
+from moco_scale.config.parser import Parser
 
 _STARTED = "torchrun, deepspeed or srun start the processes"
 _BOTH = {

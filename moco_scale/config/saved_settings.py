@@ -8,28 +8,17 @@ from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from moco_scale.config.schema import SECTIONS
 from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
-from moco_scale.untrusted.documents import Document
+from moco_scale.untrusted.documents import Document, at_most
 from moco_scale.untrusted.limits import IMAGE_SIZE, STEPS
 from moco_scale.utils.text import printable, some_of
 
 _FLAG = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _MANY = 300  # flags, or numbers in one
 _TEXT = 1 << 16
-
-
-def at_most(count: int) -> BeforeValidator:
-    """Refuse a table of more entries before any of them is looked at."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict | list) and len(value) > count:
-            raise ValueError(f"has {len(value):,} entries; at most {count:,} are allowed")
-        return value
-
-    return BeforeValidator(check)
 
 
 @cache

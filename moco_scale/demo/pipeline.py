@@ -31,6 +31,7 @@ from moco_scale.data.loading.loader import evaluation_loader
 from moco_scale.data.open import has_split, open_shards
 from moco_scale.data.shards.protocols import Images
 from moco_scale.demo.output_folder import SUMMARY
+from moco_scale.distributed.launcher_watch import STARTER
 from moco_scale.evaluation.knn import open_splits, unlabelled_split, weighted_knn
 from moco_scale.untrusted.documents import read_document
 from moco_scale.untrusted.limits import SETTINGS_JSON
@@ -39,7 +40,7 @@ from moco_scale.untrusted.results import Accuracy
 from moco_scale.utils.errors import StoppedEarly, UserError
 from moco_scale.utils.files import write_atomically
 from moco_scale.utils.log import tell
-from moco_scale.utils.parents import STARTER, session
+from moco_scale.utils.parents import session
 from moco_scale.utils.signals import is_ignored
 
 _OWN_FLAGS = {

@@ -9,6 +9,7 @@ scheduler, and nothing here imports torch.
 from __future__ import annotations
 
 import re
+import socket
 import zlib
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
@@ -52,6 +53,12 @@ def rank_of(environ: Mapping[str, str]) -> int:
     except UserError:
         return 0
     return place.rank if place else 0
+
+
+def speaker(environ: Mapping[str, str]) -> str:
+    """Beginning of a message that only this rank has: "rank 3 on node-b: "; "" of rank 0."""
+    rank = rank_of(environ)
+    return f"rank {rank} on {socket.gethostname()}: " if rank else ""
 
 
 _OWN_VARIABLES = (

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 import moco_scale
-from moco_scale.config.schema import Config
 from moco_scale.distributed import collectives
 from moco_scale.utils.errors import UserError
 
@@ -49,14 +48,14 @@ def installation(device: torch.device, engine: str = "") -> dict[str, str]:
     return facts
 
 
-def of_run(config: Config) -> dict[str, str]:
+def of_run(flags: Mapping[str, object]) -> dict[str, str]:
     """The installation and every flag that all processes of a run have to share.
 
-    Its DeepSpeed file has been read and checked.
+    flags: all of a run's, by name with underscores; its DeepSpeed file has been read and checked.
     """
-    facts = installation(collectives.device(), config.run.engine) | of_flags(config.flat())
-    if config.run.deepspeed:
-        content = Path(config.run.deepspeed).read_bytes()
+    facts = installation(collectives.device(), str(flags["engine"])) | of_flags(flags)
+    if file := flags["deepspeed"]:
+        content = Path(str(file)).read_bytes()
         facts["content of the --deepspeed file"] = _short_digest(content)
     return facts
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from moco_scale.distributed import collectives
+from moco_scale.distributed.launcher_watch import told_instead
 from moco_scale.utils.errors import INTERRUPTED, LOST_PEER, STOPPED_EARLY
 from moco_scale.utils.log import say
-from moco_scale.utils.parents import told_instead
 from moco_scale.utils.signals import ONE_SIGNAL, Listening, is_ignored
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

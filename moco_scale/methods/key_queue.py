@@ -188,3 +188,17 @@ class KeyQueue:
 def share(length: int, rank: int, world: int) -> tuple[int, int]:
     """The part of ``length`` rows that is a rank's: first and last + 1."""
     return rank * length // world, (rank + 1) * length // world
+
+
+def crowded_queue(keys: int, images: int) -> list[str]:
+    """Warn where a queue of so many keys holds each image of the training set more than once."""
+    if keys <= images:
+        return []
+    fitting = 1 << (max(images // 2, 1).bit_length() - 1)
+    often = keys / images
+    return [
+        f"warning: the queue's {keys:,} keys hold each of the {images:,} images about "
+        f"{f'{often:,.0f}' if often >= 10 else f'{often:.2g}'} times, so that a query's negatives "
+        "are views of its own image too; "
+        f"--nce-k {fitting} fits such a set, or leave these out with --mask-same-image"
+    ]

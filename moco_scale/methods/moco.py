@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from moco_scale.models.batchnorm import set_part
 from moco_scale.models.encoder import Encoder
 
+VIEWS = 2
+"""Random views of an image in each step."""
+
 
 class MoCo(nn.Module):
     """Momentum contrast's two encoders (He et al. 2020).

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -20,16 +20,13 @@ from tqdm import tqdm
 
 from moco_scale.distributed import collectives
 from moco_scale.observe import metrics_file
-from moco_scale.observe.side_files import SideFile, json_line
+from moco_scale.observe.side_files import Folder, SideFile, json_line
 from moco_scale.utils.log import say
 from moco_scale.utils.text import printable, printable_lines
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from torch.utils.tensorboard import summary
-
-if TYPE_CHECKING:
-    from moco_scale.checkpoints.run_folder import RunFolder
 
 
 class Telemetry:
@@ -43,7 +40,7 @@ class Telemetry:
         first_step: steps already done, when resuming.
     """
 
-    def __init__(self, folder: RunFolder | None, total_steps: int, first_step: int) -> None:
+    def __init__(self, folder: Folder | None, total_steps: int, first_step: int) -> None:
         self._active, self._folder = collectives.is_main(), folder
         self._files: dict[str, SideFile] = {}
         self._bar: tqdm[Any] | None = None

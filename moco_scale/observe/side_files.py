@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moco_scale.untrusted.documents import lines_of
 from moco_scale.utils.errors import UserError
@@ -154,3 +154,12 @@ def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> int:
     else:
         write_atomically(path, b"".join(whole))
     return len(lines) - len(kept)
+
+
+class Folder(Protocol):
+    """Where a run's side files lie."""
+
+    def side_file(
+        self, name: str, warn: Callable[[str], None] = say, head: bytes = b""
+    ) -> SideFile:
+        """A file of this name; the rest as of :class:`SideFile`."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moco_scale.methods.key_queue import crowded_queue
 from moco_scale.planner.plan import GIB, Plan
-from moco_scale.training.banner import crowded_queue
 
 _WAITING = 0.1  # share of a step from which waiting for the network is worth a word
 _CORES = 8.0  # cores that a GPU's share of a node usually has
@@ -30,7 +30,9 @@ def advice(plan: Plan) -> list[str]:
             f"reading needs {plan.cores_per_node:.0f} cores of each node: shards of smaller "
             "images (shard --short-side) need fewer"
         )
-    return lines + crowded_queue(config, plan.images)
+    if not config.contrast.mask_same_image:
+        lines += crowded_queue(config.contrast.nce_k, plan.images)
+    return lines
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -13,10 +13,9 @@ from moco_scale.engines import read_deepspeed
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import blocks_of
 from moco_scale.methods.key_queue import DTYPES
-from moco_scale.methods.moco import MoCo
+from moco_scale.methods.moco import VIEWS, MoCo
 from moco_scale.models.encoder import Encoder
 from moco_scale.planner.trace import Trace
-from moco_scale.training.inputs import VIEWS
 
 FP32 = 4
 _LOGITS = 1 << 24  # elements of a block of logits on a GPU

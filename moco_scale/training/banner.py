@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moco_scale import __version__
 from moco_scale.config.recipes import RECIPES
@@ -10,18 +10,17 @@ from moco_scale.config.resolve import build
 from moco_scale.config.schema import Config
 from moco_scale.data.shards.mixed_shards import epoch_notes
 from moco_scale.distributed import collectives
+from moco_scale.methods.key_queue import crowded_queue
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.training.run import Run
 from moco_scale.utils import determinism
-
-if TYPE_CHECKING:
-    from moco_scale.training.loop import Pretraining
 
 _CHANCE = ("rng_seed",)
 """Fields in which repetitions of one published run differ."""
 _FEW = 0.01  # of the published images, which may be missing
 
 
-def announcement(run: Pretraining, dropped: int) -> list[str]:
+def announcement(run: Run, dropped: int) -> list[str]:
     """The lines that a run begins its log with; every rank makes the same.
 
     Args:
@@ -46,7 +45,8 @@ def announcement(run: Pretraining, dropped: int) -> list[str]:
     ]
     if any(isinstance(m, GroupedBatchNorm2d) for m in run.engine.moco.modules()):
         lines += _shuffles_in_vain(config)
-    lines += crowded_queue(config, len(run.shards))
+    if not config.contrast.mask_same_image:
+        lines += crowded_queue(config.contrast.nce_k, len(run.shards))
     lines += determinism.slow_precision(run.device, config.run.precision)
     if run.resumed_from is not None:
         again = f" ({dropped} later log lines dropped)" if dropped else ""
@@ -134,24 +134,6 @@ def _shuffles_in_vain(config: Config) -> list[str]:
         + ("" if "bn_group_size" in config.given else ", as nobody said --bn-group-size")
         + f", so that --shuffle-bn {mode.shuffle_bn} changes no statistics: queries and keys share "
         f"them, and the loss can fall without anything being learned; {remedy}"
-    ]
-
-
-def crowded_queue(config: Config, images: int) -> list[str]:
-    """A warning where the queue holds each image more than once.
-
-    images: of the training set.
-    """
-    keys = config.contrast.nce_k
-    if keys <= images or config.contrast.mask_same_image:
-        return []
-    fitting = 1 << (max(images // 2, 1).bit_length() - 1)
-    often = keys / images
-    return [
-        f"warning: the queue's {keys:,} keys hold each of the {images:,} images about "
-        f"{f'{often:,.0f}' if often >= 10 else f'{often:.2g}'} times, so that a query's negatives "
-        "are views of its own image too; "
-        f"--nce-k {fitting} fits such a set, or leave these out with --mask-same-image"
     ]
 
 

@@ -19,9 +19,8 @@ from moco_scale.data.images.device_augment import DeviceAugment, StaticAugment
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.sampling.order import BatchPlan, Samples
 from moco_scale.distributed import collectives
+from moco_scale.methods.moco import VIEWS
 from moco_scale.methods.shuffle_bn import ShuffleBN
-
-VIEWS = 2
 
 
 class Inputs:

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 import torch
 import torchvision
 
-from moco_scale.checkpoints.state import numbers_alike
+from moco_scale.checkpoints.state import Unlogged, numbers_alike
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.sampling.order import Samples
 from moco_scale.distributed import collectives, consensus
@@ -34,22 +34,12 @@ from moco_scale.observe.stragglers import StepTimes
 from moco_scale.planner.utilisation import Utilisation, device_name
 from moco_scale.training.banner import announcement
 from moco_scale.training.banner import title as figure_title
+from moco_scale.training.run import Run
 from moco_scale.utils.errors import RankError, UserError
-
-if TYPE_CHECKING:
-    from moco_scale.training.loop import Pretraining
-
 
 # ImageNet's own 1.28 M would take longer than the epoch's training is worth; smaller sets, CIFAR's
 # 50,000 and 10,000 among them, are used whole.
 MAX_BANK, MAX_QUERIES = 128_000, 10_000
-
-
-class Unlogged(TypedDict):
-    """What a step is going to be logged with; its checkpoint keeps it, see :meth:`Monitor.log`."""
-
-    record: dict[str, Any]
-    line: str
 
 
 class Monitor:
@@ -64,7 +54,7 @@ class Monitor:
         unlogged: the last step's log, where its evaluation is still to come.
     """
 
-    def __init__(self, run: Pretraining, telemetry: Telemetry, stop: StopRequest) -> None:
+    def __init__(self, run: Run, telemetry: Telemetry, stop: StopRequest) -> None:
         self.run, self.telemetry, self._stop = run, telemetry, stop
         self._since, self._steps_then = time.perf_counter(), run.step
         self._rate = 0.0

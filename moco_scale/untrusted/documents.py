@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from moco_scale.untrusted.limits import CONTAINERS, LINE
@@ -171,3 +171,14 @@ def record_of(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Refuse a table of more entries before any of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > count:
+            raise ValueError(f"has {len(value):,} entries; at most {count:,} are allowed")
+        return value
+
+    return BeforeValidator(check)

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from moco_scale.config.saved_settings import at_most
-from moco_scale.untrusted.documents import Document
+from moco_scale.untrusted.documents import Document, at_most
 from moco_scale.untrusted.limits import STEPS
 
 Percent = Annotated[float, Field(ge=0, le=100)]

@@ -85,3 +85,11 @@ def failure_reason(error: BaseException) -> str:
     # What Python itself says of these is little without their name.
     named = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError)
     return (f"{type(error).__name__}: " if named else "") + text.splitlines()[-1][:300]
+
+
+def size_text(count: int) -> str:
+    """A number of bytes for people: "55.0 MB"."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"

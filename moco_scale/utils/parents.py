@@ -6,18 +6,9 @@ import contextlib
 import ctypes
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from moco_scale.distributed.launchers import has_launcher, started_by_deepspeed
-from moco_scale.utils.log import say
-
-STARTER = "MOCO_SCALE_STARTER"
-"""Variable that names a process, above any launcher, without which a program is to end."""
 _PR_SET_PDEATHSIG = 1
-_LOOK_SECONDS = 1.0
 
 
 def die_with(parent: int) -> None:
@@ -35,55 +26,6 @@ def die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _end_now(why: str) -> None:
-    say(why)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-_told: Callable[[str], None] = _end_now
-
-
-@contextlib.contextmanager
-def told_instead(told: Callable[[str], None]) -> Iterator[None]:
-    """Within, `told` is called by a thread when the launcher is gone; else the process ends."""
-    global _told
-    before, _told = _told, told
-    try:
-        yield
-    finally:
-        _told = before
-
-
-def leave_with_launcher(environ: Mapping[str, str]) -> None:
-    """End this process, in an orderly way where there is one, when its launcher is gone.
-
-    Only of one that a launcher has started, or a program that says so in :data:`STARTER`: ``nohup
-    python train.py &`` outlives its shell. deepspeed's processes are started by its second program,
-    which does not end with the first.
-    """
-    watched: dict[int, int | None] = {}
-    if environ.get(STARTER, "").isdigit():
-        watched[int(environ[STARTER])] = None
-    if has_launcher(environ):
-        parent = os.getppid()
-        watched[parent] = os.getpid()
-        if started_by_deepspeed(environ) and (grandparent := _parent_of(parent)):
-            watched[grandparent] = parent
-    if not watched:
-        return
-    threading.Thread(target=_watch, args=(watched,), name="launcher", daemon=True).start()
-
-
-def _watch(watched: dict[int, int | None]) -> None:
-    """watched: processes, and for each the child of which it has to stay the parent, if any."""
-    while True:
-        time.sleep(_LOOK_SECONDS)
-        for parent, child in watched.items():
-            if not _lives(parent) if child is None else _parent_of(child) != parent:
-                _told(f"the launcher (process {parent}) is gone")
-                return
-
-
 def _status(process: int) -> tuple[str, int] | None:
     """State of a process, as Linux has it (``T``: stopped), and its parent; None: there is none."""
     with contextlib.suppress(OSError, IndexError, ValueError):
@@ -93,7 +35,8 @@ def _status(process: int) -> tuple[str, int] | None:
     return None
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
+    """Whether a process exists and has not ended; True where that cannot be known."""
     status = _status(process)
     return not os.path.isdir("/proc") if status is None else status[0] != "Z"
 
@@ -108,12 +51,12 @@ def session(leader: int) -> list[int]:
     found = []
     for process in _processes():
         with contextlib.suppress(OSError):
-            if os.getsid(process) == leader and _lives(process):
+            if os.getsid(process) == leader and lives(process):
                 found.append(process)
     return found
 
 
-def _parent_of(process: int) -> int | None:
+def parent_of(process: int) -> int | None:
     """Number of a process's parent; None: there is no such process."""
     if process == os.getpid():
         return os.getppid()

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from moco_scale.data.open import open_shards
 from moco_scale.data.sampling.mixture import in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.shards.protocols import Shards
-from moco_scale.training.loop import Pretraining
+from moco_scale.training import loop
+from moco_scale.training.loop import train_step
+from moco_scale.training.run import Run
 
 IMAGES, BATCH, SEED, SIZE = 32, 8, 5, 16
 PER_EPOCH = IMAGES // BATCH
@@ -130,16 +133,15 @@ def test_what_four_ranks_leave_two_and_one_go_on_with(sets: Sets) -> None:
 
 def samples_of_a_run(flags: list[str]) -> list[tuple[int, int]]:
     """(pass, sample) of every step that a run takes from its checkpoint on."""
-    run = Pretraining(command_line.parse(flags))
+    run = Run(command_line.parse(flags))
     seen: list[tuple[int, int]] = []
-    step = run.train_step
 
-    def recorded(batch: ViewBatch) -> None:
+    def record(run: Run, batch: ViewBatch) -> None:
         seen.extend(zip(batch.passes.tolist(), batch.index.tolist(), strict=True))
-        step(batch)
+        train_step(run, batch)
 
-    run.train_step = recorded  # type: ignore[method-assign]
-    run.run()
+    with mock.patch.object(loop, "train_step", record):
+        loop.train(run)
     return seen
 
 

@@ -59,16 +59,16 @@ def test_the_facts_of_a_run(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text("{}")
     config = command_line.parse(["--deepspeed", str(file), "--rng-seed", "5", "--data-dir", "X"])
-    facts = same_setup.of_run(config)
+    facts = same_setup.of_run(config.flat())
     assert (facts["--rng-seed"], facts["--engine"], facts["device"]) == ("5", "deepspeed", "cpu")
     assert facts["deepspeed"] == importlib.metadata.version("deepspeed")
     assert facts["torch"] == importlib.metadata.version("torch")
     assert not {"--data-dir", "--output-dir", "--num-workers", "--deepspeed"} & facts.keys()
     file.write_text("{ }")
     name = "content of the --deepspeed file"
-    assert {k for k, v in same_setup.of_run(config).items() if v != facts[k]} == {name}
+    assert {k for k, v in same_setup.of_run(config.flat()).items() if v != facts[k]} == {name}
     file.unlink()
-    plain = same_setup.of_run(command_line.parse(["--rng-seed", "5"]))
+    plain = same_setup.of_run(command_line.parse(["--rng-seed", "5"]).flat())
     assert "deepspeed" not in plain and name not in plain
 
 

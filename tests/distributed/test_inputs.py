@@ -15,13 +15,14 @@ from moco_scale.config import command_line
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.distributed import collectives
 from moco_scale.training.inputs import Inputs
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.loop import train_step
+from moco_scale.training.run import Run
 
 STEPS = 5  # an epoch has 4
 
 
-def started(flags: list[str], ahead: bool) -> Pretraining:
-    run = Pretraining(command_line.parse(flags))
+def started(flags: list[str], ahead: bool) -> Run:
+    run = Run(command_line.parse(flags))
     run.inputs = Inputs(run.config, run.plan, run.shuffle, run.device, ahead)
     return run
 
@@ -75,10 +76,10 @@ def test_one_batch_is_made_ahead_and_no_more(tiny_shards: Path, tmp_path: Path) 
     assert read == list(range(STEPS))
 
 
-def train(run: Pretraining, steps: int) -> None:
+def train(run: Run, steps: int) -> None:
     run.engine.moco.train()
     for batch in run.inputs.ahead(run.loader(STEPS)):
-        run.train_step(batch)
+        train_step(run, batch)
         run.step += 1
         if run.step == steps:
             break  # one more batch has been made ready
@@ -114,7 +115,7 @@ def test_a_batch_made_ahead_and_not_trained_on_is_not_consumed(
 def order_of_messages(flags: list[str]) -> tuple[bool, list[str]]:
     """Whether nothing is made ahead, and what happened in one step, in this order."""
     happened: list[str] = []
-    run = Pretraining(command_line.parse(flags))
+    run = Run(command_line.parse(flags))
     wait, query = collectives.PendingRows.wait, run.engine.query
 
     def noted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,7 +129,7 @@ def order_of_messages(flags: list[str]) -> tuple[bool, list[str]]:
         patch.setattr(collectives.PendingRows, "wait", noted("exchanged", wait))
         patch.setattr(run.engine, "query", noted("queries", query))
         run.engine.moco.train()
-        run.train_step(next(run.loader(STEPS)))
+        train_step(run, next(run.loader(STEPS)))
     return run.inputs.alone, happened
 
 
@@ -150,7 +151,7 @@ def alone_without_order(flags: list[str]) -> list[tuple[bool, list[str]]]:
     for kept in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "launches_in_order", lambda kept=kept: kept)
-            run = Pretraining(command_line.parse(flags))
+            run = Run(command_line.parse(flags))
             results.append((run.inputs.alone, run.engine.notes))
     collectives.barrier()  # rank 0 keeps the store where groups are made
     return results
@@ -191,7 +192,7 @@ def trained_on_a_gpu(flags: list[str], ahead: bool) -> dict[str, Tensor]:
     run = started(flags, ahead)
     run.engine.moco.train()
     for batch in run.inputs.ahead(run.loader(STEPS)):
-        run.train_step(batch)
+        train_step(run, batch)
         run.step += 1
     torch.cuda.synchronize()
     return {n: t.cpu() for n, t in run.engine.moco.state_dict().items()} | {

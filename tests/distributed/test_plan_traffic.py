@@ -11,7 +11,8 @@ from moco_scale.config import command_line
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.measure import CollectiveCounter
 from moco_scale.planner.plan import make_plan
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.loop import train_step
+from moco_scale.training.run import Run
 
 ENGINES: dict[str, tuple[str, ...]] = {
     "ddp": (),
@@ -28,13 +29,13 @@ QUICK = ("sharded", "spanning", "fsdp-bf16", "zero1")
 
 def sent(flags: list[str]) -> dict[str, int]:
     """Bytes by collective of the third step on this rank."""
-    run = Pretraining(command_line.parse(flags))
+    run = Run(command_line.parse(flags))
     run.engine.moco.train()
     batches = run.loader(3)
     counters = []
     for batch in batches:
         with CollectiveCounter() as counter:
-            run.train_step(batch)
+            train_step(run, batch)
         counters.append(counter)
     return dict(counters[-1].payload)
 

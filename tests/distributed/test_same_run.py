@@ -11,7 +11,8 @@ from textbook import epoch_batches, permutation
 from torch import Tensor, nn
 
 from moco_scale.config import command_line
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.loop import train_step
+from moco_scale.training.run import Run
 
 STEPS, BATCH, IMAGES, SEED = 5, 8, 32, 11
 
@@ -28,7 +29,7 @@ class Seen(NamedTuple):
 
 
 def one_rank(flags: list[str]) -> Seen:
-    run = Pretraining(command_line.parse(flags))
+    run = Run(command_line.parse(flags))
     seen = Seen([], [], [], [], [], run.queue.keys)
 
     def inputs(into: list[Tensor]) -> Any:
@@ -43,7 +44,7 @@ def one_rank(flags: list[str]) -> Seen:
     for batch in loader:
         seen.samples.append(batch.index)
         seen.crops.append(batch.views.transpose(0, 1))  # samples first
-        run.train_step(batch)
+        train_step(run, batch)
     return seen
 
 

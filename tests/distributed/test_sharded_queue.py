@@ -20,7 +20,8 @@ from moco_scale.config import command_line
 from moco_scale.distributed import collectives
 from moco_scale.methods.infonce import Negatives, infonce
 from moco_scale.methods.key_queue import DTYPES, KeyQueue, share
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.loop import train_step
+from moco_scale.training.run import Run
 
 DIM, BATCH, IMAGES, T = 5, 12, 20, 0.1
 # Less than a rank has queries, no multiple of anything, several batches.
@@ -187,13 +188,13 @@ SMALL = [*TINY, "--nce-k", "21", "--mask-same-image", "--queue-dtype", "bf16"]
 
 def train(flags: list[str], parts: int) -> list[dict[str, Any]]:
     """Go on for ``parts`` times two steps, then save: queues before and after, and mean loss."""
-    run = Pretraining(command_line.parse(flags))
+    run = Run(command_line.parse(flags))
     seen = []
     for _ in range(parts):
         before = {name: t.clone() for name, t in run.queue.state_dict().items()}
         loader = run.loader(run.step + 2)
         for batch in loader:
-            run.train_step(batch)
+            train_step(run, batch)
             run.step += 1
         after = {name: t.clone() for name, t in run.queue.state_dict().items()}
         seen.append({"before": before, "after": after, "means": run.meters.read()[0]})

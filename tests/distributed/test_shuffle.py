@@ -16,7 +16,7 @@ from moco_scale.data.sampling.random import permutation
 from moco_scale.distributed import collectives
 from moco_scale.methods.key_queue import KeyQueue
 from moco_scale.methods.shuffle_bn import ShuffleBN
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.run import Run
 from moco_scale.utils.errors import UserError
 
 BATCH, SEED, STEPS = 16, 5, 4
@@ -208,7 +208,7 @@ def start_with(flags: list[str], local: int) -> tuple[int, str]:
     """The group a run begins with on hosts of so many ranks, or why it does not; it saves."""
     os.environ["LOCAL_WORLD_SIZE"] = str(local)
     try:
-        run = Pretraining(command_line.parse(flags))
+        run = Run(command_line.parse(flags))
     except UserError as error:
         return 0, str(error)
     assert run.shuffle.group == run.config.contrast.shuffle_group

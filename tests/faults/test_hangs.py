@@ -15,7 +15,7 @@ from commands import TINY, Ranks, before_each_call, forked, forked_ranks
 
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.models.encoder import build_encoder
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.run import Run
 from moco_scale.utils.errors import LOST_PEER
 
 pytestmark = pytest.mark.timeout(1800)
@@ -168,14 +168,14 @@ def test_a_rank_that_an_evaluation_loses(
 def go_astray(what: str, step: int, rank: int) -> None:
     """Let one rank's state differ from the others' before a step."""
 
-    def lead_astray(run: Pretraining, batch: ViewBatch) -> None:
+    def lead_astray(run: Run, batch: ViewBatch) -> None:
         if batch.step + 1 == step and run.rank == rank:
             if what == "queue pointer":
                 run.queue.pointer += 1
             else:
                 torch._foreach_mul_(run.engine.replicated()["key"], 1.001)
 
-    before_each_call("moco_scale.training.loop", "Pretraining.train_step", lead_astray)
+    before_each_call("moco_scale.training.loop", "train_step", lead_astray)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from commands import assert_refused, before_each_call, flags_for, forked
 
 from moco_scale.data.loading.loader import ViewBatch
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.run import Run
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -27,7 +27,7 @@ def spoil(where: str, first: int, last: int, rank: int) -> None:
     def bad() -> bool:
         return first <= now["step"] <= last and int(os.environ.get("RANK", "0")) == rank
 
-    def count(run: Pretraining, batch: ViewBatch) -> None:
+    def count(run: Run, batch: ViewBatch) -> None:
         now["step"] = batch.step + 1
 
     def lossy(*arguments: Any) -> Any:
@@ -37,7 +37,7 @@ def spoil(where: str, first: int, last: int, rank: int) -> None:
     def steep(self: DDPEngine, loss: torch.Tensor) -> None:
         backward(self, loss * math.inf if bad() else loss)
 
-    before_each_call("moco_scale.training.loop", "Pretraining.train_step", count)
+    before_each_call("moco_scale.training.loop", "train_step", count)
     if where == "loss":
         KeyQueue.contrast = lossy  # type: ignore[method-assign,assignment]
     else:

@@ -18,7 +18,7 @@ from commands import assert_refused, before_each_call, flags_for, forked
 
 from moco_scale.checkpoints import checkpoint
 from moco_scale.data.loading.loader import ViewBatch
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.run import Run
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -91,13 +91,13 @@ def fail_to_save(where: str) -> None:
         else:
             checkpoint.RowsSavePlanner = defect  # type: ignore[misc,assignment]
 
-    def wait(run: Pretraining, batch: ViewBatch) -> None:
+    def wait(run: Run, batch: ViewBatch) -> None:
         deadline = time.monotonic() + 60
         while batch.step == 2 and not run.folder.save_failed():  # begun after the second step
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    before_each_call("moco_scale.training.loop", "Pretraining.train_step", wait)
+    before_each_call("moco_scale.training.loop", "train_step", wait)
 
 
 @pytest.mark.parametrize("where", ["writing", "beginning"])
@@ -140,12 +140,12 @@ def test_logs_that_cannot_be_written_end_nothing(tiny_shards: Path, tmp_path: Pa
 def remove_folder(out: str) -> None:
     """Remove the folder of a run after its second step."""
 
-    def remove(run: Pretraining, batch: ViewBatch) -> None:
+    def remove(run: Run, batch: ViewBatch) -> None:
         if batch.step == 2 and run.rank == 0:
             run.folder.settle()  # what is being written would fail
             shutil.rmtree(out)
 
-    before_each_call("moco_scale.training.loop", "Pretraining.train_step", remove)
+    before_each_call("moco_scale.training.loop", "train_step", remove)
 
 
 def test_a_folder_that_is_removed_under_a_run(tiny_shards: Path, tmp_path: Path) -> None:

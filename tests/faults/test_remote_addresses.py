@@ -18,7 +18,8 @@ from moco_scale.data.remote import addresses, fsspec_store, shard_source
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.mixed_shards import split_mixture
 from moco_scale.training import bad_images
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.loop import train
+from moco_scale.training.run import Run
 from moco_scale.utils.errors import UserError
 
 
@@ -119,7 +120,7 @@ def test_nor_by_a_whole_run_that_ends_at_bad_images(
             **{"bad_samples": "skip", "shuffle_window": 0},
         }
         with pytest.raises(UserError, match=r"(nor any of|cannot be decoded, more than)") as caught:
-            Pretraining(build("v2", values)).run()
+            train(Run(build("v2", values)))
         assert {r.authorization for r in server.requests} == {"Basic bWU6c2VjcmV0"}
         assert {r.query for r in server.requests} == {"signed=secret"}
     said = capfd.readouterr()

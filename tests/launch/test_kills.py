@@ -11,7 +11,7 @@ import pytest
 from commands import TINY, before_each_call, forked
 from test_resume import assert_same_run, steps_of_checkpoints
 
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -22,13 +22,13 @@ FLAGS = (*TINY, "--epochs", STEPS // 4, "--checkpoint-freq", 1, "--keep-checkpoi
 def die_after(seconds: float, victims: tuple[int, ...]) -> None:
     """kill -9 this process so long after its training has begun, if it is one of the victims."""
 
-    def doom(run: Pretraining) -> None:
+    def doom(run: Run) -> None:
         if run.rank in victims:
             killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
             killer.daemon = True
             killer.start()
 
-    before_each_call("moco_scale.training.loop", "Pretraining.run", doom)
+    before_each_call("moco_scale.training.loop", "train", doom)
 
 
 def test_killed_at_thirty_random_moments(tiny_shards: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from moco_scale.commands import preflight
 from moco_scale.config.command_line import parse
 from moco_scale.config.schema import Config
 from moco_scale.observe.phases import Phases
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.loop import train
+from moco_scale.training.run import Run
 from moco_scale.utils.errors import UserError
 
 READY = "ready"
@@ -115,9 +116,9 @@ def verdict(flags: list[str], act: Callable[[Config], None]) -> tuple[str, str]:
 
 def start(config: Config) -> None:
     """Start a run and stop it before its first step."""
-    stopped = mock.patch.object(Pretraining, "_loop", side_effect=InterruptedError)
+    stopped = mock.patch("moco_scale.training.loop._loop", side_effect=InterruptedError)
     with stopped, contextlib.suppress(InterruptedError):
-        Pretraining(config).run()
+        train(Run(config))
 
 
 def look(config: Config) -> None:
@@ -176,4 +177,4 @@ def test_preflight_and_start_give_the_same_answer(tiny_shards: Path, tmp_path: P
 def begun(data: str, out: str) -> str:
     """Make a run of one step."""
     flags = [*TINY, "--data-dir", data, "--output-dir", out, "--max-steps", "1"]
-    return verdict(flags, lambda config: Pretraining(config).run())[0]
+    return verdict(flags, lambda config: train(Run(config)))[0]

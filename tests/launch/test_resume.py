@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moco_scale.checkpoints import checkpoint
 from moco_scale.data.loading.loader import ViewBatch
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.run import Run
 from moco_scale.utils.errors import STOPPED_EARLY
 
 pytestmark = pytest.mark.timeout(1800)
@@ -262,12 +262,12 @@ def test_moved_images_are_the_same_images(
 def signal_at(step: int, rank: int, *numbers: int) -> None:
     """Let this process send itself signals in the given step, if it is that rank."""
 
-    def send(run: Pretraining, batch: ViewBatch) -> None:
+    def send(run: Run, batch: ViewBatch) -> None:
         if run.step + 1 == step and run.rank == rank:
             for number in numbers:
                 os.kill(os.getpid(), number)
 
-    before_each_call("moco_scale.training.loop", "Pretraining.train_step", send)
+    before_each_call("moco_scale.training.loop", "train_step", send)
 
 
 def end_in_evaluation(call: int, how: str, rank: int = 0) -> None:

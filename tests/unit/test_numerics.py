@@ -15,7 +15,7 @@ from moco_scale.engines.base import EngineSettings
 from moco_scale.engines.ddp import DDPEngine
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import build_encoder
-from moco_scale.training import loop
+from moco_scale.training import run
 from moco_scale.utils import determinism
 
 
@@ -67,9 +67,9 @@ def test_evaluation_sets_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_pretraining_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "open_data", _stop)
+    monkeypatch.setattr(run, "open_data", _stop)
     with pytest.raises(Reached):
-        loop.Pretraining(parse(["--device", "cpu"]))
+        run.Run(parse(["--device", "cpu"]))
     assert not any(_switches().values())
 
 

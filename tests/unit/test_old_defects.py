@@ -22,19 +22,20 @@ from moco_scale.checkpoints.state import save_state
 from moco_scale.config.resolve import build
 from moco_scale.data.images.augment import draw_params
 from moco_scale.data.loading.loader import pretraining_loader
-from moco_scale.training.loop import Pretraining
+from moco_scale.training.loop import train_step
+from moco_scale.training.run import Run
 
 BATCH = 8
 PER_EPOCH = 4  # of the 32 images
 
 
-def written(run: Pretraining) -> None:
+def written(run: Run) -> None:
     """Write a checkpoint to its end."""
     save_state(run, epoch_done=False)
     run.folder.settle()
 
 
-def start(tiny_shards: Path, out: Path, **values: Any) -> Pretraining:
+def start(tiny_shards: Path, out: Path, **values: Any) -> Run:
     """A run of 4 steps an epoch that is set up, or resumed, but has not taken a step."""
     settings: dict[str, Any] = {
         "dataset": "images",
@@ -50,10 +51,10 @@ def start(tiny_shards: Path, out: Path, **values: Any) -> Pretraining:
         "output_dir": str(out),
         "device": "cpu",
     }
-    return Pretraining(build("v2", settings | values))
+    return Run(build("v2", settings | values))
 
 
-def train(run: Pretraining, steps: int, workers: int = 0) -> None:
+def train(run: Run, steps: int, workers: int = 0) -> None:
     loader = pretraining_loader(
         run.shards,
         run.plan,
@@ -66,7 +67,7 @@ def train(run: Pretraining, steps: int, workers: int = 0) -> None:
     with loader:
         for batch in loader:
             run.engine.moco.train()
-            run.train_step(batch)
+            train_step(run, batch)
             run.step += 1
 
 

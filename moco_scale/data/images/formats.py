@@ -1,8 +1,11 @@
-"""What a file is, by its first bytes: an image that is decoded, or something else, by name."""
+"""Formats of images: by name, by first bytes, and what else a file may be."""
 
 from __future__ import annotations
 
+import os
 import re
+
+from PIL import features
 
 _KINDS: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
     (kind, re.compile(pattern, re.DOTALL))
@@ -64,3 +67,63 @@ def no_image(data: bytes | memoryview) -> str:
         return "empty file"
     what = next((name for name, pattern in _OTHERS if pattern.match(start)), None)
     return "not an image in any known format" + (f" ({what})" if what else "")
+
+
+JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
+
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
+    *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    *((".avif",) if features.check("avif") else ()),
+    *((".jp2", ".j2k") if features.check("jpg_2000") else ()),
+)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+_SUFFIXES = {
+    **{"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "TIFF": ".tiff"},
+    **{"AVIF": ".avif", "JPEG2000": ".jp2", "PPM": ".ppm", "BMP": ".bmp"},
+}
+"""What the names of images of a kind end in."""
+
+
+# What systems and programs leave among a user's files, in lower case. Whatever begins with a dot
+# is theirs too: .AppleDouble, ._x.jpg, .ipynb_checkpoints, .Trash, .thumbnails, …
+_SYSTEM = frozenset(
+    (
+        *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx"),
+        *("$recycle.bin", "recycler", "system volume information", "lost+found", "found.000"),
+        *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__pycache__"),
+    )
+)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a component of a path is hidden, or what a system leaves."""
+    return name.casefold() in _SYSTEM or (name.startswith(".") and name not in (".", ".."))
+
+
+def suffix_of(path: str) -> str:
+    """What an image's name ends in, in lower case, with its dot; "": nothing."""
+    return os.path.splitext(path)[1].lower()
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its name."""
+    return suffix_of(path) in IMAGE_SUFFIXES
+
+
+def suffix_by_content(start: bytes) -> str:
+    """The suffix of an image that begins with these bytes; of JPEG's where they are no image's."""
+    return _SUFFIXES[image_kind(start) or "JPEG"]
+
+
+def suffix_to_write(path: str, start: bytes) -> str:
+    """The suffix of an image in a shard: its name's, or what its first bytes are."""
+    suffix = suffix_of(path)
+    if suffix not in IMAGE_SUFFIXES:
+        suffix = suffix_by_content(start)
+    return ".jpg" if suffix in JPEG_SUFFIXES else suffix

@@ -30,12 +30,11 @@ import numpy.typing as npt
 
 from moco_scale.data.images.decode import DecodeError, Pixels, image_size
 from moco_scale.data.shards.protocols import Shards
-from moco_scale.data.tools.output_folder import size_text
 from moco_scale.untrusted.documents import DocumentError, read_document
 from moco_scale.untrusted.limits import META_JSON
 from moco_scale.untrusted.pixel_cache import PixelCacheMeta
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.files import NO_LOCKS, write_atomically
+from moco_scale.utils.files import NO_LOCKS, size_text, write_atomically
 from moco_scale.utils.own_folders import ForeignFolderError, make_own, remove_own, without_links
 
 RAM = "ram"

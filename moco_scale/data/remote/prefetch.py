@@ -50,7 +50,7 @@ class RemotePart(NamedTuple):
     """A stretch of a data set that lies in shards elsewhere."""
 
     first: int
-    """Store of its first sample in the data set."""
+    """Position of its first sample in the data set."""
     shard_of: npt.NDArray[np.uint32]
     """uint32 [n], the shard of each of its samples; NOWHERE for those of other parts."""
     files: Sequence[RemoteFile]

@@ -9,9 +9,9 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from moco_scale.data.images.formats import is_hidden, is_image
+from moco_scale.data.shards.tar_bytes import COMPRESSED, content_of
 from moco_scale.data.shards.tar_scan import image_key, split_name
-from moco_scale.data.tools.source_tar import COMPRESSED, content_of
-from moco_scale.data.tools.sources import is_hidden, is_image
 from moco_scale.untrusted.limits import TAR_LOOKED_INTO
 from moco_scale.untrusted.tar_headers import FILE, FOLDER, Member, NoTarError, TarError, TarHeaders
 from moco_scale.utils.text import printable

@@ -18,8 +18,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from moco_scale.data.images.formats import IMAGE_SUFFIXES, is_hidden
 from moco_scale.data.shards.tar_groups import Groups
-from moco_scale.data.tools.sources import IMAGE_SUFFIXES, is_hidden
 from moco_scale.untrusted.limits import IMAGE_FILE, MEMBERS_OF_A_SAMPLE
 from moco_scale.untrusted.tar_headers import (
     BLOCK,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moco_scale.data.tools.examine import examine_all, list_folder
-from moco_scale.data.tools.output_folder import size_text
+from moco_scale.utils.files import size_text
 from moco_scale.utils.log import tell
 
 _MOST_SHOWN = 100

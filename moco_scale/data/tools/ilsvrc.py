@@ -15,10 +15,11 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
+from moco_scale.data.images.formats import is_image
+from moco_scale.data.shards.tar_bytes import content_of
 from moco_scale.data.tools.layout import image_stem
 from moco_scale.data.tools.matfile import MatFileError, struct_array
-from moco_scale.data.tools.source_tar import content_of, decompressed
-from moco_scale.data.tools.sources import is_image
+from moco_scale.data.tools.source_tar import decompressed
 from moco_scale.untrusted.documents import read_bounded
 from moco_scale.untrusted.limits import GROUND_TRUTH, MAT_FILE
 from moco_scale.untrusted.tar_headers import FILE, TarHeaders

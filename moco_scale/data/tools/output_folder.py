@@ -151,14 +151,6 @@ def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def size_text(count: int) -> str:
-    """A number of bytes for people: "55.0 MB"."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
-
-
 def sync(path: Path) -> None:
     """fsync a file or a folder; a file system that cannot sync folders is left alone."""
     handle = os.open(path, os.O_RDONLY)

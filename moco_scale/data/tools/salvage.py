@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from moco_scale.data.images.decode import DecodeError, decode_rgb
-from moco_scale.data.images.formats import START_BYTES
+from moco_scale.data.images.formats import START_BYTES, suffix_by_content
 from moco_scale.data.shards.tar_labels import LABEL_SUFFIXES
 from moco_scale.data.shards.tar_scan import (
     KEY_SHOWN,
@@ -23,7 +23,6 @@ from moco_scale.data.shards.tar_scan import (
     split_name,
 )
 from moco_scale.data.tools.examine import header_before
-from moco_scale.data.tools.sources import suffix_by_content
 from moco_scale.untrusted.limits import IMAGE_FILE
 from moco_scale.untrusted.tar_headers import BLOCK, parse_header
 from moco_scale.utils.text import printable

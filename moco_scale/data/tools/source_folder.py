@@ -9,13 +9,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from moco_scale.data.images.formats import START_BYTES, image_kind
-from moco_scale.data.tools.sources import (
-    Entry,
-    PassedOver,
-    is_image,
-    suffix_of,
-)
+from moco_scale.data.images.formats import START_BYTES, image_kind, is_image, suffix_of
+from moco_scale.data.tools.sources import Entry, PassedOver
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.text import printable
 

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from moco_scale.data.images.formats import IMAGE_SUFFIXES
 from moco_scale.data.tools.source_folder import scan_folder
 from moco_scale.data.tools.source_tar import plain_tar, scan_tar
 from moco_scale.data.tools.source_zip import is_zip, scan_zip
-from moco_scale.data.tools.sources import IMAGE_SUFFIXES, Entry, PassedOver
+from moco_scale.data.tools.sources import Entry, PassedOver
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.progress import bar
 from moco_scale.utils.text import printable

@@ -7,8 +7,6 @@ once, sequentially, into a scratch file.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import lzma
 import os
 import zlib
@@ -16,13 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moco_scale.data.images.formats import START_BYTES, image_kind
-from moco_scale.data.tools.sources import (
-    Entry,
-    PassedOver,
-    is_image,
-    suffix_of,
-)
+from moco_scale.data.images.formats import START_BYTES, image_kind, is_image, suffix_of
+from moco_scale.data.shards.tar_bytes import COMPRESSED, Content, content_of
+from moco_scale.data.tools.sources import Entry, PassedOver
 from moco_scale.untrusted.limits import SOURCE_INFLATION, SOURCE_INFLATION_FROM
 from moco_scale.untrusted.tar_headers import BLOCK, FILE, LINK, Member, TarHeaders
 from moco_scale.utils.errors import UserError
@@ -30,30 +24,10 @@ from moco_scale.utils.progress import bar
 from moco_scale.utils.text import printable
 
 UNPACKED = "unpacked-"  # how the names of decompressed tars begin
-COMPRESSED: dict[bytes, Callable[[Any, str], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\x00": lzma.open,
-}
-"""What opens, by path or as an open file, what begins so."""
 _UNREADABLE = {b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"}
 _AGAIN = "Fetch it again."
 _COPY_BYTES = 1 << 20
 _CHECKED_TAIL = 1 << 20
-
-
-Content = Callable[[int, int], bytes]
-"""(offset, size) to the bytes there, fewer where they end."""
-
-
-def content_of(file: IO[bytes]) -> Content:
-    """How to get at the bytes of a file; of a decompressing one go forward only."""
-
-    def at(offset: int, size: int) -> bytes:
-        file.seek(offset)
-        return file.read(size)
-
-    return at
 
 
 def scan_tar(source: Path, tar: Path, passed: PassedOver) -> Iterator[Entry]:

@@ -16,14 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from moco_scale.data.images.formats import START_BYTES, image_kind
-from moco_scale.data.tools.sources import (
-    Entry,
-    Packed,
-    PassedOver,
-    is_image,
-    suffix_of,
-)
+from moco_scale.data.images.formats import START_BYTES, image_kind, is_image, suffix_of
+from moco_scale.data.tools.sources import Entry, Packed, PassedOver
 from moco_scale.untrusted.limits import ZIP_DIRECTORY
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.text import printable

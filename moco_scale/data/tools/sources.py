@@ -1,4 +1,4 @@
-"""What counts as an image file in a source, by name and by first bytes, and what is passed over.
+"""Entries of a source of images, and counts of what is passed over.
 
 A source is a folder, a tar or a zip. ``source_scan`` lists one; folders, tars and zips each have a
 file of their own, and all three keep to the rules here.
@@ -6,39 +6,13 @@ file of their own, and all three keep to the rules here.
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections import Counter
 from typing import NamedTuple
 
-from PIL import features
-
-from moco_scale.data.images.formats import image_kind
+from moco_scale.data.images.formats import is_hidden, suffix_of
 from moco_scale.utils.text import printable
 
-JPEG_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif"))
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
-    *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
-    *((".avif",) if features.check("avif") else ()),
-    *((".jp2", ".j2k") if features.check("jpg_2000") else ()),
-)
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-_SUFFIXES = {
-    **{"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "TIFF": ".tiff"},
-    **{"AVIF": ".avif", "JPEG2000": ".jp2", "PPM": ".ppm", "BMP": ".bmp"},
-}
-"""What the names of images of a kind end in."""
-# What systems and programs leave among a user's files, in lower case. Whatever begins with a dot
-# is theirs too: .AppleDouble, ._x.jpg, .ipynb_checkpoints, .Trash, .thumbnails, …
-_SYSTEM = frozenset(
-    (
-        *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx"),
-        *("$recycle.bin", "recycler", "system volume information", "lost+found", "found.000"),
-        *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__pycache__"),
-    )
-)
 _CONVERT = "convert it, for example with `magick mogrify -format jpg`"
 _ADVICE = {
     **dict.fromkeys((".heic", ".heif", ".hif"), f"HEIC is not decoded here: {_CONVERT}"),
@@ -51,11 +25,6 @@ _ADVICE = {
 }
 _MOST_SUFFIXES = 1000  # that are told apart: files may be numbered by theirs
 _SHOWN = 12
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a component of a path is hidden, or what a system leaves."""
-    return name.casefold() in _SYSTEM or (name.startswith(".") and name not in (".", ".."))
 
 
 class Packed(NamedTuple):
@@ -136,26 +105,3 @@ def _most(counts: Counter[str]) -> list[tuple[str, int]]:
     shown = counts.most_common(_SHOWN)
     rest = counts.total() - sum(n for _, n in shown)
     return [*shown, ("…", rest)] if rest else shown
-
-
-def suffix_of(path: str) -> str:
-    """What an image's name ends in, in lower case, with its dot; "": nothing."""
-    return os.path.splitext(path)[1].lower()
-
-
-def is_image(path: str) -> bool:
-    """Whether a file is an image by its name."""
-    return suffix_of(path) in IMAGE_SUFFIXES
-
-
-def suffix_by_content(start: bytes) -> str:
-    """The suffix of an image that begins with these bytes; of JPEG's where they are no image's."""
-    return _SUFFIXES[image_kind(start) or "JPEG"]
-
-
-def suffix_to_write(path: str, start: bytes) -> str:
-    """The suffix of an image in a shard: its name's, or what its first bytes are."""
-    suffix = suffix_of(path)
-    if suffix not in IMAGE_SUFFIXES:
-        suffix = suffix_by_content(start)
-    return ".jpg" if suffix in JPEG_SUFFIXES else suffix

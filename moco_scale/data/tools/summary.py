@@ -13,7 +13,7 @@ from moco_scale.data.open import local_splits, open_shards
 from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.shards.mixed_shards import MixedShards
 from moco_scale.data.shards.protocols import Shards
-from moco_scale.data.tools.output_folder import size_text
+from moco_scale.utils.files import size_text
 from moco_scale.utils.log import tell
 from moco_scale.utils.text import printable
 

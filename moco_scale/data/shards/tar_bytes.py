@@ -1,0 +1,30 @@
+"""Bytes of a tar at an offset, of a compressed one too."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
+from typing import IO, Any
+
+COMPRESSED: dict[bytes, Callable[[Any, str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+"""What opens, by path or as an open file, what begins so."""
+
+
+Content = Callable[[int, int], bytes]
+"""(offset, size) to the bytes there, fewer where they end."""
+
+
+def content_of(file: IO[bytes]) -> Content:
+    """How to get at the bytes of a file; of a decompressing one go forward only."""
+
+    def at(offset: int, size: int) -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    return at
