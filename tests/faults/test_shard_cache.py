@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
-import hashlib
-import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from http_folder import FaultyFolder, Request, served
+from cached_shards import (
+    HURRIED,
+    SIZE,
+    Serve,
+    at,
+    content_of,
+    held,
+    in_order,
+    serving,
+    shard,
+    there,
+)
+from http_folder import Request, served
 
-from moco_scale.data.remote import download, fsspec_store, http_connection, shard_cache
+from moco_scale.data.remote import download, http_connection, shard_cache
 from moco_scale.data.remote.download import RemoteFile, RetryPolicy, Stopped
 from moco_scale.data.remote.shard_cache import SHARDS, NoRoom, ShardCache, shard_path
 from moco_scale.data.remote.store import Store
 from moco_scale.utils.errors import UserError
-
-SIZE = 300_000
-HURRIED = RetryPolicy(give_up=20.0, first_wait=0.002, longest_wait=0.01)
-
-
-def content_of(number: int) -> bytes:
-    return np.random.default_rng(number).bytes(SIZE)
-
-
-def shard(number: int, checksum: bool = True) -> RemoteFile:
-    digest = hashlib.blake2b(content_of(number), digest_size=16).hexdigest()
-    return RemoteFile(f"train-{number:06d}.tar", SIZE, digest if checksum else None)
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("origin")
-    for number in range(6):
-        (folder / shard(number).name).write_bytes(content_of(number))
-    return folder
 
 
 @pytest.fixture
@@ -54,22 +42,10 @@ def target(cache: ShardCache) -> Path:
     return cache.home / "set"
 
 
-Serve = Callable[[Callable[[str, int], str]], FaultyFolder]
-
-
 @pytest.fixture
-def serve(origin: Path) -> Iterator[Serve]:
-    with contextlib.ExitStack() as stack:
-        yield lambda fault: stack.enter_context(served(origin, fault))
-
-
-def at(server: FaultyFolder) -> Store:
-    return fsspec_store.store_at(server.url)
-
-
-def in_order(*faults: str) -> Callable[[str, int], str]:
-    """These answers one after another, then good ones."""
-    return lambda _, attempt: faults[attempt] if attempt < len(faults) else ""
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    with serving(tmp_path / "origin") as serve:
+        yield serve
 
 
 SURVIVED = [
@@ -236,16 +212,6 @@ def test_the_lock_of_a_dead_fetcher_is_free(cache: ShardCache, target: Path, ser
     os.kill(first, 9)
     assert os.waitpid(first, 0)[1] == 9
     assert os.waitpid(second, 0)[1] == 0
-
-
-def held(cache: ShardCache, store: Store, target: Path, number: int) -> mmap.mmap:
-    with cache.hold(store, target, shard(number)) as file:
-        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-
-
-def there(target: Path) -> set[int]:
-    names = (path.name for path in (target / "shards").glob("*.tar"))
-    return {int(name[6:12]) for name in names}
 
 
 def test_the_least_recently_used_goes_and_never_one_that_is_mapped(
@@ -432,156 +398,3 @@ def test_a_shard_that_was_cut_short_on_the_disk_is_fetched_again(
     os.truncate(target / "shards" / shard(0).name, 10)
     with cache.hold(store, target, shard(0)) as file:
         assert file.read() == content_of(0)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, links not followed, with its content."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def test_what_the_user_keeps_in_the_folder_is_neither_counted_nor_removed(
-    cache: ShardCache, target: Path, serve: Serve
-) -> None:
-    """Tars in folders of its layout, partial names that are not its own, and a set without marker
-    in its own part; three times what the limit allows."""
-    users = [cache.root / "laion" / "shards", cache.home / "copied" / "shards"]
-    cache.make(target)
-    users += [target / "shards" / "of the user's"]
-    names = ("000.tar", ".x.partial", "x.partial", ".x.12y.partial", ".x.-1.partial")
-    for folder in users:
-        folder.mkdir(parents=True)
-        for name in names:
-            (folder / name).write_bytes(b"x" * SIZE)
-    before = {folder: tree(folder) for folder in users}
-    small, store = ShardCache(cache.root, 2 * SIZE, HURRIED), at(serve(in_order()))
-    for number in range(4):
-        small.hold(store, target, shard(number)).close()
-    assert there(target) == {2, 3}
-    assert {folder: tree(folder) for folder in users} == before
-
-
-def test_links_in_the_cache_are_not_followed(
-    cache: ShardCache, target: Path, serve: Serve, tmp_path: Path
-) -> None:
-    mine = tmp_path / "mine"
-    (mine / "shards").mkdir(parents=True)
-    (mine / "shards" / "thesis").write_bytes(b"x" * SIZE)
-    (mine / shard_cache.MARKER).touch()
-    before = tree(mine)
-    cache.make(target)
-    (cache.home / "link").symlink_to(mine)
-    (cache.home / "other").mkdir()
-    (cache.home / "other" / shard_cache.MARKER).touch()
-    (cache.home / "other" / "shards").symlink_to(mine / "shards")
-    # One in the place of a shard is of another size, or of the right one.
-    (target / "shards" / shard(0).name).symlink_to(mine / "shards" / "thesis")
-    (target / "shards" / "linked").symlink_to(mine / "shards" / "thesis")
-    small, store = ShardCache(cache.root, SIZE, HURRIED), at(serve(in_order()))
-    for number in range(3):
-        with small.hold(store, target, shard(number)) as file:
-            assert file.read() == content_of(number)
-    assert tree(mine) == before
-
-
-@pytest.mark.parametrize("what", ["link", "file", "another user's", "no marker"])
-def test_a_stranger_in_the_place_of_the_cache_is_refused(
-    cache: ShardCache, target: Path, serve: Serve, tmp_path: Path, what: str
-) -> None:
-    mine = tmp_path / "mine"
-    (mine / "set" / "shards").mkdir(parents=True)
-    (mine / "set" / "shards" / "000.tar").write_bytes(b"x" * SIZE)
-    cache.root.mkdir()
-    if what == "link":
-        cache.home.symlink_to(mine)
-    elif what == "file":
-        cache.home.write_text("mine")
-    elif what == "no marker":
-        mine.rename(cache.home)
-        mine = cache.home
-    else:
-        if os.geteuid():
-            pytest.skip("to make another user's folder takes root")
-        cache.make(target)
-        os.chown(cache.home, 12345, 12345)
-    before = tree(mine), tree(cache.root)
-    with pytest.raises(UserError, match=rf"--shard-cache .*{cache.home.name}.*choose another"):
-        cache.hold(at(serve(in_order())), target, shard(0))
-    assert (tree(mine), tree(cache.root)) == before
-
-
-def test_where_all_files_have_one_owner_the_folder_is_ours(
-    cache: ShardCache, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As root's on NFS, or a share mounted for one user."""
-    uid = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
-    target = cache.home / "set"
-    for number in (0, 1):
-        cache.hold(at(serve(in_order())), target, shard(number)).close()
-    assert there(target) == {0, 1}
-    assert not list(cache.home.glob(".owner*"))
-
-
-def test_users_of_one_folder_have_a_part_each(
-    cache: ShardCache, target: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, small = at(serve(in_order())), ShardCache(cache.root, SIZE, HURRIED)
-    small.fetch(store, target, shard(0))
-    uid = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
-    other = small.home / "set"
-    small.fetch(store, other, shard(1))
-    small.fetch(store, other, shard(2))
-    assert other != target and there(other) == {2} and there(target) == {0}
-
-
-def test_a_cache_of_an_earlier_version_is_said_once_and_left_alone(
-    cache: ShardCache, serve: Serve, capsys: pytest.CaptureFixture[str]
-) -> None:
-    earlier = cache.root / "data-0123456789abcdef" / "shards"
-    earlier.mkdir(parents=True)
-    (earlier / "000.tar").write_bytes(b"x" * 2 * SIZE)
-    store, small = at(serve(in_order())), ShardCache(cache.root, SIZE, HURRIED)
-    for name in ("one", "two"):
-        small.fetch(store, small.home / name, shard(0))
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and str(earlier.parent) in lines[0] and "earlier version" in lines[0]
-    assert (earlier / "000.tar").exists()
-
-
-def test_users_of_one_cache_home_have_a_part_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path))
-    assert shard_cache.cache_home() == tmp_path
-    uid = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
-    assert shard_cache.cache_home() == tmp_path / f"user-{uid + 1}"
-    monkeypatch.setenv("MOCO_SCALE_CACHE", str(tmp_path / "to be made"))
-    assert shard_cache.cache_home() == tmp_path / "to be made"
-
-
-@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
-def test_nothing_is_more_open_than_the_umask_allows(
-    cache: ShardCache, target: Path, serve: Serve, umask: int
-) -> None:
-    small, before = ShardCache(cache.root, SIZE, HURRIED), os.umask(umask)
-    try:
-        small.fetch(at(serve(in_order())), target, shard(0))
-        small.fetch(at(serve(in_order())), target, shard(1))  # which takes the lock to make room
-        shard_cache.write_once(target / "index.json", b"{}")
-    finally:
-        os.umask(before)
-    for path in [cache.root, *cache.root.rglob("*")]:
-        assert path.stat().st_mode & umask == 0, path
-
-
-@pytest.mark.parametrize(
-    "name", ["..", ".", ".hidden.tar", "a/../../b.tar", ".x.5.partial", "x.5.partial"]
-)
-def test_every_name_becomes_one_file_in_the_folder_of_its_set(tmp_path: Path, name: str) -> None:
-    for version in ("", "1f", "/../../up"):
-        path = shard_cache.shard_path(tmp_path, RemoteFile(name, SIZE, version=version))
-        assert path.parent == tmp_path / "shards"
-        assert not path.name.startswith(".")
