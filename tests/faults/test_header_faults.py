@@ -188,7 +188,7 @@ def test_repairing_gives_up_nothing_that_fails_while_it_is_read(
     monkeypatch.setattr(examine, "scan_tar", broken)
     assert main(["shard", "--repair", str(folder), "--workers", "1"]) == 2
     assert (
-        "train-000002.tar: cannot be read: Input/output error. Its pict" in capsys.readouterr().err
+        "train-000002.tar: cannot be read: Input/output error. Its image" in capsys.readouterr().err
     )
     assert (folder / "train-index.npy").read_bytes() == before
 

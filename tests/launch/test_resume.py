@@ -138,6 +138,7 @@ def test_one_process_killed_again_and_again(
     assert hidden == {".metadata", ".lock"}, "a kill left something behind for good"
 
 
+@pytest.mark.slow
 def test_two_processes_under_zero1_killed_twice(
     zero1_run: tuple[Path, str], tiny_shards: Path, tmp_path: Path
 ) -> None:
