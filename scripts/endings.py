@@ -200,6 +200,18 @@ def to_reader(number: int) -> Callable[[Run], None]:
     return lambda run: run.readers(-1)[0].send_signal(number)
 
 
+def twice_in_a_step(run: Run) -> None:
+    """Ctrl-C and again, in a step that does not end: it waits for readers that are stopped."""
+    for rank in range(len(run.ranks())):
+        for reader in run.readers(rank):
+            reader.send_signal(signal.SIGSTOP)
+    step = -1
+    while step != run.step():  # batches that were read before
+        step = run.step()
+        time.sleep(1.0)
+    to_launcher(signal.SIGINT, times=2)(run)
+
+
 def to_launcher_alone(run: Run) -> None:
     run.process.kill()
 
@@ -238,7 +250,7 @@ ROWS = (
     Row("SIGHUP", to_launcher(signal.SIGHUP), statuses(75)),
     Row("SIGHUP under nohup", goes_on, statuses(75, None), around=lambda words: ["nohup", *words]),
     Row("Ctrl-C", to_launcher(signal.SIGINT), statuses(130)),
-    Row("Ctrl-C twice", to_launcher(signal.SIGINT, times=2), statuses(-2), lost=FREQ),
+    Row("Ctrl-C twice", twice_in_a_step, statuses(-2), lost=FREQ),
     Row(
         "output closed",
         None,

@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 from moco_scale.utils.log import say
 from moco_scale.utils.parents import die_with
 
+_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)
 NOT_SENT = 100
 """Status of a worker that could not hand over a batch, plus the number of the system's error."""
 
@@ -78,9 +79,12 @@ def set_up_worker(no_longer: Flag, parent: int | None, worker: int) -> None:
 
 def _not_sent(error: BaseException, batch: Any) -> None:
     """End this worker: the main process would wait for a batch that was lost on its way."""
-    if not isinstance(error, OSError):
+    number = error.errno if isinstance(error, OSError) else None
+    # torch raises RuntimeError, which has the system's words.
+    number = number or next((n for n in _LIMITS if os.strerror(n) in str(error)), None)
+    if number is None:
         say("".join(tracebacks.format_exception(error)))
-    os._exit(NOT_SENT + min(getattr(error, "errno", None) or errno.EIO, 100))
+    os._exit(NOT_SENT + min(number or errno.EIO, 100))
 
 
 def _report_unless_alone(

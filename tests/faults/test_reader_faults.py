@@ -16,6 +16,7 @@ from functools import partial
 from itertools import count
 from multiprocessing import reduction
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -249,17 +250,27 @@ def run_out_of_files(*arguments: object) -> None:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
+@pytest.mark.parametrize("in_words", [False, True])
 def test_a_batch_that_cannot_be_sent_is_not_waited_for(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    in_words: bool,
 ) -> None:
     """As with few open files: it is lost in a thread of the worker's."""
     shards = make_shards(image_folder, tmp_path / "shards")
     plan = BatchPlan(FullPermutation(len(shards), 0), 8)
-    monkeypatch.setattr(reduction, "DupFd", run_out_of_files)
+
+    def in_torchs_words(_: int) -> NoReturn:
+        raise RuntimeError(f"unable to open shared memory </x>: {os.strerror(errno.EMFILE)} (24)")
+
+    monkeypatch.setattr(reduction, "DupFd", in_torchs_words if in_words else run_out_of_files)
     loader = pretraining_loader(shards, plan, AUG, 16, num_workers=1, end_step=3)
     with pytest.raises(UserError, match=r"Too many open files.*ulimit -n"):
         next(loader)
     assert multiprocessing.active_children() == []
+    assert "Traceback" not in capfd.readouterr().err
 
 
 class ReadsNothing(IndexedShards):

@@ -349,7 +349,11 @@ def _deaths(batches: Any, reading: Reading | None) -> UserError | None:
             continue
         if code > NOT_SENT:
             why = os.strerror(code - NOT_SENT)
-            fix = open_files_advice() if code - NOT_SENT == errno.EMFILE else "See above"
+            fix = {
+                errno.EMFILE: open_files_advice(),
+                errno.ENFILE: open_files_advice(),
+                errno.ENOSPC: _shared_memory_advice(),
+            }.get(code - NOT_SENT, "See above")
             return UserError(f"a process that reads images cannot hand them over: {why}. {fix}")
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         sample = None if reading is None else reading.of(number)
