@@ -1,4 +1,4 @@
-"""How fast tensors travel between the processes of a job."""
+"""Bandwidth and latency between the processes of a job."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moco_scale.distributed import collectives
 from moco_scale.distributed.collectives import Subgroup
 
 SECONDS = 0.15
-"""Roughly what each figure may cost."""
+"""Rough cost of each figure."""
 
 
 class Bandwidth(NamedTuple):
-    """What the slowest process of a group sees.
+    """Bandwidth and latency of the slowest process of a group.
 
     Attributes:
         ranks: in the largest group.
         size: bytes of the tensor on each rank.
         all_reduce: bytes a second over the link of one process: 2 (n - 1) / n of the tensor's
-            bytes, which is what the best algorithm sends and receives, over the time taken.
+            bytes, as the best algorithm sends and receives, over the time taken.
         all_to_all: likewise, (n - 1) / n of the tensor's bytes.
         latency: seconds of an all-reduce of one number.
     """
@@ -37,7 +37,7 @@ class Bandwidth(NamedTuple):
 
 
 def measure(group: Subgroup) -> Bandwidth:
-    """Measure in all groups at once, as training uses them; every rank calls it.
+    """Measure in all groups at once, as training does; every rank calls it.
 
     Args:
         group: of this rank; the groups of all ranks tile the job.
@@ -47,7 +47,7 @@ def measure(group: Subgroup) -> Bandwidth:
     ranks = max(collectives.gather_objects(group.size))
     floats = torch.zeros(size // 4, device=device)
     number = torch.zeros(1, device=device)
-    # One row for each rank of this group; what is left over stays at home.
+    # One row for each rank of this group; the remainder is not sent.
     rows = torch.zeros(group.size, size // group.size, dtype=torch.uint8, device=device)
     ones = [1] * group.size
     reduced = _seconds(lambda: collectives.sum_(floats, group.handle))

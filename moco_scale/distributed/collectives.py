@@ -1,7 +1,7 @@
-"""Processes and collectives: with ``meeting`` the only file that calls ``torch.distributed``.
+"""Processes and collectives: with ``rendezvous`` the only file that calls ``torch.distributed``.
 
-Every helper also works in one process that never initialised anything, so that nothing else
-needs to ask. Tensors on a GPU travel over NCCL, tensors on the CPU over gloo.
+Every helper also works in a single process without a process group, so that callers need not
+ask. Tensors on a GPU travel over NCCL, tensors on the CPU over gloo.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from moco_scale.utils.allocator import keep_freed_memory
 from moco_scale.utils.errors import RankError, UserError, first_line
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # of a collective, where nothing else watches
+TIMEOUT = timedelta(minutes=30)  # of a collective, without the watchdog
 MEETING = timedelta(minutes=10)
-"""How long a process that has started waits for the last one, or for rank 0."""
+"""Time that a process waits for the last one, or for rank 0, at the start."""
 
 LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 
@@ -39,14 +39,14 @@ _set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_ti
 
 
 def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
-    """Join the process group described by the environment of whatever launched this process.
+    """Join the process group that the launcher's environment describes.
 
-    Understands what ``launchers.complete_environment`` does, and no launcher at all (one process).
+    Understands the launchers of ``launchers.complete_environment``; without one, a single process.
 
     Args:
         device: ``"auto"`` (CUDA when there is one), ``"cuda"`` or ``"cpu"``.
-        hang_timeout: seconds after which a :class:`observe.watchdog.Watch` ends a run; the time-out
-            of the collectives, which says less, comes later.
+        hang_timeout: seconds after which a :class:`observe.watchdog.Watch` ends a run; the timeout
+            of the collectives, whose message says less, comes later.
 
     Raises:
         UserError: CUDA is asked for and absent, there are more processes than GPUs here, the
@@ -77,7 +77,7 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
     _device = torch.device("cuda", local or 0) if use_cuda else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if hang_timeout:
-        _timeout = max(TIMEOUT, timedelta(seconds=1.1 * patience(hang_timeout)))
+        _timeout = max(TIMEOUT, timedelta(seconds=1.1 * slow_timeout(hang_timeout)))
     if os.environ["WORLD_SIZE"] == "1":
         # Nobody to meet, and no port that another program could hold.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -98,7 +98,7 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
 
 
 def have_met() -> bool:
-    """Whether this process is in a process group, with others that share its errors."""
+    """Tell whether this process is in a process group, whose members share their errors."""
     return dist.is_initialized()
 
 
@@ -114,26 +114,26 @@ _timeout = TIMEOUT
 
 
 def time_out() -> float:
-    """Seconds that a collective may take."""
+    """Timeout of a collective in seconds."""
     return _timeout.total_seconds()
 
 
-def patience(hang_timeout: float) -> float:
-    """Seconds that what may take long may take: starts, compiling, evaluations, saving."""
+def slow_timeout(hang_timeout: float) -> float:
+    """Timeout of slow phases (start, compile, evaluation, save) in seconds."""
     return max(TIMEOUT.total_seconds(), 3 * hang_timeout)
 
 
 def side_store(purpose: str) -> Any:
-    """A connection of its own to the key-value store where the processes met.
+    """Open a separate connection to the key-value store where the processes met.
 
-    It lives with rank 0, or with torchrun on its host; what is said there is apart from all
-    collectives. For several processes only.
+    The store lives with rank 0, or with torchrun on its host, apart from all collectives. For
+    several processes only.
     """
     return dist.PrefixStore(purpose, _store.clone())
 
 
 def flight_record() -> bytes | None:
-    """torch's record of this process's last collectives, for ``torchfrtrace``; None without one."""
+    """Return torch's record of the last collectives, for ``torchfrtrace``; None without one."""
     from torch._C import _distributed_c10d
 
     gpu = "_dump_nccl_trace" if _device.type == "cuda" else "_dump_fr_trace"
@@ -142,13 +142,13 @@ def flight_record() -> bytes | None:
 
 
 def launches_in_order() -> bool:
-    """Whether messages of several groups begin on every GPU in the order in which they were sent.
+    """Tell whether every GPU starts the collectives of several groups in the order of the program.
 
-    A message occupies a GPU until all ranks have come to it. Two of different groups could wait
-    for each other for ever if two GPUs began them in different orders, which streams alone do not
-    decide. Since 2.26 NCCL can see to that by itself (``NCCL_LAUNCH_ORDER_IMPLICIT``, which
-    :func:`initialize` sets to 1), provided that all processes send them in the same order, as this
-    program does. gloo has no such trouble: its messages wait in threads.
+    A collective occupies a GPU until all ranks have reached it. Two of different groups could
+    deadlock if two GPUs started them in different orders, which streams do not prevent. NCCL keeps
+    the order since 2.26 (``NCCL_LAUNCH_ORDER_IMPLICIT``, which :func:`initialize` sets to 1),
+    provided that all processes launch them in the same order, as this program does. gloo's wait in
+    threads and cannot deadlock.
     """
     if _device.type != "cuda" or world_size() == 1:
         return True
@@ -156,27 +156,27 @@ def launches_in_order() -> bool:
 
 
 def device() -> torch.device:
-    """The device this process computes on."""
+    """Device this process computes on."""
     return _device
 
 
 def rank() -> int:
-    """This process's number in the whole job."""
+    """Rank of this process in the job."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes in the whole job."""
+    """Number of processes in the job."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """This process's number on its host."""
+    """Rank of this process on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def ranks_per_node() -> int:
-    """Processes on each host, by what the launcher says, else by hosts' names; all ranks call it.
+    """Processes on each host, from the launcher, else from hosts' names; all ranks call it.
 
     Raises:
         UserError: hosts hold different numbers of processes.
@@ -187,26 +187,26 @@ def ranks_per_node() -> int:
     for number, (size, host) in enumerate(zip(sizes, hosts, strict=True)):
         if size != sizes[0] or world_size() % size:
             raise UserError(
-                f"hosts hold different numbers of processes: that of rank 0 on {hosts[0]} "
-                f"{sizes[0]}, that of rank {number} on {host} {size}, of {world_size()} in all"
+                f"hosts hold different numbers of processes: {sizes[0]} on {hosts[0]} (rank 0), "
+                f"{size} on {host} (rank {number}), {world_size()} in all"
             )
     return sizes[0]
 
 
 def is_main() -> bool:
-    """True on the process that prints and writes."""
+    """True on rank 0, which prints and writes."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait for all processes."""
     if world_size() > 1:
         # A CPU all-reduce: unlike dist.barrier it never has to guess a GPU.
         dist.all_reduce(torch.zeros(1))
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Rows of every rank, in rank order.
+    """Gather the rows of every rank, in rank order.
 
     Args:
         rows: [n, ...] with the same shape and dtype on every rank.
@@ -223,7 +223,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 
 def reduce_scatter_rows(rows: Tensor) -> Tensor:
-    """Sum rows over the ranks and share them out in rank order.
+    """Sum rows over the ranks and scatter them in rank order.
 
     Args:
         rows: [world * n, ...] with the same shape and dtype on every rank.
@@ -239,7 +239,7 @@ def reduce_scatter_rows(rows: Tensor) -> Tensor:
 
 
 def all_gather_uneven_rows(rows: Tensor) -> Tensor:
-    """Like :func:`all_gather_rows` for ranks that hold different numbers of rows.
+    """Gather like :func:`all_gather_rows` from ranks with different numbers of rows.
 
     Args:
         rows: [n_r, ...]; n_r may differ between ranks and may be 0.
@@ -254,7 +254,7 @@ def all_gather_uneven_rows(rows: Tensor) -> Tensor:
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     gathered = all_gather_rows(padded).reshape(world_size(), *padded.shape)
-    return torch.cat([part[:n] for part, n in zip(gathered, counts, strict=True)])
+    return torch.cat([each[:n] for each, n in zip(gathered, counts, strict=True)])
 
 
 class PendingRows:
@@ -264,6 +264,7 @@ class PendingRows:
         self._rows, self._work, self._sent = rows, work, sent
 
     def wait(self) -> Tensor:
+        """Wait for the rows and return them."""
         if self._work is not None:
             self._work.wait()
         self._work = self._sent = None
@@ -298,7 +299,7 @@ def start_exchange_rows(
 
 
 def gather_rows_on_main(row: Tensor) -> Tensor | None:
-    """Rows of every rank in rank order, on rank 0 alone: [1, ...] on the CPU -> [world, ...]."""
+    """Gather rows in rank order on rank 0; None elsewhere: [1, ...] on the CPU -> [world, ...]."""
     if world_size() == 1:
         return row
     rows = [torch.empty_like(row) for _ in range(world_size())] if is_main() else None
@@ -307,7 +308,7 @@ def gather_rows_on_main(row: Tensor) -> Tensor | None:
 
 
 def hosts() -> list[str]:
-    """The host name of every rank; all ranks call it."""
+    """Gather the host name of every rank; all ranks call it."""
     return gather_objects(socket.gethostname())
 
 
@@ -334,9 +335,9 @@ def sum_(tensor: Tensor, group: Any = None) -> Tensor:
 
 
 def start_max(tensor: Tensor) -> Any:
-    """Begin to replace a tensor by its maximum over the ranks; the result has a ``wait()``.
+    """Start to replace a tensor by its maximum over the ranks; the result has a ``wait()``.
 
-    None in a single process, where there is nothing to do.
+    Returns None in a single process.
     """
     if world_size() == 1:
         return None
@@ -344,14 +345,14 @@ def start_max(tensor: Tensor) -> Any:
 
 
 def broadcast_(tensors: Sequence[Tensor]) -> None:
-    """Give every rank rank 0's values, in place."""
+    """Copy rank 0's values to every rank, in place."""
     if world_size() > 1:
         for t in tensors:
             dist.broadcast(t.detach(), src=0)
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value of a small picklable object, on every rank."""
+    """Return rank 0's value, a small picklable object, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -360,18 +361,19 @@ def broadcast_object(value: Any) -> Any:
 
 
 def side_group() -> Any:
-    """A group of all ranks over gloo, for a thread that works beside the training loop.
+    """Make a gloo group of all ranks for a thread beside the training loop.
 
-    Its messages cannot be mistaken for those of the loop. Every rank calls it; None in a single
-    process.
+    Its messages cannot mix with the loop's. Every rank calls it; None in a single process.
     """
     return dist.new_group(backend="gloo", timeout=_timeout) if world_size() > 1 else None
 
 
 def gather_objects(value: T, group: Any = None) -> list[T]:
-    """Every rank's small picklable object, in rank order.
+    """Gather every rank's small picklable object, in rank order.
 
-    group: of :func:`side_group`; the default is for the main thread.
+    Args:
+        value: this rank's.
+        group: of :func:`side_group`; the default is for the main thread.
     """
     if world_size() == 1:
         return [value]
@@ -381,10 +383,10 @@ def gather_objects(value: T, group: Any = None) -> list[T]:
 
 
 def adopt_groups() -> None:
-    """Give the groups that libraries have made, such as engines, this program's time-out too.
+    """Set this program's timeout in the groups that libraries, such as engines, have made.
 
-    Theirs is torch's default, which may be shorter than what a rank may take before a
-    :class:`~moco_scale.observe.watchdog.Watch` gives it up. To be called after they were made.
+    Theirs is torch's default, which may be shorter than the time that a
+    :class:`~moco_scale.observe.watchdog.Watch` gives a rank.
     """
     for group in list(distributed_c10d._world.pg_map):
         _set_timeout(_timeout, group)
@@ -392,17 +394,17 @@ def adopt_groups() -> None:
 
 @dataclass(frozen=True)
 class Subgroup:
-    """Ranks that do something among themselves."""
+    """Group of ranks."""
 
     handle: Any
     size: int
 
 
 def neighbours(size: int) -> Subgroup:
-    """The block of ``size`` consecutive ranks this rank belongs to.
+    """Make the group of ``size`` consecutive ranks this rank belongs to.
 
-    Every rank must call it, in the same order relative to other calls. Each makes its own block
-    alone, and waits for its neighbours alone.
+    Every rank must call it, in the same order relative to other calls. Each makes its own group
+    only, and waits for its neighbours only.
 
     Raises:
         ValueError: ``size`` does not divide the number of ranks.
@@ -417,19 +419,19 @@ def neighbours(size: int) -> Subgroup:
 
 
 def host_group() -> Subgroup:
-    """The ranks on this rank's host, in their order; every rank must call it."""
+    """Make the group of ranks on this rank's host; every rank must call it."""
     names = hosts()
     ranks = [number for number, name in enumerate(names) if name == names[rank()]]
     return Subgroup(_group_of(ranks) if len(ranks) < len(names) else None, len(ranks))
 
 
 def _group_of(ranks: Sequence[int]) -> Any:
-    """A group of this rank and others, who call it too; ranks outside it need not."""
+    """Make a group of this rank and others; only its members need to call it."""
     return dist.new_group(list(ranks), timeout=_timeout, use_local_synchronization=True)
 
 
 def gather_stack(tensor: Tensor, group: Subgroup) -> Tensor:
-    """[size, *tensor.shape]: the same-shaped tensor of each rank of a block, in rank order."""
+    """Stack a tensor of every rank of a group, in rank order: [size, *tensor.shape]."""
     out = tensor.new_empty((group.size, *tensor.shape))
     _all_gather(out, tensor.contiguous().unsqueeze(0), group=group.handle)
     return out

@@ -1,6 +1,6 @@
-"""What the ranks do together: one says what all get, errors are shared, turns are taken.
+"""Consensus of ranks: broadcast results, shared errors, rank 0 first.
 
-What goes wrong on one rank is raised on all, so that none waits for a rank that has given up.
+An error of one rank is raised on all, so that none waits for a rank that has ended.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ T = TypeVar("T")
 
 
 def first_error(error: UserError | None, group: Any = None) -> UserError | None:
-    """The error of the lowest rank that has one, on every rank: all stop for the same reason.
+    """Return the error of the lowest rank that has one, on every rank.
 
-    group: of :func:`collectives.side_group`; the default is for the main thread.
+    Args:
+        error: this rank's, or None.
+        group: of :func:`collectives.side_group`; the default is for the main thread.
     """
     if collectives.world_size() == 1:
         return error
     mine = None if error is None else (socket.gethostname(), str(error), error.status)
     for number, each in enumerate(collectives.gather_objects(mine, group)):
         if each is not None:
-            # Rank 0 meets what all ranks meet; what it does not meet needs a place.
+            # Rank 0 meets what all ranks meet; an error of others needs its rank and host.
             place = f"rank {number} on {each[0]}: " if number else ""
             found = UserError(place + each[1])
             found.status = each[2]
@@ -39,12 +41,14 @@ def first_error(error: UserError | None, group: Any = None) -> UserError | None:
 
 
 def raise_on_all_ranks(action: Callable[[], T], group: Any = None) -> T:
-    """Run something on every rank; what goes wrong on one is raised on all, so that none waits.
+    """Run something on every rank, and raise an error of one on all.
 
-    group: as in :func:`first_error`.
+    Args:
+        action: what to run.
+        group: as in :func:`first_error`.
 
     Raises:
-        UserError: that of the lowest rank on which ``action`` raised one.
+        UserError: The lowest rank's, of those on which ``action`` raised one.
     """
     result, failure = None, None
     try:
@@ -138,7 +142,7 @@ def _until_all_are_done(
 
 
 def broadcast_from_main(action: Callable[[], T]) -> T:
-    """Run something on rank 0; its result, a small picklable object, or its error is everyone's."""
+    """Run something on rank 0; return its small picklable result, or raise its error, on all."""
     return collectives.broadcast_object(
         raise_on_all_ranks(lambda: action() if collectives.is_main() else None)
     )

@@ -1,9 +1,9 @@
-"""What launchers say through the environment, in the words of ``torchrun``.
+"""Launchers: their environment variables translated to those of ``torchrun``.
 
 ``torchrun`` and ``deepspeed`` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
-Slurm's ``srun``, Open MPI's ``mpirun``, and MPICH's, Intel's and Cray's, which speak PMI, say the
-same in words of their own. All of it is a function of the environment: nothing is asked of a
-scheduler, and nothing here imports torch.
+Slurm's ``srun``, Open MPI's ``mpirun``, and PMI's launchers (MPICH, Intel, Cray) have names of
+their own. Everything is read from the environment: no scheduler is asked, and torch is not
+imported.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _PORTS = range(12000, 32000)
 
 
 class Place(NamedTuple):
-    """Which process of a job this is.
+    """Place of this process in a job.
 
     Attributes:
-        launcher: what to call it in messages.
+        launcher: its name in messages.
         rank: in the whole job.
         world_size: processes of the job.
         local_rank: on this host.
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 
 def rank_of(environ: Mapping[str, str]) -> int:
-    """This process's number in the job; 0 where the environment does not say, or says nonsense."""
+    """Rank of this process; 0 where the environment has none, or nonsense."""
     try:
         place = find_place(environ)
     except UserError:
@@ -68,24 +68,24 @@ _OWN_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK",),
     ("PMI_RANK", "PMI_SIZE"),
 )
-"""What torchrun, deepspeed, srun, mpirun and PMI's launchers set and nobody sets by hand."""
+"""Variables of torchrun, deepspeed, srun, mpirun and PMI's launchers that nobody sets by hand."""
 
 
 def has_launcher(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher has started this process, and not a shell."""
+    """Tell whether a launcher has started this process, and not a shell."""
     return any(environ.keys() >= set(names) for names in _OWN_VARIABLES)
 
 
 def started_by_deepspeed(environ: Mapping[str, str]) -> bool:
-    """Whether that was deepspeed."""
+    """Tell whether deepspeed has started this process."""
     return environ.keys() >= set(_OWN_VARIABLES[1]) and "TORCHELASTIC_RUN_ID" not in environ
 
 
 def gpu_of(place: Place, visible: int) -> int | None:
-    """Which of the GPUs that a process sees is its own; None: it has none.
+    """Index of this process's GPU among those it sees; None: it has none.
 
-    A process that torchrun or deepspeed has started counts among those of its host, also where
-    these were started by a scheduler, whose variables it inherits.
+    Processes of torchrun or deepspeed count by host, also where a scheduler, whose variables they
+    inherit, has started the launcher.
     """
     if visible == 1 and place.launcher in SCHEDULERS:
         return 0  # the scheduler has hidden the other tasks' GPUs
@@ -95,10 +95,10 @@ def gpu_of(place: Place, visible: int) -> int | None:
 def complete_environment(environ: MutableMapping[str, str]) -> Place:
     """Set RANK, WORLD_SIZE, LOCAL_RANK and, for several processes, MASTER_ADDR and MASTER_PORT.
 
-    What is set already stays. LOCAL_WORLD_SIZE is set where it is known.
+    Variables that are set stay. LOCAL_WORLD_SIZE is set where it is known.
 
     Returns:
-        The place of this process, by what was set before.
+        The place of this process, from the variables set before.
 
     Raises:
         UserError: the environment contradicts itself, or does not say what is needed.
@@ -144,10 +144,10 @@ _HOW_TO_NAME = {
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:
-    """Which process this is, or None when no launcher started it.
+    """Find the place of this process; None when no launcher started it.
 
     Raises:
-        UserError: what a launcher is known to set is incomplete, or not a number.
+        UserError: A launcher's variables are incomplete, or not numbers.
     """
     place = _torchrun(environ) or _slurm(environ) or _open_mpi(environ) or _pmi(environ)
     if place is not None:
@@ -161,7 +161,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
 
 
 def _torchrun(environ: Mapping[str, str]) -> Place | None:
-    """torchrun, deepspeed, Kubernetes, and whoever sets the variables by hand."""
+    """Read the variables of torchrun, deepspeed and Kubernetes, or set by hand."""
     given = [name for name in ("RANK", "WORLD_SIZE") if name in environ]
     if not given:
         return None
@@ -179,7 +179,7 @@ def _torchrun(environ: Mapping[str, str]) -> Place | None:
         _number(environ, "WORLD_SIZE"),
         _number(environ, "LOCAL_RANK", 0),
         local if local >= 0 else None,
-        # One host, unless somebody has said otherwise.
+        # One host, unless MASTER_ADDR is set.
         "127.0.0.1",
     )
 
@@ -192,7 +192,7 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     world, local = _number(environ, counted), None
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     per_node = tasks_per_node(tasks) if tasks else []
-    if sum(per_node) == world:  # otherwise they are the whole job's, of which this is a part
+    if sum(per_node) == world:  # otherwise they are the whole job's, not this step's
         node = _number(environ, "SLURM_NODEID", 0 if len(per_node) == 1 else None)
         local = per_node[node] if node < len(per_node) else None
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
@@ -220,13 +220,13 @@ def _open_mpi(environ: Mapping[str, str]) -> Place | None:
         world,
         _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
         local,
-        _address_without_launcher(environ, alone=local == world),
+        _address_without_launcher(environ, one_host=local == world),
         _port_of(environ, "PMIX_NAMESPACE"),
     )
 
 
 def _pmi(environ: Mapping[str, str]) -> Place | None:
-    """MPICH's and Intel's hydra, Cray's PALS."""
+    """Read the variables of MPICH's and Intel's hydra, and of Cray's PALS."""
     if not {"PMI_RANK", "PMI_SIZE"} <= environ.keys():
         return None
     names = {"MPI_LOCALRANKID": "MPI_LOCALNRANKS", "PMI_LOCAL_RANK": "PMI_LOCAL_SIZE"}
@@ -244,25 +244,25 @@ def _pmi(environ: Mapping[str, str]) -> Place | None:
         world,
         _number(environ, name) if name else 0,
         local if local >= 0 else None,
-        _address_without_launcher(environ, alone=local == world),
+        _address_without_launcher(environ, one_host=local == world),
     )
 
 
-def _address_without_launcher(environ: Mapping[str, str], *, alone: bool) -> str | None:
-    if alone:
+def _address_without_launcher(environ: Mapping[str, str], *, one_host: bool) -> str | None:
+    if one_host:
         return "127.0.0.1"
     nodes = environ.get("SLURM_JOB_NODELIST")  # mpirun inside an allocation
     return first_host(nodes) if nodes else None
 
 
 def _port_of(environ: Mapping[str, str], name: str) -> int | None:
-    """A port that differs between jobs, from what names the job; None when nothing does."""
+    """Derive a port that differs between jobs from the job's name; None without a name."""
     value = environ.get(name)
     return _PORTS[zlib.crc32(value.encode()) % len(_PORTS)] if value else None
 
 
 def why_not_met(environ: Mapping[str, str], said: str) -> str | None:
-    """What it means that processes did not come together; None for other failures.
+    """Explain why processes did not meet; None for other failures.
 
     Args:
         environ: complete.
@@ -293,10 +293,10 @@ def why_not_met(environ: Mapping[str, str], said: str) -> str | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of Slurm's list: ``gpu[07-12,3],login1`` begins with ``gpu07``.
+    """First host of Slurm's list: ``gpu[07-12,3],login1`` begins with ``gpu07``.
 
     Raises:
-        UserError: it is no such list.
+        UserError: The text is no such list.
     """
     # The first comma outside brackets ends the first entry; brackets do not nest.
     entry = re.match(r"(?:[^\[\],]|\[[^\[\]]*\])+(?=,|$)", nodes.strip())
@@ -311,14 +311,14 @@ def first_host(nodes: str) -> str:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's short form written out: ``2(x3),1`` is 2, 2, 2, 1.
+    """Expand Slurm's short form: ``2(x3),1`` is 2, 2, 2, 1.
 
     Raises:
-        UserError: it is no such form.
+        UserError: The text is no such form.
     """
     counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part.strip())
+    for entry in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", entry.strip())
         if match is None:
             raise UserError(f"cannot read Slurm's tasks per node {printable(text, 200)!r}")
         counts += [int(match[1])] * int(match[2] or 1)

@@ -1,4 +1,4 @@
-"""Which network interface leads to the other processes."""
+"""Network interface that leads to the other processes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ANYWHERE = "192.0.2.1"  # of no host: a route to it is the default route
 def name_interface(environ: MutableMapping[str, str]) -> None:
     """Set GLOO_SOCKET_IFNAME where gloo would listen on the loopback, which no other host reaches.
 
-    gloo takes the address that the host's own name means. On many systems that is 127.0.1.1. NCCL
-    never takes the loopback by itself. Does nothing for processes of one host, and where the
-    variable is set or nothing better is found.
+    gloo takes the address of the host's own name, 127.0.1.1 on many systems. NCCL never takes the
+    loopback by itself. Does nothing on a single host, where the variable is set, or where nothing
+    better is found.
     """
     several_hosts = environ.get("LOCAL_WORLD_SIZE") != environ.get("WORLD_SIZE")
     if not several_hosts or environ.get("GLOO_SOCKET_IFNAME"):
@@ -34,7 +34,7 @@ def name_interface(environ: MutableMapping[str, str]) -> None:
 
 
 def interface_to(host: str) -> str | None:
-    """The interface through which this host would reach another; None for the loopback, or none."""
+    """Find the interface that leads to a host; None for the loopback, or when there is none."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing

@@ -1,4 +1,4 @@
-"""How processes come together at torch's store, and what is wrong with the way there, in words."""
+"""Rendezvous of processes at torch's store, and messages about what prevents it."""
 
 from __future__ import annotations
 
@@ -17,52 +17,54 @@ from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
 
 RESOLVE_SECONDS = 30.0
-"""How long a name may be unknown: that of a container comes with it."""
-_SAID_AFTER = 10.0  # seconds of waiting
+"""Time that a name may stay unknown: a container's appears when it starts."""
+_LOGGED_AFTER = 10.0  # seconds of waiting
 _CONNECT_SECONDS = 5.0
 _BACKLOG = 4096
 
 
-def meet(environ: Mapping[str, str], patience: timedelta) -> Any:
-    """The store of all processes, once they have come to it.
+def meet(environ: Mapping[str, str], timeout: timedelta) -> Any:
+    """Return the store of all processes, once all have reached it.
 
     Args:
         environ: complete.
-        patience: how long a process waits for the last one, or for rank 0.
+        timeout: time to wait for the last process, or for rank 0.
 
     Raises:
-        UserError: the way to it is wrong.
-        RuntimeError: torch says so.
+        UserError: The address or port is wrong.
+        RuntimeError: torch failed.
     """
     number, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    says = number == 0 or environ.get("LOCAL_RANK") == "0"
+    logs = number == 0 or environ.get("LOCAL_RANK") == "0"
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own
-        reach(environ, patience.total_seconds(), says)
-        store = next(dist.rendezvous("env://", timeout=patience))[0]
+        reach(environ, timeout.total_seconds(), logs)
+        store = next(dist.rendezvous("env://", timeout=timeout))[0]
         return dist.PrefixStore(name_of_start(store, number, world), store)
     listening = None
     if number == 0:
         listening = listen(environ)
     else:
-        reach(environ, patience.total_seconds(), says)
+        reach(environ, timeout.total_seconds(), logs)
     return dist.TCPStore(
         environ["MASTER_ADDR"],
         int(environ["MASTER_PORT"]),
         world,
         is_master=number == 0,
-        timeout=patience,
+        timeout=timeout,
         multi_tenant=True,
         master_listen_fd=None if listening is None else listening.detach(),
     )
 
 
-def resolve(host: str, says: bool = False) -> list[tuple[int, str]]:
-    """Address families and addresses of MASTER_ADDR.
+def resolve(host: str, logs: bool = False) -> list[tuple[int, str]]:
+    """Resolve MASTER_ADDR to address families and addresses.
 
-    says: that it is waited for.
+    Args:
+        host: its name.
+        logs: log that the name is waited for.
 
     Raises:
-        UserError: it stays unknown for :data:`RESOLVE_SECONDS`.
+        UserError: The name stays unknown for :data:`RESOLVE_SECONDS`.
     """
     begun = time.monotonic()
     while True:
@@ -71,27 +73,27 @@ def resolve(host: str, says: bool = False) -> list[tuple[int, str]]:
             return [(family, str(address[0])) for family, *_, address in found]
         except (OSError, UnicodeError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
-            what = f"MASTER_ADDR={host} is no host that is known here ({why})"
+            what = f"MASTER_ADDR={host} is an unknown host ({why})"
             if time.monotonic() - begun > RESOLVE_SECONDS:
                 raise UserError(
                     f"{what}: give the name or address of rank 0's host; `getent hosts NAME` "
-                    "says what is known"
+                    "looks it up"
                 ) from None
-            if says:
-                say(f"{what}: it is tried for {RESOLVE_SECONDS:g} s")
-                says = False
+            if logs:
+                say(f"{what}: trying for {RESOLVE_SECONDS:g} s")
+                logs = False
             time.sleep(1.0)
 
 
-def reach(environ: Mapping[str, str], seconds: float, says: bool = False) -> None:
+def reach(environ: Mapping[str, str], seconds: float, logs: bool = False) -> None:
     """Wait until somebody listens at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: the name is unknown, or nobody does.
+        UserError: The name is unknown, or nobody listens.
     """
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     begun, met = time.monotonic(), ""
-    addresses = resolve(host, says)
+    addresses = resolve(host, logs)
     while True:
         for _, address in addresses:
             try:
@@ -102,24 +104,24 @@ def reach(environ: Mapping[str, str], seconds: float, says: bool = False) -> Non
         waited = time.monotonic() - begun
         if waited > seconds:
             raise UserError(str(why_not_met(environ, f"failed to connect: {met}")))
-        if says and waited > _SAID_AFTER:
-            says = False
+        if logs and waited > _LOGGED_AFTER:
+            logs = False
             say(f"waiting for rank 0 at {host}:{port}, {seconds / 60:.0f} minutes at most: {met}")
         time.sleep(min(0.1 + waited / 10, 2.0))
 
 
 def listen(environ: Mapping[str, str]) -> socket.socket | None:
-    """A socket for rank 0's store that is reached by way of MASTER_ADDR alone.
+    """Open a socket for rank 0's store that listens at MASTER_ADDR only.
 
-    None where all interfaces have to be listened to: other hosts may know the name by another
-    address, or the address is that of a machine in between.
+    Returns None where it must listen on all interfaces: other hosts may resolve the name to
+    another address, or the address is that of a machine in between.
 
     Raises:
-        UserError: the port is taken, or may not be used; the name is unknown.
+        UserError: The port is taken or not permitted, or the name is unknown.
     """
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     one_host = environ.get("LOCAL_WORLD_SIZE") == environ.get("WORLD_SIZE")
-    for family, address in resolve(host, says=True):
+    for family, address in resolve(host, logs=True):
         if not one_host and address != host:
             return None
         here = socket.socket(family, socket.SOCK_STREAM)

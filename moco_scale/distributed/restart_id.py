@@ -1,4 +1,4 @@
-"""Telling one start of the processes from another in a store that outlives both."""
+"""Names of starts, to tell one from another in a store that outlives both."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moco_scale.utils.text import printable
 
 
 def name_of_start(store: Any, rank: int, world: int) -> str:
-    """A name, the same on all ranks, of this start of theirs; every rank calls it.
+    """Name this start, the same on all ranks; every rank calls it.
 
-    torchrun keeps its store when it starts its processes again (with ``--master-addr`` or on one
-    host), so what an earlier start has left there must not be taken for something of this one:
-    rank 0 answers a question that each rank has made up anew, until all have heard the answer.
+    torchrun keeps its store when it restarts its processes (with ``--master-addr`` or on one
+    host), so keys of an earlier start must not be mistaken for this one's: each rank asks with a
+    new random key, and rank 0 answers until all have the name.
 
     Args:
         store: of ``torch.distributed``.
@@ -42,10 +42,10 @@ def name_of_start(store: Any, rank: int, world: int) -> str:
 
 
 def _made_here(name: bytes) -> str:
-    """A name as this file makes them; UserError for anything else that the store may hold."""
+    """Check that a name has this file's form. Raises UserError for anything else in the store."""
     if not re.fullmatch(rb"[0-9a-f]{32}", name):
         raise UserError(
-            f"the store where the processes meet holds {printable(name)!r} in the place of a "
-            "start's name: somebody outside the job writes to its port"
+            f"the store where the processes meet holds {printable(name)!r} instead of a start's "
+            "name: somebody outside the job writes to its port; close it to others"
         )
     return name.decode()

@@ -1,7 +1,7 @@
-"""What has to be the same on all processes of a run, and saying which one is different.
+"""Comparison of code, libraries and flags over the processes of a run.
 
-A process with another seed, another version of a library or an edited file would not fail: it
-would quietly train something else, or wait for ever in a message that the others never send.
+A process with another seed, library version or an edited file would not fail: it would silently
+train something else, or wait for ever for a message that the others never send.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MAY_DIFFER = (
     "shard_cache_size",
     "local_rank",
 )
-"""Flags that may: hosts may see files under other names. What is in them is compared."""
+"""Flags that may differ, as paths do between hosts. The contents of the files are compared."""
 PACKAGE = Path(moco_scale.__file__).parent
 
 
 def installation(device: torch.device, engine: str = "") -> dict[str, str]:
-    """The code and the versions of what it stands on."""
+    """Versions of the code, its libraries and the device."""
     libraries = (*LIBRARIES, "deepspeed") if engine == "deepspeed" else LIBRARIES
     facts = {"code": code_version(), "python": platform.python_version()}
     facts |= {name: _version(name) for name in libraries}
@@ -49,9 +49,10 @@ def installation(device: torch.device, engine: str = "") -> dict[str, str]:
 
 
 def of_run(flags: Mapping[str, object]) -> dict[str, str]:
-    """The installation and every flag that all processes of a run have to share.
+    """Facts that must be the same on all processes of a run: the installation and flags.
 
-    flags: all of a run's, by name with underscores; its DeepSpeed file has been read and checked.
+    Args:
+        flags: all flags by name with underscores; the DeepSpeed file has been checked.
     """
     facts = installation(collectives.device(), str(flags["engine"])) | of_flags(flags)
     if file := flags["deepspeed"]:
@@ -61,18 +62,18 @@ def of_run(flags: Mapping[str, object]) -> dict[str, str]:
 
 
 def of_flags(flags: Mapping[str, object]) -> dict[str, str]:
-    """Values by name of flags (with underscores), as facts; without those that may differ."""
+    """Facts of flags by name (with underscores), without those that may differ."""
     return {"--" + k.replace("_", "-"): str(v) for k, v in flags.items() if k not in MAY_DIFFER}
 
 
 def code_version() -> str:
-    """The version of the package and a digest of its files, which may have been edited."""
+    """Version of the package and a digest of its files, which may have been edited."""
     content = json.dumps(source_digests(), sort_keys=True).encode()
     return f"moco_scale {moco_scale.__version__}, files {_short_digest(content)}"
 
 
 def source_digests() -> dict[str, str]:
-    """A digest of each of the package's files, by name."""
+    """Digests of the package's files, by name."""
     files = sorted(PACKAGE.rglob("*.py"))
     return {str(f.relative_to(PACKAGE)): _short_digest(f.read_bytes()) for f in files}
 
@@ -82,16 +83,16 @@ SAME_DATA = "give all of them the same images and the same index"
 
 
 def require_alike(facts: Mapping[str, str], remedy: str = SAME_START) -> None:
-    """Refuse to go on when processes differ; every rank calls it.
+    """Raise an error when processes differ; every rank calls it.
 
-    Costs one message of 16 bytes when they do not.
+    Costs one message of 16 bytes when they are the same.
 
     Args:
-        facts: what to compare, by what to call it. Those of rank 0 count.
+        facts: values to compare, by name.
         remedy: what to do about a difference.
 
     Raises:
-        UserError: names each fact that differs, with the ranks, their hosts and values.
+        UserError: Processes differ; the message has each fact with its ranks, hosts and values.
     """
     if collectives.world_size() == 1:
         return
@@ -102,7 +103,7 @@ def require_alike(facts: Mapping[str, str], remedy: str = SAME_START) -> None:
     mine = socket.gethostname(), dict(facts), source_digests()
     hosts, values, digests = zip(*collectives.gather_objects(mine), strict=True)
     lines = [
-        f"  {name}: {_who_has_what([each.get(name, 'nothing') for each in values], hosts)}"
+        f"  {name}: {_values_of_ranks([each.get(name, 'nothing') for each in values], hosts)}"
         for name in dict.fromkeys(name for each in values for name in each)
         if len({each.get(name) for each in values}) > 1
     ]
@@ -111,11 +112,11 @@ def require_alike(facts: Mapping[str, str], remedy: str = SAME_START) -> None:
     if files:
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
         lines.append(f"  files of the package that differ: {', '.join(files[:5])}{more}")
-    raise UserError("the processes are not alike:\n" + "\n".join(lines) + f"\n{remedy}")
+    raise UserError("the processes differ:\n" + "\n".join(lines) + f"\n{remedy}")
 
 
-def _who_has_what(values: Sequence[str], hosts: Sequence[str]) -> str:
-    """``7 on rank 3 (node-b), 0 on ranks 0-2 (node-a, node-b)``: what few ranks have first."""
+def _values_of_ranks(values: Sequence[str], hosts: Sequence[str]) -> str:
+    """List values, rare ones first: ``7 on rank 3 (node-b), 0 on ranks 0-2 (node-a, node-b)``."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
@@ -124,14 +125,14 @@ def _who_has_what(values: Sequence[str], hosts: Sequence[str]) -> str:
 
 
 def ranks_on_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """``ranks 0-2, 5 (node-a, node-b)``; of more than four hosts, the first and how many."""
+    """Name ranks and up to four hosts: ``ranks 0-2, 5 (node-a, node-b)``."""
     names = list(dict.fromkeys(hosts[rank] for rank in ranks))
     shown = ", ".join(names) if len(names) <= 4 else f"{names[0]} and {len(names) - 1} more hosts"
     return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)} ({shown})"
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """``0-2, 5`` of 0, 1, 2, 5."""
+    """Write numbers as spans: 0, 1, 2, 5 as ``0-2, 5``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

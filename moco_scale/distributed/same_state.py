@@ -1,4 +1,4 @@
-"""Seeing that ranks still hold the same run: a few numbers of each, which must be equal."""
+"""Check that ranks are still in the same state, by a few numbers that must be equal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def require_agreement(numbers: Mapping[str, int | Tensor], step: int) -> None:
         step: of the run.
 
     Raises:
-        PeerLost: ranks differ; says which of them, and in what.
+        PeerLost: Ranks differ; the message names them and the numbers.
     """
     if collectives.world_size() == 1:
         return
@@ -31,18 +31,18 @@ def require_agreement(numbers: Mapping[str, int | Tensor], step: int) -> None:
     table = collectives.all_gather_rows(row[None])
     if bool((table == table[0]).all()):
         return
-    found = disagreements(table.tolist(), list(numbers), collectives.hosts())
+    found = differences(table.tolist(), list(numbers), collectives.hosts())
     raise PeerLost(
         f"after step {step} the ranks are no longer in the same state: {'; '.join(found)}. "
-        "The newest checkpoint is from when they were: the same command goes on from it. If it "
-        "happens again on the same host, take that out of the job"
+        "Start the same command again: it resumes from the newest checkpoint, which is good. If "
+        "it happens again on the same host, take that host out of the job"
     )
 
 
-def disagreements(
+def differences(
     table: Sequence[Sequence[int]], names: Sequence[str], hosts: Sequence[str]
 ) -> list[str]:
-    """For each name whose values differ, the ranks that differ from most.
+    """Describe, for each name whose values differ, the ranks that differ from most.
 
     Args:
         table: [ranks][names].
@@ -67,23 +67,23 @@ def disagreements(
 
 @torch.no_grad()
 def sampled_hash(tensors: Sequence[Tensor], turn: int) -> Tensor:
-    """A number made of the bits of a few elements of each tensor.
+    """Hash the bits of a few elements of each tensor.
 
     Args:
         tensors: of 2- or 4-byte floating-point numbers.
-        turn: other elements each time; all of them are seen in the end.
+        turn: selects other elements each time; in the end all have been compared.
 
     Returns:
         int64 scalar on their device.
     """
     kinds = {2: torch.int16, 4: torch.int32}
-    parts = []
+    samples = []
     for tensor in tensors:
         flat = tensor.reshape(-1)
         stride = max(flat.numel() // _SAMPLED, 1)
         sample = flat[turn % stride :: stride]
-        parts.append(sample.view(kinds[sample.element_size()]).long())
-    bits = torch.cat(parts)
+        samples.append(sample.view(kinds[sample.element_size()]).long())
+    bits = torch.cat(samples)
     places = torch.arange(len(bits), device=bits.device)
-    # Odd multipliers lose no bit; what is beyond 64 bits is dropped.
+    # Odd multipliers lose no bit; overflow beyond 64 bits is dropped.
     return (bits * (places * 2654435762 + 1)).sum()

@@ -17,18 +17,18 @@ from moco_scale.distributed import collectives
 def run_ranks(
     function: Callable[..., Any], world: int, *args: Any, device: str = "cpu"
 ) -> list[Any]:
-    """What ``function(*args)`` returned on each rank, in their order; ends when one fails.
+    """Return the result of ``function(*args)`` on each rank, in rank order.
 
-    The processes are forked off a server that has imported everything: a start takes a moment.
+    The processes are forked off a server that has imported everything, so that they start fast.
 
     Args:
-        function: importable by name; called in a process group that has been joined.
+        function: importable by name; called after joining the process group.
         world: number of processes.
-        args: and the result must pickle.
+        args: of the function; they and the result must pickle.
         device: as :func:`moco_scale.distributed.collectives.initialize` takes it.
 
     Raises:
-        SystemExit: a process failed; it has printed why.
+        SystemExit: A process failed; it has printed why.
     """
     if device == "cpu":
         # Otherwise DeepSpeed looks for an accelerator and warns that it found none.

@@ -1,8 +1,8 @@
-"""Ending a run early in an orderly way: on a signal, or before a time limit.
+"""Orderly early end of a run: on a signal, or at a time limit.
 
 A scheduler that takes a job's GPUs away sends SIGTERM, or SIGUSR1 some time before; one rank may
-get it earlier than another, or alone. All ranks agree on the step after which they stop, save a
-checkpoint, and leave with a status that says: start the same command again.
+get it earlier than another, or as the only one. All ranks agree on the step after which they
+stop, save a checkpoint, and exit with the status for "start the same command again".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moco_scale.utils.signals import ONE_SIGNAL, Listening, is_ignored
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 UNLESS_IGNORED = (signal.SIGHUP, signal.SIGINT)
-"""Signals that ``nohup``, and shells for jobs in the background, have a program ignore."""
+"""Signals that ``nohup``, and shells for background jobs, make a program ignore."""
 _TIME_IS_UP = 1 << 20  # above every signal's number
 _READER_LOST = _TIME_IS_UP + 1
 _NAMES = {_TIME_IS_UP: "--max-time is over", _READER_LOST: "a reader was killed"}
@@ -34,9 +34,9 @@ _NAMES = {_TIME_IS_UP: "--max-time is over", _READER_LOST: "a reader was killed"
 class StopRequest:
     """Collects reasons to stop on this rank, and agrees with the others once a step.
 
-    Within the ``with`` block, which the main thread enters, the signals are caught; a second one
-    ends the process at once, as it would have without, even while it waits for other ranks or a
-    GPU. The end of the launcher counts as a signal too.
+    Within the ``with`` block, which the main thread enters, the signals are caught. A second one
+    ends the process at once, even while it waits for other ranks or a GPU. The end of the launcher
+    counts as a signal too.
 
     Args:
         max_seconds: stop this long after `started`; 0: no limit.
@@ -60,10 +60,10 @@ class StopRequest:
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is None:
-            self._steps.settle()
-            self._looks.settle()
+            self._steps.receive()
+            self._looks.receive()
         if isinstance(exception[1], RuntimeError):
-            return  # the launcher's signal may come before what is wrong has been said
+            return  # the launcher's signal may come before the error is printed
         self._listening.close()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -87,13 +87,13 @@ class StopRequest:
             self._signal = signal.SIGTERM
 
     def reader_lost(self) -> None:
-        """A process of this rank's that reads images was killed."""
+        """Request a stop because a reader process of this rank was killed."""
         self._signal = _READER_LOST
 
     def agree(self, *codes: int) -> tuple[str | None, list[int]]:
-        """Each rank calls it after each step.
+        """Exchange reasons and codes; every rank calls it after each step.
 
-        The ranks compare what each knew a step ago, so that nobody waits for the answer.
+        The ranks compare the values of one step ago, so that nobody waits for the answer.
 
         Args:
             codes: numbers of this rank's, not negative.
@@ -105,7 +105,7 @@ class StopRequest:
         return _name(known), largest
 
     def look(self) -> str | None:
-        """The same between the batches of an evaluation, without codes."""
+        """Exchange reasons between the batches of an evaluation."""
         return _name(self._looks.exchange(self._reason())[0])
 
     def _reason(self) -> int:
@@ -113,22 +113,22 @@ class StopRequest:
 
 
 class _LaterMax:
-    """The largest numbers of all ranks, told at the next exchange; at once in a single process."""
+    """Maxima over all ranks, received at the next exchange; at once in a single process."""
 
     def __init__(self) -> None:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def exchange(self, *mine: int) -> list[int]:
-        """What the ranks gave the last time, zeros the first time; all ranks call it."""
-        known = self.settle() or [0] * len(mine)
+        """Return the maxima of the last exchange, first zeros, and start another; all call it."""
+        known = self.receive() or [0] * len(mine)
         numbers = torch.tensor(mine, dtype=torch.int64)  # on the CPU: no GPU is waited for
         self._pending = (numbers, collectives.start_max(numbers))
         if collectives.world_size() == 1:
-            known = self.settle()
+            known = self.receive()
         return known
 
-    def settle(self) -> list[int]:
-        """What is under way, once it is there; nothing of it is left behind."""
+    def receive(self) -> list[int]:
+        """Wait for the exchange under way and return its maxima, if there is one."""
         if self._pending is None:
             return []
         numbers, work = self._pending
@@ -139,8 +139,8 @@ class _LaterMax:
 
 
 def _end_by(number: int) -> None:
-    """End this process as a signal does that nobody catches; from any thread."""
-    # Python lets the main thread alone change a handler, and that one may never come back.
+    """End this process as an uncaught signal does; from any thread."""
+    # Python changes handlers in the main thread only, which may be stuck.
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     libc.signal(number, None)  # SIG_DFL
@@ -154,9 +154,9 @@ def _name(known: int) -> str | None:
 
 
 def status_of(reason: str) -> int:
-    """What a run ends with that has stopped for a reason, once it is saved.
+    """Exit status of a run that has stopped for a reason, once it is saved.
 
-    After Ctrl-C nobody is to start it again; after a reader's end only so many times.
+    A launcher must not restart a run after Ctrl-C, and only so often after a reader's end.
     """
     own = {"SIGINT": INTERRUPTED, _NAMES[_READER_LOST]: LOST_PEER}
     return own.get(reason, STOPPED_EARLY)

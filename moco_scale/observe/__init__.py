@@ -1,1 +1,1 @@
-"""What is noticed of a run: phases, heartbeats, stragglers, numbers, and where it is logged."""
+"""Observation of a run: phases, heartbeats, watchdog, stragglers, finite values, loggers."""

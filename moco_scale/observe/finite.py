@@ -1,4 +1,4 @@
-"""Noticing that a run has gone wrong in its numbers, without ever waiting for the device."""
+"""Detection of losses, weights and gradients that are not finite, without device syncs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ class _Flags(NamedTuple):
 
 
 class FiniteWatch:
-    """Looks at each step's loss and weights when the next one is under way.
+    """Checks each step's loss and weights while the next step runs.
 
     A gradient that is not finite shows in the weights that it was added to, or in a step that was
-    left out although no loss scale could be lowered. A step that fp16's loss scale leaves out is
-    none of these.
+    skipped although no loss scale could be lowered. Steps that fp16's loss scale skips are fine.
 
     Args:
         limit: bad steps in a row that end the run.
         rank: this process's.
-        last_good: names what to go back to, when a bad step is said.
+        last_good: names the checkpoint to go back to, for the message.
     """
 
     def __init__(self, limit: int, rank: int, last_good: Callable[[], str]) -> None:
@@ -42,13 +41,13 @@ class FiniteWatch:
         self._in_a_row = 0
 
     def record(self, step: int, loss: Tensor, weights_finite: Tensor, skipped: bool) -> None:
-        """What a step left behind.
+        """Queue a step's values for checking.
 
         Args:
             step: its number.
             loss: scalar, this rank's.
             weights_finite: bool scalar, this rank's.
-            skipped: it was left out, and not because a loss scale was too large.
+            skipped: the step was skipped, and not because a loss scale was too large.
         """
         flags = torch.stack([~loss.detach().isfinite(), ~weights_finite])
         ready = None
@@ -59,9 +58,9 @@ class FiniteWatch:
         self._pending.append(_Flags(step, flags, skipped, ready))
 
     def code(self) -> int:
-        """What was wrong with the step before the last on this rank, for :meth:`judge`; 0: nothing.
+        """Return this rank's code for :meth:`judge` of the step before the last; 0: finite.
 
-        Says so, once, where it happened.
+        The first bad step in a row is logged here, on the rank where it happened.
         """
         if len(self._pending) < 2:
             return 0
@@ -82,7 +81,7 @@ class FiniteWatch:
         return (3 - kind << 30) + self._rank  # a loss before what follows from it
 
     def judge(self, code: int) -> str | None:
-        """Count a step by the largest code of all ranks; why the run must end, or None."""
+        """Count a step by the largest code of all ranks; return why the run must end, or None."""
         if not code:
             self._in_a_row = 0
             return None

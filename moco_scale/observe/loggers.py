@@ -1,4 +1,4 @@
-"""What people see of a run: the terminal, ``log.txt``, ``metrics.jsonl`` and TensorBoard."""
+"""Loggers of a run: the terminal, ``log.txt``, ``metrics.jsonl`` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ with warnings.catch_warnings():
 
 
 class Telemetry:
-    """Reports of one run; does nothing on ranks other than 0.
+    """Writes a run's log, metrics and TensorBoard events; does nothing on ranks other than 0.
 
-    None of them ends a run: what cannot be written is said, once, and training goes on.
+    None of them ends a run: a file that cannot be written is logged once, and training goes on.
 
     Args:
         folder: the run's output folder; None only prints.
@@ -60,7 +60,7 @@ class Telemetry:
             )
 
     def say(self, text: str) -> None:
-        """One line for people."""
+        """Log one line for people."""
         if not self._active:
             return
         text = printable_lines(text)
@@ -69,7 +69,7 @@ class Telemetry:
         self._show(text)
 
     def side_file(self, name: str) -> SideFile:
-        """One more file in the run's folder; what becomes of it is said here."""
+        """Open one more file in the run's folder; its failures are logged here."""
         assert self._folder is not None
         self._files[name] = self._folder.side_file(name, self.say)
         return self._files[name]
@@ -88,11 +88,11 @@ class Telemetry:
                 self._bar.update(step - self._bar.n)
 
     def record(self, record: dict[str, Any], line: str) -> None:
-        """One logged step: a line for people, an object for machines, scalars for TensorBoard.
+        """Log a step: a line for people, a JSON object, scalars for TensorBoard.
 
         Args:
             record: plain values, with ``step``.
-            line: the same for people; a progress bar shows it beside itself.
+            line: the same for people.
         """
         if not self._active:
             return
@@ -109,18 +109,18 @@ class Telemetry:
                 )
 
     def hyper_parameters(self, values: dict[str, Any]) -> None:
-        """The configuration, as a table in TensorBoard."""
+        """Write the configuration as a table to TensorBoard."""
         rows = "\n".join(f"| {name} | {printable(value)} |" for name, value in values.items())
         table = f"| flag | value |\n| --- | --- |\n{rows}"
         self._plot(0, summary.text("hyper-parameters", table))
 
     def image(self, name: str, pixels: Tensor, step: int) -> None:
-        """An image for TensorBoard: float [3, H, W] in [0, 1]."""
+        """Write an image to TensorBoard: float [3, H, W] in [0, 1]."""
         if self._active:
             self._plot(step, summary.image(name, pixels.clamp(0, 1), dataformats="CHW"))
 
-    def _plot(self, step: int, *parts: Summary) -> None:
-        values = [value for part in parts for value in part.value]
+    def _plot(self, step: int, *summaries: Summary) -> None:
+        values = [value for each in summaries for value in each.value]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
         self._add(_BOARD, _event(event))
 
@@ -129,7 +129,7 @@ class Telemetry:
             self._files[name].add(entry)
 
     def close(self) -> None:
-        """Write what could not be written before, and say what is lost."""
+        """Write what could not be written before, and log what is lost."""
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
@@ -142,17 +142,14 @@ _LOG, _METRICS, _BOARD = "log.txt", metrics_file.NAME, "tensorboard"
 
 
 def _event(event: Event) -> bytes:
-    """As a record of TensorBoard's file."""
+    """Encode an event as a record of TensorBoard's file."""
     content = io.BytesIO()
     RecordWriter(content).write(event.SerializeToString())
     return content.getvalue()
 
 
 def _first(step: int) -> bytes:
-    """What a file of TensorBoard's begins with; curves of steps that will be run again disappear.
-
-    step: the first that will be run.
-    """
+    """Encode the start of a TensorBoard file, which drops earlier curves from `step` on."""
     now, version = time.time(), "brain.Event:2"
     start = SessionLog(status=SessionLog.START)
     return _event(Event(wall_time=now, file_version=version)) + _event(
@@ -163,8 +160,8 @@ def _first(step: int) -> bytes:
 class Meters:
     """Means over the steps since they were last read, and over the epoch, without a device sync.
 
-    The sums live on the device in fp64 and are part of a checkpoint, so that a resumed run
-    reports the same means.
+    The sums live on the device in fp64 and go into checkpoints: a resumed run reports the same
+    means.
     """
 
     NAMES = ("loss", "positive_probability", "positive_similarity", "negative_similarity")
@@ -174,14 +171,14 @@ class Meters:
         self.sums = torch.zeros(2, len(self.NAMES) + 1, dtype=torch.float64, device=device)
 
     def add(self, weight: float, *values: Tensor) -> None:
-        """Values of this part of a step on this rank, in the order of :data:`NAMES`."""
+        """Add this rank's values of a micro-batch, in the order of :data:`NAMES`."""
         row = torch.stack([v.detach().double() for v in values])
         finite = row.isfinite().all()  # others are reported elsewhere, and are in no mean
         self.sums[:, :-1] += torch.where(finite, weight * row, 0.0)
         self.sums[:, -1] += weight * finite
 
     def read(self) -> tuple[dict[str, float], float]:
-        """Means since the last call, and the epoch's mean loss, over all ranks together."""
+        """Return means since the last call, and the epoch's mean loss, over all ranks."""
         sums = self.sums.clone()
         collectives.sum_(sums)
         sums = sums.cpu()
@@ -190,9 +187,10 @@ class Meters:
         return dict(zip(self.NAMES, means.tolist(), strict=True)), float(sums[1, 0] / sums[1, -1])
 
     def globalize(self) -> Tensor:
-        """The sums, made equal on all ranks in place; all ranks call it before a checkpoint."""
+        """Make the sums equal on all ranks, in place; all ranks call it before a checkpoint."""
         collectives.sum_(self.sums).div_(collectives.world_size())
         return self.sums
 
     def start_epoch(self) -> None:
+        """Reset the sums of the epoch."""
         self.sums[1] = 0

@@ -12,7 +12,7 @@ NAME = "metrics.jsonl"
 
 
 def has_step(path: Path, step: int) -> bool:
-    """Whether there is a line of a step; False where the file cannot be read."""
+    """Find a step's line; False also where the file cannot be read."""
     try:
         return any(record["step"] == step for record in records(path))
     except OSError:
@@ -20,10 +20,10 @@ def has_step(path: Path, step: int) -> bool:
 
 
 def forget_after(path: Path, step: int) -> int:
-    """Drop lines of later steps, which will run again, and damaged ones; how many were dropped.
+    """Drop damaged lines and those of later steps, which will run again; return their number.
 
     Raises:
-        OSError: it cannot be read or written.
+        OSError: The file cannot be read or written.
     """
 
     def wanted(line: bytes) -> bool:

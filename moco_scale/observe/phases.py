@@ -1,4 +1,4 @@
-"""Where a process stands, at any moment, and what it spends its time on."""
+"""Phases of a run: the position of this process at any moment, and its time in each."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BACKWARD, SUMMING, UPDATE, EMA = "backward", "backward: sum over ranks", "update
 AGREE, LOG, EVALUATION, SAVE, FINISH = "agree", "log", "evaluation", "save", "finish"
 
 STEP_PHASES = (DATA, SHUFFLE, FORWARD, QUEUE, BACKWARD, SUMMING, UPDATE, EMA, AGREE)
-"""The phases of a training step; the time in them is the time of the step."""
+"""Phases of a training step; the time in them is the time of the step."""
 PHASES = (START, *STEP_PHASES, LOG, EVALUATION, SAVE, FINISH)
 
 
 class Position(NamedTuple):
-    """A place in the run, the same on all ranks when they are equally far.
+    """Place in the run, the same on all ranks when they are equally far.
 
     Attributes:
         step: number of the step under way, from 1; 0 before the first.
@@ -35,16 +35,16 @@ class Position(NamedTuple):
 
 
 class Phases:
-    """The phase this process is in, and the time it has spent in each.
+    """Current phase of this process, and the time it has spent in each.
 
-    To enter one costs about a microsecond and waits for nothing; another thread may read
+    Entering one costs about a microsecond and waits for nothing; another thread may read
     :attr:`now` at any moment.
 
     Args:
         clock: seconds.
 
     Attributes:
-        now: where this process stands.
+        now: position of this process.
         device: the same on the GPU, if there is one.
     """
 
@@ -56,7 +56,7 @@ class Phases:
         self.device = DeviceTimeline() if torch.cuda.is_initialized() else None
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """From here on, this process is in a phase, and in a new step where one is given."""
+        """Enter a phase, and a new step where one is given."""
         now, before = self._clock(), self.now
         self._spent[before.phase] += now - before.since
         if step is None or step == before.step:
@@ -68,29 +68,29 @@ class Phases:
             self.device.mark(self.now)
 
     def alive(self) -> None:
-        """This process gets on, within the phase that it is in."""
+        """Record progress within the phase: the watchdog counts idle seconds anew."""
         self.now = self.now._replace()
 
     @property
     def steady(self) -> bool:
-        """False where a phase may take long: before the third step, evaluating, saving, ending."""
+        """False in slow phases: before the third step, evaluation, save, finish."""
         # The first steps compile, and choose and load what they run.
         return self._steps > 2 and self.now.phase in (*STEP_PHASES, LOG)
 
     def spent(self) -> dict[str, float]:
-        """Seconds of this process in each phase since :meth:`restart`, the one under way too."""
+        """Return seconds in each phase since :meth:`restart`, the one under way included."""
         now = self._clock()
         return self._spent | {self.now.phase: self._spent[self.now.phase] + now - self.now.since}
 
     def worked(self) -> dict[str, float]:
-        """The same on the GPU's own clock, up to what it has done; of the process without one.
+        """Return the same by the GPU's clock where there is one.
 
-        A process hands work to a GPU ahead of time, so what it waits for is seen there.
+        A process queues GPU work ahead of time, so waits show on the GPU.
         """
         return self.spent() if self.device is None else self.device.spent()
 
     def restart(self) -> None:
-        """Count from now on."""
+        """Reset the times of all phases."""
         self._spent = dict.fromkeys(PHASES, 0.0)
         self.now = self.now._replace(since=self._clock())
         if self.device is not None:
@@ -98,7 +98,7 @@ class Phases:
 
 
 class DeviceTimeline:
-    """Phases as the GPU comes to them: an event for each, looked at later, never waited for."""
+    """Phases as the GPU reaches them: an event for each, queried later, never waited for."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[Position, torch.cuda.Event]] = deque()
@@ -106,7 +106,7 @@ class DeviceTimeline:
         self._spent = dict.fromkeys(PHASES, 0.0)
 
     def mark(self, position: Position) -> None:
-        """What is given to the GPU from here on belongs to this position."""
+        """Count GPU work queued from here on towards this position."""
         event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append((position, event))
@@ -114,7 +114,7 @@ class DeviceTimeline:
             self._fold()
 
     def _fold(self) -> None:
-        """Add up the phases that the GPU has left behind."""
+        """Add up the phases that the GPU has finished."""
         while len(self._marks) > 1 and self._marks[1][1].query():
             (position, begin), (_, end) = self._marks[0], self._marks[1]
             self._spent[position.phase] += begin.elapsed_time(end) / 1000
@@ -122,7 +122,7 @@ class DeviceTimeline:
             self._spare.append(begin)
 
     def spent(self) -> dict[str, float]:
-        """Seconds in each phase since :meth:`restart`."""
+        """Return seconds in each phase since :meth:`restart`."""
         self._fold()
         return dict(self._spent)
 
@@ -132,7 +132,7 @@ class DeviceTimeline:
         self._spent = dict.fromkeys(PHASES, 0.0)
 
     def where(self) -> Position | None:
-        """The last position that the GPU has come to; for another thread than the run's own."""
+        """Return the last position that the GPU has reached; called from the watchdog's thread."""
         try:
             marks = list(self._marks)
         except RuntimeError:  # the run's thread has just added one: it is not standing still

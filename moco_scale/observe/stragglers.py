@@ -1,4 +1,4 @@
-"""How long a step takes each rank, on what, and who keeps the others waiting."""
+"""Step times of every rank, and the stragglers among them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moco_scale.observe.phases import (
 )
 
 WORK = (DATA, FORWARD, BACKWARD, EMA)
-"""Phases that are a rank's own; in the others it may be waiting for ranks that are slower."""
+"""Phases of a rank's own work; in the others it may be waiting for slower ranks."""
 WAITS = (SHUFFLE, SUMMING, AGREE)
 PERSISTS = 3  # reports in a row
 TOO_LONG = 0.25  # of the median step, by which a rank's own work exceeds the median's
@@ -27,10 +27,10 @@ _NAMED = 3
 
 
 class StepTimes:
-    """Gathers what every rank spends its steps on, once for each report, on rank 0.
+    """Gathers every rank's times on rank 0, once for each report.
 
-    A step takes all ranks equally long, because they wait for each other; a straggler is one that
-    waits less, and works longer, than the median rank.
+    A step takes all ranks equally long, because they wait for each other; a straggler waits less
+    and works longer than the median rank.
     """
 
     def __init__(self) -> None:
@@ -38,13 +38,13 @@ class StepTimes:
         self._late = np.zeros(len(self._hosts), dtype=np.int64)
 
     def gather(self, phases: Phases, steps: int) -> tuple[dict[str, float], list[str]]:
-        """Every rank calls it, for the steps since its phases were last counted anew.
+        """Gather the times since the phases were last restarted; all ranks call it.
 
         Returns:
-            On rank 0, for the log: seconds of a step, of waiting for data and of waiting in
-            exchanges, least, median and most of all ranks; which rank has most work of its own,
-            and its ratio to the median's. And lines about ranks that begin or cease to be
-            stragglers. On others nothing.
+            On rank 0 the record for the log and the lines to print. The record has the seconds of
+            a step, of waiting for data and of waiting in exchanges (least, median and most of all
+            ranks), the rank with most work of its own, and its ratio to the median. The lines name
+            ranks that begin or cease to be stragglers. Both are empty on other ranks.
         """
         spent = phases.worked()
         row = torch.tensor([[spent[phase] / max(steps, 1) for phase in STEP_PHASES]])
@@ -94,5 +94,5 @@ class StepTimes:
 
 
 def _median(values: np.ndarray) -> float:
-    """The lower one of an even number: of two ranks, the quick one."""
+    """Lower median: of two ranks, the quick one."""
     return float(np.sort(values)[(len(values) - 1) // 2])

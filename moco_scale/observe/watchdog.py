@@ -1,12 +1,11 @@
-"""Noticing that a run stands still, saying who and where, and ending it.
+"""Watchdog: finds a run that hangs, names the rank and the place, and ends the run.
 
-Each rank has two threads beside its training loop. One gives signs of life to the key-value store
+Each rank has two threads beside its training loop. One sends heartbeats to the key-value store
 where the processes met, over plain TCP and not over the path of the collectives, and reads rank
-0's. The other looks at how long its own rank has stood where it stands; all ranks wait for each
-other in every step, so that where one is stuck all soon stand still, rank 0 too. Then rank 0 alone
-reads everybody's beats and posts what it finds for all; where it is silent itself, the first rank
-of every host does. The threads need no answer from the training loop, a GPU or the store to end a
-run.
+0's. The other counts how long its own rank has been idle. All ranks wait for each other in every
+step, so where one is stuck all soon are, rank 0 too. Then rank 0 alone reads all heartbeats and
+posts its verdict; where rank 0 is silent, the first rank of every host does. To end a run, the
+threads need no answer from the training loop, a GPU or the store.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from moco_scale.distributed import collectives
-from moco_scale.observe.heartbeats import Beat, Heard, place, silent, standing, waited_for
+from moco_scale.observe.heartbeats import Heartbeat, LastSeen, place, silent, standing, waited_for
 from moco_scale.observe.phases import Phases
 from moco_scale.untrusted.documents import DocumentError
 from moco_scale.untrusted.store_message import Verdict, parse_verdict
@@ -44,10 +43,10 @@ from moco_scale.utils.own_folders import remove_passing
 from moco_scale.utils.parents import children
 from moco_scale.utils.text import printable_lines
 
-_RANKS_PER_SECOND = 400  # beats that rank 0's store gets, at most, where ranks are many
-_BEATS = 20  # in a time-out, at least
-_ROUNDS = 3  # of reading everybody's beats before anybody is said to be missing
-_LAST_SECONDS = 10.0  # for each thing that is done before the end
+_RANKS_PER_SECOND = 400  # heartbeats that rank 0's store gets, at most, where ranks are many
+_HEARTBEATS = 20  # in a timeout, at least
+_ROUNDS = 3  # of reading all heartbeats before a rank is called missing
+_LAST_SECONDS = 10.0  # for each thing done before the end
 _LONGEST_TEXT = 10_000
 _LISTED = 6
 _STATES = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits for a disk"}
@@ -57,23 +56,22 @@ _VERDICT, _SEEN, _ALARM = "verdict", "seen", "alarm"
 class Watch:
     """Watches a run on this rank for as long as the ``with`` block lasts.
 
-    A process on its own has nobody to talk to, and no store; it is ended all the same when it does
-    not get on, and says what state the processes that read for it are in.
+    When no rank makes progress for `timeout` seconds, or a rank dies unnoticed, every rank that
+    can prints which rank is missing and where, writes stacks of its threads and torch's flight
+    recorder below `folder`, and ends with :data:`LOST_PEER`. A network error that ends the block
+    is raised as :class:`PeerLost`, with the same explanation. A single process has no store and
+    sends no heartbeats; when it hangs it is ended all the same, and its message has the state of
+    its reader processes.
 
-    When no rank gets on for `timeout` seconds, or one that is gone is not noticed otherwise, every
-    rank that can still do so prints which rank is missing and where, writes stacks of its threads
-    and torch's flight recorder below `folder`, and ends with :data:`LOST_PEER`. An error of the
-    network that ends the block is raised as :class:`PeerLost`, with the same explanation.
-
-    Beats go out every second, or twenty times in `timeout` where that is more often; with more than
-    400 ranks as many seconds apart as there are 400s (2,048: 5 s), whatever `timeout` is: three
-    small requests of each rank, 1,200 a second for the store. Rank 0 alone adds to that one
-    request for all beats, while everything stands still.
+    Heartbeats go out every second, or twenty times in `timeout` where that is more often; with
+    more than 400 ranks, one second apart for every 400 ranks (2,048: 5 s). That is three small
+    requests per rank, 1,200 a second for the store. While the run hangs, rank 0 adds one request
+    for all heartbeats.
 
     Args:
-        phases: where this rank stands.
-        timeout: seconds, at least those of twenty beats; 0 watches nothing.
-        folder: for what is written down.
+        phases: position of this rank.
+        timeout: seconds, at least those of twenty heartbeats; 0 disables the watchdog.
+        folder: for stacks and flight records.
         program: its name, for the messages.
     """
 
@@ -82,20 +80,20 @@ class Watch:
         self._rank, self._world = collectives.rank(), collectives.world_size()
         self._first_of_host = collectives.local_rank() == 0
         self._host = socket.gethostname()
-        self._interval = max(min(timeout / _BEATS, 1.0), self._world / _RANKS_PER_SECOND)
-        # With fewer beats in it, healthy ranks would seem to be silent.
-        self._timeout = max(timeout, _BEATS * self._interval) if timeout else 0.0
+        self._interval = max(min(timeout / _HEARTBEATS, 1.0), self._world / _RANKS_PER_SECOND)
+        # With fewer heartbeats in it, healthy ranks would seem silent.
+        self._timeout = max(timeout, _HEARTBEATS * self._interval) if timeout else 0.0
         self._closed, self._wake = threading.Event(), threading.Event()
-        self._last_word = threading.Lock()  # one thread alone ends the run
-        self._still = self._grace = 0.0
+        self._last_word = threading.Lock()  # a single thread ends the run
+        self._idle = self._grace = 0.0
         self._last, self._looked = phases.now, time.monotonic()
         self._count = 0
-        self._heard: dict[int, Heard] = {}
+        self._last_seen: dict[int, LastSeen] = {}
         self._read_all = False
-        self._full_rounds = 0  # in which everybody's beats were read, since that was begun
+        self._full_rounds = 0  # of reading all heartbeats, since that was begun
         self._slowest = 0.0  # seconds of the longest round: the store's, and so everybody's, pace
-        self._alarmed = -math.inf  # when another rank said that the network had failed
-        self._alarm = False  # this one has to say so
+        self._alarmed = -math.inf  # when another rank reported a network error
+        self._alarm = False  # this rank has one to report
         self._answered = time.monotonic()
         self._broken = ""
         self._posting: Verdict | None = None
@@ -129,7 +127,7 @@ class Watch:
             if self._world == 1:
                 return
             if isinstance(error, RuntimeError) and is_peer_gone(error):
-                # The launcher asks all to end when one has; there is still to be said which.
+                # The launcher stops all ranks when one has ended; name that one first.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 text = self._who_left(error)
                 self._post(text)
@@ -182,7 +180,7 @@ class Watch:
         self._slowest = max(0.95 * self._slowest, self._answered - begun)
 
     def _parsed(self, content: bytes) -> Verdict | None:
-        """What the store says of the end of the run; None for what no rank has written."""
+        """Read the verdict in the store; None for one that no rank has written."""
         try:
             return parse_verdict(content)
         except DocumentError as error:
@@ -193,18 +191,18 @@ class Watch:
         if not self._junk:
             self._junk = True
             say(
-                f"{self._program}: {self._me()} passes over {error}: somebody else writes to the "
-                "store, whose port nobody outside the job should reach (docs/security.md)"
+                f"{self._program}: {self._me()} ignores {error}: somebody else writes to the "
+                "store; close its port to everybody outside the job (docs/security.md)"
             )
 
     def _beat(self) -> None:
         self._count += 1
         step, entry, phase, _ = self._phases.now
         device = None
-        if self._still > self._timeout / 4 and self._phases.device is not None:
+        if self._idle > self._timeout / 4 and self._phases.device is not None:
             reached = self._phases.device.where()
             device = reached[:3] if reached else None
-        beat = Beat(
+        beat = Heartbeat(
             rank=self._rank,
             host=self._host,
             count=self._count,
@@ -212,32 +210,32 @@ class Watch:
             step=step,
             entry=entry,
             phase=phase,
-            still=self._still,
-            patient=not self._phases.steady,
+            idle_seconds=self._idle,
+            slow_phase=not self._phases.steady,
             device=device,
         )
         self._store.set(_key(self._rank), beat.encode())
 
     def _listen(self, ranks: range) -> None:
-        known = [_key(rank) for rank in ranks if rank in self._heard]
-        others = [_key(rank) for rank in ranks if rank not in self._heard]
-        # To get a key that is not there would wait for it.
+        known = [_key(rank) for rank in ranks if rank in self._last_seen]
+        others = [_key(rank) for rank in ranks if rank not in self._last_seen]
+        # Getting a missing key would wait for it.
         if others and not self._store.check(others):
             others = [key for key in others if self._store.check([key])]
-        heard, now = dict(self._heard), time.monotonic()
+        seen, now = dict(self._last_seen), time.monotonic()
         keys = known + others
         for key, text in zip(keys, self._store.multi_get(keys), strict=True):
             try:
-                beat = Beat.decode(text)
+                beat = Heartbeat.decode(text)
                 if _key(beat.rank) != key:
-                    raise DocumentError(f"a sign of life of rank {beat.rank} in the place {key}")
+                    raise DocumentError(f"a heartbeat of rank {beat.rank} under the key {key}")
             except DocumentError as error:
                 self._say_junk(error)
                 continue
-            before = self._heard.get(beat.rank)
+            before = self._last_seen.get(beat.rank)
             same = before is not None and before.beat.count == beat.count
-            heard[beat.rank] = Heard(beat, before.changed if before and same else now)
-        self._heard = heard
+            seen[beat.rank] = LastSeen(beat, before.changed if before and same else now)
+        self._last_seen = seen
 
     # The thread that decides: it never waits for the store.
 
@@ -247,103 +245,100 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        # A process that was itself stopped for a while has watched nothing in that time.
+        # Do not count time in which this process itself was stopped.
         passed, self._looked = min(now - self._looked, 3 * self._interval), now
-        self._still = self._still + passed if self._phases.now is self._last else 0.0
+        self._idle = self._idle + passed if self._phases.now is self._last else 0.0
         self._last = self._phases.now
         self._read_all = self._world > 1 and self._reads(now)
         text = None
         if self._verdict is not None:
             self._grace += passed
-            # Who hears of an error of another's mostly meets its end by itself in a moment.
+            # Another rank's error mostly ends this one by itself in a moment.
             if not self._verdict.ended or self._grace > 3 * self._interval + 2:
                 text = self._verdict.text
         elif self._world == 1:
-            text = self._stuck_alone()
-        elif self._still > 0.9 * self._timeout:
+            text = self._single_process_stuck()
+        elif self._idle > 0.9 * self._timeout:
             text = self._finding(now)
         elif now - self._alarmed < self._search:
-            # A rank has met an error of the network that this one may never meet.
+            # Another rank has met a network error that this one may never meet.
             text = self._store_lost(now) or self._gone(now, self._alarmed)
         if text is not None:
             self._end(text)
 
     @property
-    def _patience(self) -> float:
-        return collectives.patience(self._timeout)
+    def _slow_timeout(self) -> float:
+        return collectives.slow_timeout(self._timeout)
 
     @property
     def _search(self) -> float:
-        """Seconds to find a rank that is gone, once the network says that one is."""
+        """Seconds to find the dead rank after a network error."""
         return 8 * self._interval + 4 * self._slowest + 5
 
     def _reads(self, now: float) -> bool:
-        """Whether everybody's beats are to be read, and by this rank."""
-        if self._still <= self._timeout / 2:
+        """Decide whether this rank reads all heartbeats."""
+        if self._idle <= self._timeout / 2:
             return now - self._alarmed < self._search
-        # Whoever should have read and spoken by then has not.
-        if self._rank == 0 or self._still > self._patience + self._timeout:
+        # By then the rank that should have posted a verdict has not.
+        if self._rank == 0 or self._idle > self._slow_timeout + self._timeout:
             return True
         return self._first_of_host and self._rank_0_missing(now, 0.15 * self._timeout) is not None
 
     def _silent(self, now: float, after: float, world: int) -> str | None:
-        """Which of the first ranks do not beat, though the store is quick enough to hear them."""
-        heard = {rank: heard for rank, heard in self._heard.items() if rank < world}
-        return silent(heard, world, now, max(after, 4 * self._slowest))
+        """Name silent ranks among the first `world`, allowing for a slow store."""
+        seen = {rank: each for rank, each in self._last_seen.items() if rank < world}
+        return silent(seen, world, now, max(after, 4 * self._slowest))
 
     def _rank_0_missing(self, now: float, after: float) -> str | None:
         return self._silent(now, after, 1)
 
     def _gone(self, now: float, begun: float) -> str | None:
-        """Who does not beat any more, since the network has said that some rank does not."""
+        """Name ranks that have gone silent since a network error at `begun`."""
         if now - begun < 3 * self._interval + 1 or self._full_rounds < _ROUNDS:
             return None
         return self._silent(now, 2.5 * self._interval + 0.5, self._world)
 
     def _finding(self, now: float) -> str | None:
-        """What is wrong, once this rank has stood still for long; None: it may still go on."""
+        """Explain why this rank has been idle for long; None: it may still go on."""
         lost = self._store_lost(now)
         if lost is not None:
             return lost
         after = 0.3 * self._timeout
-        if not self._read_all:  # rank 0 will say it, or one that reads in its place
-            late = self._still > 0.9 * self._timeout + 3 * self._interval + 4 * self._slowest
+        if not self._read_all:  # rank 0 posts the verdict, or one that reads in its place
+            late = self._idle > 0.9 * self._timeout + 3 * self._interval + 4 * self._slowest
             return self._rank_0_missing(now, after) if late else None
         if self._full_rounds < _ROUNDS:
             return None
         missing = self._silent(now, after, self._world)
         if missing is not None:
             return missing
-        behind, waiting = waited_for(heard.beat for heard in self._heard.values())
-        if any(beat.patient and beat.still < self._patience for beat in behind):
+        behind, waiting = waited_for(each.beat for each in self._last_seen.values())
+        if any(beat.slow_phase and beat.idle_seconds < self._slow_timeout for beat in behind):
             return None
         return standing(behind, waiting)
 
-    def _stuck_alone(self) -> str | None:
-        """What is wrong with a process on its own; None: it may still go on."""
-        limit = self._timeout if self._phases.steady else self._patience
-        return f"it does not get on{_of_children()}" if self._still > limit else None
+    def _single_process_stuck(self) -> str | None:
+        """Explain why a single process hangs; None: it may still go on."""
+        limit = self._timeout if self._phases.steady else self._slow_timeout
+        return f"no progress{_stopped_children()}" if self._idle > limit else None
 
     def _store_lost(self, now: float) -> str | None:
         late = now - self._answered > max(0.3 * self._timeout, 3 * self._interval)
         if not self._broken and not late:
             return None
         if self._rank == 0:
-            return (
-                f"the network of {self._host} itself is gone: not even this rank reaches its store"
-            )
+            return f"the network of {self._host} is gone: not even this rank reaches its own store"
         how = f" ({self._broken})" if self._broken else ""
-        text = f"rank 0 is not heard of{how}: frozen, dead or cut off"
-        if 0 in self._heard:
-            beat = self._heard[0].beat
-            text = (
-                f"{beat.name}, by way of whose host ranks hear of each other, has not answered "
-                f"since {beat.clock}{how}: frozen, dead or cut off; last was in {beat.place}"
-            )
-        return text
+        if 0 not in self._last_seen:
+            return f"rank 0, whose host keeps the store, was never seen{how}: dead or cut off"
+        beat = self._last_seen[0].beat
+        return (
+            f"{beat.name}, whose host keeps the store, was last seen at {beat.clock}{how} "
+            f"(frozen, dead or cut off) in {beat.place}"
+        )
 
     def _who_left(self, error: RuntimeError) -> str:
-        """Which rank is gone, when the network says that some is."""
+        """Find the dead rank after a network error."""
         begun = now = time.monotonic()
         if self._rank == 0:
             self._alarmed = begun
@@ -356,7 +351,7 @@ class Watch:
             self._wake.set()
             time.sleep(self._interval / 5)
             now = time.monotonic()
-            if now - begun > 1.0:  # rank 0 may have gone because of another, and have said so
+            if now - begun > 1.0:  # rank 0 may have ended because of another, and have posted it
                 found = self._store_lost(now) or (self._read_all and self._gone(now, begun))
                 if found:
                     return found
@@ -367,7 +362,7 @@ class Watch:
     # The end.
 
     def _post(self, text: str, ended: bool = False) -> None:
-        """Let the others know, as far as they can be reached."""
+        """Post the verdict for the other ranks, as far as they can be reached."""
         verdict = Verdict(text=text[:_LONGEST_TEXT], ended=ended, at=int(time.time()))
         if self._world == 1:
             self._verdict = verdict
@@ -389,8 +384,8 @@ class Watch:
     def _end(self, text: str) -> NoReturn:
         self._last_word.acquire()
         line = (
-            f"{self._program}: {self._me()} stops, having stood in {self._place()} for "
-            f"{self._still:.0f} s (--hang-timeout {self._timeout:g}): {text}"
+            f"{self._program}: {self._me()} stops after {self._idle:.0f} s in {self._place()} "
+            f"(--hang-timeout {self._timeout:g}): {text}"
         )
         line = printable_lines(line, 2 * _LONGEST_TEXT) + "\n"
         _try(_write_at_once, line)
@@ -418,29 +413,28 @@ class Watch:
 
 
 def _try(work: Callable[[str], None], line: str) -> None:
-    """Do what the terminal or a file system may hang in; not for long."""
+    """Do work that may hang in a terminal or file system; give up after a few seconds."""
     doing = threading.Thread(target=work, args=(line,), daemon=True)
     doing.start()
     doing.join(_LAST_SECONDS)
 
 
 def _write_at_once(line: str) -> None:
-    """Not through Python's buffers: the training loop may hold their lock."""
+    """Write past Python's buffers, whose lock the training loop may hold."""
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), line.encode())
 
 
-def _of_children() -> str:
-    """Which of this process's own are stopped, or wait for a disk."""
-    parts = [
-        f"process {number}, which it has started, {_STATES[state]}"
+def _stopped_children() -> str:
+    """Name child processes that are stopped, or wait for a disk."""
+    return "".join(
+        f"; its child process {number} {_STATES[state]}"
         for number, state in children("TtD")[:_LISTED]
-    ]
-    return "".join(f"; {part}" for part in parts)
+    )
 
 
 def _is_mine(error: BaseException) -> bool:
-    """Whether an error is this rank's own: others raise no such error at the same time."""
+    """Tell an error of this rank alone from one that all ranks raise together."""
     agreed = isinstance(error, UserError) and not isinstance(error, RankError)
     known = agreed or isinstance(error, StoppedEarly | PeerLost)
     return isinstance(error, Exception) and not known

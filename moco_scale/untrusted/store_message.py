@@ -1,6 +1,6 @@
-"""What ranks tell each other through torch's store, which anybody who reaches its port can write.
+"""Messages of ranks through torch's store, which anybody who reaches its port can write.
 
-It has no password: who is there can end a run, but not have anything written or executed.
+The store has no password: a stranger can end a run, but not have anything written or executed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ _Count = Annotated[int, Field(ge=0, le=1 << 53)]
 _Name = Annotated[str, Field(max_length=255)]
 
 
-class BeatMessage(Document):
-    """A sign of life of one rank.
+class HeartbeatMessage(Document):
+    """One heartbeat of a rank.
 
     Attributes:
         rank: of the process.
         host: its name.
-        count: beats so far; one that no longer changes comes from a process that does not run.
+        count: heartbeats so far; it no longer changes when the process does not run.
         clock: time of day on that host.
-        step: of the position it stands at.
+        step: of its position.
         entry: likewise.
         phase: likewise.
-        still: seconds it has stood there.
-        patient: it may take long there: starting, compiling, evaluating, saving.
-        device: step, entry and phase that its GPU has come to, once it stands still.
+        idle_seconds: without progress at that position.
+        slow_phase: the phase may take long: start, compile, evaluation, save.
+        device: step, entry and phase that its GPU has reached, once the rank is idle.
     """
 
     rank: _Count
@@ -38,8 +38,8 @@ class BeatMessage(Document):
     step: _Count
     entry: _Count
     phase: _Name
-    still: Annotated[float, Field(ge=0, le=1e9)]
-    patient: bool
+    idle_seconds: Annotated[float, Field(ge=0, le=1e9)]
+    slow_phase: bool
     device: Annotated[tuple[_Count, _Count, _Name] | None, Field(strict=False)] = None
 
 
@@ -59,4 +59,4 @@ class Verdict(Document):
 
 def parse_verdict(content: bytes) -> Verdict:
     """Read a verdict. Raises DocumentError."""
-    return parse_document(content, Verdict, "why all ranks end, as the store has it,")
+    return parse_document(content, Verdict, "the verdict in the store")

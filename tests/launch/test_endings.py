@@ -113,7 +113,7 @@ def test_a_stopped_reader_of_one_process_is_named(tiny_shards: Path, tmp_path: P
     run = forked(*flags, "--hang-timeout", 4, prepare=harm_at, prepare_args=harm)
     assert run.status == LOST_PEER, run.output
     assert "rank 0 on" in run.output and "stands in" not in run.output
-    assert "it does not get on; process" in run.output and "is stopped" in run.output
+    assert "no progress; its child process" in run.output and "is stopped" in run.output
     (report,) = tmp_path.glob("hangs/*/rank-00000.txt")
     assert "_take" in report.read_text()  # the stack of who waits
 

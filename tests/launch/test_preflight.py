@@ -65,7 +65,7 @@ def refused(shards: Path, out: Path, prepare: Callable[..., None], *args: str) -
 
 def test_another_seed(tiny_shards: Path, tmp_path: Path) -> None:
     output = refused(tiny_shards, tmp_path / "out", other_flags, "--rng-seed", "7")
-    assert "train.py: error: the processes are not alike:" in output
+    assert "train.py: error: the processes differ:" in output
     assert re.search(r"--rng-seed: 7 on rank 1 \(\S+\), 0 on rank 0 \(\S+\)", output), output
     assert "with the same installation and the same flags" in output
 

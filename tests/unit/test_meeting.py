@@ -22,7 +22,7 @@ def test_a_name_that_is_unknown(
         lambda: rendezvous.reach(environ(host, 1), 1.0),
         lambda: rendezvous.listen(environ(host)),
     ):
-        with pytest.raises(UserError, match=r"MASTER_ADDR=.* is no host that is known here"):
+        with pytest.raises(UserError, match=r"MASTER_ADDR=.* is an unknown host"):
             way()
 
 

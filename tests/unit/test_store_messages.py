@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moco_scale.distributed import collectives
-from moco_scale.observe.heartbeats import Beat
+from moco_scale.observe.heartbeats import Heartbeat
 from moco_scale.observe.phases import DATA, Phases
 from moco_scale.observe.watchdog import Watch
 from moco_scale.untrusted.documents import DocumentError
@@ -17,7 +17,7 @@ from moco_scale.untrusted.store_message import Verdict, parse_verdict
 
 BEAT: dict[str, Any] = {
     **{"rank": 1, "host": "node0", "count": 7, "clock": "10:00:00", "step": 3, "entry": 2},
-    **{"phase": "data", "still": 1.5, "patient": False, "device": [3, 1, "forward"]},
+    **{"phase": "data", "idle_seconds": 1.5, "slow_phase": False, "device": [3, 1, "forward"]},
 }
 VERDICT: dict[str, Any] = {"text": "rank 1 is gone", "ended": False, "at": 1_700_000_000}
 
@@ -35,21 +35,21 @@ junk = st.one_of(
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_value_in_any_place_is_read_or_refused(data: st.DataObject) -> None:
-    for whole, read in ((BEAT, Beat.decode), (VERDICT, parse_verdict)):
+    for whole, read in ((BEAT, Heartbeat.decode), (VERDICT, parse_verdict)):
         name = data.draw(st.sampled_from(sorted(whole)))
         content = json.dumps(whole | {name: data.draw(junk)}).encode()
         try:
             found = read(content)
         except DocumentError:
             continue
-        assert isinstance(found, Beat | Verdict)
+        assert isinstance(found, Heartbeat | Verdict)
         assert len(content) < 25_000
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(content: bytes) -> None:
-    for read in (Beat.decode, parse_verdict):
+    for read in (Heartbeat.decode, parse_verdict):
         with pytest.raises(DocumentError):
             read(content)
 
@@ -112,7 +112,7 @@ def test_what_no_rank_has_written_ends_nothing_and_is_said_once(
         watch._look()
     assert watch._verdict is None and watch._heard == {}
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "passes over" in said and "\x1b" not in said
+    assert said.count("\n") == 1 and "ignores" in said and "\x1b" not in said
     # What this rank itself finds is not lost by it.
     watch._posting = Verdict(text="of our own", ended=False, at=0)
     watch._talk()

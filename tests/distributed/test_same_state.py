@@ -5,7 +5,7 @@ import torch
 from harness import run_ranks
 
 from moco_scale.distributed import collectives
-from moco_scale.distributed.same_state import disagreements, require_agreement, sampled_hash
+from moco_scale.distributed.same_state import differences, require_agreement, sampled_hash
 from moco_scale.utils.errors import PeerLost
 
 HOSTS = ["a", "a", "b", "b"]
@@ -13,18 +13,18 @@ HOSTS = ["a", "a", "b", "b"]
 
 def test_the_rank_that_differs_from_most_is_named() -> None:
     table = [[7, 96, 5], [7, 96, 5], [7, 64, 5], [7, 96, 9]]
-    assert disagreements(table, ["step", "queue pointer", "weights"], HOSTS) == [
+    assert differences(table, ["step", "queue pointer", "weights"], HOSTS) == [
         "queue pointer: rank 2 on b has 64 (most have 96)",
         "weights: rank 3 on b has 9 (most have 5)",
     ]
 
 
 def test_when_there_is_no_majority_all_are_named() -> None:
-    assert disagreements([[1], [2]], ["step"], HOSTS) == [
+    assert differences([[1], [2]], ["step"], HOSTS) == [
         "step: rank 0 on a has 1, rank 1 on a has 2"
     ]
     many = [[rank] for rank in range(40)]
-    (text,) = disagreements(many, ["step"], ["host"] * 40)
+    (text,) = differences(many, ["step"], ["host"] * 40)
     assert text.endswith("rank 5 on host has 5, and so on: 34 more")
 
 

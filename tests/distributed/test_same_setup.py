@@ -1,4 +1,4 @@
-"""Processes that are not alike are told apart, by name."""
+"""Differences between processes are named."""
 
 import importlib.metadata
 import re
@@ -16,7 +16,7 @@ from moco_scale.utils.errors import UserError
 
 
 def compared(facts_of_ranks: list[dict[str, str]], package_of_last: str = "") -> str:
-    """What require_alike says on this rank; hosts have two ranks each."""
+    """Return the message of require_alike on this rank; hosts have two ranks each."""
     rank = collectives.rank()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: f"node-{rank // 2}")
@@ -43,7 +43,7 @@ def test_the_odd_one_out_is_named(tmp_path: Path) -> None:
     package = shutil.copytree(same_setup.PACKAGE, tmp_path / "package")
     (package / "queue.py").write_text("# edited\n")
     assert compare(usual, usual, usual, odd, package_of_last=str(package)) == (
-        "the processes are not alike:\n"
+        "the processes differ:\n"
         "  --rng-seed: 7 on rank 3 (node-1), 0 on ranks 0-2 (node-0, node-1)\n"
         "  more: 1 on rank 3 (node-1), nothing on ranks 0-2 (node-0, node-1)\n"
         "  files of the package that differ: queue.py\n"

@@ -1,53 +1,55 @@
-"""What is said of ranks that stand still, from their last signs of life."""
+"""Messages about ranks of a run that hangs, made from their last heartbeats."""
 
-from moco_scale.observe.heartbeats import Beat, Heard, silent, standing, waited_for
+from moco_scale.observe.heartbeats import Heartbeat, LastSeen, silent, standing, waited_for
 
 
-def beat(rank: int, step: int = 7, entry: int = 3, phase: str = "shuffle", **more: object) -> Beat:
-    values = {"still": 9.0, "patient": False, "count": 5, "clock": "10:00:00", **more}
+def beat(
+    rank: int, step: int = 7, entry: int = 3, phase: str = "shuffle", **more: object
+) -> Heartbeat:
+    values = {"idle_seconds": 9.0, "slow_phase": False, "count": 5, "clock": "10:00:00", **more}
     host = f"node{rank // 4}"
-    return Beat(rank=rank, host=host, step=step, entry=entry, phase=phase, **values)  # type: ignore[arg-type]
+    return Heartbeat(rank=rank, host=host, step=step, entry=entry, phase=phase, **values)  # type: ignore[arg-type]
 
 
-def heard(*beats: Beat, changed: float = 0.0) -> dict[int, Heard]:
-    return {each.rank: Heard(each, changed) for each in beats}
+def last_seen(*beats: Heartbeat, changed: float = 0.0) -> dict[int, LastSeen]:
+    return {each.rank: LastSeen(each, changed) for each in beats}
 
 
 def test_a_beat_survives_the_journey() -> None:
     for device in (None, (6, 2, "forward")):
         sent = beat(3, device=device)
-        assert Beat.decode(sent.encode().encode()) == sent
+        assert Heartbeat.decode(sent.encode().encode()) == sent
 
 
 def test_nobody_is_silent_who_was_heard_of_lately() -> None:
-    assert silent(heard(beat(0), beat(1), changed=5.0), 2, now=7.9, after=3.0) is None
+    assert silent(last_seen(beat(0), beat(1), changed=5.0), 2, now=7.9, after=3.0) is None
 
 
 def test_a_silent_rank_is_named_with_its_last_place() -> None:
-    known = heard(beat(0), changed=5.0) | heard(beat(1, phase="forward", clock="09:59:58"))
+    known = last_seen(beat(0), changed=5.0) | last_seen(beat(1, phase="forward", clock="09:59:58"))
     assert silent(known, 2, now=5.5, after=3.0) == (
-        "rank 1 on node0 has not been heard of since 09:59:58 (frozen, dead or cut off); "
-        "last was in phase forward of step 7"
+        "rank 1 on node0 was last seen at 09:59:58 (frozen, dead or cut off) "
+        "in phase forward of step 7"
     )
 
 
 def test_a_silent_host_is_named_in_one_breath() -> None:
-    known = heard(*map(beat, range(4)), changed=5.0) | heard(*map(beat, range(4, 7)))
+    known = last_seen(*map(beat, range(4)), changed=5.0) | last_seen(*map(beat, range(4, 7)))
     assert silent(known, 9, now=5.5, after=3.0) == (
-        "ranks 7-8 did not get as far as to be heard of; ranks 4-6 on node1 have not been heard of "
-        "since 10:00:00 (frozen, dead or cut off); last were in phase shuffle of step 7"
+        "ranks 7-8 never sent a heartbeat; ranks 4-6 on node1 were last seen at 10:00:00 "
+        "(frozen, dead or cut off) in phase shuffle of step 7"
     )
 
 
 def test_a_thousand_silent_ranks_make_no_thousand_words() -> None:
-    text = silent(heard(*map(beat, range(2048))), 2048, now=9.0, after=3.0)
+    text = silent(last_seen(*map(beat, range(2048))), 2048, now=9.0, after=3.0)
     assert text is not None
-    assert "ranks 20-23 on node5, 506 more have" in text
+    assert "ranks 20-23 on node5, 506 more were" in text
     assert len(text) < 400
 
 
 def test_who_is_behind_is_waited_for() -> None:
-    late = beat(2, entry=0, phase="data", still=31.0)
+    late = beat(2, entry=0, phase="data", idle_seconds=31.0)
     behind, waiting = waited_for([beat(0), beat(1), late, beat(3)])
     assert behind == [late]
     assert standing(behind, waiting) == (
