@@ -1,1 +1,1 @@
-"""Learning rates and loss scales: how weights are moved."""
+"""Learning-rate schedules and loss scales."""

@@ -1,8 +1,8 @@
 """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, Mixed Precision Training, section 3.2).
 
 Gradients of a small loss underflow in fp16. The loss is therefore multiplied by a scale and the
-gradients are divided by it; a step whose gradients are not finite is left out, and the scale is
-lowered. The same rule under every engine, in plain numbers that a checkpoint can hold.
+gradients are divided by it; a step whose gradients are not finite is skipped, and the scale is
+lowered. The rule is the same under every engine, and its state is two numbers in a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from moco_scale.distributed import collectives
 
 @dataclass(frozen=True)
 class LossScaling:
-    """How the scale starts and moves; DeepSpeed's and torch's usual values.
+    """Settings of a loss scale; the defaults are DeepSpeed's and torch's.
 
     Attributes:
         initial: scale of the first step.
         window: finite steps in a row after which it doubles.
-        minimum: it is never lowered below this.
+        minimum: lower bound.
     """
 
     initial: float = 2.0**16
@@ -32,11 +32,11 @@ class LossScaling:
 
 
 class LossScale:
-    """The scale of a run.
+    """Loss scale of a run.
 
     Attributes:
-        value: what the next loss is multiplied by.
-        skipped: steps left out since the run or its last resume began.
+        value: factor of the next loss.
+        skipped: steps skipped since the run or its last resume began.
     """
 
     def __init__(self, settings: LossScaling) -> None:
@@ -46,10 +46,13 @@ class LossScale:
         self._finite_steps = 0
 
     def unscale(self, gradients: Sequence[Tensor]) -> bool:
-        """Divide gradients by the scale, in place. False: some rank's are not finite.
+        """Divide gradients by the scale, in place; all ranks call it.
 
-        `gradients` are this rank's own storage, whole or shards. All ranks call it and get the
-        same answer.
+        Args:
+            gradients: this rank's own storage, whole or shards.
+
+        Returns:
+            Whether the gradients of all ranks are finite; the same on all ranks.
         """
         torch._foreach_mul_(list(gradients), 1.0 / self.value)
         # The largest magnitude is inf or nan when any element is; a sum might overflow by itself.
@@ -59,7 +62,7 @@ class LossScale:
         return collectives.sum_(bad).item() == 0
 
     def update(self, applied: bool) -> None:
-        """After a step: lower the scale if it was left out, raise it after a while if not."""
+        """Lower the scale after a skipped step, raise it after enough applied ones."""
         if not applied:
             self.value = max(self.value / 2, self.settings.minimum)
             self.skipped += 1
@@ -71,8 +74,9 @@ class LossScale:
             self._finite_steps = 0
 
     def state(self) -> Tensor:
-        """float64 [2]: the scale, and finite steps since it last moved."""
+        """Return float64 [2]: the scale, and finite steps since it last changed."""
         return torch.tensor([self.value, self._finite_steps], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
+        """Restore the values of :meth:`state`."""
         self.value, self._finite_steps = float(state[0]), int(state[1])

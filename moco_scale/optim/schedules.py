@@ -1,4 +1,4 @@
-"""Learning rates as a function of the step: a pure function, so that a resume needs no state."""
+"""Learning-rate schedules: pure functions of the step, so that a resume needs no state."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def learning_rate(
     decay_epochs: Sequence[int] = (),
     decay_rate: float = 0.1,
 ) -> float:
-    """Learning rate of one optimizer step.
+    """Return the learning rate of one optimizer step.
 
     Args:
         step: number of steps taken before this one.
         base: learning rate after the warm-up, already scaled to the batch.
         scheduler: ``"step"`` multiplies by ``decay_rate`` at the start of each of
             ``decay_epochs``; ``"cosine"`` falls at each step; ``"cosine-epoch"`` falls at the
-            start of each epoch (official MoCo v2), ``"cosine-epoch-end"`` gives each epoch what
-            ``cosine-epoch`` gives the next (official CIFAR-10 demo, whose last epoch runs at 0).
+            start of each epoch (official MoCo v2), ``"cosine-epoch-end"`` is one epoch ahead of
+            ``cosine-epoch`` (official CIFAR-10 demo, whose last epoch runs at 0).
         steps_per_epoch: optimizer steps of an epoch.
         epochs: of the whole run.
         warmup_epochs: linear warm-up from ``base / warmup_multiplier``; the cosine begins after.
@@ -39,7 +39,7 @@ def learning_rate(
         decay_rate: see ``scheduler``.
 
     Raises:
-        ValueError: an unknown scheduler.
+        ValueError: The scheduler is unknown.
     """
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     if step < warmup_steps:

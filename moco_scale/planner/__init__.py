@@ -1,1 +1,1 @@
-"""What a run will need: memory, traffic and time, worked out before any GPU is asked for."""
+"""Estimates of a run's memory, traffic and time, without a GPU."""

@@ -1,16 +1,16 @@
-"""What to change in a plan that does not fit or waits."""
+"""Advice for a plan that does not fit in memory or waits for the network."""
 
 from __future__ import annotations
 
 from moco_scale.methods.key_queue import crowded_queue
 from moco_scale.planner.plan import GIB, Plan
 
-_WAITING = 0.1  # share of a step from which waiting for the network is worth a word
-_CORES = 8.0  # cores that a GPU's share of a node usually has
+_WAITING = 0.1  # share of a step from which waiting for the network is mentioned
+_CORES = 8.0  # usual CPU cores per GPU of a node
 
 
 def advice(plan: Plan) -> list[str]:
-    """Lines, the most helpful first."""
+    """Return lines of advice, the most helpful first."""
     lines = _memory(plan) if not plan.fits else []
     config, time = plan.config, plan.time
     if time.exposed > _WAITING * time.total:
@@ -36,7 +36,7 @@ def advice(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    """What would help most, by what there is most of."""
+    """Return ways to save memory, the largest saving first."""
     memory, config = plan.memory, plan.config
     over = plan.memory_gib - plan.hardware.memory_gib
     lines = [f"{over:.1f} GiB too much"]

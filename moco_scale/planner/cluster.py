@@ -1,4 +1,4 @@
-"""The machines that a plan is for."""
+"""Hardware that a plan is for: presets and JSON files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SMALLEST, _LARGEST = 1e-6, 1e12  # of any figure of a machine
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of GPU in one kind of cluster; rates are of one direction.
+    """Kind of GPU in a kind of cluster; rates are of one direction.
 
     Attributes:
         name: for the report.
@@ -28,13 +28,13 @@ class Hardware:
         node_gbs: GB/s that a GPU sends to others of its node.
         network_gbs: GB/s that a GPU sends to other nodes.
         latency_us: of one message across the network, microseconds.
-        compute_share: of the peak that large matrix products reach.
-        memory_share: of the memory's bandwidth that other operators reach.
-        network_share: of links' rates that collectives reach.
+        compute_share: share of the peak that large matrix products reach.
+        memory_share: share of the memory's bandwidth that other operators reach.
+        network_share: share of links' rates that collectives reach.
         kernel_us: least time of one operator, microseconds.
         reserved_gib: of a GPU's memory, for CUDA, NCCL and fragmentation.
         images_per_core: images a second that one CPU core decodes and crops twice.
-        half: precisions below fp32 that it computes in.
+        half: its precisions below fp32.
     """
 
     name: str
@@ -77,12 +77,12 @@ PRESETS: dict[str, Hardware] = {
 
 
 def read_hardware(name: str) -> Hardware:
-    """A preset by name, or a JSON file with the fields of :class:`Hardware`.
+    """Read a preset by name, or a JSON file with the fields of :class:`Hardware`.
 
-    A file may say ``"like": PRESET`` and then only what differs.
+    A file with ``"like": PRESET`` needs only the fields that differ.
 
     Raises:
-        UserError: neither; a field that is unknown, missing or no positive number.
+        UserError: The name is neither, or a field is unknown, missing or no positive number.
     """
     if name.lower() in PRESETS:
         return PRESETS[name.lower()]
@@ -131,7 +131,7 @@ def _from_json(path: str, given: dict[str, Any]) -> Hardware:
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values]
     if missing:
         raise UserError(
-            f"hardware description {path}: {', '.join(missing)} missing; say them, or "
+            f"hardware description {path}: {', '.join(missing)} missing; add them, or "
             f'"like": one of {", ".join(PRESETS)}'
         )
     return Hardware(**values)

@@ -1,4 +1,4 @@
-"""How long a step takes on a stated machine."""
+"""Time of a step on given hardware."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from moco_scale.planner.traffic import ALL_REDUCE, ALL_TO_ALL, Collective
 MEAN_IMAGE_BYTES = 110e3  # of ImageNet's JPEGs
 # Shares of a message's latency across the network: of one inside a node, of starting one.
 _INSIDE, _START = 0.2, 0.05
-_AUGMENT_PASSES = 40  # times that augmenting reads or writes a crop in fp32, v2's chain
+_AUGMENT_PASSES = 40  # reads and writes of a crop in fp32 by v2's augmentations
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, and what they are made of.
+    """Seconds of a step by kind.
 
     Attributes:
-        compute: the passes through both encoders, each kernel limited by arithmetic or memory.
+        compute: passes through both encoders, each kernel limited by arithmetic or memory.
         loss: InfoNCE over the queue.
         update: optimizer, moving average and checks: passes over this rank's weights.
         augment: colours and blur.
-        network: seconds of all collectives, hidden or not.
-        exposed: of these, what the step waits for.
+        network: all collectives, hidden or not.
+        exposed: of these, those that the step waits for.
     """
 
     compute: float
@@ -40,11 +40,12 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Seconds of the whole step."""
         return self.compute + self.loss + self.update + self.augment + self.exposed
 
 
 def kernels_time(kernels: Iterable[Kernel], hardware: Hardware) -> float:
-    """Each kernel takes as long as the slower of its arithmetic and its bytes, and a launch."""
+    """Sum kernels' seconds, each the largest of its arithmetic, its bytes and a launch."""
     bandwidth = hardware.memory_gbs * GB * hardware.memory_share
     full, half = (
         peak * 1e12 * hardware.compute_share
@@ -58,7 +59,7 @@ def kernels_time(kernels: Iterable[Kernel], hardware: Hardware) -> float:
 
 
 def collective_time(collective: Collective, hardware: Hardware) -> float:
-    """Seconds of one step's messages of a kind: the slower of the two networks, and latency."""
+    """Return seconds of a collective in a step: the slower of the two networks, plus latency."""
     inside = (collective.sent - collective.sent_across) / (hardware.node_gbs * GB)
     across = collective.sent_across / (hardware.network_gbs * GB)
     latency = collective.calls * _hops(collective) * hardware.latency_us * 1e-6
@@ -66,10 +67,10 @@ def collective_time(collective: Collective, hardware: Hardware) -> float:
 
 
 def _hops(collective: Collective) -> float:
-    """How many messages across the network follow one another in a collective.
+    """Count the messages that follow one another across the network in a collective.
 
-    NCCL reduces along a tree and gathers along a ring through all ranks; all-to-all are messages
-    at once, that cost their start alone.
+    NCCL reduces along a tree and gathers along a ring through all ranks; the messages of an
+    all-to-all go at once and cost only their start.
     """
     ranks, nodes = collective.ranks, collective.spread
     if collective.kind == ALL_REDUCE:
@@ -87,15 +88,15 @@ def step_time(
     owned_bytes: int,
     hardware: Hardware,
 ) -> StepTime:
-    """Seconds of one step of one rank.
+    """Estimate the time of one step of one rank.
 
     Args:
         config: of the run.
-        how: it is carried out.
+        how: sharding of the model.
         trace: of a rank's step.
         collectives: of a step.
         owned_bytes: of this rank's weights of the query.
-        hardware: that it runs on.
+        hardware: of the run.
     """
     phases = {
         name: kernels_time(kernels, hardware)

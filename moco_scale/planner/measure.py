@@ -1,4 +1,4 @@
-"""What a real step uses, to compare a plan with: messages of collectives, memory."""
+"""Measurements of a real step to compare a plan with: collectives' messages and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 
 from moco_scale.planner.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
 
-# c10d's operators by what a plan calls them, and which argument is the whole message.
+# c10d's operators: their kind in a plan, and which argument is the whole message.
 _OPERATORS = {
     "allreduce_": (ALL_REDUCE, 0),
     "_allgather_base_": (ALL_GATHER, 0),
@@ -26,7 +26,7 @@ _OPERATORS = {
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Within, adds up the messages of this thread's collectives, those of engines among them.
+    """Mode that adds up the messages of this thread's collectives, including the engines'.
 
     Attributes:
         payload: bytes by kind, as in :class:`moco_scale.planner.traffic.Collective`.
@@ -47,15 +47,15 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def peak_of_step(make: Callable[[], Callable[[], None]], before: int, times: int) -> int:
-    """The most bytes in use during a step: what is there before it, and what it adds.
+    """Measure the most bytes in use during a step: those before it plus those it adds.
 
-    What is there is asked of malloc, since threads of gloo free memory unseen by the profiler; what
-    a step adds is the profiler's, the least of several steps, for the same reason.
+    The bytes before it come from malloc, since threads of gloo free memory unseen by the profiler;
+    those it adds from the profiler, as the least of several steps, for the same reason.
 
     Args:
-        make: prepares it; what it allocates and keeps counts too.
-        before: steps after which everything that stays is there.
-        times: steps that are measured.
+        make: prepares the step; memory that it keeps counts too.
+        before: steps until all lasting memory is allocated.
+        times: steps to measure.
     """
     gc.collect()
     empty = _in_use()
@@ -66,7 +66,7 @@ def peak_of_step(make: Callable[[], Callable[[], None]], before: int, times: int
     there = _in_use() - empty
     added = []
     for _ in range(times):
-        # What only waits for the garbage collector is not what a step needs.
+        # Garbage is not memory that a step needs.
         gc.collect()
         with profile(profile_memory=True, use_cpu=True) as found:
             action()
@@ -77,7 +77,7 @@ def peak_of_step(make: Callable[[], Callable[[], None]], before: int, times: int
 
 
 class _Malloc(ctypes.Structure):
-    """glibc's struct mallinfo2."""
+    """Layout of glibc's struct mallinfo2."""
 
     _fields_: ClassVar = [
         *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
@@ -87,7 +87,7 @@ class _Malloc(ctypes.Structure):
 
 
 def _in_use() -> int:
-    """Bytes that malloc's main arena and its mappings have given out."""
+    """Bytes in use in malloc's main arena and its mappings."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Malloc
     found = mallinfo()

@@ -1,4 +1,4 @@
-"""Memory of a GPU, by kind."""
+"""Memory of a GPU by kind."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _WORKSPACES = (
 
 @dataclass(frozen=True)
 class Sharding:
-    """What an engine makes of a model on a number of ranks.
+    """Distribution of a model over ranks by an engine.
 
     Attributes:
         engine: ``ddp``, ``fsdp``, ``zero0`` ... ``zero3``.
         world: ranks.
-        shard: ranks over which one copy of what is sharded is spread.
+        shard: ranks that share one copy of the sharded tensors.
         configuration: DeepSpeed's, its ``"auto"`` values filled in; else empty.
     """
 
@@ -41,17 +41,17 @@ class Sharding:
     configuration: dict[str, object]
 
     def bucket(self, name: str) -> int:
-        """A number of ``zero_optimization``."""
+        """Return a number of ``zero_optimization``."""
         section = self.configuration["zero_optimization"]
         assert isinstance(section, dict)
         return int(section[name])
 
 
 def sharding(config: Config, moco: MoCo, world: int) -> Sharding:
-    """How a configuration is carried out on ``world`` ranks.
+    """Return the sharding of a configuration on ``world`` ranks.
 
     Raises:
-        UserError: a DeepSpeed file that contradicts the flags.
+        UserError: The DeepSpeed file contradicts the flags.
     """
     run = config.run
     if run.engine != "deepspeed":
@@ -73,7 +73,7 @@ def share(p: nn.Parameter, how: Sharding) -> int:
 
 
 def flat_partition(numbers: int, how: Sharding) -> int:
-    """Elements of a rank's part of ZeRO's flat buffer (stages 1 and 2): aligned for NCCL."""
+    """Elements of a rank's partition of ZeRO's flat buffer (stages 1 and 2), aligned for NCCL."""
     align = 2 * how.shard
     return math.ceil(numbers / align) * align // how.shard
 
@@ -81,14 +81,19 @@ def flat_partition(numbers: int, how: Sharding) -> int:
 def memory(
     config: Config, moco: MoCo, how: Sharding, trace: Trace, *, ahead: bool
 ) -> dict[str, int]:
-    """Bytes of one rank at the moment of a step when they are most.
+    """Estimate the bytes of one rank at the peak of a step.
 
-    Kinds: ``weights``, ``key encoder``, ``optimizer``, ``gradients``, ``gathered`` (weights put
-    together for use, and buffers of collectives), ``queue``, ``inputs`` (crops), ``activations``
-    (with the key's own crops, which are given up when they are encoded), ``loss`` (a block of
-    logits), ``workspaces``.
+    Kinds: ``weights``, ``key encoder``, ``optimizer``, ``gradients``, ``gathered`` (weights
+    gathered for use, and buffers of collectives), ``queue``, ``inputs`` (crops), ``activations``
+    (with the key's crops, which are freed when they are encoded), ``loss`` (a block of logits),
+    ``workspaces``.
 
-    ahead: whether the inputs of the next step are made beside each step.
+    Args:
+        config: of the run.
+        moco: its model.
+        how: sharding of the model.
+        trace: of a rank's step.
+        ahead: the inputs of the next step are made during each step.
     """
     query = list(moco.query.parameters())
     trained = list(moco.trained_parameters().values())
@@ -133,11 +138,11 @@ def memory(
 
 
 def inputs(config: Config, world: int, ahead: bool) -> int:
-    """Bytes of a rank's crops while the query's backward pass runs, as `Inputs` keeps them.
+    """Estimate the bytes of a rank's crops, kept by `Inputs`, during the query's backward pass.
 
-    uint8 of both views, of the whole share of the global batch however many parts it is encoded
-    in; in fp32 the query's part under way. Made ahead, the query's whole share, and all of the next
-    step: uint8, the query's and the key's in fp32.
+    Both views of the rank's whole share in uint8, and the query's current micro-batch in fp32.
+    When made ahead: the query's whole share in fp32, and all crops of the next step (uint8, the
+    query's and the key's in fp32).
     """
     share, terms = config.optim.batch_size // world, 2 if config.contrast.symmetric else 1
     view = share * 3 * config.data.image_size**2
@@ -147,16 +152,15 @@ def inputs(config: Config, world: int, ahead: bool) -> int:
 
 
 def _gathered(config: Config, encoder: Encoder, how: Sharding, total: int) -> int:
-    """Elements (of 4 bytes) that are whole at a time."""
+    """Elements (of 4 bytes) of gathered weights at a time."""
     if how.engine == "zero3":
         live = min(total, how.bucket("stage3_max_live_parameters"))
         fetched = min(total, live + how.bucket("stage3_prefetch_bucket_size"))
-        # Gradients in a bucket, laid out for the ranks, and this rank's part of the result.
+        # Gradients in a bucket, laid out for the ranks, and this rank's shard of the result.
         bucket = min(total, how.bucket("reduce_bucket_size"))
         return fetched + 2 * bucket + bucket // how.world
     units = [sum(p.numel() for p in block.parameters()) for block in blocks_of(encoder)]
     half = PRECISIONS[config.run.precision] is not None and not config.run.activation_checkpointing
-    # What is no block stays from the root's forward to its backward; of blocks, one in use and the
-    # next.
+    # Weights outside blocks stay gathered from forward to backward; of blocks, two at a time.
     pairs = [a + b for a, b in itertools.pairwise(units)]
     return total - sum(units) + max(pairs, default=sum(units)) // (2 if half else 1)

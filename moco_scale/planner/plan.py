@@ -1,4 +1,4 @@
-"""One plan: everything that is known of a run before it starts."""
+"""Plan of a run: memory, traffic and time before it starts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one configuration on so many machines of one kind.
+    """Plan of one configuration on machines of one kind.
 
     Attributes:
         config: of the run.
-        nodes, gpus: machines, and GPUs of each.
-        hardware: that they are.
+        nodes: machines.
+        gpus: of each machine.
+        hardware: kind of machine.
         images: training images of an epoch.
         memory: bytes of the fullest GPU by kind.
         collectives: of a step.
@@ -45,32 +46,37 @@ class Plan:
 
     @property
     def world(self) -> int:
+        """GPUs of the run."""
         return self.nodes * self.gpus
 
     @property
     def memory_gib(self) -> float:
-        """Of the fullest GPU, what CUDA and NCCL reserve included."""
+        """Memory of the fullest GPU, including what CUDA and NCCL reserve."""
         return sum(self.memory.values()) / GIB + self.hardware.reserved_gib
 
     @property
     def fits(self) -> bool:
+        """The memory suffices."""
         return self.memory_gib <= self.hardware.memory_gib
 
     @property
     def images_per_second(self) -> float:
+        """Training speed of all GPUs together."""
         return self.config.optim.batch_size / self.time.total
 
     @property
     def steps(self) -> int:
+        """Steps of the whole run."""
         return self.config.optim.epochs * (self.images // self.config.optim.batch_size)
 
     @property
     def days(self) -> float:
+        """Duration of the whole run."""
         return self.steps * self.time.total / 86400
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: of the peak at this precision."""
+        """Model FLOPs utilisation: share of the peak at this precision."""
         half = self.config.run.precision != "fp32"
         peak = (self.hardware.tflops_half if half else self.hardware.tflops_fp32) * 1e12
         return self.flops / self.time.total / (peak * self.world)
@@ -82,11 +88,11 @@ class Plan:
 
     @property
     def storage_gbs(self) -> float:
-        """GB/s that all nodes together read."""
+        """GB/s read by all nodes together."""
         return self.images_per_second * MEAN_IMAGE_BYTES / GB
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; the keys are those of the report."""
+        """Return plain values under the report's keys."""
         sent = sum(c.sent for c in self.collectives)
         across = sum(c.sent_across for c in self.collectives)
         return {
@@ -139,19 +145,19 @@ def make_plan(
     *,
     on_gpu: bool = True,
 ) -> Plan:
-    """Work a run out.
+    """Plan a run.
 
     Args:
-        config: of the run; its data are not looked at.
+        config: of the run; its data are not read.
         nodes: machines.
         gpus: of each.
-        hardware: that they are.
+        hardware: kind of machine.
         images: training images; by default those of the data set's published version.
-        on_gpu: False: as the same run is carried out on a CPU, to compare with.
+        on_gpu: False: plan the run as a CPU executes it, to compare with measurements.
 
     Raises:
-        UserError: the batch cannot be shared, groups do not fit, a precision that the hardware does
-            not have, unknown number of images.
+        UserError: The batch does not divide, groups do not fit, the hardware lacks the precision,
+            or the number of images is unknown.
     """
     world, batch = nodes * gpus, config.optim.batch_size
     if batch % world:
@@ -159,7 +165,7 @@ def make_plan(
             f"--batch-size {batch} cannot be shared equally among {nodes} x {gpus} = {world} GPUs; "
             f"choose a multiple of {world}"
         )
-    # The rules of a run itself, in its words.
+    # The same rules and messages as a run's.
     moco = build_model(config)
     layout = lay_groups(
         moco, config.model.bn_group_size, batch, world, config.run.accumulation_steps
@@ -173,7 +179,7 @@ def make_plan(
         raise UserError(f"{hardware.name} does not compute in {config.run.precision}")
     images = images or DATASETS[config.data.dataset].images
     if images is None:
-        raise UserError(f"--dataset {config.data.dataset} may have any size: say --images N")
+        raise UserError(f"--dataset {config.data.dataset} may have any size: give --images N")
     if images < batch:
         raise UserError(
             f"{images} training images (--images) do not fill one batch of "

@@ -1,4 +1,4 @@
-"""A plan as a figure: memory of a GPU by kind, and what a step is made of."""
+"""Figure of plans: memory of a GPU and time of a step by kind."""
 
 from __future__ import annotations
 

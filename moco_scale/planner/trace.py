@@ -1,8 +1,8 @@
-"""One rank's forward and backward passes without numbers: FLOPs, bytes moved, memory held.
+"""Trace of one rank's forward and backward passes: FLOPs, bytes moved, memory held.
 
-The model runs on fake tensors, which have shapes and lifetimes and no contents, so that a step of
-any size is counted in seconds on any machine. What is counted is what PyTorch would do: each
-operator of the query's forward and backward pass and of the key's forward pass.
+The model runs on fake tensors, which have shapes and lifetimes but no contents, so that a step of
+any size is traced in seconds on any machine. Each PyTorch operator of the query's forward and
+backward pass and of the key's forward pass counts.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from moco_scale.models.encoder import build_encoder
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator's work.
+    """Work of one operator.
 
     Attributes:
-        flops: multiplications and additions, where it is a matrix product; else 0.
+        flops: multiplications and additions of a matrix product; else 0.
         moved: bytes of its inputs and outputs.
-        half: whether its result is in half precision.
-        times: that it runs.
+        half: its result is in half precision.
+        times: how often it runs.
     """
 
     flops: int
@@ -45,16 +45,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one rank's step is made of.
+    """Kernels and memory of one rank's step.
 
     Attributes:
         query: kernels of the query's forward passes.
         key: kernels of the key's.
         backward: kernels of the backward passes.
-        held: bytes that wait for the backward pass after the query's forward pass.
-        peak: the most bytes besides parameters and the query's crops at any time, gradients of
-            weights excluded.
-        peak_with_gradients: the same, each gradient included from when it is made.
+        held: bytes kept for the backward pass after the query's forward pass.
+        peak: the most bytes at any time, without parameters, their gradients and the query's crops.
+        peak_with_gradients: the same with the parameters' gradients.
     """
 
     query: list[Kernel]
@@ -67,15 +66,15 @@ class Trace:
     @property
     def flops(self) -> int:
         """Hardware FLOPs of a step on one rank."""
-        return sum(k.flops for part in (self.query, self.key, self.backward) for k in part)
+        return sum(k.flops for k in (*self.query, *self.key, *self.backward))
 
 
 class _Recorder(TorchDispatchMode):
-    """Kernels, and the bytes of all storages that are alive.
+    """Records kernels and the bytes of all live storages.
 
     Args:
         ignored: storages that do not count.
-        repeated: as how many each BatchNorm kernel counts, of so much smaller groups.
+        repeated: how many kernels, of smaller groups, each BatchNorm kernel stands for.
     """
 
     def __init__(self, ignored: set[int], repeated: float) -> None:
@@ -103,7 +102,7 @@ class _Recorder(TorchDispatchMode):
             times = self._repeated if "batch_norm" in func._schema.name else 1.0
             self.kernels.append(Kernel(flops, round(moved / times), half, times))
             if times > 1 and "backward" in func._schema.name:
-                # The groups that are left out would add their weights' and biases' gradients.
+                # The groups that are not traced would add their weights' and biases' gradients.
                 added = 3 * results[1].numel() * results[1].element_size()
                 self.kernels.append(Kernel(0, added, False, 2 * (times - 1)))
         return out
@@ -125,7 +124,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def build_model(config: Config) -> MoCo:
-    """Both encoders of a configuration, on no device."""
+    """Build both encoders of a configuration on the meta device."""
     model = config.model
     with torch.device("meta"):
         return MoCo(
@@ -146,9 +145,9 @@ def trace_step(config: Config, world: int) -> Trace:
     """Trace the step of one of ``world`` ranks.
 
     A rank's BatchNorm groups are laid as in a run; a group that spans ranks counts as one of this
-    rank's own images. With several parts to a step, all parts are counted and the memory is that
-    of one of them, as they follow one another. Of many groups a few larger ones are traced: their
-    memory is the same, and each kernel counts as several.
+    rank's own images. All micro-batches of a step count, with the memory of one, as they follow
+    one another. Instead of many groups a few larger ones are traced: their memory is the same, and
+    each kernel counts as several.
     """
     parts = config.run.accumulation_steps
     per_rank = config.optim.batch_size // world
@@ -165,7 +164,7 @@ def trace_step(config: Config, world: int) -> Trace:
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialise(moco)
         weights = {t.untyped_storage()._cdata for t in (*moco.parameters(), *moco.buffers())}
-        # Augmented crops, in fp32. The query's are there before the step and after it.
+        # Augmented crops, in fp32. The query's exist before the step and after it.
         crops = [torch.empty(rows, 3, size, size) for _ in range(views)]
         ignored = weights | {t.untyped_storage()._cdata for t in crops}
         with _Recorder(ignored, groups / traced) as recorder:
@@ -193,12 +192,12 @@ def trace_step(config: Config, world: int) -> Trace:
 
 
 def _stand_in(groups: int) -> int:
-    """How many equal groups take the place of so many: the fewest, but two at least."""
+    """Smallest number of equal groups, at least two, that can stand for `groups`."""
     return next((n for n in range(2, groups) if groups % n == 0), groups)
 
 
 def _backward(moco: MoCo, queries: list[Tensor], recorder: _Recorder) -> tuple[int, int]:
-    """Run it; the most bytes alive without, and with, the gradients that parameters have kept."""
+    """Run the backward pass; return peak bytes without and with the parameters' gradients."""
     kept = without = everything = 0
 
     def account(parameter: Tensor | None = None) -> None:
@@ -220,12 +219,12 @@ def _backward(moco: MoCo, queries: list[Tensor], recorder: _Recorder) -> tuple[i
 
 
 def _materialise(module: nn.Module) -> None:
-    """Fake tensors instead of those on no device, in place."""
-    for part in module.modules():
-        for name, p in part._parameters.items():
+    """Replace tensors on the meta device by fake ones, in place."""
+    for each in module.modules():
+        for name, p in each._parameters.items():
             if p is not None:
                 fake = torch.empty(p.shape, dtype=p.dtype)
-                part._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
-        for name, b in part._buffers.items():
+                each._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, b in each._buffers.items():
             if b is not None:
-                part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+                each._buffers[name] = torch.empty(b.shape, dtype=b.dtype)

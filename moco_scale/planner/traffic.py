@@ -1,4 +1,4 @@
-"""What a rank sends in a step, by collective, within its node and across nodes."""
+"""Traffic of a rank in a step by collective, within its node and across nodes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _SUMS = 3  # numbers of a query besides the weighted sum of keys
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of message of a step.
+    """Collective of a step.
 
     Attributes:
         purpose: what it is for.
         kind: ``all-reduce``, ``all-gather``, ``reduce-scatter`` or ``all-to-all``.
-        payload: bytes in a step: of an all-gather what it results in, of a reduce-scatter what
-            goes in, otherwise one rank's tensor.
-        ranks: that take part in each.
-        spread: nodes that these ranks lie on.
-        calls: how many there are in a step.
-        hidden_by: the part of the step that it runs beside: ``query``, ``backward``, ``key`` or
-            "" where all wait for it.
+        payload: bytes in a step: the output of an all-gather, the input of a reduce-scatter, one
+            rank's tensor of the others.
+        ranks: participants.
+        spread: nodes of these ranks.
+        calls: number in a step.
+        hidden_by: the pass that it overlaps with: ``query``, ``backward``, ``key``, or "" where
+            all wait for it.
     """
 
     purpose: str
@@ -58,23 +58,23 @@ class Collective:
 
     @property
     def sent_across(self) -> float:
-        """Of these, what leaves the node, as a mean over the node's ranks."""
+        """Bytes of these that leave the node, as a mean over the node's ranks."""
         if self.spread == 1:
             return 0.0
         if self.kind == ALL_TO_ALL:
             return self.payload * (1 - 1 / self.spread)
         # A ring through all ranks leaves each node over one link; NCCL runs as many rings as a
-        # node has adapters, so that its ranks share what crosses.
+        # node has adapters, so its ranks share the traffic.
         return self.sent * self.spread / self.ranks
 
 
 def traffic(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Collective]:
-    """The collectives of a step, those of the report, checkpoints and evaluations excluded.
+    """List the collectives of a step, without those of logging, checkpoints and evaluations.
 
     Args:
         config: of the run.
         moco: its model.
-        how: it is carried out.
+        how: sharding of the model.
         gpus: ranks of a node.
     """
     if how.world == 1:
@@ -85,12 +85,12 @@ def traffic(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Collec
 
 
 def nodes_of(ranks: int, gpus: int) -> int:
-    """Nodes that so many neighbouring ranks lie on."""
+    """Number of nodes that hold so many neighbouring ranks."""
     return math.ceil(ranks / gpus)
 
 
 def _data(config: Config, world: int, gpus: int) -> list[Collective]:
-    """Crops to where they are encoded; features to every queue."""
+    """List the exchange of crops, and the gathering of keys and queries."""
     contrast, batch = config.contrast, config.optim.batch_size
     views, nodes = (2 if contrast.symmetric else 1), nodes_of(world, gpus)
     crop = 3 * config.data.image_size**2
@@ -144,7 +144,7 @@ def _engine(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Collec
 
 
 def _sharded(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Collective]:
-    """ZeRO-3 and FSDP: weights gathered for each pass, gradients reduced and scattered."""
+    """List those of ZeRO-3 and FSDP: weights gathered for each pass, gradients reduce-scattered."""
     parts, shard = config.run.accumulation_steps, how.shard
     views = 2 if config.contrast.symmetric else 1
     nodes = nodes_of(shard, gpus)
@@ -202,15 +202,15 @@ def _sharded(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Colle
 
 
 def _gathered_bytes(config: Config, encoder: nn.Module, how: Sharding) -> tuple[int, int]:
-    """Bytes of gathering an encoder once, and in how many messages."""
+    """Return the bytes of gathering an encoder once, and the number of messages."""
     blocks = blocks_of(encoder)
     inside = {p: block for block in blocks for p in block.parameters()}
     norms = {
         p
         for block in blocks
-        for part in block.modules()
-        if isinstance(part, NORMS)
-        for p in part.parameters()
+        for module in block.modules()
+        if isinstance(module, NORMS)
+        for p in module.parameters()
     }
     half = (
         how.engine == "fsdp"
@@ -225,7 +225,7 @@ def _gathered_bytes(config: Config, encoder: nn.Module, how: Sharding) -> tuple[
 
 
 def _spanning(config: Config, moco: MoCo, world: int, gpus: int) -> list[Collective]:
-    """Statistics of BatchNorm groups that span ranks."""
+    """List the statistics of BatchNorm groups that span ranks."""
     per_rank, size = config.optim.batch_size // world, config.model.bn_group_size
     layers = [m for m in moco.query.modules() if isinstance(m, GroupedBatchNorm2d)]
     if size <= per_rank or not layers:

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: how much of a device's peak a run's arithmetic is."""
+"""Model FLOPs utilisation (MFU): a run's arithmetic as a share of the devices' peak."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from moco_scale.config.schema import Config
 from moco_scale.planner.cluster import PRESETS
 from moco_scale.planner.trace import trace_step
 
-# What torch calls a device contains one of these, the first of which counts; None: its peak is
-# another that is not known here.
+# Substrings of torch's device names, the first match counts; None: a card of unknown peak.
 _KNOWN = {
     "GB200": None,
     "B200": "b200",
@@ -30,29 +29,29 @@ _KNOWN = {
 
 
 def device_name(device: torch.device) -> str:
-    """The kind of GPU; empty for a CPU."""
+    """Name of the GPU; empty for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def _known_peak(name: str, precision: str) -> float | None:
-    """TFLOPS of a device, as torch calls it."""
-    known = next((preset for part, preset in _KNOWN.items() if part in name), None)
+    """Peak TFLOPS of a device by torch's name."""
+    known = next((preset for key, preset in _KNOWN.items() if key in name), None)
     if known is None:
         return None
     return PRESETS[known].tflops_fp32 if precision == "fp32" else PRESETS[known].tflops_half
 
 
 class Utilisation:
-    """Of one run on one kind of device.
+    """MFU of one run on one kind of device.
 
-    FLOPs are those of the query's forward and backward pass and the key's forward pass; what
-    ``--activation-checkpointing`` computes again does not count. The peak is that of
-    ``--peak-tflops``, else the one known for the device.
+    FLOPs are those of the query's forward and backward pass and the key's forward pass, without
+    the recomputation of ``--activation-checkpointing``. The peak is ``--peak-tflops``, else the
+    one known for the device.
 
     Args:
         config: of the run.
         world: ranks.
-        name: of each one's device, as torch gives it.
+        name: torch's, of each rank's device.
     """
 
     def __init__(self, config: Config, world: int, name: str) -> None:
@@ -66,7 +65,7 @@ class Utilisation:
         self._share_of_an_image = trace.flops * world / config.optim.batch_size / peak
 
     def of(self, images_per_second: float) -> float | None:
-        """Share of the peak at this speed of all ranks together; None where none is known."""
+        """Return the MFU at this speed of all ranks together; None for an unknown peak."""
         if self._share_of_an_image is None:
             return None
         return self._share_of_an_image * images_per_second
