@@ -1,4 +1,4 @@
-"""How a model is wrapped, stepped and saved; nothing outside knows DeepSpeed or DDP."""
+"""Engines: wrap, step and save a model; nothing outside knows DeepSpeed or DDP."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ def read_deepspeed(
     overlap: bool = False,
     may_overlap: bool = True,
 ) -> ReadConfiguration:
-    """Read a configuration's ``--deepspeed`` file for so many processes, and ask DeepSpeed of it.
+    """Read a configuration's ``--deepspeed`` file for so many processes and let DeepSpeed check it.
 
     Args:
         config: of the run.
         world: number of processes.
-        parameters: how many numbers are trained.
-        overlap, may_overlap: as of :func:`config.deepspeed_file.look_through`.
+        parameters: trained numbers.
+        overlap: as of :func:`config.deepspeed_file.look_through`.
+        may_overlap: likewise.
 
     Raises:
-        UserError: all that is wrong with the file, in one go.
+        UserError: The file is wrong; the message has all its problems.
     """
     from moco_scale.engines.deepspeed import ask_deepspeed
 
@@ -57,10 +58,10 @@ def read_deepspeed(
 
 
 def make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
-    """The engine that a configuration asks for, around a module whose weights are in place.
+    """Make a configuration's engine around a module whose weights are loaded.
 
     Raises:
-        UserError: a DeepSpeed configuration that cannot be used.
+        UserError: The DeepSpeed configuration cannot be used.
     """
     engine = _make_engine(config, moco, device)
     collectives.adopt_groups()
@@ -87,11 +88,11 @@ def _make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
             config,
             collectives.world_size(),
             sum(p.numel() for p in moco.trained_parameters().values()),
-            # Not while BatchNorm groups, which have communicators of their own, add theirs up.
+            # Not while BatchNorm groups exchange statistics over communicators of their own.
             overlap=device.type == "cuda" and not spans_ranks(moco),
             may_overlap=collectives.launches_in_order() or not spans_ranks(moco),
         )
-        if run.preflight:  # which is to leave nothing behind, here or on a server
+        if run.preflight:  # it must leave nothing behind, here or on a server
             for monitor in MONITORS:
                 read.configuration.pop(monitor, None)
         settings = dataclasses.replace(settings, scaling=read.scaling)

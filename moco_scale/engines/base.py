@@ -1,4 +1,4 @@
-"""What the training loop knows of an engine."""
+"""Interface between the training loop and an engine."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ Keep = Callable[[str], bool]
 
 
 def everything(name: str) -> bool:
-    """Keep whatever its name."""
+    """Keep every name."""
     return True
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How a model is trained, whatever the engine.
+    """Settings of training, the same for every engine.
 
     Attributes:
         momentum: of SGD.
         weight_decay: of SGD, on every trained parameter.
-        precision: a key of :data:`PRECISIONS`: what the encoders compute in.
-        clip_norm: gradients together are scaled down to this length; 0: never.
-        parts: backward passes per step.
-        compile: blocks are compiled.
-        recompute: blocks are computed again in the backward pass instead of being kept.
+        precision: of the encoders' computation, a key of :data:`PRECISIONS`.
+        clip_norm: upper bound of the norm of all gradients together; 0: none.
+        parts: micro-batches of a step.
+        compile: compile blocks.
+        recompute: activation checkpointing of the query's blocks.
         shard_size: FSDP shards over so many neighbouring ranks; 0: over all.
         scaling: fp16's loss scale.
     """
@@ -61,19 +61,19 @@ class EngineSettings:
 
 
 class Engine(ABC):
-    """Wraps a :class:`MoCo` for one way of training it on all ranks.
+    """Trains a :class:`MoCo` on all ranks in one particular way.
 
-    The initial or resumed weights are already in the module when an engine is made. Gradients
-    are averaged over the ranks. Weights and key encoder are stored in fp32; the precision only
-    decides what the encoders compute in, and with fp16 the loss is scaled.
+    The module has its initial or resumed weights when an engine is made. Gradients are averaged
+    over the ranks. Weights and key encoder are stored in fp32; the precision is that of the
+    encoders' computation, and with fp16 the loss is scaled.
 
     Attributes:
         moco: the module itself; where an engine shards, its parameters are shards.
         settings: as given.
-        device: where it lies.
+        device: of the module.
         loss_scale: with fp16, else None.
-        notes: lines for the log: what was changed of the user's wishes, and why.
-        own_groups: whether it sends over other communicators than that of all ranks.
+        notes: lines for the log: settings that were changed, and why.
+        own_groups: the engine has communicators besides that of all ranks.
     """
 
     own_groups: bool = False
@@ -90,65 +90,67 @@ class Engine(ABC):
         if attends and device.type == "cuda" and not self._repeats_attention:
             self.notes.append(
                 "CUBLAS_WORKSPACE_CONFIG is neither :4096:8 nor :16:8: a transformer's gradients, "
-                "and so a resumed run, repeat to rounding only"
+                "and so a resumed run, are reproducible to rounding only"
             )
         transform_blocks(moco, compiled=settings.compile, recompute=settings.recompute)
 
     def query(self, *views: Tensor, part: int = 0) -> list[Tensor]:
-        """Queries of each view, differentiable: fp32 unit rows [B, dim].
+        """Encode the query of each view, differentiably: fp32 unit rows [B, dim].
 
-        With several parts to a step, of one of them; each is followed by its :meth:`backward`,
-        and the last one's gradients are those of the step.
+        Each micro-batch is followed by its :meth:`backward`; after the last, the gradients are
+        those of the step.
         """
         parts = self.settings.parts
-        self._note_statistics()
+        self._snapshot_statistics()
         self._start_part(last=part == parts - 1)
         with self._pass():
             return self._forward(*views, part=part, parts=parts)
 
     def key(self, view: Tensor) -> Tensor:
-        """Keys of a view, without gradient: fp32 unit rows [B, dim]; in as many parts."""
-        self._note_statistics()
+        """Encode the keys of a view, without gradient: fp32 unit rows [B, dim]."""
+        self._snapshot_statistics()
         with self._pass():
             return self.moco.keys(view, self.settings.parts)
 
     def _pass(self) -> contextlib.AbstractContextManager[None]:
-        """What a forward or backward pass happens in."""
+        """Return the context of a forward or backward pass."""
         return determinism.repeatable() if self._repeats_attention else contextlib.nullcontext()
 
-    def _note_statistics(self) -> None:
-        """Of the encoders before a step's first forward pass, where the step may be left out."""
-        if self._may_leave_out():
+    def _snapshot_statistics(self) -> None:
+        """Take a snapshot before the step's first forward pass, where the step may be skipped."""
+        if self._may_skip():
             self._statistics.note()
 
-    def _may_leave_out(self) -> bool:
-        """Whether :meth:`step` can answer False."""
+    def _may_skip(self) -> bool:
+        """Tell whether :meth:`step` can return False."""
         return self.loss_scale is not None
 
     def _start_part(self, last: bool) -> None:  # noqa: B027
-        """A forward and backward pass begins; gradients are averaged over ranks in the last."""
+        """Start a micro-batch; gradients are synchronised in the last one."""
 
     @abstractmethod
     def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
-        """MoCo's forward, through whatever wraps it."""
+        """Call MoCo's forward through its wrapper."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar loss, this rank's mean over its samples.
+        """Add the gradients of a scalar loss.
 
-        With several parts, the mean over a part's samples divided by the number of parts.
+        Args:
+            loss: mean over the micro-batch's samples on this rank, divided by the number of
+                micro-batches.
         """
         with self._pass():
             self._backward(loss)
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None:
-        """:meth:`backward`, through whatever wraps the module."""
+        """Implement :meth:`backward` through the module's wrapper."""
 
     def step(self, learning_rate: float) -> bool:
-        """One optimizer step, and gradients cleared. False: it was skipped, nothing moved.
+        """Take an optimizer step and clear the gradients. False: the step was skipped.
 
-        Running statistics are then what they were before the step's forward passes, whose
-        activations may be what overflowed.
+        A skipped step changes no weights and rolls back running statistics to before its forward
+        passes, whose activations may have overflowed.
         """
         applied = self._step(learning_rate)
         self._statistics.settle(applied)
@@ -156,13 +158,13 @@ class Engine(ABC):
 
     @abstractmethod
     def _step(self, learning_rate: float) -> bool:
-        """:meth:`step` for everything but running statistics; the same answer on all ranks."""
+        """Implement :meth:`step` without running statistics; all ranks return the same."""
 
     def when_differentiated(self, action: Callable[[], None]) -> None:
-        """Have something done when a backward pass of this rank is through its own part.
+        """Call something when this rank's own work of a backward pass is done.
 
-        What is left of it is waiting for the sums over ranks. (Engines that shard weights wait
-        for each block before that, too.)
+        Only the sums over ranks are then left. (Engines that shard weights wait for each block
+        before that, too.)
         """
         # Gradients arrive from the last layer to the first.
         first = next(iter(self.moco.trained_parameters().values()))
@@ -174,53 +176,55 @@ class Engine(ABC):
         momentum_update(key, query, momentum)
 
     def replicated(self) -> dict[str, list[Tensor]]:
-        """Weights that every rank holds whole and alike: ``query`` and ``key``, or nothing."""
+        """Return weights that every rank holds whole: ``query`` and ``key``, or nothing."""
         return {}
 
     def weights_finite(self) -> Tensor:
-        """Whether this rank's own storage of the query's weights is finite: bool scalar."""
-        # Lengths: infinite or NaN when any element is, and on a CPU an eighth of what other norms
-        # cost. (Elements above 1e19, whose square overflows, are beyond saving too.)
+        """Check that this rank's own storage of the query's weights is finite: bool scalar."""
+        # A 2-norm is infinite or NaN when any element is, and on a CPU costs an eighth of other
+        # norms. (Elements above 1e19, whose square overflows, are beyond saving too.)
         zero = torch.zeros(1, device=self.device)  # a rank may hold no element at all
         norms = torch._foreach_norm([zero, *(w for w in self._local_pairs()[0] if w.numel())])
         return torch.stack(norms).sum().isfinite()
 
     @abstractmethod
     def _local_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's own storage of the query's parameters and, in the same order, the key's."""
+        """Return this rank's storage of the query's parameters and, in that order, the key's."""
 
     @abstractmethod
     def model_state(self, keep: Keep = everything) -> dict[str, Tensor]:
-        """Full fp32 state of both encoders by name in MoCo; all ranks call it.
+        """Return the full fp32 state of both encoders by name in MoCo; all ranks call it.
 
-        keep: names that this rank wants; the others it only helps to gather.
+        Args:
+            keep: names that this rank wants; the others it only helps to gather.
         """
 
     @abstractmethod
     def query_encoder(self, fresh: Callable[[], Encoder]) -> Encoder:
-        """The query encoder, whole, for evaluation on each rank alone; all ranks call it.
+        """Return the whole query encoder for evaluation on each rank; all ranks call it.
 
-        fresh: makes an encoder of the same shape, which is filled where the own one is sharded.
+        Args:
+            fresh: makes an encoder of the same shape, filled where the engine's is sharded.
         """
 
     @abstractmethod
     def optimizer_state(self, keep: Keep = everything) -> dict[str, Tensor]:
-        """Full fp32 optimizer state as ``PARAMETER.STATE``; all ranks call it, as above."""
+        """Return the full fp32 optimizer state as ``PARAMETER.STATE``; all ranks call it."""
 
     @abstractmethod
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`optimizer_state` of any engine gave."""
+        """Load the state that :meth:`optimizer_state` of any engine returned."""
 
     @abstractmethod
     def storage(self) -> dict[str, list[Tensor]]:
-        """This rank's own tensors: ``weights``, ``key``, ``gradients``, ``optimizer``.
+        """Return this rank's own tensors: ``weights``, ``key``, ``gradients``, ``optimizer``.
 
         Between :meth:`backward` and :meth:`step`; for measuring, see :func:`storage_bytes`.
         """
 
 
 def storage_bytes(storage: Mapping[str, list[Tensor]]) -> dict[str, int]:
-    """Bytes of memory behind tensors by kind; what several share is the first one's."""
+    """Count bytes of storage by kind; storage that several kinds share counts for the first."""
     seen: set[int] = set()
     result = {}
     for kind, tensors in storage.items():
@@ -257,22 +261,22 @@ MOMENTUM = "momentum_buffer"
 
 
 def make_sgd(parameters: list[nn.Parameter], settings: EngineSettings) -> torch.optim.SGD:
-    """torch's SGD; its learning rate is set before every step."""
+    """Make torch's SGD; its learning rate is set before every step."""
     return torch.optim.SGD(
         parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
 
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter a zero momentum buffer, as if it had always been there.
+    """Give every parameter a zero momentum buffer, so that a state exists to be saved or loaded.
 
-    The first step then makes the same buffer as without, and a state exists to be saved or
-    loaded at any time.
+    The first step makes the same buffer as without.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -281,16 +285,16 @@ def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def clip_(gradients: list[Tensor], norm: float, copies: int) -> None:
-    """Scale gradients so that all of them together are at most so long, without a device sync.
+    """Clip gradients, in place, to a norm of all of them together, without a device sync.
 
     Args:
-        gradients: this rank's own storage of them, in place.
-        norm: the largest length they may have.
+        gradients: this rank's own storage.
+        norm: upper bound.
         copies: ranks that hold the same numbers as this one; the others hold other shards.
     """
     zero = torch.zeros(1, device=collectives.device())  # a rank may hold no element at all
-    parts = torch._foreach_norm([zero, *(g for g in gradients if g.numel())])
-    square = torch.stack(parts).square().sum()
+    norms = torch._foreach_norm([zero, *(g for g in gradients if g.numel())])
+    square = torch.stack(norms).square().sum()
     if copies < collectives.world_size():
         square = collectives.sum_(square) / copies
     torch._foreach_mul_(gradients, (norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
@@ -303,12 +307,12 @@ def plain_step(
     learning_rate: float,
     copies: int,
 ) -> bool:
-    """Unscale, clip, step and clear; False: left out, because scaled gradients were not finite.
+    """Unscale, clip, step and clear; False: skipped, because scaled gradients were not finite.
 
     Args:
-        engine: whose settings and loss scale count.
+        engine: gives settings and loss scale.
         optimizer: torch's.
-        gradients: this rank's own storage of them.
+        gradients: this rank's own storage.
         learning_rate: of this step.
         copies: ranks that hold the same numbers as this one.
     """

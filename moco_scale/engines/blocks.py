@@ -1,4 +1,4 @@
-"""What is done to the blocks of an encoder before an engine wraps it: compiling, recomputing."""
+"""Compilation and activation checkpointing of an encoder's blocks, before an engine wraps it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from moco_scale.utils.own_folders import make_own
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """Its residual or transformer blocks, in the order of the forward pass."""
-    return [part for part in module.modules() if isinstance(part, BLOCKS)]
+    """List residual or transformer blocks in the order of the forward pass."""
+    return [each for each in module.modules() if isinstance(each, BLOCKS)]
 
 
 def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
@@ -32,15 +32,15 @@ def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
 
     Args:
         moco: changed in place.
-        compiled: each block of both encoders becomes one compiled graph.
-        recompute: the query's blocks keep their inputs alone and are computed again in the
-            backward pass (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost);
-            BatchNorm's running statistics then stay as the first pass left them.
+        compiled: compile each block of both encoders to one graph.
+        recompute: activation checkpointing of the query's blocks (Chen et al. 2016, Training Deep
+            Nets with Sublinear Memory Cost): they keep only their inputs and are computed again in
+            the backward pass, which leaves BatchNorm's running statistics alone.
     """
     if compiled:
         consensus.raise_on_all_ranks(own_compile_cache)
         # All blocks of a class share one limit, and each shape, with gradients and without, in
-        # each part of a step and recomputed, is a graph.
+        # each micro-batch and checkpointed, is a graph.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     for encoder in (moco.query, moco.key):
         for block in blocks_of(encoder):
@@ -49,20 +49,20 @@ def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
                 forward = torch.compile(forward, dynamic=False)
             if recompute and encoder is moco.query:
                 forward = partial(
-                    checkpoint, forward, use_reentrant=False, context_fn=_recompute_contexts
+                    checkpoint, forward, use_reentrant=False, context_fn=_checkpoint_contexts
                 )
             if forward is not block.forward:
                 block.forward = forward  # type: ignore[method-assign]
 
 
 def own_compile_cache() -> None:
-    """Let compiled programs be kept in a folder of this user's, unless the user names one.
+    """Keep compiled programs in a folder that only this user can write, unless the user names one.
 
-    By itself torch takes ``torchinductor_NAME`` there, and runs what it finds in it, even if
-    somebody else has made that.
+    torch's default is ``torchinductor_NAME`` in the temporary folder, whose programs it runs even
+    if somebody else has made it.
 
     Raises:
-        UserError: the folder is somebody else's, or cannot be made.
+        UserError: The folder is somebody else's, or cannot be made.
     """
     if _COMPILE_CACHE in os.environ:
         return
@@ -80,5 +80,5 @@ def own_compile_cache() -> None:
 _COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def _recompute_contexts() -> tuple[Any, Any]:
+def _checkpoint_contexts() -> tuple[Any, Any]:
     return contextlib.nullcontext(), statistics_kept()

@@ -39,7 +39,7 @@ class DDPEngine(Replicated, Engine):
             with warnings.catch_warnings():
                 # torch 2.14 renames broadcast_buffers; the new name is unknown to 2.11.
                 warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-                # Buffers stay local: the mean over ranks is taken when somebody needs them.
+                # Buffers stay local: they are averaged over ranks when needed.
                 self._wrapped = DistributedDataParallel(
                     moco,
                     device_ids=[device.index] if device.type == "cuda" else None,

@@ -36,20 +36,20 @@ from moco_scale.utils.log import say
 from moco_scale.utils.text import printable
 
 GATHERS = "_DeepSpeedZeRoOffload__allgather_stream"
-"""Where DeepSpeed keeps the stream that stage 3 gathers on."""
+"""Attribute with the stream on which DeepSpeed's stage 3 gathers."""
 
 
 def ask_deepspeed(configuration: dict[str, Any]) -> list[str]:
-    """Let DeepSpeed itself look at a configuration that is complete; nothing is started yet.
+    """Let DeepSpeed check a complete configuration, without starting anything.
 
     Returns:
-        What it refuses, a line for each value, in its words.
+        Its error messages, a line for each refused value.
     """
     _load_deepspeed()
-    # What a process holds is worked out from the rest: the plan of a run has other processes.
+    # DeepSpeed derives this from the rest: the plan of a run has other processes.
     content = _without(configuration, "train_micro_batch_size_per_gpu")
     batch = {"train_batch_size": content["train_batch_size"]}
-    if _problem_of(batch, ""):  # it cannot be shared among the processes, which others say better
+    if _problem_of(batch, ""):  # it does not divide by the processes: others report it better
         return []
     found = [
         line
@@ -69,11 +69,11 @@ def _problem_of(content: dict[str, Any], key: str) -> list[str]:
     except ValidationError as error:
         lines = []
         for each in error.errors(include_url=False, include_context=False):
-            loc = [str(part) for part in each["loc"]]
+            loc = [str(name) for name in each["loc"]]
             place = ".".join(loc if loc[:1] == [key] or not key else [key, *loc])
             lines.append(f"{printable(place)} {shown(each['input'])}: {printable(each['msg'])}")
         return lines
-    except Exception as error:  # whatever it is, it is of what the file says
+    except Exception as error:  # whatever it is, the file's content caused it
         place = f"{key} {shown(content[key])}: " if key else ""
         return [f"{place}{printable(str(error)) or type(error).__name__}"]
     return []
@@ -84,10 +84,10 @@ def _without(configuration: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 class DeepSpeedEngine(Replicated, Engine):
-    """Weights replicated; sharded over the ranks are optimizer state (1) and gradients (2).
+    """ZeRO stages 0 to 2: weights replicated; optimizer state (1) and gradients (2) sharded.
 
-    DeepSpeed itself computes in fp32: casts are MoCo's own, and the loss scale is ours, handed to
-    its optimizer before each step (its own for torch_autocast never falls after an overflow).
+    DeepSpeed itself computes in fp32: casts are MoCo's own, and the loss scale is ours, set in its
+    optimizer before each step (its own for torch_autocast never falls after an overflow).
     """
 
     own_groups = True  # a copy of the group of all ranks
@@ -106,9 +106,9 @@ class DeepSpeedEngine(Replicated, Engine):
         self._trained = moco.trained_parameters()
         zero = configuration["zero_optimization"]
         self._stage = zero["stage"]
-        # DeepSpeed leaves a step out whenever it has looked at the gradients' norm.
-        looks = self._stage == 3 or (self._stage > 0 and zero.get("compute_grad_norm", True))
-        self._looks_at_norm: bool = looks
+        # DeepSpeed can skip a step whenever it computes the gradients' norm.
+        computes = self._stage == 3 or (self._stage > 0 and zero.get("compute_grad_norm", True))
+        self._computes_norm: bool = computes
         sgd = make_sgd(list(self._trained.values()), settings)
         if self._stage == 0:
             zero_momentum(sgd)
@@ -129,13 +129,13 @@ class DeepSpeedEngine(Replicated, Engine):
             self._create_momentum()
 
     def _create_momentum(self) -> None:
-        # The optimizer now holds one flat fp32 partition per group; without a state there is
-        # nothing that a parameter's fragment could be looked up in.
+        # The optimizer holds one flat fp32 partition per group; a parameter's fragment of the
+        # state can be looked up only once the state exists.
         zero_momentum(self._optimizer.optimizer)
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _may_leave_out(self) -> bool:
-        return self._looks_at_norm or super()._may_leave_out()
+    def _may_skip(self) -> bool:
+        return self._computes_norm or super()._may_skip()
 
     def _start_part(self, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -155,7 +155,7 @@ class DeepSpeedEngine(Replicated, Engine):
         return [p.grad for p in self._trained.values() if p.grad is not None]
 
     def _step(self, learning_rate: float) -> bool:
-        if self._stage == 0:  # DeepSpeed has summed the gradients; there is nothing else to it
+        if self._stage == 0:  # DeepSpeed has only summed the gradients
             world = collectives.world_size()
             return plain_step(self, self._optimizer, self._gradients(), learning_rate, world)
         set_learning_rate(self._optimizer, learning_rate)
@@ -213,7 +213,7 @@ class DeepSpeedEngine(Replicated, Engine):
         return parameters
 
     def _masters(self) -> list[Tensor]:
-        """The optimizer's own copies of this rank's part of the weights."""
+        """Return the optimizer's own copies of this rank's partition of the weights."""
         return [p for group in self._optimizer.optimizer.param_groups for p in group["params"]]
 
 
@@ -234,9 +234,9 @@ class ShardedDeepSpeedEngine(DeepSpeedEngine):
         self._show_to_gathers()
 
     def _show_to_gathers(self) -> None:
-        """Have what was written to the shards be there before they are gathered again.
+        """Let DeepSpeed's gathers wait for our writes to the shards.
 
-        With ``overlap_comm`` DeepSpeed gathers on a stream of its own, which knows nothing of ours.
+        With ``overlap_comm`` DeepSpeed gathers on a stream of its own.
         """
         if self.device.type != "cuda":
             return
@@ -285,11 +285,11 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _local_rank_of(device: torch.device) -> Iterator[None]:
-    """DeepSpeed takes this process's number on its host for the number of its GPU.
+    """Set the local rank to the GPU's index, for which DeepSpeed takes it.
 
-    They differ where a scheduler shows each process its own GPU only, which then is number 0.
+    They differ where a scheduler shows each process its own GPU only, with index 0.
     """
-    names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"]  # if both are there, they have to agree
+    names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"]  # if both are set, they must be equal
     before = {name: os.environ[name] for name in names if name in os.environ}
     if device.type == "cuda":
         os.environ.update(dict.fromkeys({*before, "LOCAL_RANK"}, str(device.index or 0)))
@@ -302,7 +302,7 @@ def _local_rank_of(device: torch.device) -> Iterator[None]:
 
 
 def _report_if_possible(engine: Any) -> None:
-    """Have a report that cannot be written, to a file or a server, end no run."""
+    """Log failures of DeepSpeed's reports, to a file or a server, instead of ending the run."""
     reports = [(engine.monitor, "write_events"), (engine, "_write_monitor")]
     if engine.flops_profiler_enabled():
         reports.append((engine.flops_profiler, "print_model_profile"))
@@ -318,7 +318,7 @@ def _without_failure(action: Callable[..., Any], name: str) -> Callable[..., Non
         output = sys.stdout
         try:
             action(*values, **named)
-        except Exception as error:  # whatever it is, it is no part of the training
+        except Exception as error:  # whatever it is, training does not need the report
             if not failed:
                 say(
                     f"warning: DeepSpeed cannot report ({name}): {type(error).__name__}: "
@@ -333,7 +333,7 @@ def _without_failure(action: Callable[..., Any], name: str) -> Callable[..., Non
 
 @contextlib.contextmanager
 def _users_errors() -> Iterator[None]:
-    """Say what DeepSpeed cannot do with a file that it has read, such as reach a monitor."""
+    """Turn DeepSpeed's refusals of the file, such as an unreachable monitor, into UserErrors."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,8 @@
 """Fully sharded data parallelism: torch's ``fully_shard`` (FSDP2), one unit per block.
 
 Each rank keeps 1/W of the weights, gradients, optimizer state and key encoder. A block is gathered
-just before it computes and released after. Query and key are sharded alike, so that the moving
-average needs no message.
+just before it computes and released after. Query and key are sharded the same way, so that the
+moving average needs no message.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 class FSDPEngine(Engine):
     """Weights, gradients, optimizer state and key encoder sharded over the ranks.
 
-    With ``shard_size`` they are sharded over so many neighbouring ranks, those of a node, and
-    gradients are averaged between such groups: less traffic across nodes, more memory.
+    With ``shard_size`` they are sharded over so many neighbouring ranks, such as a node's, and
+    gradients are averaged between these groups: less traffic across nodes, more memory.
 
     Raises:
         UserError: ``shard_size`` does not divide the number of ranks.
@@ -55,7 +55,7 @@ class FSDPEngine(Engine):
         self.own_groups = mesh.ndim == 2
         # Not the module that holds both: of two roots, each forward pass gathers only its own.
         for encoder in (moco.query, moco.key):
-            # Recomputation would enter the normalisation layers' own unit a second time.
+            # Activation checkpointing would enter the normalisation layers' own unit twice.
             gathered = None if settings.recompute else PRECISIONS[settings.precision]
             _shard(encoder, mesh, gathered)
         self._trained = moco.trained_parameters()
@@ -97,7 +97,7 @@ class FSDPEngine(Engine):
         for name, p in self._trained.items():
             buffer = cast(DTensor, self._optimizer.state[p][MOMENTUM])
             value = state[f"{name}.{MOMENTUM}"].to(self.device)
-            # Every rank has read the whole value: each keeps its part, without a message.
+            # Every rank has read the whole value: each keeps its shard, without a message.
             mine = distribute_tensor(
                 value, buffer.device_mesh, buffer.placements, src_data_rank=None
             )
@@ -121,7 +121,7 @@ def _mesh(device: torch.device, shard_size: int) -> DeviceMesh:
 
 def _shard(encoder: nn.Module, mesh: DeviceMesh, gathered: torch.dtype | None) -> None:
     # reshard_after_forward also for the root: a forward pass without gradient would otherwise
-    # leave it gathered, and the moving average would miss it.
+    # leave it gathered, and the moving average would not reach the shards.
     blocks = blocks_of(encoder)
     policy = MixedPrecisionPolicy()
     if gathered is not None:
@@ -133,7 +133,7 @@ def _shard(encoder: nn.Module, mesh: DeviceMesh, gathered: torch.dtype | None) -
             param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         norms: list[nn.Module] = [
-            part for block in blocks for part in block.modules() if isinstance(part, NORMS)
+            module for block in blocks for module in block.modules() if isinstance(module, NORMS)
         ]
         if norms:
             fully_shard(norms, mesh=mesh, reshard_after_forward=True)

@@ -19,13 +19,13 @@ MIN_TEMPERATURE = 0.025
 
 
 class Negatives(NamedTuple):
-    """The keys that queries are compared with.
+    """Negative keys.
 
     Attributes:
         keys: fp32 or bf16 [k, D], unit rows; must not change before the loss is computed.
-        samples: int64 [k], their images; None: not asked for.
+        samples: int64 [k], their images; None without ``mask_same_image``.
         sharded: every rank has its own, and the negatives are all of them together.
-        probed: the first so many of them count for ``negative_similarity``.
+        probed: number of keys, the first ones, that count for ``negative_similarity``.
     """
 
     keys: Tensor
@@ -35,7 +35,7 @@ class Negatives(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """What InfoNCE says of each query.
+    """InfoNCE of each query.
 
     Attributes:
         loss: fp32 [N], differentiable with respect to the queries.
@@ -49,7 +49,7 @@ class Contrast(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What one part of the negatives adds: sums of several parts are those of all of them.
+    """Sums over some of the negatives; added up over shards they are those of all negatives.
 
     Attributes:
         weighted: fp32 [N, D], sum over keys of exp(q·k / T) k.
@@ -73,11 +73,11 @@ def infonce(
 ) -> Contrast:
     """Cross entropy of each query's positive key against itself and all negatives.
 
-    van den Oord et al. 2018; He et al. 2020, eq. 1. Unit vectors have no logit above 1/T, so
-    that the softmax needs no maximum, and one pass over the keys gives the sum of exponentials
-    and the gradient together. Both are plain sums: over sharded negatives every rank takes them
-    for all ranks' queries (one all-gather of the queries), and one reduce-scatter of N x (D + 3)
-    numbers a rank gives each its own. Computed in fp32, outside of any autocast.
+    van den Oord et al. 2018; He et al. 2020, eq. 1. Unit vectors have no logit above 1/T, so the
+    softmax needs no maximum, and one pass over the keys gives both the sum of exponentials and the
+    gradient. Both are plain sums. Over sharded negatives every rank computes them for all ranks'
+    queries (one all-gather), and one reduce-scatter of N x (D + 3) numbers per rank returns each
+    its own. Computed in fp32, outside of any autocast.
 
     Args:
         query: fp32 [N, D], unit rows.
@@ -88,7 +88,7 @@ def infonce(
             Only with ``negatives.samples``.
 
     Raises:
-        ValueError: the temperature is too small for fp32.
+        ValueError: The temperature is too small for fp32.
     """
     if temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature {temperature} is below {MIN_TEMPERATURE}")
@@ -104,23 +104,23 @@ def infonce(
 def partial_sums(
     scaled: Tensor, negatives: Negatives, temperature: float, samples: Tensor | None
 ) -> Sums:
-    """The sums over the keys that are here, for queries over T, fp32 [N, D]; no messages."""
+    """Sum over this rank's keys, for queries over T, fp32 [N, D]; no messages."""
     keys, probed = negatives.keys, min(negatives.probed, len(negatives.keys))
     exps_sum = scaled.new_zeros(len(scaled))
     weighted = torch.zeros_like(scaled)
     probed_sum = scaled.new_zeros(scaled.shape[1])
-    block = _BLOCK_CPU if scaled.device.type == "cpu" else _BLOCK_GPU
-    rows = max(block // max(len(scaled), 1), 256)
+    logits = _BLOCK_CPU if scaled.device.type == "cpu" else _BLOCK_GPU
+    rows = max(logits // max(len(scaled), 1), 256)
 
-    def add(part: slice) -> None:  # a function, so that one block is freed before the next is made
-        some = keys[part].float()
+    def add(block: slice) -> None:  # a function, so that a block is freed before the next is made
+        some = keys[block].float()
         exps = (scaled @ some.T).exp_()
         if samples is not None and negatives.samples is not None:
-            exps.masked_fill_(negatives.samples[part] == samples[:, None], 0.0)
+            exps.masked_fill_(negatives.samples[block] == samples[:, None], 0.0)
         exps_sum.add_(exps.sum(1))
         weighted.addmm_(exps, some)
-        if part.start < probed:
-            probed_sum.add_(some[: probed - part.start].sum(0))
+        if block.start < probed:
+            probed_sum.add_(some[: probed - block.start].sum(0))
 
     for start in range(0, len(keys), rows):
         add(slice(start, start + rows))
@@ -152,8 +152,8 @@ class _InfoNCE(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         sum_up = _sums_over_ranks if negatives.sharded else partial_sums
         sums = sum_up(query / temperature, negatives, temperature, samples)
-        # How far all negatives together lie above the positive. Everything is a function of it:
-        # differences such as softmax - 1 would cancel every digit near a softmax of 1.
+        # Log of the negatives' sum over the positive. Everything is a function of it: differences
+        # such as softmax - 1 would cancel every digit near a softmax of 1.
         margin = sums.exps.log() - (query * positive).sum(1) / temperature
         # Without a negative the loss is 0, and so is the gradient.
         mean_key = sums.weighted / sums.exps.clamp_min(torch.finfo(torch.float32).tiny)[:, None]

@@ -1,4 +1,4 @@
-"""The dictionary: a ring of keys, whole on every rank or shared out among the ranks."""
+"""Key queue (MoCo's dictionary): a ring of keys, whole on every rank or sharded over ranks."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _PIECE = 1 << 10
 
 
 class KeyQueue:
-    """A ring of the newest ``length`` keys.
+    """Ring of the newest ``length`` keys.
 
-    Filled at first with random unit vectors (as the official code does), a function of the seed:
-    ``normalize(randn(length, dim, generator=Generator().manual_seed(seed)))``. It is only ever
-    written in place; nothing copies it. Every rank is given every key, in the order of the global
-    batch, and stores those whose slots it holds: all of them, or, of a sharded queue, rank r of W
-    the slots r*length//W to (r+1)*length//W. Where a key goes is a function of how many came
-    before it, so that enqueueing needs no message.
+    Filled at first with random unit vectors (as in the official code), a function of the seed:
+    ``normalize(randn(length, dim, generator=Generator().manual_seed(seed)))``. It is written in
+    place and never copied. Every rank gets every key, in the order of the global batch, and stores
+    those whose slots it holds: all, or, of a sharded queue, rank r of W the slots r*length//W to
+    (r+1)*length//W. A key's slot depends only on the number of keys before it, so enqueueing needs
+    no message.
 
     Args:
         length: K, slots over all ranks together.
         dim: of a key.
         seed: of the first, random keys.
-        device: where they are.
-        dtype: of the storage; what is computed from it is fp32.
-        shard: (r, W): this rank's part. (0, 1) is the whole.
-        mask_unfilled: slots that hold no real key yet are no negatives.
+        device: of the keys.
+        dtype: of the storage; computation is in fp32.
+        shard: (r, W): this rank's shard. (0, 1) is the whole.
+        mask_unfilled: slots without a real key are no negatives.
         mask_same_image: keys of a query's own image are not its negatives.
 
     Attributes:
         keys: [slots of this rank, dim], unit rows.
         samples: int64, the image of each of these keys, -1 of random ones; None unless
             ``mask_same_image``.
-        first: the slot of the first of them.
-        pointer: the slot the next key goes to.
+        first: slot of this rank's first key.
+        pointer: slot of the next key.
         enqueued: keys enqueued since the start of the run.
     """
 
@@ -72,7 +72,7 @@ class KeyQueue:
         self._draw(torch.Generator().manual_seed(seed))
 
     def _draw(self, generator: torch.Generator) -> None:
-        # In pieces: a share of a long queue must not need the memory of the whole.
+        # In pieces: a shard of a long queue must not need the memory of the whole.
         starts = list(range(0, len(self), _PIECE))
         if len(starts) > 1 and len(self) - starts[-1] < 16:
             starts.pop()
@@ -96,7 +96,7 @@ class KeyQueue:
         return self.filled if self.mask_unfilled else len(self)
 
     def negatives(self) -> Negatives:
-        """This rank's keys that are negatives: a view of the ring."""
+        """Return this rank's negatives: a view of the ring."""
         # Real keys fill the ring from slot 0 on.
         count = min(max(self.used - self.first, 0), len(self.keys))
         samples = None if self.samples is None else self.samples[:count]
@@ -110,9 +110,9 @@ class KeyQueue:
         temperature: float,
         samples: npt.NDArray[np.int64],
     ) -> Contrast:
-        """InfoNCE of queries against this queue: see :func:`moco_scale.methods.infonce.infonce`.
+        """Compute :func:`moco_scale.methods.infonce.infonce` of queries against this queue.
 
-        Of a sharded queue all ranks call it, with equally many queries.
+        With a sharded queue all ranks call it, with equally many queries.
 
         Args:
             query: fp32 [N, dim], unit rows.
@@ -137,16 +137,16 @@ class KeyQueue:
         newest, images = keys[-length:], None
         if self.samples is not None:
             if samples is None:
-                raise ValueError("a queue with mask_same_image must be told the keys' images")
+                raise ValueError("a queue with mask_same_image needs the keys' images")
             images = on_device(np.array(samples[-length:]), keys.device)
         before_end = min(newest.shape[0], length - start)
-        for slot, part in ((start, slice(0, before_end)), (0, slice(before_end, None))):
-            self._write(slot, newest[part], None if images is None else images[part])
+        for slot, rows in ((start, slice(0, before_end)), (0, slice(before_end, None))):
+            self._write(slot, newest[rows], None if images is None else images[rows])
         self.pointer = (self.pointer + count) % length
         self.enqueued += count
 
     def _write(self, slot: int, keys: Tensor, samples: Tensor | None) -> None:
-        """Keep what of consecutive slots this rank holds."""
+        """Write keys to consecutive slots, as far as this rank holds them."""
         begin = max(slot, self.first)
         end = min(slot + len(keys), self.first + len(self.keys))
         if begin >= end:
@@ -168,7 +168,7 @@ class KeyQueue:
         return total / self.filled, whole + (rest > 0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``keys`` and perhaps ``samples`` of this rank; int64 ``pointer`` and ``enqueued``."""
+        """Return this rank's ``keys`` and perhaps ``samples``; int64 ``pointer``, ``enqueued``."""
         state = {
             "keys": self.keys,
             "pointer": torch.tensor(self.pointer),
@@ -177,7 +177,7 @@ class KeyQueue:
         return state if self.samples is None else state | {"samples": self.samples}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave; keys and samples are those of this rank."""
+        """Load a :meth:`state_dict`; keys and samples are those of this rank."""
         self.keys.copy_(state["keys"])
         if self.samples is not None:
             self.samples.copy_(state["samples"])
@@ -186,7 +186,7 @@ class KeyQueue:
 
 
 def share(length: int, rank: int, world: int) -> tuple[int, int]:
-    """The part of ``length`` rows that is a rank's: first and last + 1."""
+    """Return a rank's share of ``length`` rows: first and last + 1."""
     return rank * length // world, (rank + 1) * length // world
 
 

@@ -1,4 +1,4 @@
-"""Query and key encoders in one module, so that every engine wraps and shards them alike."""
+"""Query and key encoders in one module, so that every engine treats them the same."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class MoCo(nn.Module):
     Attributes:
         query: trained by the optimizer.
         key: follows the query by an exponential moving average; never has a gradient.
-        compute_dtype: what the encoders compute in, by autocast; None: in their own fp32. The
-            casts are made in here, so that they are the same under every engine.
+        compute_dtype: of the encoders' computation, by autocast; None: fp32. The casts are made
+            here, so that they are the same under every engine.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -35,9 +35,12 @@ class MoCo(nn.Module):
         self.key.requires_grad_(False)
 
     def forward(self, *views: Tensor, part: int = 0, parts: int = 1) -> list[Tensor]:
-        """Queries of each view: each [B, 3, S, S] -> fp32 unit rows [B, dim].
+        """Encode queries of each view: [B, 3, S, S] -> fp32 unit rows [B, dim].
 
-        part, parts: the views are this part of a step's, for BatchNorm's running statistics.
+        Args:
+            views: of this micro-batch.
+            part: index of the micro-batch, for BatchNorm's running statistics.
+            parts: micro-batches of a step.
         """
         features = []
         with self._autocast(views[0].device.type):
@@ -49,7 +52,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def keys(self, view: Tensor, parts: int = 1) -> Tensor:
-        """Keys of a view: [B, 3, S, S] -> fp32 unit rows [B, dim], computed in equal parts."""
+        """Encode keys of a view in micro-batches: [B, 3, S, S] -> fp32 unit rows [B, dim]."""
         features = []
         with self._autocast(view.device.type):
             for part, images in enumerate(view.chunk(parts)):
@@ -64,11 +67,11 @@ class MoCo(nn.Module):
         return torch.autocast(device, dtype=self.compute_dtype)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The query's parameters that require gradients, by their names in this module."""
+        """Return the query's trained parameters by their names in this module."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def parameter_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters of the query and, in the same order, of the key."""
+        """Return parameters of the query and, in the same order, of the key."""
         return list(self.query.parameters()), list(self.key.parameters())
 
 
@@ -79,5 +82,5 @@ def normalize(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def momentum_update(key: list[Tensor], query: list[Tensor], momentum: float) -> None:
-    """key <- momentum * key + (1 - momentum) * query, in place, in fp32."""
+    """Update key <- momentum * key + (1 - momentum) * query, in place, in fp32."""
     torch._foreach_lerp_(key, query, 1 - momentum)

@@ -1,7 +1,7 @@
-"""ShuffleBN: each key is normalised among other samples than its query is (He et al. 2020, 3.3).
+"""ShuffleBN: each key is normalised among other samples than its query (He et al. 2020, 3.3).
 
-Only the B crops a rank will encode travel to it, as uint8, by all-to-all; one all-gather of key
-features then restores the order and at the same time brings every key to every queue.
+Only the B crops that a rank encodes travel to it, as uint8, by all-to-all; one all-gather of key
+features then restores the order and brings every key to every queue.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ MODES = ("world", "node", "off")
 
 
 class ShuffleBN:
-    """The exchange of key crops, for one number of ranks.
+    """Exchange of key crops between ranks.
 
     The permutation of a step is ``permutation(batch_size, seed, f"shuffle-{stream}", step)``: a
-    function of the seed and the step, over the whole global batch, whatever the number of ranks.
-    Under ``"node"`` each of the batch's n groups of consecutive samples has one of its own: group i
-    that of number ``step * n + i``. Where a group lies inside one node nothing leaves that node.
+    function of the seed and the step over the global batch, whatever the number of ranks. Under
+    ``"node"`` each of the batch's n groups of consecutive samples has its own: group i that of
+    number ``step * n + i``. A group inside one node sends nothing across nodes.
 
     Args:
         batch_size: G, samples of the global batch; the number of ranks divides it.
         seed: of the run.
         mode: ``"world"``, ``"node"``, or ``"off"`` (no exchange, order kept).
-        group: of ``"node"``: how many samples are shuffled among themselves; divides G.
+        group: of ``"node"``: samples that are shuffled among themselves; divides G.
     """
 
     def __init__(self, batch_size: int, seed: int, mode: str = "world", group: int = 0) -> None:
@@ -37,7 +37,7 @@ class ShuffleBN:
         self.per_rank = batch_size // collectives.world_size()
 
     def permutation(self, step: int, stream: int = 0) -> np.ndarray:
-        """int64 [G]: the sample of the global batch at each shuffled position."""
+        """Return int64 [G]: the sample of the global batch at each shuffled position."""
         if self.mode == "off":
             return np.arange(self.batch_size)
         groups, name = self.batch_size // self.group, f"shuffle-{stream}"
@@ -60,10 +60,10 @@ class ShuffleBN:
 
 
 class Exchange:
-    """One step's crops under way, and the way back for their features.
+    """Exchange of one step's crops under way, and the return of their features.
 
     Attributes:
-        received: int64 [B], the positions in the global batch of the crops this rank gets.
+        received: int64 [B], positions in the global batch of the crops this rank gets.
     """
 
     def __init__(self, order: np.ndarray, crops: Tensor, keep_order: bool) -> None:
@@ -95,12 +95,12 @@ class Exchange:
         )
 
     def wait(self) -> Tensor:
-        """[B, ...]: the crops this rank encodes, in shuffled order; may be called once."""
+        """Return [B, ...]: the crops this rank encodes, in shuffled order; called once."""
         crops = self._pending.wait()
         return crops if self._restore is None else crops.index_select(0, self._restore)
 
     def gather_back(self, features: Tensor) -> Tensor:
-        """[B, D] features of :meth:`wait`'s crops -> [G, D] of all ranks, in global order."""
+        """Gather features of :meth:`wait`'s crops in global order: [B, D] to [G, D]."""
         gathered = collectives.all_gather_rows(features)
         if self._keep_order:
             return gathered
