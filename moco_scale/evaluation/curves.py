@@ -1,4 +1,4 @@
-"""The curves of a run, drawn from what it logged."""
+"""Curves of a run, drawn from ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#333333"
-_LARGEST = 1e30  # value that is drawn: axes overflow long before a float does
+_LARGEST = 1e30  # value to draw: axes overflow long before a float does
 _FAINT = "#9a9a9a"
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#1f6fb4", "#d9730d", "#2e8b57", "#7b5ea7"
 _STYLE: dict[str, Any] = {"linewidth": 1.6}
@@ -38,18 +38,18 @@ def report(
 ) -> None:
     """Draw the curves of a run: loss, kNN, learning rate, speed.
 
-    Call it on one rank. It takes whatever is there: cut-off lines are skipped, steps that were
-    logged twice count once (the later line), values that are not finite are left out.
+    Call it on one rank. Cut-off lines and values that are not finite are skipped; of a step that
+    was logged twice, the later line counts.
 
     Args:
         path: of ``metrics.jsonl``.
         out: PNG to write.
         title: above the curves, such as recipe and data set.
-        chance_loss: of guessing, ln(1 + K) for each term of the loss; default: the metrics'
+        chance_loss: loss of guessing, ln(1 + K) for each term; default: the metrics'
             ``chance_loss``.
 
     Raises:
-        UserError: the metrics cannot be read or the figure cannot be written.
+        UserError: The metrics cannot be read or the figure cannot be written.
     """
     records = _read(Path(path))
     figure = new_figure(figsize=(10, 6.4), dpi=120, layout="constrained")
@@ -73,13 +73,13 @@ def report(
 
 
 def new_figure(**options: Any) -> Figure:
-    """A figure for files; who draws none needs no matplotlib."""
+    """Make a figure for files; matplotlib is imported here only."""
     with matplotlib_home():
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-    # Titles and names of classes come from outside: a $ in them is no formula.
+    # Titles and class names come from outside: a $ in them is no formula.
     matplotlib.rcParams["text.parse_math"] = False
     figure = Figure(**options)
     FigureCanvasAgg(figure)
@@ -99,7 +99,7 @@ def _epochs_known(records: list[dict[str, Any]]) -> bool:
 
 
 def _steps_per_epoch(records: list[dict[str, Any]]) -> float:
-    """Learnt from the lines that end an epoch; 0 when there is none."""
+    """Compute steps per epoch from lines that end an epoch; 0 when there is none."""
     for record in reversed(records):
         if "epoch_loss" in record and record.get("epoch", 0) > 0:
             return float(record["step"]) / float(record["epoch"])
@@ -107,7 +107,7 @@ def _steps_per_epoch(records: list[dict[str, Any]]) -> float:
 
 
 def _curve(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Places (epochs where known, else steps) and finite values of one quantity."""
+    """Return positions (epochs where known, else steps) and finite values of one quantity."""
     scale = _steps_per_epoch(records) or 1.0
     x, y = [], []
     for record in records:
@@ -156,7 +156,7 @@ def _draw_loss(axis: Axes, records: list[dict[str, Any]], chance: float | None) 
         chance = next(iter(_curve(records, "chance_loss")[1]), None)
     title = "contrastive loss"
     if chance is not None and math.isfinite(chance) and x:
-        # Said in the title: inside the axes it would hide a curve that is near it.
+        # In the title: inside the axes it could hide the curve.
         title += f"  (dashed: chance level {chance:.2f})"
         axis.axhline(chance, color=_FAINT, linestyle="--", linewidth=1.2, zorder=1.5)
         axis.margins(y=0.15)
@@ -164,7 +164,7 @@ def _draw_loss(axis: Axes, records: list[dict[str, Any]], chance: float | None) 
 
 
 def _draw_noisy(axis: Axes, x: list[float], y: list[float]) -> None:
-    """Many values: faint, with their running mean on top."""
+    """Draw many values faintly, with their running mean on top."""
     if len(x) > 40:
         axis.plot(x, y, color=_BLUE, alpha=0.25, linewidth=0.9)
         y = _smoothed(y, max(len(y) // 40, 3))
@@ -172,7 +172,7 @@ def _draw_noisy(axis: Axes, x: list[float], y: list[float]) -> None:
 
 
 def _smoothed(values: list[float], window: int) -> list[float]:
-    """Centred running mean, with what there is of the window at both ends."""
+    """Compute the centred running mean; the window is cut off at both ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
     low = np.maximum(places - window // 2, 0)
@@ -229,10 +229,10 @@ def _draw_speed(axis: Axes, records: list[dict[str, Any]]) -> None:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write a figure as a PNG that is whole or not there.
+    """Write a figure as a PNG, atomically.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The file cannot be written.
     """
     content = io.BytesIO()
     figure.savefig(content, format="png")
@@ -243,15 +243,15 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def drawn(draw: Callable[[], None]) -> None:
-    """Draw a figure; whatever goes wrong, nobody waits for who draws, and nothing ends for it.
+    """Draw a figure and turn any failure into a UserError, which ends no run.
 
     Raises:
-        UserError: it could not be drawn.
+        UserError: The figure could not be drawn.
     """
     try:
         draw()
     except UserError:
         raise
     except Exception as error:
-        traceback.print_exception(error)  # a defect: where it is helps to mend it
+        traceback.print_exception(error)  # a bug: its place helps to fix it
         raise UserError(f"{type(error).__name__}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Features of images: encoding by all ranks together."""
+"""Features of images, extracted by all ranks together."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from moco_scale.utils.log import say
 T = TypeVar("T")
 Encode = Callable[[Tensor], Tensor]
 WHICH = ("features", "projection")
-"""The backbone's output, or the head's output that the contrastive loss compares."""
+"""The backbone's output, or the head's output, which the contrastive loss compares."""
 
 _SECONDS_BETWEEN_LINES = 30.0
 _SHOWN = 3  # of the images that cannot be decoded
 
 
 def fetched_here(shards: Shards) -> list[int]:
-    """Ranks for which this one fetches remote images ahead; every rank calls it."""
+    """List the ranks for which this one fetches remote images ahead; every rank calls it."""
     if not shards.remote_parts():
         return []
     rank, hosts = collectives.rank(), collectives.hosts()
@@ -41,10 +41,10 @@ def fetched_here(shards: Shards) -> list[int]:
 
 
 def chosen_output(encoder: Encoder, which: str) -> Encode:
-    """The function of an encoder that :data:`WHICH` names.
+    """Return the function of an encoder that :data:`WHICH` names.
 
     Raises:
-        UserError: an unknown name.
+        UserError: The name is unknown.
     """
     if which not in WHICH:
         raise UserError(f"features {which!r}: choose one of {', '.join(WHICH)}")
@@ -53,10 +53,12 @@ def chosen_output(encoder: Encoder, which: str) -> Encode:
 
 @contextlib.contextmanager
 def evaluating(encode: Encode) -> Iterator[None]:
-    """Evaluation mode and no gradients while the block runs.
+    """Set evaluation mode and disable gradients within the block.
 
-    Each submodule gets its own mode back afterwards. ``encode`` may be a module, a method of one,
-    or a plain function, which has no mode.
+    Afterwards each submodule has its own mode again.
+
+    Args:
+        encode: a module, a method of one, or a plain function, which has no mode.
     """
     owner = encode if isinstance(encode, nn.Module) else getattr(encode, "__self__", None)
     modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
@@ -73,7 +75,7 @@ def evaluating(encode: Encode) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pixels:
-    """How images become the input of an encoder.
+    """Crop and normalisation of an encoder's input.
 
     Attributes:
         image_size: side of the centre crop in pixels.
@@ -88,7 +90,7 @@ class Pixels:
     std: Sequence[float]
 
     def normalise(self, crops: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> float32, on the same device, channels last."""
+        """Convert uint8 [B, 3, S, S] to normalised float32, channels last."""
         mean = torch.tensor(self.mean, device=crops.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=crops.device).view(1, -1, 1, 1)
         return (
@@ -101,19 +103,19 @@ class Pixels:
 
 
 class LeftOut:
-    """Images that an evaluation could not decode, the same on every rank; says each once."""
+    """Images that an evaluation could not decode, the same on every rank; logs each once."""
 
     def __init__(self) -> None:
         self._bad: dict[tuple[str, str, str, str], BadSample] = {}
         self.counts: Counter[str] = Counter()
         """Different images so far, by split."""
         self.places: set[int] = set()
-        """In the set of images that was last gone through."""
+        """Their numbers in the last set of images."""
 
     def add(self, shards: Shards, mine: Sequence[BadSample]) -> None:
-        """Take what this rank met in a set of images; all ranks call it."""
-        met = [bad for part in collectives.gather_objects(list(mine)) for bad in part]
-        # Subsets number their images anew; an image's shard and key stay what they are.
+        """Add this rank's bad images of a set; all ranks call it."""
+        met = [bad for found in collectives.gather_objects(list(mine)) for bad in found]
+        # Subsets number their images anew; an image's shard and key do not change.
         new = {}
         for bad in sorted(met):
             name = (shards.name, shards.split, bad.shard, bad.key or str(bad.sample))
@@ -126,7 +128,7 @@ class LeftOut:
             more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
             say(
                 f"{len(new)} of the {len(shards)} {shards.split} images cannot be decoded and "
-                f"{'is' if len(new) == 1 else 'are'} left out: {'; '.join(shown)}{more}"
+                f"{'is' if len(new) == 1 else 'are'} skipped: {'; '.join(shown)}{more}"
             )
         self.places = {bad.sample for bad in met}
 
@@ -147,9 +149,9 @@ def extract(
     left_out: LeftOut | None = None,
     between: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Encode the centre crops of images, each rank a contiguous share of them.
+    """Encode the centre crops of images, each rank a contiguous share; every rank calls it.
 
-    Every rank calls it. Modes are as :func:`evaluating` says.
+    Modules are in evaluation mode meanwhile, as in :func:`evaluating`.
 
     Args:
         encode: float32 [B, 3, S, S] -> [B, D], on this process's device.
@@ -162,25 +164,25 @@ def extract(
         num_workers: decoding processes on each rank.
         autocast: half-precision type of the arithmetic; None computes in fp32.
         gather: False leaves each rank with its own share.
-        label: what to call this in progress reports; empty reports nothing.
-        left_out: takes the images that cannot be decoded, which then have no features; None:
+        label: name in progress reports; empty: no reports.
+        left_out: collects images that cannot be decoded, which then have no features; None:
             such an image is an error.
-        between: called after each batch, by every rank equally often, so that they may agree in it
-            on going no further; what it raises on all of them ends the extraction.
+        between: called after each batch, by every rank equally often; an error that it raises on
+            all ranks ends the extraction.
 
     Returns:
         Features float32 [N, D] on this process's device and labels int64 [N] on the CPU (-1:
-        none), of all images in their order (of this rank's share without ``gather``).
+        none) of all images in order (of this rank's share without ``gather``).
 
     Raises:
-        UserError: an image cannot be read, on whichever rank; every rank raises it.
+        UserError: An image cannot be read on some rank; every rank raises it.
     """
     pixels = Pixels(image_size, resize_ratio, mean, std)
     device, rank, world = collectives.device(), collectives.rank(), collectives.world_size()
     fetches_for = fetched_here(shards)
-    # A rank with a batch less, or one that has failed, still answers the others.
+    # A rank with one batch less, or that has failed, still joins the others' calls.
     rounds = -(-len(range(0, len(shards), world)) // batch_size) if between else 0
-    parts: list[Tensor] = []
+    features: list[Tensor] = []
     labels: list[Tensor] = []
     bad: list[BadSample] = []
     failure: UserError | None = None
@@ -204,7 +206,7 @@ def extract(
                 if len(batch.index):
                     crops = batch.views[0].to(device, non_blocking=True)
                     with autocasting(autocast):
-                        parts.append(encode(pixels.normalise(crops)).float())
+                        features.append(encode(pixels.normalise(crops)).float())
                     labels.append(batch.labels)
                 if between:
                     rounds -= 1
@@ -219,32 +221,32 @@ def extract(
         raise failure
     if left_out is not None:
         left_out.add(shards, bad)
-    features, targets = _joined(parts, labels, device)
+    mine = _concatenated(features, labels, device)
     if not gather:
-        return features, targets
-    return collectives.all_gather_uneven_rows(features), collectives.all_gather_uneven_rows(targets)
+        return mine
+    return collectives.all_gather_uneven_rows(mine[0]), collectives.all_gather_uneven_rows(mine[1])
 
 
-def _joined(
-    parts: list[Tensor], labels: list[Tensor], device: torch.device
+def _concatenated(
+    features: list[Tensor], labels: list[Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """One tensor of each; a rank without images learns the width from the others."""
-    width = torch.tensor([parts[0].shape[1] if parts else 0])
+    """Concatenate batches; a rank without images gets the width from the others."""
+    width = torch.tensor([features[0].shape[1] if features else 0])
     width = collectives.all_gather_rows(width).max()
-    if not parts:
+    if not features:
         return torch.empty(0, int(width), device=device), torch.empty(0, dtype=torch.int64)
-    return torch.cat(parts), torch.cat(labels)
+    return torch.cat(features), torch.cat(labels)
 
 
 def autocasting(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Autocast on this process's device, or nothing for None."""
+    """Return autocast on this process's device; for None a context that does nothing."""
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(collectives.device().type, dtype)
 
 
 def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """The same items; the main process shows a bar on a terminal, a line now and then elsewhere."""
+    """Yield items; rank 0 shows a bar on a terminal, and a line now and then elsewhere."""
     if not label or not collectives.is_main():
         yield from items
         return

@@ -1,4 +1,4 @@
-"""The two figures of a finished run: its curves, and nearest neighbours before and after."""
+"""Figures of a finished run: its curves, and nearest neighbours before and after training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RIGHT, _WRONG = "#2e9e4f", "#d1453b"
 
 
 def nearest(bank: Tensor, queries: Tensor, count: int) -> Tensor:
-    """Places in the bank of each query's most similar images, nearest first: int64 [Q, count]."""
+    """Find each query's most similar images in the bank, nearest first: int64 [Q, count]."""
     bank = F.normalize(bank.float(), dim=1)
     queries = F.normalize(queries.float(), dim=1)
     return (queries @ bank.T).topk(min(count, len(bank)), dim=1).indices.cpu()
@@ -46,8 +46,8 @@ def neighbours(
 ) -> None:
     """Draw queries, one a row, each with its nearest images in groups of columns.
 
-    A neighbour has a green frame when it shares the query's label and a red one when not; there
-    are no frames where labels are -1.
+    A neighbour has a green frame when it shares the query's label, else a red one; without labels
+    (-1) there are no frames.
 
     Args:
         query_images: uint8 [Q, 3, S, S].
@@ -58,7 +58,7 @@ def neighbours(
         title: above everything.
 
     Raises:
-        UserError: the figure cannot be written.
+        UserError: The figure cannot be written.
     """
     rows, wide = len(query_images), [group.shape[1] for _, group, _ in columns]
     names = [classes[n] if 0 <= n < len(classes) else "" for n in query_labels]
@@ -167,14 +167,13 @@ def neighbours_sheet(
     left_out: LeftOut | None = None,
     between: Callable[[], None] | None = None,
 ) -> None:
-    """Nearest training images of a few others, by an encoder before and after its training.
+    """Draw nearest training images of a few others, by an encoder before and after training.
 
-    Every rank calls it; the main one draws. Costs two passes of the encoders over ``max_bank``
-    images.
+    Every rank calls it; rank 0 draws. Costs two passes of the encoders over ``max_bank`` images.
 
     Args:
         before: float32 [B, 3, S, S] -> [B, D], such as the initial encoder's ``features``.
-        after: the same of the trained encoder.
+        after: likewise of the trained encoder.
         splits: of a set of shards; queries come from val, or are held out of train.
         out: PNG to write.
         image_size: see :class:`~moco_scale.evaluation.features.Pixels`, as the next three.
@@ -193,7 +192,7 @@ def neighbours_sheet(
         between: see there.
 
     Raises:
-        UserError: an image cannot be read or ``out`` cannot be written; every rank raises it.
+        UserError: An image cannot be read or ``out`` cannot be written; every rank raises it.
     """
     bank, candidates = bank_and_queries(splits, max_bank, seed=seed)
     chosen = candidates.subset(_varied(candidates.labels, queries, seed))
@@ -219,7 +218,7 @@ def neighbours_sheet(
                 shards = shards.subset(kept)
             rows.append(features)
             sets.append(shards)
-        bank, chosen = sets  # what can be read
+        bank, chosen = sets  # without images that cannot be read
         found.append(nearest(rows[0], rows[1], columns))
 
     def draw() -> None:
@@ -241,7 +240,7 @@ def neighbours_sheet(
 
 
 def _varied(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """A seeded choice of images, no class twice before each came once: int64 [<= count]."""
+    """Choose images by seed, no class twice before each came once: int64 [<= count]."""
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(labels))
     seen: dict[int, int] = {}
     turn = np.empty(len(order), dtype=np.int64)

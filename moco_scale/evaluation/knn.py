@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification of features: what they are worth without any training.
+"""k-nearest-neighbour (kNN) classification of features, which needs no training.
 
 The weighted vote of "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
 (Wu et al., CVPR 2018, section 3.4): each of the k most similar images of the bank votes for its
@@ -40,7 +40,7 @@ def weighted_knn(
     k: int = 200,
     temperature: float = 0.1,
 ) -> dict[str, float]:
-    """Classify each query by its neighbours in the bank; this process alone.
+    """Classify each query by its neighbours in the bank, on this process only.
 
     Args:
         bank: [N, D] in any floating dtype; normalised here.
@@ -48,16 +48,16 @@ def weighted_knn(
         queries: [Q, D], on the bank's device.
         query_labels: int64 [Q].
         num_classes: C.
-        k: neighbours that vote; all of the bank when it is smaller.
+        k: neighbours that vote; all of a smaller bank.
         temperature: of the votes' weights.
 
     Returns:
-        ``top1`` and ``top5`` in percent of the queries. A query's true class counts for top-5
-        when fewer than 5 classes have a larger sum of votes, or the same and a smaller number.
+        ``top1`` and ``top5`` in percent of the queries. Classes rank by their sum of votes, equal
+        ones by number; a query counts for top-5 when its class is among the first 5.
 
     Raises:
-        UserError: no images, unlabelled ones, labels out of range, k or temperature not
-            positive.
+        UserError: There are no images, images without labels, labels out of range, or k or
+            temperature is not positive.
     """
     _check(bank_labels, query_labels, num_classes, k, temperature)
     if not len(bank) or not len(queries):
@@ -99,10 +99,9 @@ def _hits(
     temperature: float,
     spread: bool,
 ) -> Tensor:
-    """Queries right at top-1 and at top-5: int64 [2].
+    """Count queries right at top-1 and at top-5: int64 [2].
 
-    With ``spread`` the bank is this rank's share of it, the queries are the same on every rank,
-    and so is the result.
+    With ``spread`` the bank is this rank's share; queries and result are the same on every rank.
     """
     device = bank.device
     bank = F.normalize(bank.float(), dim=1)
@@ -132,13 +131,13 @@ def _hits(
 def _nearest(
     chunk: Tensor, bank: Tensor, bank_labels: Tensor, k: int, spread: bool
 ) -> tuple[Tensor, Tensor]:
-    """Cosine similarities and labels, each [q, k], of the k nearest, over all ranks' banks."""
+    """Find similarities and labels, each [q, k], of the k nearest in all ranks' banks."""
     mine = min(k, len(bank))
     similarity, place = (chunk @ bank.T).topk(mine, dim=1)
     labels = bank_labels[place]
     if not spread or collectives.world_size() == 1:
         return similarity, labels
-    # A share smaller than k is filled up with what is farther away than anything.
+    # A share smaller than k is padded with infinitely far neighbours.
     similarity = F.pad(similarity, (0, k - mine), value=-torch.inf)
     labels = F.pad(labels, (0, k - mine))
     by_rank = (collectives.world_size(), len(chunk), k)
@@ -149,11 +148,15 @@ def _nearest(
 
 
 class Splits(NamedTuple):
-    """The images that kNN needs, open."""
+    """Open splits of a data set.
+
+    Attributes:
+        train: the train split.
+        val: the val split, if there is one.
+    """
 
     train: Shards
     val: Shards | None
-    """None: there is no such split."""
 
 
 def open_splits(
@@ -161,15 +164,15 @@ def open_splits(
     train: Shards | None = None,
     gets_on: Callable[[], None] | None = None,
 ) -> Splits:
-    """Both splits of a set of shards, each opened once.
+    """Open both splits of a set of shards, each once.
 
     Args:
         data_dir: folder of shards.
-        train: its train split, where that is open already.
-        gets_on: as `open_shards` has it.
+        train: its train split, if it is open already.
+        gets_on: progress callback of `open_shards`.
 
     Raises:
-        UserError: they cannot be opened.
+        UserError: The shards cannot be opened.
     """
     train = open_shards(data_dir, "train", gets_on) if train is None else train
     there = has_split(data_dir, "val")
@@ -177,7 +180,7 @@ def open_splits(
 
 
 def unlabelled_split(splits: Splits) -> Shards | None:
-    """The first split with an image without a label; None: all have."""
+    """Find the first split with an image without a label; None: all have labels."""
     for shards in splits:
         if shards is not None and (not len(shards.labels) or int(shards.labels.min()) < 0):
             return shards
@@ -187,19 +190,19 @@ def unlabelled_split(splits: Splits) -> Shards | None:
 def bank_and_queries(
     splits: Splits, max_bank: int = 0, max_queries: int = 0, seed: int = 0
 ) -> tuple[Shards, Shards]:
-    """Images to compare with and images to classify.
+    """Choose the bank, images to compare with, and the queries, images to classify.
 
     The bank is the train split, the queries the val split. Without a val split, a seeded tenth of
     the train split is held out of the bank as queries.
 
     Args:
         splits: of a set of shards.
-        max_bank: a seeded choice of at most so many; 0 takes all.
+        max_bank: size of a seeded choice; 0 takes all.
         max_queries: likewise.
         seed: of the choices.
 
     Raises:
-        UserError: there is one image alone.
+        UserError: There is only one image.
     """
     bank, queries = splits
     if queries is not None:
@@ -222,8 +225,7 @@ def _some(shards: Shards, limit: int, seed: int) -> Shards:
 def _chosen_first(shards: Shards, seed: int) -> np.ndarray:
     """Seeded random order of the images, int64 [N], of which the first are chosen.
 
-    Images that have to be fetched stay together, shard by shard: a few from each shard would
-    cost a transfer of everything.
+    Remote images stay together shard by shard: a few of each shard would cost a transfer of all.
     """
     generator = np.random.Generator(np.random.Philox(seed))
     parts = shards.remote_parts()
@@ -239,7 +241,7 @@ def _chosen_first(shards: Shards, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class KnnMonitor:
-    """kNN evaluation of an encoder on fixed images, as often as wanted.
+    """kNN evaluation of an encoder on fixed images, repeatable during training.
 
     All ranks use it together: each encodes its share of the images and searches its share of
     the bank; only queries and nearest neighbours travel.
@@ -256,7 +258,7 @@ class KnnMonitor:
         batch_size: images encoded at once on each rank.
         num_workers: decoding processes on each rank.
         autocast: half-precision type; None is fp32.
-        label: for progress reports; empty reports nothing.
+        label: in progress reports; empty: no reports.
         left_out: as of :func:`~moco_scale.evaluation.features.extract`.
     """
 
@@ -275,7 +277,7 @@ class KnnMonitor:
     left_out: LeftOut | None = None
 
     def __post_init__(self) -> None:
-        # Before hours of training, not after them.
+        # Refuse before hours of training, not after them.
         why = self.bank.why_unlabelled or self.queries.why_unlabelled
         if why:
             raise UserError(f"kNN needs labels, and those of {self.bank.name} are not used: {why}")
@@ -284,7 +286,7 @@ class KnnMonitor:
 
     @property
     def hopeless(self) -> str:
-        """What to say where images are of classes that no image that votes has; "": none are."""
+        """Warning about queries whose classes the bank lacks; "" when there are none."""
         strangers = ~np.isin(self.queries.labels, self.bank.labels)
         if not strangers.any():
             return ""
@@ -294,14 +296,13 @@ class KnnMonitor:
         classes = f"{len(missing)} class{'es' * (len(missing) != 1)}"
         return (
             f"kNN: {int(strangers.sum())} of the {len(self.queries)} {self.queries.split} images "
-            f"are of {classes} that none of the {len(self.bank)} "
-            f"{self.bank.split} images that vote has (first: {printable(first, 60)}): they count "
-            "as wrong, whatever is learned"
+            f"are of {classes} that the {len(self.bank)} {self.bank.split} images of the bank "
+            f"lack (first: {printable(first, 60)}): they always count as wrong"
         )
 
     @property
     def num_classes(self) -> int:
-        """Classes that can be voted for."""
+        """Number of classes."""
         highest = max(int(self.bank.labels.max()), int(self.queries.labels.max()))
         return max(len(self.bank.classes), highest + 1)
 
@@ -311,7 +312,7 @@ class KnnMonitor:
         which: str = "projection",
         between: Callable[[], None] | None = None,
     ) -> dict[str, float]:
-        """``top1`` and ``top5`` in percent of an encoder, the same on every rank.
+        """Measure ``top1`` and ``top5`` of an encoder in percent, the same on every rank.
 
         Args:
             encoder: on this process's device; keeps its modes.
@@ -319,14 +320,14 @@ class KnnMonitor:
             between: as of :func:`~moco_scale.evaluation.features.extract`.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: An image cannot be read.
         """
         return self.measure_function(chosen_output(encoder, which), between)
 
     def measure_function(
         self, encode: Encode, between: Callable[[], None] | None = None
     ) -> dict[str, float]:
-        """The same of any function float32 [B, 3, S, S] -> [B, D], such as flattened pixels."""
+        """Measure any function float32 [B, 3, S, S] -> [B, D], such as flattened pixels."""
         bank, bank_labels = self._features(encode, self.bank, False, between)
         queries, query_labels = self._features(encode, self.queries, True, between)
         hits = _hits(

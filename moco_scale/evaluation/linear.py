@@ -1,10 +1,10 @@
-"""Linear classification on frozen features, the protocol in which MoCo's accuracies are stated.
+"""Linear classification on frozen features, the protocol of MoCo's published accuracies.
 
 "Momentum Contrast for Unsupervised Visual Representation Learning" (He et al., CVPR 2020),
 section 4.1: a linear classifier is trained by SGD on the globally pooled features of the frozen
 backbone (BatchNorm with its running statistics), on random crops and flips, and tested on centre
-crops. Like pretraining it works on global batches, so its result does not depend on the number of
-processes but for rounding.
+crops. Like pretraining it works on global batches, so its result depends on the number of
+processes by rounding only.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ from moco_scale.utils.text import printable
 
 
 class LinearEvaluation:
-    """One linear evaluation; every rank makes one and calls :meth:`run`.
+    """Linear evaluation; every rank makes one and calls :meth:`run`.
 
     Args:
         pretrained: encoder; moved to this process's device.
         train: images to train on.
         val: images to test on.
-        pixels: sizes and statistics.
+        pixels: crop and normalisation.
         config: see there.
         folder: for the state after each epoch; exists.
-        resume: ``"auto"`` continues what the folder holds, ``"none"`` refuses to.
+        resume: ``"auto"`` continues the folder's evaluation, ``"none"`` refuses to.
         num_workers: decoding processes on each rank.
         autocast: half-precision type of the encoder; None is fp32. The classifier is fp32.
         print_freq: steps between lines.
-        bad_samples: "skip": of a training image that cannot be decoded another takes the place,
-            and the accuracy is that of the test images that can.
+        bad_samples: "skip": another image replaces a training image that cannot be decoded, and
+            such test images do not count.
 
     Raises:
-        UserError: unlabelled images, a batch that does not fit, a folder that holds another
-            evaluation or into which one of this kind writes, damaged state.
-        StoppedEarly: one of this kind on another host writes there.
+        UserError: Images have no labels, the batch does not fit, the folder holds another
+            evaluation or a running one of this kind, or its state is damaged.
+        StoppedEarly: An evaluation of this kind on another host writes to the folder.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LinearEvaluation:
         self.num_workers, self.autocast, self.print_freq = num_workers, autocast, print_freq
         self.bad_samples = bad_samples
         self.left_out = LeftOut() if bad_samples == "skip" else None
-        self._replaced: list[BadSample] = []  # by another in training; of this rank, not yet told
+        self._replaced: list[BadSample] = []  # in training, on this rank, not yet reported
         self._unread: list[BadSample] = []
         self.world, self.rank = collectives.world_size(), collectives.rank()
         self.device = collectives.device()
@@ -129,7 +129,7 @@ class LinearEvaluation:
             "encoder": pretrained.described,
             **{f"{s.split} images": f"{len(s)} in {s.name}" for s in (train, val)},
         }
-        # Two of one kind in a folder would write each other's state.
+        # Two evaluations of one kind would overwrite each other's state.
         self._lock = RunLock(folder / f".{self.variant}.lock")
         claim_for_all(self._lock)
         state = linear_state.load(
@@ -147,15 +147,15 @@ class LinearEvaluation:
         return len(self.history)
 
     def run(self) -> dict[str, Any]:
-        """Train from where it stands to the end.
+        """Train the remaining epochs.
 
         Returns:
             In percent on the test images: ``top1``, ``top5`` of the best epoch (by top-1, the
             first of equals), ``last_top1``, ``last_top5`` of the last; ``best_epoch`` counts from
-            1. Further ``history`` with one entry an epoch.
+            1. Also ``history`` with one entry an epoch.
 
         Raises:
-            UserError: an image cannot be read, the loss is not finite, the state cannot be
+            UserError: An image cannot be read, the loss is not finite, or the state cannot be
                 written; every rank raises it.
         """
         if self.epoch:
@@ -208,7 +208,7 @@ class LinearEvaluation:
             left_out=self.left_out,
         )
         if gather and self.left_out is not None and self.left_out.places:
-            # The next image takes the place of one that cannot be decoded.
+            # The next image replaces one that cannot be decoded.
             places = np.arange(len(shards))
             readable = np.setdiff1d(places, list(self.left_out.places))
             if not len(readable):
@@ -218,7 +218,7 @@ class LinearEvaluation:
         return features, labels.to(self.device)
 
     def _batches(self, cache: tuple[Tensor, Tensor] | None) -> Generator[tuple[Tensor, Tensor]]:
-        """This rank's features [b, D] and labels [b] of each step still to do."""
+        """Yield this rank's features [b, D] and labels [b] of each remaining step."""
         steps = range(
             self.epoch * self.plan.steps_per_epoch, self.config.epochs * self.plan.steps_per_epoch
         )
@@ -261,7 +261,7 @@ class LinearEvaluation:
         return batch.labels.to(self.device, non_blocking=True)
 
     def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The next batch; an empty one after an error, so that this rank still meets the others."""
+        """Return the next batch; after an error an empty one, as the others wait for this rank."""
         try:
             return next(batches)
         except UserError as error:
@@ -286,7 +286,7 @@ class LinearEvaluation:
 
     @torch.enable_grad()
     def _step(self, features: Tensor, labels: Tensor, rate: float) -> tuple[float, float]:
-        """One SGD step on the global batch; its mean loss and how many were right."""
+        """Take an SGD step on the global batch; return its mean loss and number of hits."""
         logits = self.classifier(features)
         loss = F.cross_entropy(logits, labels, reduction="sum") / self.config.batch_size
         parameters = list(self.classifier.parameters())
@@ -294,7 +294,7 @@ class LinearEvaluation:
         right = (logits.detach().argmax(1) == labels).sum()
         failed = torch.tensor(float(self._failure is not None), device=self.device)
         extra = torch.stack([loss.detach(), right.float(), failed])
-        # All ranks' sums in one message.
+        # One message for all sums over ranks.
         flat = collectives.sum_(torch.cat([*(g.flatten() for g in gradients), extra]))
         loss_value, hits, failures = flat[-3:].tolist()
         if failures:
@@ -312,7 +312,7 @@ class LinearEvaluation:
         return loss_value, hits
 
     def _test(self, cache: tuple[Tensor, Tensor] | None) -> dict[str, float]:
-        """Accuracy on the test images, each rank a share of them."""
+        """Measure the accuracy on the test images, each rank on its share."""
         hits = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._unread = []
         failure: UserError | None = None
@@ -399,7 +399,7 @@ def _named(shards: Shards, label: int) -> str:
 
 
 def _new_classifier(width: int, classes: int, seed: int) -> nn.Linear:
-    """Weights normal with deviation 0.01, bias 0, as in the official code; a function of seed."""
+    """Make a classifier as the official code does: weights normal(0, 0.01) by seed, bias 0."""
     classifier = nn.utils.skip_init(nn.Linear, width, classes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What defines a linear evaluation, besides the encoder and the images."""
+"""Settings of a linear evaluation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _EPOCHS = 100  # the published length; decays and warm-up keep their place in ot
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """What defines a linear evaluation, besides encoder and images.
+    """Settings that define a linear evaluation, besides encoder and images.
 
     Attributes:
         schedule: ``"official"`` decays tenfold after 60 % and 80 % of the epochs; ``"bl0"`` warms
-            up for 5 % of them and then follows a cosine, step by step.
+            up for 5 % of them and then follows a cosine at each step.
         epochs: passes over the training images.
         batch_size: global.
         learning_rate: at the peak, for this batch size.
@@ -52,9 +52,9 @@ class LinearConfig:
     crop_min: float = 0.0
 
     def defining(self) -> dict[str, Any]:
-        """Plain values that an evaluation must agree in to be continued."""
+        """Return plain values that must be the same for an evaluation to be continued."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        # What states of earlier versions do not know counts only where it says something.
+        # States of earlier versions lack these: they count only where they differ from default.
         newer = LinearConfig()
         for name in ("scheduler", "warmup_epochs", "decay_epochs", "decay_rate", "crop_min"):
             if getattr(self, name) == getattr(newer, name):
@@ -63,14 +63,14 @@ class LinearConfig:
 
     @property
     def variant(self) -> str:
-        """Name of the protocol: evaluations that differ in it can share a folder."""
-        parts = ["linear", self.schedule]
-        parts += ["cached"] if self.cache_features else []
-        parts += ["projection"] if self.features == "projection" else []
-        return "-".join(parts)
+        """Name of the protocol: evaluations of different variants can share a folder."""
+        words = ["linear", self.schedule]
+        words += ["cached"] if self.cache_features else []
+        words += ["projection"] if self.features == "projection" else []
+        return "-".join(words)
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         bl0 = self.schedule == "bl0"
         warmup = 5 * self.epochs / _EPOCHS if bl0 else 0.0
         decays = self.decay_epochs or [round(self.epochs * at / _EPOCHS) for at in (60, 80)]

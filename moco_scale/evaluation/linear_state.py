@@ -1,4 +1,4 @@
-"""What a linear evaluation leaves behind after each epoch, to continue from."""
+"""State of a linear evaluation, saved after each epoch to continue from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from moco_scale.utils.text import printable
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Replace the state in a file; every rank calls it, the main one writes.
+    """Replace the state in a file; every rank calls it, rank 0 writes.
 
     Raises:
-        UserError: it cannot be written; the earlier state is untouched.
+        UserError: The file cannot be written; the earlier state is untouched.
     """
     consensus.broadcast_from_main(lambda: _write(path, state))
 
@@ -44,25 +44,24 @@ def load(
     resume: str,
     classifier: dict[str, Tensor],
 ) -> dict[str, Any] | None:
-    """The state in a file, which the main process reads for all; None where there is none.
+    """Read the state in a file on rank 0 for all; None where there is none.
 
-    A finished evaluation of something else is none: the new one may take its place, and this is
-    said.
+    The state of another, finished evaluation does not count: it is replaced, and this is logged.
 
     Args:
         path: see :func:`save`.
-        identity: what must agree with the state's ``identity``.
-        described: for people, what values of `identity` that say nothing mean.
-        resume: ``"auto"``, or ``"none"`` to refuse one that is there.
-        classifier: state of one like that whose state is read, in the optimizer's order.
+        identity: values that must equal the state's ``identity``.
+        described: readable descriptions of values of `identity` such as digests.
+        resume: ``"auto"``, or ``"none"`` to refuse an existing state.
+        classifier: state of a classifier of the same shape, in the optimizer's order.
 
     Returns:
         ``classifier`` and ``history`` as saved; ``momenta``, the optimizer's state by number of
         the parameter.
 
     Raises:
-        UserError: the state belongs to something else that is not finished (each difference is
-            named), is damaged, or is not wanted.
+        UserError: The state belongs to another, unfinished evaluation (each difference is named),
+            is damaged, or is refused.
     """
     return consensus.broadcast_from_main(
         lambda: _read(path, identity, described, resume, classifier)
@@ -96,12 +95,9 @@ def _read(
     lines = "\n".join(different)
     if not finished:
         raise UserError(
-            f"{path} belongs to another linear evaluation, which is not finished:\n{lines}\n{away}"
+            f"{path} belongs to another, unfinished linear evaluation:\n{lines}\n{away}"
         )
-    say(
-        f"{path} is of another linear evaluation, which is finished; this one takes its place:\n"
-        f"{lines}"
-    )
+    say(f"{path} holds another, finished linear evaluation; this one replaces it:\n{lines}")
     return None
 
 
@@ -111,7 +107,7 @@ def _differences(
     identity: dict[str, Any],
     described: dict[str, str],
 ) -> list[str]:
-    """One line for each value of an evaluation's identity that is another in the file."""
+    """Describe each value of an evaluation's identity that differs from the file's."""
     return [
         f"  {printable(name)}: {printable(meanings.get(name, repr(saved.get(name))))} there, "
         f"{described.get(name, repr(identity.get(name)))} now"
@@ -121,9 +117,9 @@ def _differences(
 
 
 def _tensors(file: TensorFile, classifier: dict[str, Tensor]) -> dict[str, Any]:
-    """The weights and momenta of a file, once they are known to be those of such a classifier.
+    """Read weights and momenta once their shapes are known to fit the classifier.
 
-    What else the optimizer's state says is the command line's.
+    The optimizer's other settings come from the command line.
     """
     weights = file.content.get("classifier")
     states = check(file.content.get("optimizer"), Momenta, "its optimizer").state

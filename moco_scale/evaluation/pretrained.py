@@ -1,4 +1,4 @@
-"""A trained encoder from its file; nothing of the file takes memory before it is known to fit."""
+"""Pretrained encoder read from a file; nothing is allocated before it is known to fit."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _ENCODERS = {"query": "model", "key": "model_ema"}
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a file like ``current.pth`` holds.
+    """Encoder of a file like ``current.pth``.
 
     Attributes:
         encoder: on the CPU, in evaluation mode.
-        opt: what of the run's settings belongs to an encoder, by flag name.
+        opt: the run's settings of the encoder, by flag name.
         path: the file.
         epoch: of the run.
         step: of the run.
@@ -46,7 +46,7 @@ class Pretrained:
 
     @property
     def described(self) -> str:
-        """For people: which encoder this is."""
+        """Description for people."""
         return f"{self.which} encoder of step {self.step} in {self.path}"
 
 
@@ -58,8 +58,8 @@ def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
         which: ``"query"`` or ``"key"`` (the moving average).
 
     Raises:
-        UserError: there is no such file, it is something else, it is damaged, or its weights are
-            not finite or not those of the encoder that it describes.
+        UserError: The file is missing, something else or damaged, or its weights are not finite or
+            do not fit the encoder that it describes.
     """
     path = Path(path)
     with read_model_file(path, "--pretrained-model") as file:
@@ -85,7 +85,7 @@ def load_pretrained(path: str | Path, which: str = "query") -> Pretrained:
 def _described(
     path: Path, content: dict[Any, Any], section: str
 ) -> tuple[EncoderSettings, int, int]:
-    """What a model file says of an encoder: its settings, and the run's step and epoch."""
+    """Read an encoder's settings and the run's step and epoch from a model file."""
     opt, state = content.get("opt"), content.get(section)
     if not isinstance(opt, dict) or not isinstance(state, dict):
         raise UserError(
@@ -98,7 +98,7 @@ def _described(
 
 
 def _encoder(path: Path, settings: EncoderSettings, file: TensorFile, section: str) -> Encoder:
-    """Build an encoder around the tensors of a file, once it is known that they are its own."""
+    """Build an encoder around the tensors of a file, once their names and shapes are checked."""
     try:
         with torch.device("meta"):  # without memory
             encoder = build_encoder(
@@ -135,7 +135,7 @@ def _encoder(path: Path, settings: EncoderSettings, file: TensorFile, section: s
 
 
 def _fits(stored: Any, tensor: Tensor) -> bool:
-    """Whether a stored tensor may become a weight: numbers with a fraction of any precision."""
+    """Check that a stored tensor may become a weight: same shape, floating point or not."""
     return (
         isinstance(stored, StoredTensor)
         and stored.shape == tensor.shape
@@ -146,13 +146,15 @@ def _fits(stored: Any, tensor: Tensor) -> bool:
 def read_model_file(path: Path, what: str) -> TensorFile:
     """Open a file that pretraining wrote; no code in it is ever run.
 
-    what: to call the file in messages.
+    Args:
+        path: of the file.
+        what: its name in messages, such as a flag.
 
     Returns:
-        The file, whose content is a dict. To be closed.
+        The file, whose content is a dict; the caller closes it.
 
     Raises:
-        UserError: there is no such file, it is something else, or damaged.
+        UserError: The file is missing, something else, or damaged.
     """
     shown = printable_path(path)
     try:
@@ -167,13 +169,13 @@ def read_model_file(path: Path, what: str) -> TensorFile:
         raise UserError(f"{what} {shown}: {error.strerror or error}") from None
     except ForeignError as error:
         raise UserError(
-            f"{what} {shown} holds more than tensors and plain values; reading it could run code "
-            f"from the file, so it is refused ({error}); name the current.pth of a run"
+            f"{what} {shown} holds more than tensors and plain values, and reading it could run "
+            f"code: refused ({error}); name the current.pth of a run"
         ) from None
     except PickleError as error:
         reason = str(error)
     raise UserError(
-        f"{what} {shown} is damaged or no file of torch.save: {reason}; "
+        f"{what} {shown} is damaged or not a file of torch.save: {reason}; "
         "name the current.pth of a run's --output-dir"
     )
 

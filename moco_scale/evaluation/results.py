@@ -1,4 +1,4 @@
-"""``results.json``: what evaluations of one folder have found, whoever writes it beside whom."""
+"""``results.json``: results of all evaluations in a folder, also of concurrent ones."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NAME = "results.json"
 
 
 def require_usable(folder: Path) -> None:
-    """Make the folder, see that it can be written, and that the results it holds can be added to.
+    """Make the folder, and check that it is writable and its results readable.
 
     Raises:
-        UserError: they cannot.
+        UserError: They are not.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output-dir {folder} is a file; name a folder")
@@ -41,23 +41,23 @@ def require_usable(folder: Path) -> None:
         _read(folder / NAME)
     except DocumentError as error:
         raise UserError(
-            f"{error}: no result of eval.py, or damaged; move it away, or choose another "
+            f"{error}: not a result of eval.py, or damaged; move it away, or choose another "
             "--output-dir"
         ) from None
 
 
 def add(folder: Path, result: dict[str, Any]) -> None:
-    """Write a result, and under ``all`` the newest of each ``variant``, those of others too.
+    """Write a result, and under ``all`` the newest of each ``variant``.
 
-    What is there now counts: others may have finished since this one began. What is damaged is
-    kept under another name.
+    The file is read again, as other evaluations may have finished since. A damaged file is kept
+    under another name.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The file cannot be written.
     """
     path = folder / NAME
-    with contextlib.suppress(OSError):  # as the next lines find
-        folder.mkdir(parents=True, exist_ok=True)  # removed meanwhile, perhaps
+    with contextlib.suppress(OSError):  # the next lines report it
+        folder.mkdir(parents=True, exist_ok=True)  # it may have been removed
     with alone(folder / f".{NAME}.lock", f"{path}: another evaluation writes it; waiting"):
         try:
             try:
@@ -65,7 +65,7 @@ def add(folder: Path, result: dict[str, Any]) -> None:
             except DocumentError as error:
                 kept = _free_name(path)
                 os.rename(path, kept)
-                say(f"{error}: it is kept as {kept.name}, and begun anew")
+                say(f"{error}: kept as {kept.name}; a new file is begun")
                 earlier = {}
             results = {**earlier, result["variant"]: result}
             text = json_text({**result, "all": results}, indent=1)

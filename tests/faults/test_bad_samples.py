@@ -184,7 +184,7 @@ def test_evaluation_leaves_them_out_and_says_so(
         assert left_out.places == set(DAMAGE)
     assert dict(left_out.counts) == {"train": 5}
     said = capsys.readouterr().err
-    assert said.count("5 of the 32 train images cannot be decoded and are left out") == 1
+    assert said.count("5 of the 32 train images cannot be decoded and are skipped") == 1
 
 
 def extracted(folder: Path) -> tuple[list[int], dict[str, int]]:

@@ -122,7 +122,7 @@ class TestModelFile:
     ) -> None:
         path = tmp_path / "foreign.pth"
         path.write_bytes(rubbish)
-        self.refused(evaluate, flags, path, "damaged or no file of torch.save")
+        self.refused(evaluate, flags, path, "damaged or not a file of torch.save")
 
     def test_truncated(self, evaluate: Evaluate, flags: dict[str, object], model: Path) -> None:
         model.write_bytes(model.read_bytes()[:-1000])

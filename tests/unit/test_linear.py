@@ -194,7 +194,7 @@ class TestFolderWithState:
     ) -> None:
         config = dataclasses.replace(SMALL, epochs=1)
         after = evaluation(shards, folder, config, seed=1)
-        assert after.epoch == 0 and "this one takes its place" in capsys.readouterr().err
+        assert after.epoch == 0 and "this one replaces it" in capsys.readouterr().err
         after.run()
         assert evaluation(shards, folder, config, seed=1).epoch == 1
         assert "its place" not in capsys.readouterr().err

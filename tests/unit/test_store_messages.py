@@ -110,7 +110,7 @@ def test_what_no_rank_has_written_ends_nothing_and_is_said_once(
     for _ in range(3):
         watch._talk()
         watch._look()
-    assert watch._verdict is None and watch._heard == {}
+    assert watch._verdict is None and watch._last_seen == {}
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "ignores" in said and "\x1b" not in said
     # What this rank itself finds is not lost by it.
