@@ -79,7 +79,7 @@ def main() -> None:
                     thread = folder._saver._thread
                     while thread is not None and thread.is_alive():
                         meanwhile.append(work(left))
-                    folder.settle()
+                    folder.finish_saving()
                     written.append(time.perf_counter() - start)
                 if step > 1:
                     times[background].append(waited)

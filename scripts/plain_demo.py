@@ -195,7 +195,7 @@ class PackageStep:
         self.queue.keys.copy_(queue.T)
 
     def __call__(self, ours: Tensor, theirs: Tensor, shuffle: Tensor, lr: float) -> float:
-        (query,) = self.engine.query(ours, part=0)
+        (query,) = self.engine.query(ours, micro_batch=0)
         keys = self.engine.key(theirs[shuffle])[shuffle.argsort()]
         images = np.arange(len(keys))  # which nothing is asked about
         loss = self.queue.contrast(query, keys, TEMPERATURE, images).loss.mean()

@@ -1,1 +1,1 @@
-"""Checkpoints: their format, a run's state, writing beside the loop, the output folder."""
+"""Checkpoints: format, state of a run, saving in the background, output folder."""

@@ -1,4 +1,4 @@
-"""Writing a checkpoint in a thread while training goes on."""
+"""Saving of checkpoints in a thread while training continues."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from moco_scale.utils.log import say
 
 
 class BackgroundSaver:
-    """Copies tensors to memory of its own and writes them from there, one checkpoint at a time.
+    """Copies tensors to its own memory and writes them from there, one checkpoint at a time.
 
-    The copy is all that the training loop waits for. Its memory is kept for the next time: a copy
-    into fresh pages takes several times as long. The ranks agree in the thread over a group of its
-    own, so that its messages never mix with those of the loop.
+    The training loop waits for the copy only. Its memory is reused: a copy into fresh pages takes
+    several times as long. The thread has its own process group, so that its messages never mix
+    with the loop's.
 
     Args:
-        asynchronous: False: :meth:`start` returns when everything is written.
+        asynchronous: False: :meth:`start` returns after writing.
     """
 
     def __init__(self, asynchronous: bool) -> None:
@@ -37,17 +37,17 @@ class BackgroundSaver:
     ) -> None:
         """Copy the tensors, then call ``write(copies, group)`` in the background.
 
-        Waits for the save before this one.
+        Waits for the previous save.
 
         Raises:
-            UserError: that of the save before, or of this one if not asynchronous.
+            UserError: The previous save failed, or this one if not asynchronous.
         """
         self.wait()
         if not self._asynchronous:
             write(tensors, None)
             return
         copies = self._copy(tensors)
-        # A daemon: when the process dies of something else, it does not wait for the disk.
+        # A daemon: a process that dies otherwise does not wait for the disk.
         self._thread = threading.Thread(
             target=self._run, args=(copies, write), name="saver", daemon=True
         )
@@ -74,30 +74,27 @@ class BackgroundSaver:
             write(copies, self.group)
         except BaseException as error:
             self._failure = error
-            # All ranks meet a UserError; one of them says it.
+            # All ranks raise a UserError; rank 0 logs it.
             if collectives.is_main() or not isinstance(error, UserError):
                 what = str(error) if isinstance(error, UserError) else repr(error)
-                say(
-                    f"rank {collectives.rank()}: saving has failed, so the run is about to stop: "
-                    f"{what}"
-                )
+                say(f"rank {collectives.rank()}: saving has failed, so the run will stop: {what}")
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written."""
+        """A save is under way."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether :meth:`wait` would raise by now."""
+        """The save has failed: :meth:`wait` would raise."""
         return self._failure is not None
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until nothing is being written any more, or so many seconds have passed.
+        """Wait until the save is complete, or so many seconds.
 
         Raises:
-            UserError: the last save failed; the same on every rank.
-            RuntimeError: another rank has gone.
+            UserError: The save failed; the same on every rank.
+            RuntimeError: Another rank is gone.
         """
         if self._thread is not None:
             self._thread.join(timeout)

@@ -1,6 +1,6 @@
-"""The portable checkpoint: global state under plain names, whichever engine and ranks wrote it.
+"""Portable checkpoint: global state under plain names, independent of engine and ranks.
 
-A folder with the tensors as ``torch.distributed.checkpoint`` writes them and ``meta.json``. It is
+A folder with the tensors, written by ``torch.distributed.checkpoint``, and ``meta.json``. It is
 written under a temporary name and renamed when complete. Loading executes no pickled code.
 """
 
@@ -44,7 +44,7 @@ STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 
 
 def owner(name: str) -> int:
-    """The rank that writes a tensor: a function of its name, so that nobody has to ask."""
+    """Rank that writes a tensor: a function of its name, so that no message is needed."""
     return zlib.crc32(name.encode()) % collectives.world_size()
 
 
@@ -59,14 +59,13 @@ def save(
 
     Args:
         folder: final name; must not exist.
-        tensors: global state by plain name; a name may be given by several ranks.
-        meta: plain values kept beside it.
+        tensors: global state by plain name; several ranks may give the same name.
+        meta: plain values beside them.
         group: of :func:`distributed.side_group`, when called from another thread.
-        rows: of which tensors this rank gives only some rows, and which; the ranks' rows make up
-            the whole.
+        rows: this rank's rows of sharded tensors; all ranks' rows make up the whole.
 
     Raises:
-        UserError: it cannot be written (disk full, no permission); nothing is left of it.
+        UserError: It cannot be written (disk full, no permission); nothing is left behind.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     main, detached = collectives.is_main(), {name: t.detach() for name, t in tensors.items()}
@@ -87,7 +86,7 @@ def save(
                 no_dist=collectives.world_size() == 1,
             )
 
-    # After each, ranks hear of each other: none begins what another does not.
+    # Ranks synchronise after each: none starts a stage that another does not.
     writer, planner = _attempt(begin, temporary, group)
     _attempt(write, temporary, group)
     _attempt(lambda: _complete(temporary, folder, meta) if main else None, temporary, group)
@@ -116,9 +115,9 @@ def _complete(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
 
 
 def _attempt(action: Callable[[], T], temporary: Path, group: Any) -> T:
-    """Run on every rank; what goes wrong on one becomes the same error everywhere.
+    """Run on every rank; any failure on one becomes the same error on all.
 
-    Whatever it is: the others wait to hear of it. No part of the checkpoint is left then.
+    The incomplete checkpoint is then removed.
     """
 
     def named() -> T:
@@ -126,7 +125,7 @@ def _attempt(action: Callable[[], T], temporary: Path, group: Any) -> T:
             return action()
         except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
             if not isinstance(error, OSError | RuntimeError | dcp.api.CheckpointException):
-                traceback.print_exception(error)  # a defect: where it is helps to mend it
+                traceback.print_exception(error)  # a bug: its place helps to fix it
             raise UserError(
                 f"cannot write the checkpoint {temporary.parent}: {failure_reason(error)}; earlier "
                 "checkpoints are untouched: make room or fix the folder, then start again"
@@ -141,10 +140,7 @@ def _attempt(action: Callable[[], T], temporary: Path, group: Any) -> T:
 
 
 def readable_meta(folder: Path) -> dict[str, Any]:
-    """Of a checkpoint that is damaged, those plain values that are what they should be.
-
-    Empty where there are none.
-    """
+    """Return the valid plain values of a damaged checkpoint, perhaps none."""
     try:
         return usable(read_json(folder / META, META_JSON, "checkpoint file"))
     except UserError:
@@ -152,22 +148,22 @@ def readable_meta(folder: Path) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint, after checking that it is whole.
+    """Read the plain values of a checkpoint, after checking that it is complete.
 
     Raises:
-        UserError: not a checkpoint of this project, incomplete, or of another format.
+        UserError: It is no checkpoint of this project, incomplete, or of another format.
     """
     return _read_meta(folder)[0]
 
 
 def _read_meta(folder: Path) -> tuple[dict[str, Any], bool]:
-    """Also whether a checksum covers them."""
+    """Read the plain values, and whether a checksum covers them."""
     what = f"checkpoint {printable_path(folder)}"
     try:
         if not folder.is_dir():
             raise UserError(f"no {what}: there is no such folder")
         if not (folder / META).is_file():
-            raise UserError(f"{what} is not a complete one of moco_scale: it has no {META}")
+            raise UserError(f"{what} is incomplete, or not of moco_scale: it has no {META}")
         content = read_bounded(folder / META, META_JSON, "checkpoint file")
         meta, sealed_ = parse_meta(content, what)
         for name, size in meta["files"].items():
@@ -181,17 +177,17 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any], bool]:
     step = STEP_FOLDER.fullmatch(folder.name)
     if step is not None and int(step.group(1)) != meta["step"]:
         raise UserError(
-            f"{what} is damaged, or its folder has been renamed: it says that it is of step "
+            f"{what} is damaged, or its folder has been renamed: its {META} is of step "
             f"{meta['step']}"
         )
     return meta, sealed_
 
 
 def verify(folder: Path) -> None:
-    """Compare every file with the checksum that was written beside it.
+    """Compare every file with its checksum.
 
     Raises:
-        UserError: a file is not what was written, or its checksum is not there.
+        UserError: A file is not what was written, or has no checksum.
     """
     meta, sealed_ = _read_meta(folder)
     sums, what = meta["crc32"], f"checkpoint {printable_path(folder)}"
@@ -219,10 +215,10 @@ def _checksum(path: Path) -> int:
 
 
 def shapes(folder: Path) -> dict[str, dict[str, Any]]:
-    """Shape, numbers and bytes of each tensor of a checkpoint, without reading their values.
+    """Return shape, numbers and bytes of each tensor of a checkpoint, without reading values.
 
     Raises:
-        UserError: the index is damaged, or names anything but tensors.
+        UserError: The index is damaged, or names anything but tensors.
     """
     found = {}
     for name, entry in read_index(folder).items():
@@ -236,10 +232,10 @@ def shapes(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_index(folder: Path) -> dict[str, Entry]:
-    """The tensors of a checkpoint by name, and where they lie in its files, which is looked at.
+    """Read the tensors' names and their places in the files, which must exist.
 
     Raises:
-        UserError: the index is damaged, or says what cannot be.
+        UserError: The index is damaged or impossible.
     """
     try:
         entries = parse_index(read_bounded(folder / INDEX, CHECKPOINT_INDEX, "its index"))
@@ -247,7 +243,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
         sizes = {name: (folder / name).stat().st_size for name in {c.file for c in chunks}}
         used: Counter[str] = Counter()
         for chunk in chunks:
-            # Parts that share bytes would take more memory than the files have.
+            # Chunks that share bytes would take more memory than the files have.
             used[chunk.file] += chunk.length
             if max(used[chunk.file], chunk.offset + chunk.length) > sizes[chunk.file]:
                 raise PickleError(f"{chunk.file} has fewer bytes than its index says")
@@ -266,15 +262,15 @@ def load(
     rows: Mapping[str, Rows] = NO_ROWS,
     expected: Mapping[str, Expected] | None = None,
 ) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU; each rank reads by itself.
+    """Load all tensors of a checkpoint to the CPU; each rank reads by itself.
 
     Args:
         folder: of the checkpoint.
-        rows: of which tensors, where there are such, to read only some rows, and which.
-        expected: what there has to be, compared before anything is read; None: whatever there is.
+        rows: rows to read of some tensors, by name; the others are read whole.
+        expected: tensors that must be there, checked before any is read; None: no check.
 
     Raises:
-        UserError: the folder is damaged, holds anything but tensors, or not what is expected.
+        UserError: The folder is damaged, holds anything but tensors, or not the expected ones.
     """
     entries = read_index(folder)
     if expected is not None:
@@ -288,8 +284,8 @@ def load(
 def _load(folder: Path, entry: Entry, rows: Rows | None) -> Tensor:
     if rows is None:
         if len(entry.chunks) == 1:
-            part = _part(folder, entry, entry.chunks[0])
-            return part if entry.shape else part[0]
+            whole = _read_chunk(folder, entry, entry.chunks[0])
+            return whole if entry.shape else whole[0]
         total = entry.shape[0] if entry.shape else 1
         rows = Rows(0, total, total)
     elif not entry.shape or entry.shape[0] != rows.total:
@@ -299,13 +295,13 @@ def _load(folder: Path, entry: Entry, rows: Rows | None) -> Tensor:
         first = max(rows.first, chunk.first)
         end = min(rows.first + rows.size, chunk.first + chunk.rows)
         if first < end:
-            part = _part(folder, entry, chunk)[first - chunk.first : end - chunk.first]
-            whole[first - rows.first : end - rows.first] = part
+            some = _read_chunk(folder, entry, chunk)[first - chunk.first : end - chunk.first]
+            whole[first - rows.first : end - rows.first] = some
     return whole if entry.shape else whole[0]
 
 
-def _part(folder: Path, entry: Entry, chunk: Chunk) -> Tensor:
-    """The rows of a chunk; of a scalar, one."""
+def _read_chunk(folder: Path, entry: Entry, chunk: Chunk) -> Tensor:
+    """Read the rows of a chunk; a scalar is one row."""
     with TensorFile(folder / chunk.file, chunk.offset, chunk.length) as file:
         stored = file.content
         shape = (chunk.rows, *entry.shape[1:]) if entry.shape else ()
@@ -314,12 +310,12 @@ def _part(folder: Path, entry: Entry, chunk: Chunk) -> Tensor:
             shape,
         ):
             raise PickleError(f"{chunk.file} does not hold what the index says")
-        part = file.read(stored)
-    return part if entry.shape else part[None]
+        rows = file.read(stored)
+    return rows if entry.shape else rows[None]
 
 
 class Expected(NamedTuple):
-    """A tensor that a checkpoint has to hold, or may."""
+    """Tensor that a checkpoint must, or may, hold."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -344,10 +340,10 @@ def _require(folder: Path, entries: Mapping[str, Entry], expected: Mapping[str, 
 
 
 def refuse(folder: Path, problems: list[str]) -> None:
-    """Raise what is wrong with a checkpoint, if anything is.
+    """Raise an error if a checkpoint has problems.
 
     Raises:
-        UserError: names each problem, five at most.
+        UserError: There are problems; the message has five at most.
     """
     if problems:
         raise UserError(

@@ -40,7 +40,7 @@ _Sums = Annotated[dict[_File, Annotated[int, Field(ge=0, lt=1 << 32)]], at_most(
 
 
 class Record(Document):
-    """A line of the metrics; what a progress bar shows of it has to be there."""
+    """Line of the metrics; the values that a progress bar shows are required."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[Shown, bool | Count | float | Shown | None]
@@ -54,14 +54,14 @@ class Record(Document):
 
 
 class Unlogged(Document):
-    """What the step will be logged with."""
+    """Log of a step whose evaluation is still to come."""
 
     record: Annotated[Record, at_most(1000)]
     line: Shown
 
 
 class Meta(Document):
-    """A checkpoint's plain values; all but the first four are missing where no run wrote it."""
+    """Plain values of a checkpoint; only the first four are there where no run wrote it."""
 
     format: Literal[1]
     step: Count
@@ -86,7 +86,7 @@ class Meta(Document):
 
 
 def sealed(text: str) -> str:
-    """A JSON object with a checksum of its text as its last value."""
+    """Add a checksum of its text to a JSON object, as the last value."""
     body = text.rstrip().removesuffix("}").rstrip()
     return body + _seal(body.encode())
 
@@ -103,27 +103,27 @@ def parse_meta(content: bytes, what: str) -> tuple[dict[str, Any], bool]:
         what: names the checkpoint in messages.
 
     Returns:
-        The values of :class:`Meta` that are there, and whether a checksum covers them: those of
-        earlier versions have none.
+        The given values of :class:`Meta`, and whether a checksum covers them: those of earlier
+        versions have none.
 
     Raises:
-        UserError: it is not one, or not what was written.
+        UserError: It is no meta.json, or not what was written.
     """
     raw = parse_json(content, f"{what}: its meta.json")
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise UserError(f"{what} is not one of format {FORMAT}, which this version reads")
-    check(raw, Meta, f"{what} is damaged, or none of moco_scale: its meta.json has no usable value")
+        raise UserError(f"{what} is not of format {FORMAT}, which this version reads")
+    check(raw, Meta, f"{what} is damaged, or not of moco_scale: its meta.json has no usable value")
     body, mark, _ = content.rpartition(f',\n "{_OWN}": '.encode())
     if mark and content != body + _seal(body).encode():
         raise UserError(f"{what} is damaged: its meta.json is not what was written")
-    # Without a checksum it is of an earlier version, which wrote these and nothing else.
+    # Without a checksum it is of an earlier version, which wrote only these.
     if not mark and raw.keys() - Meta.model_fields.keys():
         raise UserError(f"{what} is damaged: its meta.json has lost its checksum")
     return {name: raw[name] for name in Meta.model_fields if name in raw}, bool(mark)
 
 
 def usable(raw: Any) -> dict[str, Any]:
-    """Of the values of a damaged meta.json, those that may be what they should be."""
+    """Return the valid values of a damaged meta.json."""
     if not isinstance(raw, dict):
         return {}
     wrong: set[Any] = set()

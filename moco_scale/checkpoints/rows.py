@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint of which each rank writes, or reads, only some rows.
+"""Sharded tensors of a checkpoint: each rank writes, or reads, only some rows.
 
-In the files such a tensor is one tensor, in chunks that know their place: who writes it whole,
-who in parts, and who reads which part need not know of each other.
+The files hold them as one tensor in chunks with their places, so that a tensor written whole can
+be read in shards, and the other way round.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-# A reader takes a chunk into memory whole, even if it wants only some of its rows.
+# Chunks are read whole, even for some of their rows.
 _CHUNK_BYTES = 1 << 25
 
 
 class Rows(NamedTuple):
-    """Consecutive rows of a tensor."""
+    """Range of consecutive rows of a tensor."""
 
     first: int
     size: int
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 class RowsSavePlanner(DefaultSavePlanner):
-    """Writes the named tensors, of which the state holds only these rows, in their places."""
+    """Writes tensors of which the state holds only some rows to their places."""
 
     def __init__(self, rows: Mapping[str, Rows]) -> None:
         super().__init__()

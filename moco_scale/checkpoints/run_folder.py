@@ -1,4 +1,4 @@
-"""The output folder of a run: whether it may be written, what it resumes from, what it keeps."""
+"""Output folder of a run: its lock, resuming, and kept checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moco_scale.utils.text import printable
 
 T = TypeVar("T")
 LOCK = ".lock"
-"""Name of the file in an output folder by which one run keeps others out of it."""
+"""Name of the file in an output folder whose lock keeps other runs out."""
 
 
 class RunFolder:
@@ -38,8 +38,9 @@ class RunFolder:
     Attributes:
         path: the folder.
         metrics: its ``metrics.jsonl``.
-        lock: keeps other runs out of it.
-        config: complete once :meth:`prepare` has been called.
+        current: its ``current.pth``.
+        lock: keeps other runs out.
+        config: complete after :meth:`prepare`.
     """
 
     def __init__(self, config: Config, data_fingerprint: str) -> None:
@@ -52,22 +53,21 @@ class RunFolder:
         self._saver, self._newest = BackgroundSaver(config.run.async_save), ""
 
     def prepare(self) -> Path | None:
-        """Make the folder and decide what to start from; all ranks call it.
+        """Make the folder and choose the checkpoint to start from; all ranks call it.
 
         Returns:
             The checkpoint to resume from; None to start from the beginning.
 
         Raises:
-            UserError: the folder cannot be written, is not the same one for all ranks, holds
-                another run, or ``--resume`` names something that is not there or does not agree
-                with the flags.
-            StoppedEarly: a run on another host writes there.
+            UserError: The folder cannot be written, is not the same one for all ranks or holds
+                another run, or the checkpoint of ``--resume`` is missing or of other flags.
+            StoppedEarly: A run on another host writes there.
         """
         shuffled = _shuffled_here(self.config)
 
         consensus.broadcast_from_main(lambda: self._writing(self._make))
         claim_for_all(self.lock)
-        # What is there is looked at when nobody else can change it any more.
+        # Look only now, when nobody else can change the folder.
         start, self.config = consensus.broadcast_from_main(
             lambda: self._writing(lambda: self._prepare(shuffled))
         )
@@ -75,13 +75,13 @@ class RunFolder:
         return start
 
     def begin(self, step: int) -> int:
-        """A run that is set up starts: write ``config.json``, tidy up; all ranks call it.
+        """Start a run that is set up: write ``config.json``, tidy up; all ranks call it.
 
         Returns:
-            How many metric lines of steps that will be run again were dropped.
+            Number of dropped metric lines, of steps that will run again.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: The folder cannot be written.
         """
         return consensus.broadcast_from_main(lambda: self._writing(lambda: self._begin(step)))
 
@@ -98,25 +98,25 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--output-dir {self.path} is a file; name a folder")
         if self.config.run.resume not in ("auto", "none"):
-            _named(self.config.run.resume)  # of a mistake here nothing is made
+            _named(self.config.run.resume)  # a mistake here must make no folder
         self.path.mkdir(parents=True, exist_ok=True)
 
     def _prepare(self, shuffled: int) -> tuple[Path | None, Config]:
         start = self._resume_from(self.config.run.resume)
         meta = {} if start is None else checkpoint.read_meta(start)
         if shuffled:
-            # What the run began with, whatever a node holds now.
+            # The group of the run's start, whatever a node holds now.
             group = (meta.get("config") or {}).get("shuffle_group") or shuffled
             contrast = dataclasses.replace(self.config.contrast, shuffle_group=group)
             self.config = dataclasses.replace(self.config, contrast=contrast)
             check_shuffle_group(self.config)
         if start is not None:
-            self._require_agreement(meta, start)
+            self._require_same_run(meta, start)
         return start, self.config
 
     def _begin(self, step: int) -> int:
         for left in (self.path / "checkpoints").glob(".step-*"):
-            shutil.rmtree(left, ignore_errors=True)  # of a process killed while saving
+            shutil.rmtree(left, ignore_errors=True)  # left by a process killed while saving
         try:
             self._write_config()
         except OSError as error:
@@ -124,14 +124,14 @@ class RunFolder:
                 raise  # a new run, which has nothing to lose yet
             say(
                 f"cannot write {self._config_file}: {error.strerror or error}; it stays as it was, "
-                "and training goes on"
+                "and training continues"
             )
         try:
             return metrics_file.forget_after(self.metrics, step)
         except OSError as error:
             say(
-                f"cannot rewrite {self.metrics}: {error.strerror or error}; steps that are run "
-                "again will be in it twice, and training goes on"
+                f"cannot rewrite {self.metrics}: {error.strerror or error}; it will have repeated "
+                "steps twice, and training continues"
             )
             return 0
 
@@ -140,16 +140,15 @@ class RunFolder:
         write_atomically(self._config_file, json.dumps(content, indent=1) + "\n")
 
     def hold(self) -> None:
-        """Before rank 0 writes: see that the folder is this run's, made again if it was removed.
-
+        """Check, before rank 0 writes, that the folder is this run's; remake a removed one.
         Raises:
-            UserError: another run has taken it.
-            OSError: it cannot be made.
+            UserError: Another run has taken the folder.
+            OSError: The folder cannot be made.
         """
         if self.lock.hold():
             say(
-                f"--output-dir {self.path} was removed under this run: it is made again, without "
-                "what was in it"
+                f"--output-dir {self.path} was removed during the run: it is made again, without "
+                "its former content"
             )
             with contextlib.suppress(OSError):
                 self._write_config()
@@ -157,19 +156,19 @@ class RunFolder:
     def side_file(
         self, name: str, warn: Callable[[str], None] = say, head: bytes = b""
     ) -> SideFile:
-        """A file that rank 0 adds to while it trains."""
+        """Make a file that rank 0 appends to while training."""
         return SideFile(self.path / name, head, self.hold, warn)
 
     def _require_shared(self) -> None:
-        """Each rank writes a part of every checkpoint: all have to see what rank 0 sees."""
+        """Check that all ranks see rank 0's folder: each writes its share of every checkpoint."""
         mark = collectives.broadcast_object(self.lock.mark)
 
         def look() -> None:
-            # Rank 0 must not: a process that closes a file loses its lock.
+            # Not on rank 0: a process that closes a file loses its lock.
             if not collectives.is_main() and _content(self.lock.path) != mark:
                 raise UserError(
-                    f"--output-dir {self.path} is not here what it is for rank 0: name a folder "
-                    "on a file system that all hosts share"
+                    f"--output-dir {self.path} is another folder here than on rank 0: name one on "
+                    "a file system that all hosts share"
                 )
             if not os.access(self.path, os.W_OK):
                 raise UserError(f"--output-dir {self.path} cannot be written from here")
@@ -177,7 +176,7 @@ class RunFolder:
         consensus.raise_on_all_ranks(look)
 
     def release(self) -> None:
-        """Let other runs write here."""
+        """Release the lock."""
         self.lock.release()
 
     def _resume_from(self, wish: str) -> Path | None:
@@ -218,36 +217,36 @@ class RunFolder:
             before = f"continue from {own[-2].name}" if len(own) > 1 else "start over"
             raise UserError(f"{error}; move {own[-1]} away to {before}") from None
 
-    def _require_agreement(self, meta: dict[str, Any], start: Path) -> None:
+    def _require_same_run(self, meta: dict[str, Any], start: Path) -> None:
         if not isinstance(meta.get("config"), dict):
-            raise UserError(f"{start} does not say which configuration it belongs to")
+            raise UserError(f"{start} lacks the configuration of its run")
         lines = differences(meta["config"], self.config.defining())
         if meta.get("data_fingerprint") != self._fingerprint:
             lines.append(f"  --data-dir: other images in {self.config.source} now")
         if lines:
             raise UserError(
-                f"the flags do not agree with the run that {start} belongs to:\n"
+                f"the flags differ from those of the run of {start}:\n"
                 + "\n".join(lines)
                 + "\nuse that run's values to continue it, or another --output-dir for a new run"
             )
 
     def not_finite(self, step: int, what: str) -> UserError:
-        """The error that ends a run whose numbers have gone wrong."""
-        self.settle()
+        """Make the error that ends a run with non-finite values."""
+        self.finish_saving()
         return UserError(
             f"stopped at step {step}: {what}; lower --base-lr or lengthen --warmup-epoch; "
             f"last good checkpoint: {self.last_good()}"
         )
 
     def last_good(self) -> str:
-        """The newest complete checkpoint, for people; what is not finite is never saved."""
-        # Asked first: what ends meanwhile is among those that are listed.
+        """Name the newest complete checkpoint; state that is not finite is never saved."""
+        # Asked first: a save that ends meanwhile is then among those listed.
         coming = f"; {self._newest} is being written" if self._saver.busy else ""
         saved = self.checkpoints()
         return (str(saved[-1]) if saved else "none") + coming
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints in this folder, oldest first."""
+        """List complete checkpoints in this folder, oldest first."""
         return complete_checkpoints(self.path)
 
     def save(
@@ -261,21 +260,21 @@ class RunFolder:
     ) -> None:
         """Write a checkpoint, point ``latest`` at it, replace ``current.pth``, drop old ones.
 
-        All ranks call it. With ``--async-save`` it returns as soon as the tensors are copied;
-        an error is then said at once, shows in :meth:`save_failed`, and is raised by the next call
-        or by :meth:`settle`.
+        All ranks call it. With ``--async-save`` it returns when the tensors are copied; an error
+        is then logged at once, shows in :meth:`save_failed`, and is raised by the next call or by
+        :meth:`finish_saving`.
 
         Args:
             step: of the run.
-            tensors: global state by name: what this rank owns, and on rank 0 the whole model.
-            model: which of them rank 0 writes to ``current.pth``, and under which names there:
-                ``"model.backbone.conv1.weight"``, the part before the first dot being a section.
+            tensors: global state by name: this rank's own, and on rank 0 the whole model.
+            model: names in ``current.pth`` of tensors that rank 0 writes there, such as
+                ``"model.backbone.conv1.weight"``; the word before the first dot is a section.
             meta: plain values; the configuration is added.
             keep: keep this checkpoint for good.
-            rows: of which tensors each rank gives some rows.
+            rows: this rank's rows of sharded tensors.
 
         Raises:
-            UserError: something cannot be written; earlier checkpoints are untouched.
+            UserError: A file cannot be written; earlier checkpoints are untouched.
         """
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         meta = {
@@ -306,7 +305,7 @@ class RunFolder:
                 write_atomically(folder.parent / "latest", folder.name + "\n")
                 save_atomically(self.current, self._model(copies, model, meta))
                 self._drop_old()
-            except Exception as error:  # whatever it is, the others wait to hear of it
+            except Exception as error:  # whatever it is: the others wait for it
                 where = getattr(error, "filename2", None) or self.path
                 raise UserError(
                     f"cannot write to {where}: {failure_reason(error)}; checkpoint "
@@ -319,7 +318,7 @@ class RunFolder:
     def _model(
         self, tensors: dict[str, Tensor], names: dict[str, str], meta: dict[str, Any]
     ) -> dict[str, Any]:
-        """The content of ``current.pth``; on the CPU, so that reading it needs no GPU."""
+        """Build the content of ``current.pth``, on the CPU, so that reading it needs no GPU."""
         content: dict[str, Any] = {
             "opt": self.config.flat(),
             "epoch": meta["epoch"],
@@ -331,13 +330,13 @@ class RunFolder:
         return content
 
     def is_current(self, step: int) -> bool:
-        """Whether ``current.pth`` is of this step; all ranks call it."""
+        """Check that ``current.pth`` is of this step; all ranks call it."""
 
         def look() -> bool:
             try:
                 with TensorFile(self.current) as file:
                     content = file.content
-            except (OSError, UserError):  # not there, or damaged in any way
+            except (OSError, UserError):  # missing or damaged
                 return False
             return isinstance(content, dict) and content.get("step") == step
 
@@ -349,7 +348,7 @@ class RunFolder:
         """Replace ``current.pth``; see :meth:`save`; all ranks call it.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: The file cannot be written.
         """
 
         def write() -> None:
@@ -364,14 +363,14 @@ class RunFolder:
         consensus.broadcast_from_main(write)
 
     def save_failed(self) -> bool:
-        """Whether a save in the background has failed on this rank, and :meth:`settle` raises."""
+        """Tell whether a background save failed on this rank: :meth:`finish_saving` raises it."""
         return self._saver.failed
 
-    def settle(self, timeout: float | None = None) -> None:
-        """Wait until nothing is being written, or so many seconds; all ranks call it.
+    def finish_saving(self, timeout: float | None = None) -> None:
+        """Wait for the save under way, or so many seconds; all ranks call it.
 
         Raises:
-            UserError: the last save failed.
+            UserError: The last save failed.
         """
         self._saver.wait(timeout)
 
@@ -384,11 +383,11 @@ class RunFolder:
             shutil.rmtree(trash, ignore_errors=True)
 
     def is_own(self, folder: Path) -> bool:
-        """Whether a checkpoint is one of this folder's."""
+        """Tell whether a checkpoint is in this folder."""
         return folder.resolve().parent == (self.path / "checkpoints").resolve()
 
     def is_logged(self, step: int) -> bool:
-        """Whether the metrics have a line of this step; all ranks call it."""
+        """Tell whether the metrics have a line of this step; all ranks call it."""
         return consensus.broadcast_from_main(lambda: metrics_file.has_step(self.metrics, step))
 
 
@@ -400,7 +399,7 @@ def _content(file: Path) -> str:
 
 
 def _shuffled_here(config: Config) -> int:
-    """Samples of one node, if the configuration leaves ``--shuffle-group`` to the hardware."""
+    """Return samples of one node, if ``--shuffle-group`` is left to the hardware, else 0."""
     contrast = config.contrast
     if contrast.shuffle_bn != "node" or contrast.shuffle_group:
         return 0
@@ -412,11 +411,11 @@ def _is_kept(folder: Path) -> bool:
     try:
         return bool(checkpoint.read_meta(folder).get("keep", True))
     except UserError:
-        return True  # damaged: no reason to stop a run, and for people to look at
+        return True  # damaged: no reason to stop a run, and people may want to look at it
 
 
 def _named(wish: str) -> Path:
-    """The checkpoint that ``--resume`` names, itself or by its run. Raises UserError: none."""
+    """Find the checkpoint of ``--resume``, named itself or by its run. Raises UserError."""
     named = Path(wish)
     if not wish.strip():
         raise UserError("--resume is empty: name a checkpoint, or a run's output folder")
@@ -433,7 +432,7 @@ def _named(wish: str) -> Path:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Those of a run's output folder, oldest first; the newest is what it would resume from."""
+    """List the complete checkpoints of a run's folder, oldest first; it resumes from the newest."""
     root = run / "checkpoints"
     if not root.is_dir():
         return []

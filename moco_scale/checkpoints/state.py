@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint takes from it and gives back."""
+"""State of a run, saved to and restored from checkpoints."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from moco_scale.observe.loggers import Meters
 
 
 class Unlogged(TypedDict):
-    """What a step is going to be logged with; its checkpoint keeps it, see :meth:`Monitor.log`."""
+    """Log of a step whose evaluation is still to come; kept in the checkpoint."""
 
     record: dict[str, Any]
     line: str
 
 
 class TrainedRun(Protocol):
-    """A run, as far as a checkpoint holds it."""
+    """Run, as far as checkpoints need it."""
 
     config: Config
     folder: RunFolder
@@ -44,7 +44,7 @@ class TrainedRun(Protocol):
     total_steps: int
 
 
-# Of the queue's state, what has a row for each slot.
+# Tensors of the queue with a row for each slot.
 _BY_SLOT = ("keys", "samples")
 _SCALE = "loss_scale.state"
 
@@ -52,17 +52,17 @@ _SCALE = "loss_scale.state"
 def read_state(
     run: TrainedRun, moco: MoCo, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The plain values and the tensors of a checkpoint; each rank reads by itself.
+    """Read the plain values and tensors of a checkpoint; each rank reads by itself.
 
-    Of the queue it reads the slots that the run's queue holds, whoever wrote them.
+    Each rank reads its own slots of the queue, whichever rank wrote them.
 
     Args:
-        run: with a queue and meters; what is read has to fit it.
+        run: with a queue and meters, which the checkpoint must fit.
         moco: both encoders, before an engine exists.
         folder: of the checkpoint.
 
     Raises:
-        UserError: on any rank, it cannot be read, or lacks or has what the run does not.
+        UserError: On some rank the checkpoint cannot be read or does not fit the run.
     """
     queue = run.queue
     mine = checkpoint.Rows(queue.first, len(queue.keys), len(queue))
@@ -78,7 +78,7 @@ def read_state(
 
 
 def _expected(run: TrainedRun, moco: MoCo) -> dict[str, checkpoint.Expected]:
-    """What a checkpoint of this run holds."""
+    """List the tensors of this run's checkpoints."""
     tensors = {f"model.{name}": t for name, t in moco.state_dict().items()}
     tensors |= {
         f"optimizer.{name}.{MOMENTUM}": p.detach() for name, p in moco.trained_parameters().items()
@@ -95,7 +95,7 @@ def _expected(run: TrainedRun, moco: MoCo) -> dict[str, checkpoint.Expected]:
 
 
 def _wrong_numbers(run: TrainedRun, meta: dict[str, Any], saved: dict[str, Tensor]) -> list[str]:
-    """What no run can have come to."""
+    """List values that no run can have reached."""
     step, batch = meta["step"], run.config.optim.batch_size
     pointer, enqueued = int(saved["queue.pointer"]), int(saved["queue.enqueued"])
     most = step * batch * (2 if run.config.contrast.symmetric else 1)
@@ -119,7 +119,7 @@ def _wrong_numbers(run: TrainedRun, meta: dict[str, Any], saved: dict[str, Tenso
 
 
 def _not_finite(saved: dict[str, Tensor]) -> list[str]:
-    """Names of weights, momenta and keys that are not; a run saves none."""
+    """List weights, momenta and keys that are not finite; a run saves none."""
     return [
         f"{name} is not finite"
         for name, tensor in saved.items()
@@ -128,21 +128,21 @@ def _not_finite(saved: dict[str, Tensor]) -> list[str]:
 
 
 def load_model(run: TrainedRun, moco: MoCo, saved: dict[str, Tensor]) -> None:
-    """Give both encoders, the queue and the log's means what was saved; before an engine exists."""
-    moco.load_state_dict(_part(saved, "model."))
-    run.queue.load_state_dict(_part(saved, "queue."))
+    """Load encoders, queue and meters, before an engine exists."""
+    moco.load_state_dict(_section(saved, "model."))
+    run.queue.load_state_dict(_section(saved, "queue."))
     run.meters.sums.copy_(saved["meters.sums"])
 
 
 def load_optimizer(run: TrainedRun, saved: dict[str, Tensor]) -> None:
-    """Give the engine's optimizer and loss scale what was saved."""
-    run.engine.load_optimizer_state(_part(saved, "optimizer."))
+    """Load the engine's optimizer and loss scale."""
+    run.engine.load_optimizer_state(_section(saved, "optimizer."))
     if run.engine.loss_scale is not None and _SCALE in saved:
         run.engine.loss_scale.load(saved[_SCALE])
 
 
-def numbers_alike(run: TrainedRun) -> dict[str, int | Tensor]:
-    """Numbers of a run's state that must be the same on every rank; int64, see `agreement`."""
+def state_numbers(run: TrainedRun) -> dict[str, int | Tensor]:
+    """Return numbers of a run's state that must be the same on every rank; int64."""
     numbers: dict[str, int | Tensor] = {
         "step": run.step,
         "queue pointer": run.queue.pointer,
@@ -159,12 +159,12 @@ def save_state(run: TrainedRun, epoch_done: bool, unlogged: Unlogged | None = No
     """Write a checkpoint and ``current.pth``; all ranks call it.
 
     Args:
-        run: what is saved.
-        epoch_done: whether the step was an epoch's last.
-        unlogged: what the step will be logged with, once it has been evaluated.
+        run: to save.
+        epoch_done: the step was an epoch's last.
+        unlogged: log of the step, once it has been evaluated.
 
     Raises:
-        UserError: something in it is not finite, or an earlier checkpoint could not be written.
+        UserError: The state is not finite, or an earlier checkpoint could not be written.
     """
     moco, every = run.engine.moco, run.config.run.save_freq
     state_finite = {
@@ -176,8 +176,8 @@ def save_state(run: TrainedRun, epoch_done: bool, unlogged: Unlogged | None = No
     for what, count in zip(state_finite, bad.tolist(), strict=True):
         if count:
             raise run.folder.not_finite(run.step, f"not finite: {what}")
-    # Running statistics are linear in what they average: their mean over ranks is what one
-    # process would have. In place, so that a resumed run goes on from the same numbers.
+    # Running statistics are linear in the samples: their mean over ranks is that of one process.
+    # In place, so that this run and a resumed one continue from the same numbers.
     collectives.average_(list(moco.buffers()))
     epoch = run.step // run.plan.steps_per_epoch
     main = collectives.is_main()
@@ -197,7 +197,7 @@ def save_state(run: TrainedRun, epoch_done: bool, unlogged: Unlogged | None = No
     rows = {}
     for name in [f"queue.{n}" for n in _BY_SLOT if f"queue.{n}" in tensors]:
         tensors[name], rows[name] = _share_of(run.queue, tensors[name], run.rank, run.world)
-    # Only what this rank writes is copied.
+    # Copy only what this rank writes.
     tensors = {n: t for n, t in tensors.items() if mine(n) or n in rows or n.startswith("model.")}
     meta = {
         "step": run.step,
@@ -213,12 +213,12 @@ def save_state(run: TrainedRun, epoch_done: bool, unlogged: Unlogged | None = No
 
 
 def restore_current(run: TrainedRun) -> None:
-    """Write ``current.pth`` of the step that a run stands at, unless it is there.
+    """Write ``current.pth`` of the run's step, unless it is there; all ranks call it.
 
-    All ranks call it, for a run that was killed between its last checkpoint and this.
+    It is missing where a run was killed between its last checkpoint and this file.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: The file cannot be written.
     """
     if run.folder.is_current(run.step):
         return
@@ -229,7 +229,7 @@ def restore_current(run: TrainedRun) -> None:
 
 
 def _in_current(state: dict[str, Tensor]) -> dict[str, str]:
-    """Under which names ``current.pth`` holds the model, by its names in a checkpoint."""
+    """Map the model's names in a checkpoint to those in ``current.pth``."""
     sections = {"query": "model", "key": "model_ema"}
     return {
         f"model.{name}": f"{sections[encoder]}.{rest}"
@@ -241,7 +241,7 @@ def _in_current(state: dict[str, Tensor]) -> dict[str, str]:
 def _share_of(
     queue: KeyQueue, slots: Tensor, rank: int, world: int
 ) -> tuple[Tensor, checkpoint.Rows]:
-    """What a rank writes of the queue: of one that all hold, an equal share each."""
+    """Return the slots of the queue that a rank writes; of a replicated queue an equal share."""
     first, end = share(len(queue), rank, world)
     if not queue.sharded:
         slots = slots[first:end]
@@ -249,11 +249,11 @@ def _share_of(
 
 
 def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Bool scalar; sums of magnitudes, so that nothing as large as a tensor is made."""
+    """Check by sums of magnitudes, which needs no memory as large as a tensor: bool scalar."""
     zero = torch.zeros(1, device=device)
     norms = torch._foreach_norm([zero, *(t for t in tensors if t.is_floating_point())], 1)
     return torch.stack(norms).sum().isfinite()
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _encoding_is_progress(phases),
     ):
         installation = same_setup.installation(collectives.device())
-        same_setup.require_alike(installation | same_setup.of_flags(vars(args)))
+        same_setup.require_same(installation | same_setup.of_flags(vars(args)))
         evaluate(args, phases.alive)
     collectives.shutdown()
 
@@ -98,7 +98,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
     else:
         test = consensus.rank0_first(partial(open_shards, _source(args), "val"), alive)
     weights = {"weights in --pretrained-model": pretrained.fingerprint}
-    same_setup.require_alike(weights, "give all of them the same file")
+    same_setup.require_same(weights, "give all of them the same file")
     if collectives.is_main():
         say(
             f"{args.protocol} evaluation of the {args.encoder} encoder in {pretrained.path} "

@@ -24,7 +24,7 @@ from moco_scale.config.schema import Config
 from moco_scale.distributed import bandwidth, collectives, same_setup
 from moco_scale.distributed.bandwidth import Bandwidth
 from moco_scale.distributed.stop_signal import StopRequest
-from moco_scale.observe.loggers import Telemetry
+from moco_scale.observe.loggers import Loggers
 from moco_scale.observe.phases import Phases
 from moco_scale.training.monitor import Monitor
 from moco_scale.training.run import Run
@@ -87,9 +87,9 @@ def run(config: Config, phases: Phases) -> None:
         run = Run(config, phases)
         try:
             _say(*_found(run, machines))
-            telemetry = Telemetry(None, run.total_steps, run.step)
-            Monitor(run, telemetry, StopRequest(0, started)).announce(0)
-            telemetry.close()
+            loggers = Loggers(None, run.total_steps, run.step)
+            Monitor(run, loggers, StopRequest(0, started)).log_summary(0)
+            loggers.close()
             if wrong := problems(machines, needed):
                 raise UserError(_not_ready(wrong))
             if len(machines) > 1:

@@ -102,7 +102,7 @@ def look_through(
     world: int,
     precision: str,
     clip_norm: float,
-    parts: int,
+    micro_batches: int,
     parameters: int,
     overlap: bool,
     compiled: bool,
@@ -121,7 +121,7 @@ def look_through(
         world: number of processes.
         precision: ``--precision``.
         clip_norm: ``--clip-grad``.
-        parts: ``--accumulation-steps``.
+        micro_batches: ``--accumulation-steps``.
         parameters: how many numbers are trained; bounds bucket sizes.
         overlap: whether gradients are reduced while backward still runs, where it does not say.
         compiled: ``--compile``.
@@ -149,15 +149,15 @@ def look_through(
             "gradient_clipping is not said: it is 0 here, where DeepSpeed would clip at 1.0, "
             "because the recipes do not clip"
         )
-    micro = batch_size // world // parts
+    micro = batch_size // world // micro_batches
     for key, value, source in (
         ("train_batch_size", batch_size, batch_flag),
         (
             "train_micro_batch_size_per_gpu",
             micro,
-            f"{batch_flag} over {world} processes, --accumulation-steps {parts}",
+            f"{batch_flag} over {world} processes, --accumulation-steps {micro_batches}",
         ),
-        ("gradient_accumulation_steps", parts, f"--accumulation-steps {parts}"),
+        ("gradient_accumulation_steps", micro_batches, f"--accumulation-steps {micro_batches}"),
         ("gradient_clipping", clip_norm, f"--clip-grad {clip_norm}"),
         ("zero_allow_untested_optimizer", True, "--deepspeed, which runs SGD"),
     ):

@@ -220,7 +220,7 @@ class RunConfig:
         0, "steps between checkpoints, besides the one after every epoch; 0: no others"
     )
     keep_checkpoints: int = _option(2, "newest checkpoints kept besides those kept for good")
-    async_save: bool = _option(True, "training goes on while a checkpoint is written")
+    async_save: bool = _option(True, "training continues while a checkpoint is written")
     max_nonfinite: int = _option(3, "stop after so many steps in a row that are not finite")
     peak_tflops: float = _option(
         0.0,

@@ -330,7 +330,7 @@ def _status_of(command: list[str], environment: dict[str, str], doing: str) -> i
 
 def initial_knn(metrics: Path) -> float | None:
     """The kNN top-1 that training logged for the encoder it started from; None: it did not look."""
-    with contextlib.suppress(OSError):  # training goes on without it
+    with contextlib.suppress(OSError):  # training continues without it
         for record in records(metrics):
             value = record.get("knn_top1_initial")
             if isinstance(value, int | float):

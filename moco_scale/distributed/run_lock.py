@@ -112,7 +112,7 @@ class RunLock:
             if not _lock(file) or file.read() not in ("", self.mark):
                 file.close()
                 raise UserError(
-                    f"--output-dir {self.path.parent} was removed under this run, and is another "
+                    f"--output-dir {self.path.parent} was removed during the run, and is another "
                     "run's now"
                 )
             self._file.close()

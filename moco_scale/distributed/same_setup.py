@@ -82,7 +82,7 @@ SAME_START = "start all of them with the same installation and the same flags"
 SAME_DATA = "give all of them the same images and the same index"
 
 
-def require_alike(facts: Mapping[str, str], remedy: str = SAME_START) -> None:
+def require_same(facts: Mapping[str, str], remedy: str = SAME_START) -> None:
     """Raise an error when processes differ; every rank calls it.
 
     Costs one message of 16 bytes when they are the same.

@@ -15,7 +15,7 @@ _SAMPLED = 64  # elements of each tensor
 _NAMED = 6
 
 
-def require_agreement(numbers: Mapping[str, int | Tensor], step: int) -> None:
+def require_same_state(numbers: Mapping[str, int | Tensor], step: int) -> None:
     """Compare numbers by name over all ranks; every rank calls it.
 
     Args:

@@ -46,7 +46,7 @@ def read_deepspeed(
         world=world,
         precision=run.precision,
         clip_norm=config.optim.clip_grad,
-        parts=run.accumulation_steps,
+        micro_batches=run.accumulation_steps,
         parameters=parameters,
         overlap=overlap,
         may_overlap=may_overlap,
@@ -75,9 +75,9 @@ def _make_engine(config: Config, moco: MoCo, device: torch.device) -> Engine:
         weight_decay=optim.weight_decay,
         precision=run.precision,
         clip_norm=optim.clip_grad,
-        parts=run.accumulation_steps,
+        micro_batches=run.accumulation_steps,
         compile=run.compile,
-        recompute=run.activation_checkpointing,
+        activation_checkpointing=run.activation_checkpointing,
         shard_size=run.fsdp_shard_size,
     )
     if run.engine == "deepspeed":

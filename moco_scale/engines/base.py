@@ -42,9 +42,9 @@ class EngineSettings:
         weight_decay: of SGD, on every trained parameter.
         precision: of the encoders' computation, a key of :data:`PRECISIONS`.
         clip_norm: upper bound of the norm of all gradients together; 0: none.
-        parts: micro-batches of a step.
+        micro_batches: of a step.
         compile: compile blocks.
-        recompute: activation checkpointing of the query's blocks.
+        activation_checkpointing: of the query's blocks.
         shard_size: FSDP shards over so many neighbouring ranks; 0: over all.
         scaling: fp16's loss scale.
     """
@@ -53,9 +53,9 @@ class EngineSettings:
     weight_decay: float
     precision: str = "fp32"
     clip_norm: float = 0.0
-    parts: int = 1
+    micro_batches: int = 1
     compile: bool = False
-    recompute: bool = False
+    activation_checkpointing: bool = False
     shard_size: int = 0
     scaling: LossScaling = field(default_factory=LossScaling)
 
@@ -92,25 +92,27 @@ class Engine(ABC):
                 "CUBLAS_WORKSPACE_CONFIG is neither :4096:8 nor :16:8: a transformer's gradients, "
                 "and so a resumed run, are reproducible to rounding only"
             )
-        transform_blocks(moco, compiled=settings.compile, recompute=settings.recompute)
+        transform_blocks(
+            moco, compiled=settings.compile, checkpointed=settings.activation_checkpointing
+        )
 
-    def query(self, *views: Tensor, part: int = 0) -> list[Tensor]:
+    def query(self, *views: Tensor, micro_batch: int = 0) -> list[Tensor]:
         """Encode the query of each view, differentiably: fp32 unit rows [B, dim].
 
         Each micro-batch is followed by its :meth:`backward`; after the last, the gradients are
         those of the step.
         """
-        parts = self.settings.parts
+        micro_batches = self.settings.micro_batches
         self._snapshot_statistics()
-        self._start_part(last=part == parts - 1)
+        self._start_micro_batch(last=micro_batch == micro_batches - 1)
         with self._pass():
-            return self._forward(*views, part=part, parts=parts)
+            return self._forward(*views, micro_batch=micro_batch, micro_batches=micro_batches)
 
     def key(self, view: Tensor) -> Tensor:
         """Encode the keys of a view, without gradient: fp32 unit rows [B, dim]."""
         self._snapshot_statistics()
         with self._pass():
-            return self.moco.keys(view, self.settings.parts)
+            return self.moco.keys(view, self.settings.micro_batches)
 
     def _pass(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of a forward or backward pass."""
@@ -125,11 +127,11 @@ class Engine(ABC):
         """Tell whether :meth:`step` can return False."""
         return self.loss_scale is not None
 
-    def _start_part(self, last: bool) -> None:  # noqa: B027
+    def _start_micro_batch(self, last: bool) -> None:  # noqa: B027
         """Start a micro-batch; gradients are synchronised in the last one."""
 
     @abstractmethod
-    def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
+    def _forward(self, *views: Tensor, micro_batch: int, micro_batches: int) -> list[Tensor]:
         """Call MoCo's forward through its wrapper."""
 
     def backward(self, loss: Tensor) -> None:

@@ -27,15 +27,15 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return [each for each in module.modules() if isinstance(each, BLOCKS)]
 
 
-def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
+def transform_blocks(moco: MoCo, *, compiled: bool, checkpointed: bool) -> None:
     """Replace the ``forward`` of each block, under its old name and with the same parameters.
 
     Args:
         moco: changed in place.
         compiled: compile each block of both encoders to one graph.
-        recompute: activation checkpointing of the query's blocks (Chen et al. 2016, Training Deep
-            Nets with Sublinear Memory Cost): they keep only their inputs and are computed again in
-            the backward pass, which leaves BatchNorm's running statistics alone.
+        checkpointed: activation checkpointing of the query's blocks (Chen et al. 2016, Training
+            Deep Nets with Sublinear Memory Cost): they keep only their inputs and are computed
+            again in the backward pass, which does not change BatchNorm's running statistics.
     """
     if compiled:
         consensus.raise_on_all_ranks(own_compile_cache)
@@ -47,7 +47,7 @@ def transform_blocks(moco: MoCo, *, compiled: bool, recompute: bool) -> None:
             forward: Callable[..., Any] = block.forward
             if compiled:
                 forward = torch.compile(forward, dynamic=False)
-            if recompute and encoder is moco.query:
+            if checkpointed and encoder is moco.query:
                 forward = partial(
                     checkpoint, forward, use_reentrant=False, context_fn=_checkpoint_contexts
                 )

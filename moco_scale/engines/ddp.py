@@ -47,12 +47,12 @@ class DDPEngine(Replicated, Engine):
                     gradient_as_bucket_view=True,
                 )
 
-    def _start_part(self, last: bool) -> None:
+    def _start_micro_batch(self, last: bool) -> None:
         if isinstance(self._wrapped, DistributedDataParallel):
             self._wrapped.require_backward_grad_sync = last
 
-    def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
-        return self._wrapped(*views, part=part, parts=parts)
+    def _forward(self, *views: Tensor, micro_batch: int, micro_batches: int) -> list[Tensor]:
+        return self._wrapped(*views, micro_batch=micro_batch, micro_batches=micro_batches)
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()

@@ -137,11 +137,11 @@ class DeepSpeedEngine(Replicated, Engine):
     def _may_skip(self) -> bool:
         return self._computes_norm or super()._may_skip()
 
-    def _start_part(self, last: bool) -> None:
+    def _start_micro_batch(self, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
 
-    def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
-        return self._engine(*views, part=part, parts=parts)
+    def _forward(self, *views: Tensor, micro_batch: int, micro_batches: int) -> list[Tensor]:
+        return self._engine(*views, micro_batch=micro_batch, micro_batches=micro_batches)
 
     def _backward(self, loss: Tensor) -> None:
         if self.loss_scale is not None:
@@ -322,7 +322,7 @@ def _without_failure(action: Callable[..., Any], name: str) -> Callable[..., Non
             if not failed:
                 say(
                     f"warning: DeepSpeed cannot report ({name}): {type(error).__name__}: "
-                    f"{printable(first_line(error))}; training goes on"
+                    f"{printable(first_line(error))}; training continues"
                 )
             failed = True
         finally:

@@ -56,14 +56,14 @@ class FSDPEngine(Engine):
         # Not the module that holds both: of two roots, each forward pass gathers only its own.
         for encoder in (moco.query, moco.key):
             # Activation checkpointing would enter the normalisation layers' own unit twice.
-            gathered = None if settings.recompute else PRECISIONS[settings.precision]
+            gathered = None if settings.activation_checkpointing else PRECISIONS[settings.precision]
             _shard(encoder, mesh, gathered)
         self._trained = moco.trained_parameters()
         self._optimizer = make_sgd(list(self._trained.values()), settings)
         zero_momentum(self._optimizer)
 
-    def _forward(self, *views: Tensor, part: int, parts: int) -> list[Tensor]:
-        return self.moco(*views, part=part, parts=parts)
+    def _forward(self, *views: Tensor, micro_batch: int, micro_batches: int) -> list[Tensor]:
+        return self.moco(*views, micro_batch=micro_batch, micro_batches=micro_batches)
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()

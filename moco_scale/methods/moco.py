@@ -34,32 +34,32 @@ class MoCo(nn.Module):
         self.key = copy.deepcopy(query)
         self.key.requires_grad_(False)
 
-    def forward(self, *views: Tensor, part: int = 0, parts: int = 1) -> list[Tensor]:
+    def forward(self, *views: Tensor, micro_batch: int = 0, micro_batches: int = 1) -> list[Tensor]:
         """Encode queries of each view: [B, 3, S, S] -> fp32 unit rows [B, dim].
 
         Args:
             views: of this micro-batch.
-            part: index of the micro-batch, for BatchNorm's running statistics.
-            parts: micro-batches of a step.
+            micro_batch: index of the micro-batch, for BatchNorm's running statistics.
+            micro_batches: micro-batches of a step.
         """
         features = []
         with self._autocast(views[0].device.type):
             for number, view in enumerate(views):
-                if parts > 1:
-                    set_part(self.query, part, parts, number, len(views))
+                if micro_batches > 1:
+                    set_part(self.query, micro_batch, micro_batches, number, len(views))
                 features.append(self.query(view))
         return [normalize(feature) for feature in features]
 
     @torch.no_grad()
-    def keys(self, view: Tensor, parts: int = 1) -> Tensor:
+    def keys(self, view: Tensor, micro_batches: int = 1) -> Tensor:
         """Encode keys of a view in micro-batches: [B, 3, S, S] -> fp32 unit rows [B, dim]."""
         features = []
         with self._autocast(view.device.type):
-            for part, images in enumerate(view.chunk(parts)):
-                if parts > 1:
-                    set_part(self.key, part, parts)
+            for micro_batch, images in enumerate(view.chunk(micro_batches)):
+                if micro_batches > 1:
+                    set_part(self.key, micro_batch, micro_batches)
                 features.append(self.key(images))
-        return normalize(torch.cat(features) if parts > 1 else features[0])
+        return normalize(torch.cat(features) if micro_batches > 1 else features[0])
 
     def _autocast(self, device: str) -> contextlib.AbstractContextManager[object]:
         if self.compute_dtype is None:

@@ -29,10 +29,10 @@ with warnings.catch_warnings():
     from torch.utils.tensorboard import summary
 
 
-class Telemetry:
+class Loggers:
     """Writes a run's log, metrics and TensorBoard events; does nothing on ranks other than 0.
 
-    None of them ends a run: a file that cannot be written is logged once, and training goes on.
+    None of them ends a run: a file that cannot be written is logged once, and training continues.
 
     Args:
         folder: the run's output folder; None only prints.

@@ -24,7 +24,7 @@ def _nothing() -> None:
 
 
 class SideFile:
-    """A file that a run adds to, whole entries at a time; where it cannot, training goes on.
+    """A file that a run adds to, whole entries at a time; where it cannot, training continues.
 
     That is said once. What could not be written is kept, up to 4 MB of it, and written when the
     file can be; an entry of which a part was written is cut off before anything else is added. The
@@ -67,7 +67,7 @@ class SideFile:
             self._lost += 1
         self._say_once(
             "failed",
-            f"cannot write {self.path}: {problem}; training goes on, and what belongs there is "
+            f"cannot write {self.path}: {problem}; training continues, and what belongs there is "
             "written once that is possible",
         )
 

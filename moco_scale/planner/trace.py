@@ -149,9 +149,9 @@ def trace_step(config: Config, world: int) -> Trace:
     one another. Instead of many groups a few larger ones are traced: their memory is the same, and
     each kernel counts as several.
     """
-    parts = config.run.accumulation_steps
+    micro_batches = config.run.accumulation_steps
     per_rank = config.optim.batch_size // world
-    rows, size = per_rank // parts, config.data.image_size
+    rows, size = per_rank // micro_batches, config.data.image_size
     moco = build_model(config)
     moco.compute_dtype = PRECISIONS[config.run.precision]
     groups = max(rows // config.model.bn_group_size, 1)
@@ -159,7 +159,7 @@ def trace_step(config: Config, world: int) -> Trace:
     for module in moco.modules():
         if isinstance(module, GroupedBatchNorm2d):
             module.local_groups = traced
-    transform_blocks(moco, compiled=False, recompute=config.run.activation_checkpointing)
+    transform_blocks(moco, compiled=False, checkpointed=config.run.activation_checkpointing)
     views = 2 if config.contrast.symmetric else 1
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialise(moco)
@@ -174,7 +174,7 @@ def trace_step(config: Config, world: int) -> Trace:
             marks.append(len(recorder.kernels))
             with torch.no_grad():
                 for _ in range(views):
-                    moco.keys(torch.empty(per_rank, 3, size, size), parts)
+                    moco.keys(torch.empty(per_rank, 3, size, size), micro_batches)
             marks.append(len(recorder.kernels))
             forward_peak = recorder.peak
             recorder.peak = recorder.live
@@ -182,9 +182,9 @@ def trace_step(config: Config, world: int) -> Trace:
         kernels = recorder.kernels
     sections = [kernels[a:b] for a, b in zip(marks, [*marks[1:], len(kernels)], strict=True)]
     return Trace(
-        query=sections[0] * parts,
+        query=sections[0] * micro_batches,
         key=sections[1],
-        backward=sections[2] * parts,
+        backward=sections[2] * micro_batches,
         held=held,
         peak=max(forward_peak, without),
         peak_with_gradients=max(forward_peak, everything),

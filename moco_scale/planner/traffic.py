@@ -126,13 +126,13 @@ def _data(config: Config, world: int, gpus: int) -> list[Collective]:
 def _engine(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Collective]:
     trained = list(moco.trained_parameters().values())
     numbers, world = sum(p.numel() for p in trained), how.world
-    parts, nodes = config.run.accumulation_steps, nodes_of(world, gpus)
+    micro_batches, nodes = config.run.accumulation_steps, nodes_of(world, gpus)
     if how.engine in ("ddp", "zero0"):
         hidden = "backward" if how.engine == "ddp" else ""
         return [Collective("gradients", ALL_REDUCE, FP32 * numbers, world, nodes, 1, hidden)]
     if how.engine in ("zero1", "zero2"):
         flat = flat_partition(numbers, how) * world
-        reductions = parts if how.engine == "zero2" else 1
+        reductions = micro_batches if how.engine == "zero2" else 1
         calls = reductions * math.ceil(numbers / how.bucket("reduce_bucket_size"))
         hidden = "backward" if how.configuration["zero_optimization"]["overlap_comm"] else ""  # type: ignore[index]
         reduced = FP32 * numbers * reductions
@@ -145,7 +145,7 @@ def _engine(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Collec
 
 def _sharded(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Collective]:
     """List those of ZeRO-3 and FSDP: weights gathered for each pass, gradients reduce-scattered."""
-    parts, shard = config.run.accumulation_steps, how.shard
+    micro_batches, shard = config.run.accumulation_steps, how.shard
     views = 2 if config.contrast.symmetric else 1
     nodes = nodes_of(shard, gpus)
     whole, calls = _gathered_bytes(config, moco.query, how)
@@ -155,32 +155,38 @@ def _sharded(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Colle
         Collective(
             "query, forward",
             ALL_GATHER,
-            whole * parts * views,
+            whole * micro_batches * views,
             shard,
             nodes,
-            calls * parts * views,
+            calls * micro_batches * views,
             "query",
         ),
         Collective(
             "query, backward",
             ALL_GATHER,
-            whole * parts * views,
+            whole * micro_batches * views,
             shard,
             nodes,
-            calls * parts * views,
+            calls * micro_batches * views,
             "backward",
         ),
         Collective(
             "key, forward",
             ALL_GATHER,
-            whole * parts * views,
+            whole * micro_batches * views,
             shard,
             nodes,
-            calls * parts * views,
+            calls * micro_batches * views,
             "key",
         ),
         Collective(
-            "gradients", REDUCE_SCATTER, gradients * parts, shard, nodes, units * parts, "backward"
+            "gradients",
+            REDUCE_SCATTER,
+            gradients * micro_batches,
+            shard,
+            nodes,
+            units * micro_batches,
+            "backward",
         ),
     ]
     if how.engine == "zero3":
@@ -191,7 +197,7 @@ def _sharded(config: Config, moco: MoCo, how: Sharding, gpus: int) -> list[Colle
             Collective(
                 "gradients between copies",
                 ALL_REDUCE,
-                gradients // shard * parts,
+                gradients // shard * micro_batches,
                 copies,
                 copies,
                 units,

@@ -1,1 +1,1 @@
-"""The loop of pretraining: inputs, monitor, banner, skipped images."""
+"""Pretraining: run, loop, inputs, monitor, run summary, bad images."""

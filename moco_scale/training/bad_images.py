@@ -1,4 +1,4 @@
-"""What a run knows of images that cannot be decoded: counted, listed, said, and limited."""
+"""Bad images of a run, which cannot be decoded: counted, listed, logged, and limited."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from moco_scale.utils.text import printable
 
 FILE = "bad_samples.jsonl"
 FEWEST = 10
-"""Bad images that never end a run: so few say nothing about their share."""
+"""Number of bad images that never ends a run: too few to estimate their share."""
 
-_SAID = 10  # of the bad images found between two reports, one line each
-_SHARDS_SAID = 5
+_LOGGED = 10  # of the bad images found between two reports, one line each
+_SHARDS_LOGGED = 5
 
 
 class BadImages:
-    """The bad images of one run, on all ranks together.
+    """Bad images of one run, on all ranks together.
 
-    Each is listed once, at the first step that would have seen it, in the order of the steps: what
-    is listed does not depend on ranks or workers, nor on where the run was interrupted.
+    Each is listed once, at the first step that would have seen it, in the order of the steps: the
+    list does not depend on ranks, workers or interruptions.
 
     Args:
         folder: of the run.
-        advice: how to find out more, should too many be bad.
+        advice: how to find out more when too many are bad.
         batch: global.
         num_samples: in the data set.
-        max_share: of the images read so far that may be bad.
+        max_share: upper bound of bad images among those read so far.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class BadImages:
         self._by_shard: Counter[str] = Counter()
 
     def begin(self, step: int, file: SideFile) -> None:
-        """Take up the list of a run that is resumed at a step; all ranks call it.
+        """Continue the list of a run that resumes after a step; all ranks call it.
 
         Args:
             step: the last that was run.
-            file: the list, which rank 0 adds to.
+            file: the list, which rank 0 appends to.
         """
         self._file = file
         self._known, self._by_shard = consensus.broadcast_from_main(lambda: self._up_to(step))
 
     def _up_to(self, step: int) -> tuple[set[int], Counter[str]]:
-        """Samples and counts of shards in the list; what came later leaves it."""
+        """Read samples and counts by shard from the list, and drop entries of later steps."""
         known, by_shard, foreign = set[int](), Counter[str](), 0
 
         def wanted(line: bytes) -> bool:
@@ -77,33 +77,33 @@ class BadImages:
         try:
             keep_lines(self.path, wanted)
         except OSError as error:
-            say(f"{self.path}: {error.strerror or error}; training goes on")
+            say(f"{self.path}: {error.strerror or error}; training continues")
         if foreign:
-            say(f"{self.path}: {foreign} lines are no entries of this list and leave it")
+            say(f"{self.path}: dropped {foreign} lines that are no entries of this list")
         return known, by_shard
 
-    def note(self, batch: ViewBatch) -> None:
-        """What this rank met in a batch."""
+    def add(self, batch: ViewBatch) -> None:
+        """Add this rank's bad images of a batch."""
         self._found += [
             (batch.step + 1, batch.epoch, bad) for bad in batch.bad if bad.sample not in self._known
         ]
 
     def collect(self, step: int) -> list[str]:
-        """Bring together what all ranks have met up to a step; all ranks call it.
+        """Gather the bad images of all ranks up to a step; all ranks call it.
 
         Returns:
             Lines for the log.
 
         Raises:
-            UserError: more images are bad than may be; on every rank.
+            UserError: Too many images are bad; on every rank.
         """
         count = torch.tensor([len(self._found)])
         if not int(collectives.sum_(count)):
             return []
-        parts = collectives.gather_objects(self._found)
+        found = collectives.gather_objects(self._found)
         self._found = []
         new: dict[int, dict[str, Any]] = {}
-        for when, epoch, bad in sorted(item for part in parts for item in part):
+        for when, epoch, bad in sorted(item for each in found for item in each):
             if bad.sample not in self._known | new.keys():
                 new[bad.sample] = {**bad._asdict(), "step": when, "epoch": epoch}
         self._known |= new.keys()
@@ -121,33 +121,33 @@ class BadImages:
         raise UserError(
             f"{bad} of the {read} images read so far cannot be decoded, more than "
             f"--max-bad-share {self._max:g} allows ({self._shards()}); {self.path} lists them. "
-            f"{self._advice}; if so many bad images are to be expected, start again with a "
-            "higher --max-bad-share"
+            f"{self._advice}; if you expect so many bad images, start again with a higher "
+            "--max-bad-share"
         )
 
     def _lines(self, new: Sequence[dict[str, Any]]) -> list[str]:
         lines = [
             f"cannot decode sample {r['sample']} in {printable(r['shard'])}"
             + (f" (key {printable(r['key'])})" if r["key"] else "")
-            + f": {r['reason']}; sample {r['replacement']} is seen in its place"
-            for r in new[:_SAID]
+            + f": {r['reason']}; replaced by sample {r['replacement']}"
+            for r in new[:_LOGGED]
         ]
-        more = f", {len(new) - _SAID} more than are named here" if len(new) > _SAID else ""
+        more = f", {len(new) - _LOGGED} more than are named here" if len(new) > _LOGGED else ""
         lines.append(
             f"bad images so far: {len(self._known)} ({self._shards()}){more}; listed in {FILE}"
         )
         return lines
 
     def _shards(self) -> str:
-        """How many in each shard, the worst first."""
+        """Count bad images of each shard, the worst first."""
         ranked = sorted(self._by_shard.items(), key=lambda item: (-item[1], item[0]))
-        text = ", ".join(f"{shard}: {count}" for shard, count in ranked[:_SHARDS_SAID])
-        rest = len(ranked) - _SHARDS_SAID
+        text = ", ".join(f"{shard}: {count}" for shard, count in ranked[:_SHARDS_LOGGED])
+        rest = len(ranked) - _SHARDS_LOGGED
         return text + (f", and {rest} more shards" if rest > 0 else "")
 
 
 def _entry(line: bytes) -> BadSampleLine | None:
-    """What a line of the list says; None of one that a kill cut short, or that is none."""
+    """Read a line of the list; None for one cut short by a kill, or no entry."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a run says before its first step: what it is, and in what it is not its recipe."""
+"""Run summary: what is trained and how it differs from its recipe, logged before the first step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from moco_scale.training.run import Run
 from moco_scale.utils import determinism
 
 _CHANCE = ("rng_seed",)
-"""Fields in which repetitions of one published run differ."""
-_FEW = 0.01  # of the published images, which may be missing
+"""Fields in which repetitions of a published run differ."""
+_FEW = 0.01  # share of the published images that may be missing
 
 
-def announcement(run: Run, dropped: int) -> list[str]:
-    """The lines that a run begins its log with; every rank makes the same.
+def run_summary(run: Run, dropped: int) -> list[str]:
+    """Make the first lines of a run's log, the same on every rank.
 
     Args:
-        run: complete, at the step it starts from.
+        run: complete, at its first step.
         dropped: log lines of later steps that a resume has removed.
     """
     config, local = run.config, run.config.optim.batch_size // collectives.world_size()
@@ -55,13 +55,13 @@ def announcement(run: Run, dropped: int) -> list[str]:
 
 
 def title(config: Config, images: int) -> str:
-    """Title of a run's figures."""
+    """Make the title of a run's figures."""
     changed = "" if _is_published(config, images) else ", with other settings"
     return f"{config.model.model} on {config.data.dataset}, recipe {config.recipe}{changed}"
 
 
 def changed(config: Config) -> dict[str, tuple[Any, Any]]:
-    """What defines the run and is not what its recipe says: (the recipe's, this run's) by field."""
+    """Find defining settings that differ from the recipe: (the recipe's, this run's) by field."""
     # Crop, stem and statistics come with a data set: only the set itself is a change then.
     recipe = build(config.recipe, {"dataset": config.data.dataset}).defining()
     recipe["dataset"] = RECIPES[config.recipe].settings["dataset"]
@@ -70,7 +70,7 @@ def changed(config: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _is_published(config: Config, samples: int) -> bool:
-    """Whether the recipe's published figure is one of such a run."""
+    """Tell whether the recipe's published figure applies to this run."""
     usual = RECIPES[config.recipe].published_for
     for name, (_, value) in changed(config).items():
         if name not in _CHANCE and value not in usual.get(name, ()):
@@ -80,7 +80,7 @@ def _is_published(config: Config, samples: int) -> bool:
 
 
 def _changes(config: Config) -> list[str]:
-    """What is not the recipe's: what was asked for, and what followed from that, and why."""
+    """Describe differences from the recipe: those asked for, and those that follow from them."""
     different = changed(config)
     words = (
         f"--{name.replace('_', '-')} {_word(now)} ({_word(before)})"
@@ -93,9 +93,9 @@ def _changes(config: Config) -> list[str]:
     followed = {
         "bn_group_size": ("BatchNorm group", f"the recipe's does not divide the batch of {batch}"),
         "warmup_epoch": ("warm-up", f"the recipe's leaves nothing of {epochs} epochs"),
-        "shuffle_window": ("shuffle window", "the images are at an address"),
-        "shuffle_group": ("shuffle group", "the images of one node, where the run began"),
-        "clip_grad": ("gradient clipping", f"{config.run.deepspeed} says so"),
+        "shuffle_window": ("shuffle window", "the images are remote"),
+        "shuffle_group": ("shuffle group", "the images of one node at the run's start"),
+        "clip_grad": ("gradient clipping", f"set in {config.run.deepspeed}"),
     }
     for name, (before, now) in different.items():
         if name not in config.given:
@@ -119,7 +119,7 @@ def _groups(group: int, local: int) -> str:
 
 
 def _shuffles_in_vain(config: Config) -> list[str]:
-    """A warning where one BatchNorm group is all there is, and how to have several."""
+    """Warn where the batch is a single BatchNorm group, and name a remedy."""
     batch, group, mode = config.optim.batch_size, config.model.bn_group_size, config.contrast
     if mode.shuffle_bn == "off" or group != batch:
         return []
@@ -131,21 +131,21 @@ def _shuffles_in_vain(config: Config) -> list[str]:
     )
     return [
         f"warning: the {batch} images of a step are one BatchNorm group"
-        + ("" if "bn_group_size" in config.given else ", as nobody said --bn-group-size")
-        + f", so that --shuffle-bn {mode.shuffle_bn} changes no statistics: queries and keys share "
-        f"them, and the loss can fall without anything being learned; {remedy}"
+        + ("" if "bn_group_size" in config.given else ", the default without --bn-group-size")
+        + f", so --shuffle-bn {mode.shuffle_bn} changes no statistics: queries and keys share "
+        f"them, and the loss can fall although nothing is learned; {remedy}"
     ]
 
 
 def _extras(config: Config) -> list[str]:
-    """What is done besides the usual."""
+    """List optional features in use."""
     extras = []
     if config.run.accumulation_steps > 1:
-        extras.append(f"{config.run.accumulation_steps} backward passes per step")
+        extras.append(f"{config.run.accumulation_steps} micro-batches per step")
     if config.optim.clip_grad:
         extras.append(f"gradients are clipped at norm {config.optim.clip_grad}")
     if config.run.activation_checkpointing:
-        extras.append("blocks are computed again in the backward pass")
+        extras.append("activation checkpointing")
     if config.run.compile:
         extras.append("blocks are compiled; the first steps take minutes")
     return ["; ".join(extras)] if extras else []

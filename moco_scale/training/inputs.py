@@ -1,8 +1,8 @@
-"""What the encoders see: crops on the device, the key's exchanged among the ranks, augmented.
+"""Inputs of the encoders: crops on the device, the keys' exchanged between ranks, augmented.
 
-On a CPU each is made when the step asks for it, and the exchange is under way during the first
-queries. On a GPU all of it is made one step ahead, on a stream of its own: copy, exchange and
-augmentation of step n + 1 run beside step n. The numbers are the same.
+On a CPU they are made when the step needs them, and the exchange overlaps with the first queries.
+On a GPU they are made one step ahead, on a stream of their own: copy, exchange and augmentation of
+step n + 1 run during step n. The numbers are the same.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Inputs:
 
     Args:
         config: of the run.
-        plan: which samples are in its batches.
+        plan: samples of each batch.
         shuffle: exchanges the keys' crops.
-        device: where the encoders are.
-        ahead: make each step's inputs while the step before runs; by default on a GPU, unless
-            the exchange is to be alone.
-        alone: no exchange is under way while the encoders run, which may send messages themselves.
+        device: of the encoders.
+        ahead: make each step's inputs while the step before runs; by default on a GPU, if the
+            exchange may overlap.
+        overlap: the exchange may overlap with the encoders. False where these send messages too.
 
     Attributes:
-        augmentation: the chain, with the crop that the configuration asks for.
+        augmentation: the chain, with the configuration's crop.
         terms: (query view, key view) of each term of the loss; also the stream of its shuffle.
-        alone: as given.
+        overlap: as given.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Inputs:
         shuffle: ShuffleBN,
         device: torch.device,
         ahead: bool | None = None,
-        alone: bool = False,
+        overlap: bool = True,
     ) -> None:
         self.plan, self.shuffle, self.device = plan, shuffle, device
         self.terms = [(0, 1), (1, 0)] if config.contrast.symmetric else [(0, 1)]
@@ -56,8 +56,8 @@ class Inputs:
             AUGMENTATIONS[config.data.aug], crop_min=config.data.crop
         )
         on_gpu = device.type == "cuda"
-        self._ahead = on_gpu and not alone if ahead is None else ahead
-        self.alone = alone
+        self._ahead = on_gpu and overlap if ahead is None else ahead
+        self.overlap = overlap
         self._stream = torch.cuda.Stream(device) if on_gpu and self._ahead else None
         self._ready: dict[int, StepInputs] = {}
         self._share = config.optim.batch_size // collectives.world_size()
@@ -72,10 +72,9 @@ class Inputs:
         ]
 
     def ahead(self, batches: Iterator[ViewBatch]) -> Iterator[ViewBatch]:
-        """The same batches; each comes when the inputs of the one after it are being made.
+        """Yield the batches, each when the inputs of the next are being made.
 
-        A batch that was read and not trained on is not consumed: the position in the data is the
-        step.
+        A batch read ahead and not trained on is not lost: the position in the data is the step.
         """
         if not self._ahead:
             yield from batches
@@ -92,11 +91,11 @@ class Inputs:
             batch = following
 
     def _begin(self, batch: ViewBatch) -> None:
-        """Give the device all work for one batch; called before the step of the batch before it.
+        """Queue all work for a batch on the device, before the step of the batch before it.
 
-        The work waits for the steps before that, so that it is never more than one step ahead, and
-        memory that those have given back is used again only when they are done with it. All ranks
-        start their exchanges here, at the same place among their other messages.
+        The work waits for earlier steps, so that it is never more than one step ahead, and their
+        freed memory is reused only when they are done. All ranks start their exchanges here, in
+        the same order relative to their other messages.
         """
         if self._stream is None:
             inputs = StepInputs(self, batch)
@@ -110,11 +109,11 @@ class Inputs:
         self._ready[batch.step] = inputs
 
     def take(self, batch: ViewBatch) -> StepInputs:
-        """The inputs of a batch's step, whose keys' crops are on their way at least."""
+        """Return the inputs of a batch's step; the exchange of its keys' crops has started."""
         inputs = self._ready.pop(batch.step, None)
         if inputs is None:
             inputs = StepInputs(self, batch)
-            if self.alone:
+            if not self.overlap:
                 for term in range(len(self.terms)):
                     inputs.receive(term)
             return inputs
@@ -123,18 +122,18 @@ class Inputs:
         return inputs
 
     def augmented(self, crops: Tensor, samples: Samples, view: int) -> Tensor:
-        """Colours, blur and normalisation: uint8 [B, 3, S, S] -> float32, by sample and view."""
+        """Apply colours, blur and normalisation: uint8 [B, 3, S, S] -> float32."""
         params = draw_params(
             self.augmentation, self.plan.order.seed, samples.passes, samples.index, view
         )
-        # One shape is worth compiling: that of a rank's share.
+        # Compile for one shape only: that of a rank's share.
         compiled = self._compiled and len(crops) == self._share
         augment = self._compiled[view] if compiled else self._augments[view]
         return augment(crops, params).contiguous(memory_format=torch.channels_last)
 
 
 class StepInputs:
-    """The inputs of one step on this rank; making one starts the exchange of the keys' crops."""
+    """Inputs of one step on this rank; making them starts the exchange of the keys' crops."""
 
     made: torch.cuda.Event | None = None
 
@@ -143,7 +142,7 @@ class StepInputs:
         plan, world = inputs.plan, collectives.world_size()
         self._batch = plan.batch(batch.step)
         self._mine = plan.share(batch.step, collectives.rank(), world)
-        # The workers have a pixel's colours together; exchanges and augmentation want planes.
+        # Workers deliver channels last; exchanges and augmentation want planes.
         self._crops = batch.views.to(inputs.device, non_blocking=True).contiguous()
         self._sent = [
             inputs.shuffle.send(self._crops[key], batch.step, stream)
@@ -154,14 +153,14 @@ class StepInputs:
         self._received: dict[int, Tensor] = {}
 
     def make(self) -> None:
-        """Augment everything now."""
+        """Augment all crops now."""
         self._queries = self.queries(slice(0, len(self._mine.index)))
         for term in range(len(self._sent)):
             self.receive(term)
             self._keys[term] = self.keys(term)
 
     def queries(self, rows: slice) -> list[Tensor]:
-        """Each term's query view of some rows of this rank's share: float32 [n, 3, S, S]."""
+        """Return each term's query view of a micro-batch's rows: float32 [n, 3, S, S]."""
         if self._queries is not None:
             return [view[rows] for view in self._queries]
         samples = self._mine.part(rows.start, rows.stop)
@@ -171,12 +170,12 @@ class StepInputs:
         ]
 
     def receive(self, term: int) -> None:
-        """Wait for the crops of a term's keys, where they have not arrived yet."""
+        """Wait for the crops of a term's keys, if they have not arrived yet."""
         if term not in self._keys and term not in self._received:
             self._received[term] = self._sent[term].wait()
 
     def keys(self, term: int) -> Tensor:
-        """A term's key view, of the samples that this rank encodes: float32 [b, 3, S, S]."""
+        """Return a term's key view of the samples that this rank encodes: float32 [b, 3, S, S]."""
         if term in self._keys:
             return self._keys.pop(term)
         samples = Samples(*(column[self._sent[term].received] for column in self._batch))
@@ -184,5 +183,5 @@ class StepInputs:
         return self._inputs.augmented(self._received.pop(term), samples, view)
 
     def gather_back(self, term: int, features: Tensor) -> Tensor:
-        """[b, D] features of :meth:`keys` -> [G, D] of all ranks, in the order of the batch."""
+        """Gather features of :meth:`keys` in the batch's order: [b, D] to [G, D] of all ranks."""
         return self._sent[term].gather_back(features)

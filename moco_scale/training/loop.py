@@ -1,4 +1,4 @@
-"""The loop of pretraining, and its step."""
+"""Training loop and step of pretraining."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_scale.checkpoints.state import (
-    restore_current,
-    save_state,
-)
+from moco_scale.checkpoints.state import restore_current, save_state
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.distributed import consensus
 from moco_scale.distributed.stop_signal import StopRequest
 from moco_scale.methods.infonce import Contrast
-from moco_scale.observe.loggers import Telemetry
+from moco_scale.observe.loggers import Loggers
 from moco_scale.observe.phases import (
     AGREE,
     BACKWARD,
@@ -36,56 +33,56 @@ from moco_scale.utils.log import say
 
 
 def train(run: Run) -> None:
-    """Train from where the run stands to its last step, or to ``--max-steps``.
+    """Train from the run's step to its last one, or to ``--max-steps``.
 
     Raises:
-        StoppedEarly: a signal or ``--max-time`` ended it; its state is saved.
+        StoppedEarly: A signal or ``--max-time`` ended it; its state is saved.
     """
     dropped = run.folder.begin(run.step)
-    telemetry = Telemetry(run.folder, run.total_steps, run.step)
+    loggers = Loggers(run.folder, run.total_steps, run.step)
     request = StopRequest(3600 * run.config.run.max_time, run.started)
-    monitor = Monitor(run, telemetry, request)
+    monitor = Monitor(run, loggers, request)
     try:
-        monitor.announce(dropped)
-        run.bad.begin(run.step, telemetry.side_file(BAD_IMAGES))
+        monitor.log_summary(dropped)
+        run.bad.begin(run.step, loggers.side_file(BAD_IMAGES))
         with request as stop:
             monitor.log_resumed(run.unlogged)
             if run.step < run.last_step:
-                _loop(run, telemetry, monitor, stop)
+                _loop(run, loggers, monitor, stop)
                 run.phases.enter(SAVE)
-                run.folder.settle()
+                run.folder.finish_saving()
                 monitor.finish()
             else:
                 limit = " (--max-steps)" if run.last_step < run.total_steps else ""
                 done = f"step {run.step} of {run.last_step}{limit} is done"
-                telemetry.say(f"nothing left to do: {done}")
+                loggers.say(f"nothing left to do: {done}")
                 restore_current(run)  # which a kill may have prevented
                 if not monitor.is_finished():
                     monitor.finish()  # the figures, likewise
     except Exception:
-        # What is being written can be completed, unless others are gone.
+        # A save under way can be completed, unless other ranks are gone.
         with contextlib.suppress(Exception):
-            run.folder.settle(timeout=60.0)
+            run.folder.finish_saving(timeout=60.0)
         raise
     finally:
-        telemetry.close()
+        loggers.close()
         if run.cache is not None:
             run.cache.close()
         run.folder.release()
 
 
-def _loop(run: Run, telemetry: Telemetry, monitor: Monitor, stop: StopRequest) -> None:
+def _loop(run: Run, loggers: Loggers, monitor: Monitor, stop: StopRequest) -> None:
     settings = run.config.run
 
     def lost(how: str) -> None:
-        say(f"rank {run.rank}: {how}. It reads what it needs by itself until all have saved")
+        say(f"rank {run.rank}: {how}. It reads by itself until all ranks have saved")
         stop.reader_lost()
 
     loader = run.loader(lost=lost)
     run.engine.moco.train()
     try:
         for batch in run.inputs.ahead(monitor.timed(iter(loader))):
-            run.bad.note(batch)
+            run.bad.add(batch)
             if run.step == 0:
                 monitor.before_training(batch)
             train_step(run, batch)
@@ -105,19 +102,19 @@ def _loop(run: Run, telemetry: Telemetry, monitor: Monitor, stop: StopRequest) -
             if report or save:
                 run.phases.enter(LOG)
                 for line in run.bad.collect(run.step):
-                    telemetry.say(line)
+                    loggers.say(line)
             if report:
                 monitor.report(epoch_done, last)
-            telemetry.advance(run.step)
+            loggers.advance(run.step)
             if epoch_done:
                 run.meters.start_epoch()
-            monitor.require_agreement(bool(save))
+            monitor.require_same_state(bool(save))
             if save:
                 run.phases.enter(SAVE)
                 save_state(run, epoch_done, monitor.unlogged)
                 monitor.restart_clock()
             if reason:
-                run.folder.settle()
+                run.folder.finish_saving()
                 raise run.stopped(reason)
             monitor.log()
     finally:
@@ -125,31 +122,31 @@ def _loop(run: Run, telemetry: Telemetry, monitor: Monitor, stop: StopRequest) -
 
 
 def train_step(run: Run, batch: ViewBatch) -> None:
-    """One step: keys from shuffled crops, queries, loss, update, enqueue."""
+    """Train one step: keys from shuffled crops, queries, loss, update, enqueue."""
     config, queue, enter = run.config.contrast, run.queue, run.phases.enter
     enter(SHUFFLE)
-    inputs = run.inputs.take(batch)  # augmented crops, the keys' sent to where they belong
+    inputs = run.inputs.take(batch)  # augmented crops; the keys' are being exchanged
     mine = run.plan.share(batch.step, run.rank, run.world)
     run.negatives = queue.used
     all_keys: list[Tensor] = []
     total = torch.zeros((), device=run.device)
-    for part, rows in enumerate(np.split(np.arange(len(mine.index)), run.parts)):
+    for micro_batch, rows in enumerate(np.split(np.arange(len(mine.index)), run.micro_batches)):
         own = slice(rows[0], rows[-1] + 1)
         enter(FORWARD)
-        queries = run.engine.query(*inputs.queries(own), part=part)
-        if part == 0:  # the exchange has been under way during the first queries
+        queries = run.engine.query(*inputs.queries(own), micro_batch=micro_batch)
+        if micro_batch == 0:  # the exchange overlaps with the first queries
             all_keys = [_keys(run, inputs, term) for term in range(len(queries))]
         first = run.rank * len(mine.index)
         enter(QUEUE)
         positives = [keys[first + own.start : first + own.stop] for keys in all_keys]
-        parts_terms = [
+        terms = [
             queue.contrast(query, positive, config.nce_t, mine.index[own])
             for query, positive in zip(queries, positives, strict=True)
         ]
-        loss = torch.stack([term.loss.mean() for term in parts_terms]).sum()
+        loss = torch.stack([term.loss.mean() for term in terms]).sum()
         enter(BACKWARD)
-        run.engine.backward(loss / run.parts)
-        _measure(run, loss, parts_terms[0], queries[0], positives[0])
+        run.engine.backward(loss / run.micro_batches)
+        _measure(run, loss, terms[0], queries[0], positives[0])
         total = total + loss.detach()
     enter(UPDATE)
     scale = run.engine.loss_scale
@@ -159,7 +156,7 @@ def train_step(run: Run, batch: ViewBatch) -> None:
         enter(EMA)
         run.engine.ema(config.alpha)
         enter(QUEUE)
-        for keys in all_keys:  # of a step that was left out, some may not be finite
+        for keys in all_keys:  # those of a skipped step may not be finite
             queue.enqueue(keys, run.plan.batch(batch.step).index)
     enter(AGREE)
     finite = run.engine.weights_finite()
@@ -167,7 +164,7 @@ def train_step(run: Run, batch: ViewBatch) -> None:
 
 
 def _keys(run: Run, inputs: StepInputs, term: int) -> Tensor:
-    """Keys of the whole global batch, of which this rank computes those it was sent."""
+    """Compute the keys of the crops that this rank was sent, and gather the global batch's."""
     enter = run.phases.enter
     enter(SHUFFLE)
     inputs.receive(term)
@@ -181,4 +178,6 @@ def _keys(run: Run, inputs: StepInputs, term: int) -> Tensor:
 def _measure(run: Run, loss: Tensor, contrast: Contrast, query: Tensor, key: Tensor) -> None:
     positive = (query * key).sum(1).mean()
     negative = contrast.negative_similarity.mean()
-    run.meters.add(1 / run.parts, loss, contrast.positive_probability.mean(), positive, negative)
+    run.meters.add(
+        1 / run.micro_batches, loss, contrast.positive_probability.mean(), positive, negative
+    )

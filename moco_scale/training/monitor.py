@@ -1,4 +1,4 @@
-"""What a run reports while it trains and when it ends; measures, and changes nothing."""
+"""Monitor of a run: times, logs, evaluations and figures; changes nothing in the run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torchvision
 
-from moco_scale.checkpoints.state import Unlogged, numbers_alike
+from moco_scale.checkpoints.state import Unlogged, state_numbers
 from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.data.sampling.order import Samples
 from moco_scale.distributed import collectives, consensus
-from moco_scale.distributed.same_state import require_agreement
+from moco_scale.distributed.same_state import require_same_state
 from moco_scale.distributed.stop_signal import StopRequest
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation import figures
@@ -28,17 +28,17 @@ from moco_scale.evaluation.knn import (
     unlabelled_split,
 )
 from moco_scale.models.encoder import Encoder
-from moco_scale.observe.loggers import Telemetry
+from moco_scale.observe.loggers import Loggers
 from moco_scale.observe.phases import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
 from moco_scale.observe.stragglers import StepTimes
 from moco_scale.planner.utilisation import Utilisation, device_name
-from moco_scale.training.banner import announcement
+from moco_scale.training.banner import run_summary
 from moco_scale.training.banner import title as figure_title
 from moco_scale.training.run import Run
 from moco_scale.utils.errors import RankError, UserError
 
-# ImageNet's own 1.28 M would take longer than the epoch's training is worth; smaller sets, CIFAR's
-# 50,000 and 10,000 among them, are used whole.
+# All of ImageNet's 1.28 M would take too long beside an epoch's training; smaller sets such as
+# CIFAR's 50,000 and 10,000 are used whole.
 MAX_BANK, MAX_QUERIES = 128_000, 10_000
 
 
@@ -46,16 +46,16 @@ class Monitor:
     """Times, logs, kNN evaluations and figures of one run.
 
     Args:
-        run: what it reports on.
-        telemetry: where that goes.
+        run: to monitor.
+        loggers: of the run.
         stop: interrupts evaluations.
 
     Attributes:
-        unlogged: the last step's log, where its evaluation is still to come.
+        unlogged: log of the last step, where its evaluation is still to come.
     """
 
-    def __init__(self, run: Run, telemetry: Telemetry, stop: StopRequest) -> None:
-        self.run, self.telemetry, self._stop = run, telemetry, stop
+    def __init__(self, run: Run, loggers: Loggers, stop: StopRequest) -> None:
+        self.run, self.loggers, self._stop = run, loggers, stop
         self._since, self._steps_then = time.perf_counter(), run.step
         self._rate = 0.0
         self._utilisation = Utilisation(run.config, run.world, device_name(run.device))
@@ -69,7 +69,7 @@ class Monitor:
 
     @cached_property
     def _splits(self) -> Splits:
-        """Of all ranks, which ask for them together."""
+        """Both splits; all ranks ask for them together."""
         opened = partial(open_splits, self.run.config.source, self.run.shards)
         return consensus.rank0_first(opened, self.run.phases.alive)
 
@@ -84,11 +84,11 @@ class Monitor:
             raise UserError(f"{text}. Or train without kNN evaluations: --knn-freq 0") from None
         if unlabelled is not None:
             why = unlabelled.why_unlabelled
-            self.telemetry.say(
-                f"the labels are not used, so there is no kNN evaluation: {why}"
+            self.loggers.say(
+                f"no kNN evaluation, as the labels are not used: {why}"
                 if why
-                else f"the {unlabelled.split} images have no labels (or not all of them), so "
-                "there is no kNN evaluation; shards made from folders CLASS/* have labels"
+                else f"no kNN evaluation, as not all {unlabelled.split} images have labels; "
+                "shards made from folders CLASS/* have labels"
             )
             return None
         preset = config.preset
@@ -104,17 +104,17 @@ class Monitor:
             left_out=self._left_out,
         )
         if evaluation.hopeless:
-            self.telemetry.say(evaluation.hopeless)
+            self.loggers.say(evaluation.hopeless)
         return evaluation
 
-    def announce(self, dropped: int) -> None:
-        """Say what is about to run."""
-        for text in announcement(self.run, dropped):
-            self.telemetry.say(text)
-        self.telemetry.hyper_parameters(self.run.config.flat())
+    def log_summary(self, dropped: int) -> None:
+        """Log the run summary."""
+        for text in run_summary(self.run, dropped):
+            self.loggers.say(text)
+        self.loggers.hyper_parameters(self.run.config.flat())
 
     def before_training(self, batch: ViewBatch) -> None:
-        """Once, at step 0: the sheet of augmented pairs and the kNN of the initial encoder."""
+        """Log, at step 0, the sheet of augmented pairs and the kNN of the initial encoder."""
         run = self.run
         mine = Samples(batch.index[:16].numpy(), batch.passes[:16].numpy())
         rows = [
@@ -126,16 +126,14 @@ class Monitor:
         mean, std = torch.tensor(preset.mean), torch.tensor(preset.std)
         pairs = pairs * std[:, None, None] + mean[:, None, None]
         sheet = torchvision.utils.make_grid(pairs, nrow=8, padding=2)
-        self.telemetry.image("augmented pairs", sheet, 0)
+        self.loggers.image("augmented pairs", sheet, 0)
         if self._evaluation is not None:
             self._initial_knn = self._knn()
-            self.telemetry.say(
-                f"kNN top-1 {self._output} before training {self._initial_knn:.2f} %"
-            )
+            self.loggers.say(f"kNN top-1 {self._output} before training {self._initial_knn:.2f} %")
         self.restart_clock()
 
     def timed(self, batches: Iterator[ViewBatch]) -> Iterator[ViewBatch]:
-        """The same batches; to wait for one is the first phase of its step."""
+        """Yield the batches; waiting for one is the first phase of its step."""
         while True:
             self.run.phases.enter(DATA, self.run.step + 1)
             try:
@@ -148,20 +146,20 @@ class Monitor:
             self.run.phases.enter(SHUFFLE)
             yield batch
 
-    def require_agreement(self, saving: bool) -> None:
-        """Every so many steps, and before a checkpoint: all ranks must be in the same state.
+    def require_same_state(self, saving: bool) -> None:
+        """Check, every so many steps and before a checkpoint, that ranks are in the same state.
 
         Raises:
-            PeerLost: they are not; names who differs, and in what.
+            PeerLost: They differ; the message names the ranks and the numbers.
         """
         every = self.run.config.run.sync_check_freq
         if every and (saving or self.run.step % every == 0):
             self.run.phases.enter(AGREE)
-            numbers = {"batches read": self._read} | numbers_alike(self.run)
-            require_agreement(numbers, self.run.step)
+            numbers = {"batches read": self._read} | state_numbers(self.run)
+            require_same_state(numbers, self.run.step)
 
     def report(self, epoch_done: bool, last: bool) -> None:
-        """Log the steps since the last report; leave it to :meth:`log` where kNN is due."""
+        """Log the steps since the last report; where kNN is due, :meth:`log` does it."""
         run, config = self.run, self.run.config
         means, epoch_loss = run.meters.read()
         terms = 2 if config.contrast.symmetric else 1
@@ -198,48 +196,48 @@ class Monitor:
             record["mfu"] = mfu
             line += f", {mfu:.0%} of the peak"
         for note in notes:
-            self.telemetry.say(note)
+            self.loggers.say(note)
         if epoch_done:
             record["epoch_loss"] = epoch_loss
             line += f"; epoch mean loss {epoch_loss:.4f}"
         if self._initial_knn is not None:
             record["knn_top1_initial"], self._initial_knn = self._initial_knn, None
         if not math.isfinite(means["loss"]):
-            self.telemetry.say(line)
+            self.loggers.say(line)
             self.restart_clock()
             return
         if self._knn_due(epoch_done, last):
             self.unlogged = {"record": record, "line": line}
         else:
-            self.telemetry.record(record, line)
+            self.loggers.record(record, line)
         self.restart_clock()
 
     def log(self) -> None:
         """Evaluate and log a step whose checkpoint has been written.
 
-        In this order nothing is lost when an evaluation is stopped, or brings the run down.
+        In this order nothing is lost when an evaluation is stopped or fails.
 
         Raises:
-            StoppedEarly: on a signal or ``--max-time``; a resumed run evaluates anew.
+            StoppedEarly: On a signal or ``--max-time``; a resumed run evaluates again.
         """
         if self.unlogged is None:
             return
         record, line = self.unlogged["record"], self.unlogged["line"]
-        if self._evaluation is not None:  # a resumed run may do without
+        if self._evaluation is not None:  # a resumed run may have none
             record["knn_top1"] = self._knn()
             line += f"; kNN top-1 {self._output} {record['knn_top1']:.2f} %"
-        self.telemetry.record(record, line)
+        self.loggers.record(record, line)
         self.unlogged = None
         self.restart_clock()
 
     def log_resumed(self, unlogged: Unlogged | None) -> None:
-        """:meth:`log` the step that a run resumes after, if the run before did not come to it."""
+        """Log the step that a run resumes after, if the run before did not evaluate it."""
         start, folder = self.run.resumed_from, self.run.folder
-        # The steps of another run are in the log of that one.
+        # The steps of another run are in that run's log.
         if unlogged is None or start is None or not folder.is_own(start):
             return
         if not folder.is_logged(self.run.step):
-            self.telemetry.say(f"the evaluation after step {self.run.step} is still to be done")
+            self.loggers.say(f"the evaluation after step {self.run.step} is still to be done")
             self.unlogged = unlogged
             self.log()
 
@@ -249,10 +247,10 @@ class Monitor:
         return self._evaluation is not None and (last or (epoch_done and done % every == 0))
 
     def _knn(self) -> float:
-        """kNN top-1 in percent of the query encoder's projected output; all ranks call it."""
+        """Measure kNN top-1 of the query encoder's projection in percent; all ranks call it."""
         assert self._evaluation is not None
         self.run.phases.enter(SAVE)
-        self.run.folder.settle()  # the evaluation forks processes, which threads do not survive
+        self.run.folder.finish_saving()  # threads do not survive the evaluation's forks
         self.run.phases.enter(EVALUATION)
         top1 = self._evaluation.measure(self._query(), between=self._go_on)["top1"]
         self.run.phases.enter(LOG)
@@ -268,7 +266,7 @@ class Monitor:
         return self.run.engine.query_encoder(self.run.initial_encoder)
 
     def restart_clock(self) -> None:
-        """Do not count what is not training."""
+        """Restart the clock, so that only training counts."""
         self._since, self._steps_then = time.perf_counter(), self.run.step
         self.run.phases.restart()
 
@@ -280,19 +278,19 @@ class Monitor:
         return f"{days} d {clock}" if days else clock
 
     def is_finished(self) -> bool:
-        """Whether the figures of :meth:`finish` are there; the same on every rank."""
+        """Tell whether the figures of :meth:`finish` exist; the same on every rank."""
         out = self.run.folder.path
         return consensus.broadcast_from_main(
             lambda: all((out / name).exists() for name in ("report.png", "neighbours.png"))
         )
 
     def finish(self) -> None:
-        """Figures of the finished run: its curves, and what its encoder finds similar.
+        """Draw the finished run's figures: its curves, and nearest neighbours.
 
-        One that cannot be drawn is said: the model is there, and the same command draws it.
+        A failure is only logged: the model is saved, and the same command draws them again.
 
         Raises:
-            StoppedEarly: as :meth:`log`; the same command draws them.
+            StoppedEarly: As :meth:`log`; the same command draws them.
         """
         run, config, out = self.run, self.run.config, self.run.folder.path
         run.phases.enter(FINISH)
@@ -330,11 +328,11 @@ class Monitor:
                 draw()
                 made.append(name)
             except UserError as error:
-                self.telemetry.say(f"without {name}, which the same command draws: {error}")
+                self.loggers.say(f"no {name}, which the same command draws: {error}")
         ended = "done"
         if run.step < run.total_steps:
             ended = (
                 f"stopped after step {run.step} of {run.total_steps} (--max-steps); the same "
-                "command without it goes on"
+                "command without it continues"
             )
-        self.telemetry.say(f"{ended}: {out}/{', '.join(made)}")
+        self.loggers.say(f"{ended}: {out}/{', '.join(made)}")

@@ -1,4 +1,4 @@
-"""A run: its configuration, data, modules, engine and output folder, and where it stands."""
+"""Run: its configuration, data, modules, engine, output folder and step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from moco_scale.checkpoints.run_folder import RunFolder
-from moco_scale.checkpoints.state import (
-    load_model,
-    load_optimizer,
-    read_state,
-)
+from moco_scale.checkpoints.state import load_model, load_optimizer, read_state
 from moco_scale.config.deepspeed_file import refuse
 from moco_scale.config.deepspeed_keys import unwritable_reports
 from moco_scale.config.schema import Config
@@ -36,10 +32,7 @@ from moco_scale.models.batchnorm import set_groups, spans_ranks
 from moco_scale.models.encoder import Encoder, build_encoder
 from moco_scale.observe.finite import FiniteWatch
 from moco_scale.observe.loggers import Meters
-from moco_scale.observe.phases import (
-    SUMMING,
-    Phases,
-)
+from moco_scale.observe.phases import SUMMING, Phases
 from moco_scale.optim.schedules import learning_rate
 from moco_scale.training.bad_images import BadImages
 from moco_scale.training.inputs import Inputs
@@ -48,17 +41,19 @@ from moco_scale.utils.errors import StoppedEarly
 
 
 def open_data(config: Config, alive: Callable[[], None] = lambda: None) -> tuple[Shards, BatchPlan]:
-    """The images of a run and its batches, the same on all ranks, which all call it.
+    """Open the images of a run and plan its batches, the same on all ranks; all call it.
 
-    alive: called now and then while some rank makes an index, which may take hours.
+    Args:
+        config: of the run.
+        alive: progress callback, called while some rank makes an index, which may take hours.
 
     Raises:
-        UserError: the data cannot be read, or differs between ranks, or does not fill a batch that
+        UserError: The data cannot be read, differs between ranks, or does not fill a batch that
             the ranks can share.
     """
     opened = partial(open_shards, config.source, "train")
     shards = consensus.rank0_first(opened, alive)
-    same_setup.require_alike({"index of --data-dir": shards.fingerprint}, same_setup.SAME_DATA)
+    same_setup.require_same({"index of --data-dir": shards.fingerprint}, same_setup.SAME_DATA)
     order = shards.order(config.optim.rng_seed, config.data.shuffle_window)
     batch = config.optim.batch_size
     plan = BatchPlan(in_whole_batches(order, batch, config.data.samples_per_epoch), batch)
@@ -67,14 +62,14 @@ def open_data(config: Config, alive: Callable[[], None] = lambda: None) -> tuple
 
 
 class Run:
-    """Everything that one run holds, beside the loop that trains it.
+    """State of a run, without the loop that trains it.
 
     Args:
         config: complete configuration.
-        phases: the phase that this process is in.
+        phases: of this process.
 
     Raises:
-        UserError: data, output folder, engine or resume do not fit the configuration.
+        UserError: Data, output folder, engine or resume do not fit the configuration.
     """
 
     def __init__(self, config: Config, phases: Phases | None = None) -> None:
@@ -84,8 +79,8 @@ class Run:
         determinism.set_switches()
         self.device = collectives.device()
         self.world, self.rank = collectives.world_size(), collectives.rank()
-        same_setup.require_alike(same_setup.of_run(config.flat()))
-        if config.run.deepspeed:  # all that is wrong with it, before anything takes time
+        same_setup.require_same(same_setup.of_run(config.flat()))
+        if config.run.deepspeed:  # report all its problems before anything takes time
             asked = read_deepspeed(config, self.world, 1).configuration
             consensus.broadcast_from_main(
                 lambda: refuse(config.run.deepspeed, unwritable_reports(asked))
@@ -127,8 +122,8 @@ class Run:
             meta, saved = read_state(self, moco, self.resumed_from)
             self.step, self.unlogged = meta["step"], meta.get("unlogged")
             load_model(self, moco, saved)
-        self.parts = config.run.accumulation_steps
-        set_groups(moco, config.model.bn_group_size, config.optim.batch_size, self.parts)
+        self.micro_batches = config.run.accumulation_steps
+        set_groups(moco, config.model.bn_group_size, config.optim.batch_size, self.micro_batches)
         self.engine = make_engine(config, moco, self.device)
         if saved:
             load_optimizer(self, saved)
@@ -136,15 +131,15 @@ class Run:
         self.shuffle = ShuffleBN(
             config.optim.batch_size, seed, contrast.shuffle_bn, contrast.shuffle_group
         )
-        # Two communicators at work at once, the exchange's and another, can deadlock.
+        # Two communicators in use at once, the exchange's and another, can deadlock.
         spans, in_order = spans_ranks(moco), collectives.launches_in_order()
-        alone = spans or (self.engine.own_groups and not in_order)
-        if alone and not in_order:
+        overlap = not (spans or (self.engine.own_groups and not in_order))
+        if not overlap and not in_order:
             self.engine.notes.append(
                 "NCCL_LAUNCH_ORDER_IMPLICIT is 0, or NCCL older than 2.26: no inputs are made "
-                "ahead, and that processes wait for each other for ever cannot be excluded"
+                "ahead, and a deadlock between processes cannot be excluded"
             )
-        self.inputs = Inputs(config, self.plan, self.shuffle, self.device, alone=alone)
+        self.inputs = Inputs(config, self.plan, self.shuffle, self.device, overlap=overlap)
 
     def _decoder(self) -> DeviceDecoder | None:
         return DeviceDecoder.on_gpu(self.device) if self.config.run.decode == "gpu" else None
@@ -154,7 +149,7 @@ class Run:
         return PixelCache.open(self.shards, run.cache, run.preflight) if run.cache else None
 
     def initial_encoder(self) -> Encoder:
-        """The query encoder before training: a function of the configuration and its seed."""
+        """Build the query encoder before training: a function of the configuration and its seed."""
         model = self.config.model
         return build_encoder(
             model.model,
@@ -171,10 +166,11 @@ class Run:
     def loader(
         self, end_step: int | None = None, lost: Callable[[str], None] | None = None
     ) -> BatchLoader[ViewBatch]:
-        """This rank's share of each batch from where the run stands to `end_step`.
+        """Load this rank's share of each batch from the run's step on.
 
-        end_step: the first step that is left out; by default the run's last step is the last.
-        lost: as :class:`BatchLoader` has it.
+        Args:
+            end_step: end of the range of steps; by default after the run's last step.
+            lost: as of :class:`BatchLoader`.
         """
         run = self.config.run
         return pretraining_loader(
@@ -195,6 +191,7 @@ class Run:
         )
 
     def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
         optim = self.config.optim
         return learning_rate(
             step,
@@ -210,12 +207,12 @@ class Run:
         )
 
     def stopped(self, reason: str) -> StoppedEarly:
-        """What ends a run that has been asked to stop, once its state is saved."""
+        """Make the exception that ends a run on a stop request, once its state is saved."""
         status = status_of(reason)
         if self.step == 0:
             return StoppedEarly(f"{reason}: stopped before the first step; start again", status)
         return StoppedEarly(
             f"{reason}: stopped after step {self.step} of {self.last_step}, saved in "
-            f"{self.folder.path}; the same command goes on from there",
+            f"{self.folder.path}; start the same command again to continue",
             status,
         )

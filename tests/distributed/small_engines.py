@@ -63,7 +63,7 @@ def engine_around(
                 world=collectives.world_size(),
                 precision=settings.precision,
                 clip_norm=settings.clip_norm,
-                parts=settings.parts,
+                micro_batches=settings.micro_batches,
                 parameters=sum(p.numel() for p in moco.query.parameters()),
                 overlap=False,
                 compiled=settings.compile,

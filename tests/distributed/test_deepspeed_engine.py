@@ -150,7 +150,7 @@ def reports(folder: str) -> tuple[list[str], list[str], list[str]]:
         world=1,
         precision="fp32",
         clip_norm=0.0,
-        parts=1,
+        micro_batches=1,
         parameters=1000,
         overlap=False,
         compiled=False,

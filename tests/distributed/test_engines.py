@@ -50,9 +50,9 @@ def train(
     overexposed: a step in which rank 0's images are too bright for fp16's largest number.
     """
     chosen = EngineSettings(MOMENTUM, 1e-4, **settings)
-    moco, parts = MoCo(ENCODERS[encoder]()), chosen.parts
+    moco, micro_batches = MoCo(ENCODERS[encoder]()), chosen.micro_batches
     before = cloned(moco.state_dict())
-    set_groups(moco, group, BATCH, parts)
+    set_groups(moco, group, BATCH, micro_batches)
     engine = engine_around(kind, moco, chosen, zero)
     generator = torch.Generator().manual_seed(1)
     queue = nn.functional.normalize(torch.randn(40, DIM, generator=generator), dim=1)
@@ -69,14 +69,16 @@ def train(
         if engine.loss_scale is not None:
             result["scales"].append(engine.loss_scale.value)
         mean = 0.0
-        for part, rows in enumerate(torch.arange(per_rank).chunk(parts)):
-            queries = engine.query(*(images[v, rows] for v in range(views)), part=part)
+        for micro_batch, rows in enumerate(torch.arange(per_rank).chunk(micro_batches)):
+            queries = engine.query(
+                *(images[v, rows] for v in range(views)), micro_batch=micro_batch
+            )
             losses = [
                 infonce(query, keys[rows], Negatives(queue), 0.2).loss.mean() for query in queries
             ]
             loss = torch.stack(losses).sum()
-            engine.backward(loss / parts)
-            mean += float(loss) / parts
+            engine.backward(loss / micro_batches)
+            mean += float(loss) / micro_batches
         applied = engine.step(RATE)
         if applied:
             engine.ema(ALPHA)
@@ -157,7 +159,7 @@ def whole_steps() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ENGINES)
 def test_parts_and_recomputation_change_nothing(whole_steps: dict[str, Any], kind: str) -> None:
     """Two backward passes per step, blocks computed again in each; gradients are clipped."""
-    ways = partial(train, **PARTLY, parts=2, recompute=True)
+    ways = partial(train, **PARTLY, micro_batches=2, activation_checkpointing=True)
     assert_same(run_ranks(ways, 2, kind, 5), whole_steps)
 
 
@@ -174,7 +176,7 @@ def transformer() -> dict[str, Any]:
     "kind", [pytest.param(k, marks=slow_unless(k in SHARDED)) for k in ENGINES]
 )
 def test_a_transformer_with_frozen_patches(transformer: dict[str, Any], kind: str) -> None:
-    ways = partial(train, encoder="vit", views=2, recompute=True)
+    ways = partial(train, encoder="vit", views=2, activation_checkpointing=True)
     assert_same(run_ranks(ways, 2, kind, 5), transformer)
 
 
@@ -183,7 +185,15 @@ def test_a_transformer_with_frozen_patches(transformer: dict[str, Any], kind: st
 @pytest.mark.parametrize("kind", [kind for kind in ENGINES if kind != "zero3"])
 def test_compiled_blocks(kind: str, encoder: str) -> None:
     (reference,) = run_ranks(partial(train, encoder=encoder, views=2, group=2), 1, "ddp", 5)
-    ways = partial(train, encoder=encoder, views=2, group=2, compile=True, parts=2, recompute=True)
+    ways = partial(
+        train,
+        encoder=encoder,
+        views=2,
+        group=2,
+        compile=True,
+        micro_batches=2,
+        activation_checkpointing=True,
+    )
     assert_same(run_ranks(ways, 2, kind, 5, timeout=500.0), reference)
 
 
@@ -211,7 +221,7 @@ def test_offloaded_optimizer_state(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
 def test_offloaded_optimizer_state_in_parts(whole_steps: dict[str, Any], kind: str) -> None:
-    ways = partial(train, **PARTLY, parts=2, zero={"offload_optimizer": {"device": "cpu"}})
+    ways = partial(train, **PARTLY, micro_batches=2, zero={"offload_optimizer": {"device": "cpu"}})
     assert_same(run_ranks(ways, 2, kind, 5), whole_steps)
 
 
@@ -221,7 +231,7 @@ def test_offloaded_optimizer_state_in_parts(whole_steps: dict[str, Any], kind: s
 def test_recomputation_in_half_precision(kind: str, encoder: str) -> None:
     half = partial(train, encoder=encoder, views=2, group=2, precision="bf16")
     plain = run_ranks(half, 2, "ddp", 5)
-    recomputed = run_ranks(partial(half, recompute=True), 2, kind, 5)
+    recomputed = run_ranks(partial(half, activation_checkpointing=True), 2, kind, 5)
     for got, wanted in zip(recomputed, plain, strict=True):
         assert got["losses"] == pytest.approx(wanted["losses"], rel=1e-2)
 
@@ -257,7 +267,9 @@ def test_fp16_leaves_out_what_overflows_and_goes_on(reference: dict[str, Any], k
     In the first step even the activations overflow, and statistics with them.
     """
     scaling = LossScaling(initial=2.0**24, window=3)
-    ways = partial(train, precision="fp16", scaling=scaling, overexposed=0, group=2, parts=2)
+    ways = partial(
+        train, precision="fp16", scaling=scaling, overexposed=0, group=2, micro_batches=2
+    )
     results = run_ranks(ways, 2, kind, 9)
     assert not math.isfinite(results[0]["losses"][0])
     for got in results:

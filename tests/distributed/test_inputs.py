@@ -84,7 +84,7 @@ def train(run: Run, steps: int) -> None:
         if run.step == steps:
             break  # one more batch has been made ready
     save_state(run, epoch_done=False)
-    run.folder.settle()
+    run.folder.finish_saving()
 
 
 def whole_and_in_parts(whole_flags: list[str], parts_flags: list[str]) -> None:
@@ -130,29 +130,29 @@ def order_of_messages(flags: list[str]) -> tuple[bool, list[str]]:
         patch.setattr(run.engine, "query", noted("queries", query))
         run.engine.moco.train()
         train_step(run, next(run.loader(STEPS)))
-    return run.inputs.alone, happened
+    return run.inputs.overlap, happened
 
 
 def test_no_exchange_is_under_way_while_spanning_groups_talk(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
     flags = flags_of(tiny_shards, tmp_path, "--symmetric")
-    for alone, happened in run_ranks(order_of_messages, 2, [*flags, "--bn-group-size", "8"]):
-        assert alone
+    for overlap, happened in run_ranks(order_of_messages, 2, [*flags, "--bn-group-size", "8"]):
+        assert not overlap
         assert happened == ["exchanged", "exchanged", "queries"]
-    for alone, happened in run_ranks(order_of_messages, 2, flags):
-        assert not alone
+    for overlap, happened in run_ranks(order_of_messages, 2, flags):
+        assert overlap
         assert happened == ["queries", "exchanged", "exchanged"]
 
 
-def alone_without_order(flags: list[str]) -> list[tuple[bool, list[str]]]:
-    """Whether the exchange is alone and what is said, where NCCL keeps the order and does not."""
+def overlap_without_order(flags: list[str]) -> list[tuple[bool, list[str]]]:
+    """Return `overlap` and the notes, where NCCL keeps the order and where it does not."""
     results = []
     for kept in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "launches_in_order", lambda kept=kept: kept)
             run = Run(command_line.parse(flags))
-            results.append((run.inputs.alone, run.engine.notes))
+            results.append((run.inputs.overlap, run.engine.notes))
     collectives.barrier()  # rank 0 keeps the store where groups are made
     return results
 
@@ -161,12 +161,12 @@ def test_engines_with_communicators_of_their_own_need_nccls_order(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
     flags = flags_of(tiny_shards, tmp_path, "--engine", "fsdp")
-    for kept, not_kept in run_ranks(alone_without_order, 2, [*flags, "--fsdp-shard-size", "1"]):
-        assert kept == (False, [])
-        assert not_kept[0]
+    for kept, not_kept in run_ranks(overlap_without_order, 2, [*flags, "--fsdp-shard-size", "1"]):
+        assert kept == (True, [])
+        assert not not_kept[0]
         assert "NCCL_LAUNCH_ORDER_IMPLICIT" in not_kept[1][0]
-    for results in run_ranks(alone_without_order, 2, flags):
-        assert results == [(False, []), (False, [])]
+    for results in run_ranks(overlap_without_order, 2, flags):
+        assert results == [(True, []), (True, [])]
 
 
 @pytest.mark.parametrize(

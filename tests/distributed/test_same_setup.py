@@ -16,14 +16,14 @@ from moco_scale.utils.errors import UserError
 
 
 def compared(facts_of_ranks: list[dict[str, str]], package_of_last: str = "") -> str:
-    """Return the message of require_alike on this rank; hosts have two ranks each."""
+    """Return the message of require_same on this rank; hosts have two ranks each."""
     rank = collectives.rank()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: f"node-{rank // 2}")
         if package_of_last and rank == collectives.world_size() - 1:
             patch.setattr(same_setup, "PACKAGE", Path(package_of_last))
         try:
-            same_setup.require_alike(facts_of_ranks[rank], "do something")
+            same_setup.require_same(facts_of_ranks[rank], "do something")
         except UserError as error:
             return str(error)
     return ""
@@ -52,7 +52,7 @@ def test_the_odd_one_out_is_named(tmp_path: Path) -> None:
 
 
 def test_one_process_is_like_itself() -> None:
-    same_setup.require_alike({"anything": "at all"})
+    same_setup.require_same({"anything": "at all"})
 
 
 def test_the_facts_of_a_run(tmp_path: Path) -> None:

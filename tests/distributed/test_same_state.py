@@ -5,7 +5,7 @@ import torch
 from harness import run_ranks
 
 from moco_scale.distributed import collectives
-from moco_scale.distributed.same_state import differences, require_agreement, sampled_hash
+from moco_scale.distributed.same_state import differences, require_same_state, sampled_hash
 from moco_scale.utils.errors import PeerLost
 
 HOSTS = ["a", "a", "b", "b"]
@@ -51,7 +51,7 @@ def compare(strayed: int) -> str:
     rank = collectives.rank()
     weights = torch.ones(10) + (rank == strayed)
     try:
-        require_agreement({"step": 5, "weights": sampled_hash([weights], 0)}, 5)
+        require_same_state({"step": 5, "weights": sampled_hash([weights], 0)}, 5)
     except PeerLost as lost:
         return str(lost)
     return ""

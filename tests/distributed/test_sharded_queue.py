@@ -199,7 +199,7 @@ def train(flags: list[str], parts: int) -> list[dict[str, Any]]:
         after = {name: t.clone() for name, t in run.queue.state_dict().items()}
         seen.append({"before": before, "after": after, "means": run.meters.read()[0]})
     save_state(run, epoch_done=False)
-    run.folder.settle()
+    run.folder.finish_saving()
     return seen
 
 

@@ -214,7 +214,7 @@ def start_with(flags: list[str], local: int) -> tuple[int, str]:
     assert run.shuffle.group == run.config.contrast.shuffle_group
     if run.resumed_from is None:
         save_state(run, epoch_done=False)
-        run.folder.settle()
+        run.folder.finish_saving()
     return run.shuffle.group, ""
 
 

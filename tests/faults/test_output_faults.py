@@ -113,7 +113,7 @@ def test_a_save_that_fails_beside_the_loop_stops_all_ranks_soon(
     place = "" if where == "writing" else r"rank 1 on \S+: "
     text = rf"{place}cannot write the checkpoint {tmp_path}/checkpoints: {reason}"
     assert re.search(rf"^train.py: error: {text}", run.output, re.MULTILINE), run.output
-    assert re.search(rf"saving has failed, so the run is about to stop: {text}", run.output)
+    assert re.search(rf"saving has failed, so the run will stop: {text}", run.output)
     assert ("Traceback" in run.output) == (where == "beginning")  # a defect is shown as one
     assert not list((tmp_path / "checkpoints").glob("*step-*"))
     # Known after step 3, heard by all after step 4, where the next save would have been due.
@@ -133,7 +133,7 @@ def test_logs_that_cannot_be_written_end_nothing(tiny_shards: Path, tmp_path: Pa
         assert run.output.count(f"cannot write {tmp_path}/{name}") == 1, run.output
         assert re.search(rf"{tmp_path}/{name}\S*: \d+ entries .* are lost", run.output), run.output
     for name in ("report.png", "neighbours.png"):
-        assert f"without {name}, which the same command draws: cannot" in run.output
+        assert f"no {name}, which the same command draws: cannot" in run.output
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000003\n"
 
 
@@ -142,7 +142,7 @@ def remove_folder(out: str) -> None:
 
     def remove(run: Run, batch: ViewBatch) -> None:
         if batch.step == 2 and run.rank == 0:
-            run.folder.settle()  # what is being written would fail
+            run.folder.finish_saving()  # what is being written would fail
             shutil.rmtree(out)
 
     before_each_call("moco_scale.training.loop", "train_step", remove)
@@ -156,7 +156,7 @@ def test_a_folder_that_is_removed_under_a_run(tiny_shards: Path, tmp_path: Path)
         *(*flags, "--max-steps", 3), ranks=2, prepare=remove_folder, prepare_args=(str(out.parent),)
     )
     assert run.status == 0 and "Traceback" not in run.output, run.output
-    assert run.output.count(f"--output-dir {out} was removed under this run") == 1, run.output
+    assert run.output.count(f"--output-dir {out} was removed during the run") == 1, run.output
     assert {p.name for p in out.iterdir()} == {
         *(".lock", "checkpoints", "config.json", "current.pth", "log.txt", "metrics.jsonl"),
         *("neighbours.png", "report.png", "tensorboard"),
@@ -221,7 +221,7 @@ def test_resuming_from_what_is_no_checkpoint(tiny_shards: Path, tmp_path: Path) 
     missing = tmp_path / "missing"
     assert_refused(forked(*flags, "--resume", missing), missing, "no such folder")
     assert_refused(
-        forked(*flags, "--resume", tiny_shards), tiny_shards, "not a complete one of moco_scale"
+        forked(*flags, "--resume", tiny_shards), tiny_shards, "is incomplete, or not of moco_scale"
     )
     assert not (tmp_path / "out").exists()
 

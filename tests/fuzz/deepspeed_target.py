@@ -43,7 +43,7 @@ def run(data: bytes, folder: Path) -> None:
                 world=2,
                 precision=precision,
                 clip_norm=0.0,
-                parts=1,
+                micro_batches=1,
                 parameters=1000,
                 overlap=True,
                 compiled=True,

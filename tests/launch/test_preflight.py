@@ -94,7 +94,9 @@ def test_another_output_folder(tiny_shards: Path, tmp_path: Path) -> None:
     """As where each host has a disk of its own under the same name."""
     other = tmp_path / "other"
     output = refused(tiny_shards, tmp_path / "out", other_flags, "--output-dir", str(other))
-    assert re.search(r"rank 1 on \S+: --output-dir \S+ is not here what it is for rank 0", output)
+    assert re.search(
+        r"rank 1 on \S+: --output-dir \S+ is another folder here than on rank 0", output
+    )
     # Nor is it enough that something was written there once.
     other.mkdir()
     (other / ".lock").write_text("host 1 0123456789abcdef\n")

@@ -172,7 +172,7 @@ def test_unlabelled_images_train(tmp_path: Path) -> None:
     flags = ("--knn-freq", 1, "--epochs", 1, "--data-dir", shards, "--output-dir", tmp_path / "out")
     status, output = forked(*TINY, *flags)
     assert status == 0, output
-    assert "the train images have no labels" in output
+    assert "not all train images have labels" in output
     (record,) = metrics(tmp_path / "out")
     assert "knn_top1" not in record
     assert (tmp_path / "out" / "neighbours.png").is_file()
@@ -193,8 +193,10 @@ def test_val_tars_without_labels_end_no_run(tmp_path: Path) -> None:
     flags = ("--knn-freq", 1, "--max-steps", 1, "--data-dir", tmp_path, "--output-dir", out)
     status, output = forked(*TINY, *flags)
     assert status == 0, output
-    assert "the val images have no labels" in output
-    assert "stopped after step 1 of 2 (--max-steps); the same command without it goes on" in output
+    assert "not all val images have labels" in output
+    assert (
+        "stopped after step 1 of 2 (--max-steps); the same command without it continues" in output
+    )
     assert "done:" not in output
     assert (out / "neighbours.png").is_file()
     _, again = forked(*TINY, *flags)

@@ -205,5 +205,7 @@ def test_preflight_knows_hosts_apart(
     hosts[1].run("mount", "-t", "tmpfs", "tmpfs", tmp_path / "out")
     outcomes = wait_all(srun(hosts, *flags))
     assert [status for status, _ in outcomes] == [2] * 4
-    expected = f"rank 2 on host-b: --output-dir {tmp_path}/out is not here what it is for rank 0"
+    expected = (
+        f"rank 2 on host-b: --output-dir {tmp_path}/out is another folder here than on rank 0"
+    )
     assert expected in outcomes[0].output

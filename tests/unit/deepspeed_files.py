@@ -20,7 +20,13 @@ def write(folder: Path, content: Any) -> str:
 
 def complete(path: str, **changed: Any) -> ReadConfiguration:
     usual: dict[str, Any] = {
-        **{"batch_size": 256, "world": 8, "precision": "fp32", "clip_norm": 0.0, "parts": 1},
+        **{
+            "batch_size": 256,
+            "world": 8,
+            "precision": "fp32",
+            "clip_norm": 0.0,
+            "micro_batches": 1,
+        },
         **{"parameters": 1000, "overlap": True, "compiled": False},
     }
     read = look_through(path, **usual | changed)

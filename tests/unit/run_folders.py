@@ -19,7 +19,7 @@ def save(run: RunFolder, *steps: int, keep: tuple[int, ...] = ()) -> None:
     for step in steps:
         tensors = {"x": torch.tensor(float(step))}
         run.save(step, tensors, {"x": "model.y.z"}, {"step": step, "epoch": 0}, step in keep)
-    run.settle()
+    run.finish_saving()
 
 
 def steps(run: RunFolder) -> list[int]:

@@ -29,7 +29,7 @@ def meet(bad: BadImages, step: int, *names: str) -> list[str]:
     """Let a run meet images of these names in a step."""
     met = [BadSample(100 * step + i, name, name, "is no image", 0) for i, name in enumerate(names)]
     batch = types.SimpleNamespace(step=step - 1, epoch=0, bad=met)
-    bad.note(cast(ViewBatch, batch))
+    bad.add(cast(ViewBatch, batch))
     return bad.collect(step)
 
 
@@ -71,7 +71,7 @@ def test_a_list_that_cannot_be_written_ends_nothing(
         assert "bad images so far: 2" in meet(bad, 6, "a")[-1]
     meet(bad, 7, "b")
     said = capsys.readouterr().err
-    assert said.count("training goes on") == 2 and "all is there" in said
+    assert said.count("training continues") == 2 and "all is there" in said
     keys = [
         json.loads(line).get("key") for line in (tmp_path / FILE).read_bytes().split(b"\n")[2:4]
     ]
@@ -96,14 +96,14 @@ def test_names_that_no_terminal_should_see_are_listed_as_escapes(tmp_path: Path)
     shards = open_shards(tmp_path / "0.tar", "train")
     assert shards.where(1) == f"0.tar at byte {shards.place(1).offset} (key {SHOWN})"
     found = begun(tmp_path, 0)
-    found.note(met(3, bad_sample(shards, 1, f"no image: {HOSTILE}", 0)))
+    found.add(met(3, bad_sample(shards, 1, f"no image: {HOSTILE}", 0)))
     said = found.collect(3)
-    assert f"(key {SHOWN}): no image: {SHOWN}; sample 0" in said[0]
+    assert f"(key {SHOWN}): no image: {SHOWN}; replaced by sample 0" in said[0]
     assert all(line.isprintable() for line in said)
     (entry,) = lines(tmp_path)
     assert (entry["sample"], entry["key"], entry["step"]) == (1, SHOWN, 3)
     again = begun(tmp_path, 3)
-    again.note(met(4, bad_sample(shards, 1, "no image", 0)))
+    again.add(met(4, bad_sample(shards, 1, "no image", 0)))
     assert again.collect(4) == [] and lines(tmp_path) == [entry]
 
 
@@ -118,7 +118,7 @@ def test_a_list_is_taken_up_by_its_line_feeds(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(whole + entry(7, 9) + b'{"sample": 8, "sha')
     found = begun(tmp_path, 4)
     assert (tmp_path / FILE).read_bytes() == whole
-    found.note(met(5, *(BadSample(n, "0.tar", "", "r", 0) for n in (1, 5, 7))))
+    found.add(met(5, *(BadSample(n, "0.tar", "", "r", 0) for n in (1, 5, 7))))
     assert len(found.collect(5)) == 2
     assert [line["sample"] for line in lines(tmp_path)] == [1, 5, 7]
 
@@ -143,7 +143,7 @@ def test_lines_that_are_no_entries_leave_the_list_and_are_said(
     (tmp_path / FILE).write_bytes(entry(1, 1) + line + b"\n" + entry(2, 1))
     begun(tmp_path, 4)
     assert (tmp_path / FILE).read_bytes() == entry(1, 1) + entry(2, 1)
-    assert "1 lines are no entries" in capfd.readouterr().err
+    assert "dropped 1 lines that are no entries" in capfd.readouterr().err
 
 
 def test_a_line_without_an_end_takes_no_memory(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_value_of_another_kind_is_named(tmp_path: Path, name: str, values: lis
         for action in (checkpoint.read_meta, checkpoint.verify):
             message = error_of(lambda action=action: action(folder))  # type: ignore[misc]
             assert message.startswith(
-                f"checkpoint {folder} is damaged, or none of moco_scale: its meta.json has no "
+                f"checkpoint {folder} is damaged, or not of moco_scale: its meta.json has no "
                 f"usable value: {name}"
             )
         assert name not in checkpoint.readable_meta(folder)

@@ -295,13 +295,13 @@ def test_what_the_file_says_and_no_flag_does_is_done(tmp_path: Path) -> None:
     path = write(tmp_path, {"gradient_clipping": 0.5, "gradient_accumulation_steps": 4})
     config = parse(["--deepspeed", path])
     assert (config.optim.clip_grad, config.run.accumulation_steps) == (0.5, 4)
-    got = read(path, clip_norm=0.5, parts=4)
+    got = read(path, clip_norm=0.5, micro_batches=4)
     assert got["train_micro_batch_size_per_gpu"] == 8
     flags = ["--deepspeed", path, "--clip-grad", "2", "--accumulation-steps", "1"]
     config = parse(flags)
     assert (config.optim.clip_grad, config.run.accumulation_steps) == (2.0, 1)
     with pytest.raises(UserError, match=r"gradient_clipping 0\.5 contradicts --clip-grad 2\.0"):
-        read(path, clip_norm=config.optim.clip_grad, parts=4)
+        read(path, clip_norm=config.optim.clip_grad, micro_batches=4)
     auto = write(tmp_path, {"gradient_clipping": "auto", "gradient_accumulation_steps": "auto"})
     config = parse(["--deepspeed", auto])
     assert (config.optim.clip_grad, config.run.accumulation_steps) == (0.0, 1)

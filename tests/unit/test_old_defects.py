@@ -32,7 +32,7 @@ PER_EPOCH = 4  # of the 32 images
 def written(run: Run) -> None:
     """Write a checkpoint to its end."""
     save_state(run, epoch_done=False)
-    run.folder.settle()
+    run.folder.finish_saving()
 
 
 def start(tiny_shards: Path, out: Path, **values: Any) -> Run:

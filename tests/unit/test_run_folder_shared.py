@@ -165,7 +165,7 @@ def test_what_is_being_written_is_not_yet_good(
     run.save(2, {"x": torch.tensor(2.0)}, {"x": "model.y.z"}, {"step": 2, "epoch": 0}, False)
     assert run.last_good() == f"{first}; step-00000002 is being written"
     free.set()
-    run.settle()
+    run.finish_saving()
     assert run.last_good() == str(run.checkpoints()[1])
 
 
@@ -223,7 +223,7 @@ def test_a_folder_that_was_removed_is_made_again(
     assert steps(run) == [2] and (out / "log.txt").read_text() == "on we go\n"
     assert json.loads((out / "config.json").read_text())["recipe"] == "cifar10"
     said = capsys.readouterr().err
-    assert said.count("was removed under this run") == 1
+    assert said.count("was removed during the run") == 1
     # It is locked as before (which reading the lock would end, in this process).
     lines = [
         "from pathlib import Path",
@@ -249,11 +249,11 @@ def test_a_folder_that_another_run_has_taken_is_left_to_it(
             other.wait()
         log = run.side_file("log.txt")
         log.add(b"of the first\n")
-        with pytest.raises(UserError, match="was removed under this run, and is another run's now"):
+        with pytest.raises(UserError, match="was removed during the run, and is another run's now"):
             save(run, 1)
         assert [p.name for p in out.iterdir()] == [".lock"]
         assert (out / ".lock").read_text() == "node7 123 0123456789abcdef\n"
-    assert "another run's now; training goes on" in capsys.readouterr().err
+    assert "another run's now; training continues" in capsys.readouterr().err
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -72,9 +72,7 @@ def test_a_failure_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert saver._thread is not None
     saver._thread.join()  # nobody asks for the outcome
     assert saver.failed
-    assert "saving has failed, so the run is about to stop: the disk is full" in (
-        capsys.readouterr().err
-    )
+    assert "saving has failed, so the run will stop: the disk is full" in (capsys.readouterr().err)
     with pytest.raises(UserError, match="the disk is full"):
         saver.wait()
     assert not saver.failed

@@ -65,7 +65,7 @@ def test_nothing_is_lost_or_cut_by_a_disk_that_is_full_for_a_while(
     file.close()
     assert (tmp_path / "log").read_bytes() == b"head\none\ntwo\nthree\nfour\nfive\n"
     assert len(said) == 2
-    assert f"cannot write {tmp_path}/log: {os.strerror(reason)}; training goes on" in said[0]
+    assert f"cannot write {tmp_path}/log: {os.strerror(reason)}; training continues" in said[0]
     assert "can be written again; all is there" in said[1]
 
 
@@ -121,7 +121,7 @@ def test_a_name_that_cannot_be_written_ends_nothing(tmp_path: Path, target: str)
     for _ in range(3):
         file.add(b"x" * 10)
     file.close()
-    assert len(said) == 2 and "training goes on" in said[0] and "3 entries" in said[1]
+    assert len(said) == 2 and "training continues" in said[0] and "3 entries" in said[1]
 
 
 def test_a_removed_file_or_folder_begins_anew(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_folder_that_is_not_ours_any_more_is_not_written(
     file = SideFile(tmp_path / "log", before=refuse, warn=said.append)
     file.add(b"one")
     assert not (tmp_path / "log").exists()
-    assert "log: so it goes; training goes on" in said[0]
+    assert "log: so it goes; training continues" in said[0]
 
 
 anything = st.recursive(

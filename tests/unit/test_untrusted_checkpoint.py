@@ -75,7 +75,7 @@ def test_one_of_an_earlier_version_is_read_and_this_is_said(
 
 def test_the_step_is_the_folders(tmp_path: Path) -> None:
     folder = edited(written(tmp_path / "step-00000004"), step=5)
-    assert "says that it is of step 5" in error_of(lambda: checkpoint.read_meta(folder))
+    assert "is of step 5" in error_of(lambda: checkpoint.read_meta(folder))
     assert checkpoint.read_meta(folder.rename(tmp_path / "elsewhere"))["step"] == 5
 
 

@@ -15,13 +15,13 @@ from moco_scale.config.recipes import RECIPES
 from moco_scale.distributed import collectives
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.training import banner as module
-from moco_scale.training.banner import announcement, title
+from moco_scale.training.banner import run_summary, title
 
 
 def said(
     monkeypatch: pytest.MonkeyPatch, line: str, *, images: int = 1_281_167, world: int = 1
 ) -> str:
-    """The announcement of a run with these flags."""
+    """The summary of a run with these flags."""
     monkeypatch.setattr(collectives, "world_size", lambda: world)
     monkeypatch.setattr(module, "epoch_notes", lambda *_: [])
     run: Any = SimpleNamespace(
@@ -33,7 +33,7 @@ def said(
         resumed_from=None,
         step=0,
     )
-    return "\n".join(announcement(run, 0))
+    return "\n".join(run_summary(run, 0))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -104,8 +104,8 @@ def test_what_nobody_gave_is_not_listed_as_a_flag(
     file.write_text('{"gradient_clipping": 0.5}')
     text = said(monkeypatch, f"--data-dir https://host/d --deepspeed {file}")
     assert "--shuffle-window" not in text and "--clip-grad" not in text
-    assert "shuffle window 0 -> 64: the images are at an address" in text
-    assert f"gradient clipping 0 -> 0.5: {file} says so" in text
+    assert "shuffle window 0 -> 64: the images are remote" in text
+    assert f"gradient clipping 0 -> 0.5: set in {file}" in text
     given = said(monkeypatch, "--data-dir https://host/d --shuffle-window 8 --clip-grad 1")
     assert "--shuffle-window 8 (0)" in given and "--clip-grad 1 (0)" in given
 
@@ -138,7 +138,7 @@ def test_shuffling_inside_one_group_is_said_to_be_void(monkeypatch: pytest.Monke
     text = said(monkeypatch, flags)
     assert "--shuffle-bn world changes no statistics" in text
     # The group was not the user's choice, and the remedy is a number that works.
-    assert "as nobody said --bn-group-size" in text and "--bn-group-size 16 makes 2" in text
+    assert "the default without --bn-group-size" in text and "--bn-group-size 16 makes 2" in text
     assert "as nobody" not in said(monkeypatch, f"{flags} --bn-group-size global")
     assert "changes no" not in said(monkeypatch, f"{flags} --shuffle-bn off")
     assert "changes no" not in said(monkeypatch, f"{flags} --bn-group-size 16")
