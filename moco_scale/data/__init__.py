@@ -1,1 +1,1 @@
-"""Shards, their index, and exact epochs of augmented views. Nothing else knows what a tar is."""
+"""Data: shards, their indexes, and exact epochs of augmented views. Only this room knows tars."""

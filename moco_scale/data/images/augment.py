@@ -1,10 +1,10 @@
 """Augmentations: the published chains as data, and the random parameters of a view.
 
-The worker only crops (`data.images.crop`); flip, colour and blur are applied on the training
-device (`data.images.device_augment`).
+The worker only crops (`data.images.crop`); flip, colour and blur are applied on the training device
+(`data.images.device_augment`).
 
 A view has VIEW_SLOTS uniform numbers, a function of (seed, epoch, sample, view). Each random
-decision has a slot of its own, so that changing one augmentation leaves the other draws alone.
+decision has its own slot, so that changing one augmentation does not change the other draws.
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ ORDERS = tuple(permutations(range(4)))
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One recipe of random views; probabilities end in _p.
+    """Recipe of random views; probabilities end in _p.
 
-    crop_min, crop_max: share of the image's area a crop covers (RandomResizedCrop).
-    jitter: strengths of brightness, contrast, saturation (factor uniform in
-    [max(0, 1 - x), 1 + x]) and hue (shift uniform in [-x, x] turns), as in torchvision's
-    ColorJitter; applied in random order. gray_first: grayscale before the jitter, not after it.
-    blur_sigma: range of the Gaussian's standard deviation, in pixels.
-    solarize_p: after the blur, values from solarize_from on are taken from 255.
-    per_view: for each view, the fields in which it differs from the others; all but the crop's may.
+    Attributes:
+        crop_min: smallest share of the image's area that a crop covers (RandomResizedCrop).
+        crop_max: largest share.
+        jitter: strengths of brightness, contrast, saturation (factor uniform in [max(0, 1 - x),
+            1 + x]) and hue (shift uniform in [-x, x] turns), as in torchvision's ColorJitter;
+            applied in random order.
+        gray_first: grayscale before the jitter, not after it.
+        blur_sigma: range of the Gaussian's standard deviation, in pixels.
+        solarize_p: after the blur, values from solarize_from on are subtracted from 255.
+        per_view: for each view, the fields in which it differs from the others; not the crop's.
     """
 
     crop_min: float
@@ -74,7 +77,7 @@ class Augmentation:
             self.of(view)
 
     def of(self, view: int) -> Augmentation:
-        """What happens to one view, which differs from no other."""
+        """Return the augmentation of one view."""
         if not self.per_view:
             return self
         return dataclasses.replace(self, per_view=(), **self.per_view[view])
@@ -114,12 +117,12 @@ def draw_params(
     samples: npt.NDArray[np.int64],
     view: int,
 ) -> Params:
-    """What the device does to one view of each sample: float32 [len(samples), COLUMNS].
+    """Draw the device's parameters of one view of each sample: float32 [len(samples), COLUMNS].
 
     Columns: FLIP 0 or 1; factors BRIGHTNESS, CONTRAST, SATURATION; HUE shift in turns; ORDER, an
-    index into ORDERS or NO_JITTER; GRAY 0 or 1; SIGMA of the blur in pixels, 0 for none; SOLARIZE
-    0 or 1. `epoch` is one number or one for each sample. A function of the arguments alone, not of
-    the image: any rank can compute any sample's.
+    index into ORDERS or NO_JITTER; GRAY 0 or 1; SIGMA of the blur in pixels, 0 for none; SOLARIZE 0
+    or 1. `epoch` is one number or one for each sample. A function of the arguments, not of the
+    image: any rank can compute any sample's.
     """
     aug = aug.of(view)
     u = uniforms(seed, epoch, samples, view, VIEW_SLOTS)

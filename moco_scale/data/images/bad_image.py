@@ -1,4 +1,4 @@
-"""The one error of an image that cannot be decoded, and how anything else becomes it."""
+"""Error of an image that cannot be decoded, and conversion of other errors to it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from moco_scale.utils.text import printable
 
 
 class DecodeError(Exception):
-    """Bytes that are not a whole, readable image; str() is a short reason, fit to be shown."""
+    """Bytes that are not a whole, readable image; str() is a short, printable reason."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(printable(reason))
 
 
 class as_decode_error:
-    """Turn whatever a decoder raises on foreign bytes into DecodeError.
+    """Convert any error of a decoder on foreign bytes to DecodeError.
 
-    kind: what the image is taken for, "PNG" say.
+    Args:
+        kind: assumed format of the image, such as "PNG".
     """
 
     def __init__(self, kind: str) -> None:
@@ -34,9 +35,14 @@ class as_decode_error:
 
 
 def require_memory(needed: float, width: int, height: int) -> None:
-    """Raise DecodeError for an image that would take more than an image may.
+    """Raise DecodeError for an image that would take more memory than allowed.
 
-    needed: bytes held at the peak of its decoding. Compared before any of it is allocated.
+    Call it before anything is allocated.
+
+    Args:
+        needed: bytes held at the peak of its decoding.
+        width: of the image.
+        height: of the image.
     """
     # A row or two are held besides, and where each row lies: much only of an odd shape.
     needed += 32 * width + 16 * height

@@ -1,4 +1,4 @@
-"""Crops of a decoded image, as uint8, in the worker. Everything else happens on the device."""
+"""Crops of decoded images, as uint8, in the worker. The device does everything else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _resize_into = torch.ops.aten._upsample_bilinear2d_aa.out
 def crop_box(
     uniforms: Sequence[float], height: int, width: int, crop_min: float, crop_max: float
 ) -> Box:
-    """(top, left, height, width) of torchvision's RandomResizedCrop, ratio 3/4 to 4/3.
+    """Compute the (top, left, height, width) of RandomResizedCrop, ratio 3/4 to 4/3.
 
     A share of the area, uniform in [crop_min, crop_max], and an aspect ratio, log-uniform, are
     tried until the box fits, ten times at most; then the largest box in the middle with an allowed
@@ -57,7 +57,7 @@ def crop_box(
 def write_crop(out: Tensor, pixels: Pixels, box: Box) -> None:
     """Resize the box of `pixels`, uint8 [H, W, 3], into `out`, uint8 [3, S, S].
 
-    Bilinear with antialiasing, as PIL does it. Without, it is faster and wrong.
+    Bilinear with antialiasing, as PIL does it. Without antialiasing it is faster and wrong.
     """
     top, left, height, width = box
     # Whole in memory, of which the kernel makes use, as of an `out` that has colours innermost.
@@ -71,7 +71,7 @@ def write_crop(out: Tensor, pixels: Pixels, box: Box) -> None:
 
 
 def write_centre(out: Tensor, pixels: Pixels, resize_ratio: float) -> None:
-    """The evaluation view into `out`, uint8 [3, S, S].
+    """Write the evaluation view to `out`, uint8 [3, S, S].
 
     The short side becomes round(S * resize_ratio), then the middle S x S is cut out: torchvision's
     Resize and CenterCrop. resize_ratio is 8/7 for ImageNet, 1 for CIFAR, and at least 1.
@@ -90,9 +90,9 @@ def write_centre(out: Tensor, pixels: Pixels, resize_ratio: float) -> None:
 
 
 def _middle(pixels: Pixels) -> Pixels:
-    """Return what the centre view can show of an image that is very much longer than wide.
+    """Return the region of a very elongated image that the centre view can show.
 
-    Resizing all of it would take memory in proportion to the square of how much longer it is.
+    Resizing all of it would take memory in proportion to the square of its elongation.
     """
     height, width = pixels.shape[:2]
     most = _LONGEST * min(height, width)

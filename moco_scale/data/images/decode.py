@@ -1,4 +1,4 @@
-"""Encoded images to RGB pixels, the right way up."""
+"""Decoding of images to upright RGB pixels."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ _UNKNOWN = ("Could not determine subsampling", "Could not determine colorspace")
 
 
 class Decoder:
-    """Decodes one image after another into memory that it keeps.
+    """Decodes one image after another into memory that it reuses.
 
-    Memory of its own for each image would be fetched from the system page by page and given
-    back, which takes an eighth of the time that decoding takes.
+    New memory for each image would be fetched from the system page by page, which takes an eighth
+    of the decoding time.
     """
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
 
     def __call__(self, data: bytes | memoryview) -> Pixels:
-        """As `decode_rgb`, but the pixels may be overwritten by the next call."""
+        """Decode like `decode_rgb`; the next call may overwrite the pixels."""
         return _decode(data, self)
 
     def memory(self, size: int) -> npt.NDArray[np.uint8] | None:
-        """At least `size` bytes, or None for more than is worth keeping."""
+        """Return at least `size` bytes, or None for more than is worth keeping."""
         if size > _KEPT_BYTES:
             return None
         if size > len(self._memory):
@@ -59,17 +59,16 @@ class Decoder:
 def decode_rgb(data: bytes | memoryview) -> Pixels:
     """Return the image in `data` as uint8 [H, W, 3] RGB, C-contiguous, upright.
 
-    JPEG goes through simplejpeg, strictly: what libjpeg would only warn about is an error, since
-    a warning is all it gives for a file whose second half is zeros. Oddities of a header that
-    change no pixel are put right first (see `tidied`). PNG, WebP, GIF, BMP, TIFF, PPM, AVIF,
-    JPEG 2000 and CMYK JPEG go through Pillow, without their metadata (see `image_pixels`). Of an
-    animation the first frame; transparency is dropped, as `Image.convert("RGB")` does; 16-bit
-    images are scaled to 8 bit. The orientation in EXIF, or else in XMP, is applied, as
-    `PIL.ImageOps.exif_transpose` does.
+    JPEG goes through simplejpeg, strictly: libjpeg's warnings are errors, since a file whose second
+    half is zeros gives only a warning. Oddities of a header that change no pixel are corrected
+    first (see `tidied`). PNG, WebP, GIF, BMP, TIFF, PPM, AVIF, JPEG 2000 and CMYK JPEG go through
+    Pillow, without their metadata (see `image_pixels`). Of an animation the first frame counts;
+    transparency is dropped, as `Image.convert("RGB")` does; 16-bit images are scaled to 8 bit. The
+    orientation in EXIF, or else in XMP, is applied, as `PIL.ImageOps.exif_transpose` does.
 
     Raises:
-        DecodeError: it is no whole image, or its header says that decoding it would take more
-            memory or time than an image may; that is said before anything is allocated.
+        DecodeError: It is no whole image, or decoding would take more memory or time than allowed,
+            which is checked before anything is allocated.
     """
     return _decode(data, None)
 
@@ -87,10 +86,10 @@ def image_size(data: bytes | memoryview) -> tuple[int, int]:
 
 
 def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """Return (height, width) of a JPEG as it is stored, if simplejpeg decodes such; else None.
+    """Return (height, width) of a stored JPEG that simplejpeg decodes; else None.
 
     Raises:
-        DecodeError: it begins as a JPEG does and has no header.
+        DecodeError: It begins as a JPEG and has no header.
     """
     if image_kind(data) != "JPEG":
         return None
@@ -101,7 +100,7 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
 
 def without_exif(jpeg: bytes | memoryview) -> bytes:
-    """Return the same image for decoders that may turn it: none finds an orientation in it."""
+    """Return the image without its EXIF, for decoders that would apply its orientation."""
     exif = exif_place(jpeg)
     data = bytes(jpeg)
     if exif is None:
@@ -110,7 +109,7 @@ def without_exif(jpeg: bytes | memoryview) -> bytes:
 
 
 def upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Return pixels [H, W, 3] as stored, turned and mirrored to how they are to be looked at."""
+    """Return pixels [H, W, 3] turned and mirrored upright."""
     swap, rows, columns = UPRIGHT[orientation]
     if swap:
         pixels = pixels.swapaxes(0, 1)
@@ -118,7 +117,7 @@ def upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _kind(data: bytes | memoryview) -> str:
-    """Return the format, by Pillow's name. Raises DecodeError: it is none that is decoded."""
+    """Return the format, by Pillow's name. Raises DecodeError for other formats."""
     kind = image_kind(data)
     if kind is None:
         raise DecodeError(no_image(data))
@@ -126,7 +125,7 @@ def _kind(data: bytes | memoryview) -> str:
 
 
 def _checked_header(data: bytes | memoryview) -> Header:
-    """Read the header. Raises DecodeError: it is damaged, or promises too much."""
+    """Read the header. Raises DecodeError: it is damaged, or the image too large."""
     header = read_header(data)
     # RGB or four inks, and coefficients; or RGB and a copy that is turned or cropped.
     a_pixel = max(max(3, header.components) + header.working, 6)
@@ -153,10 +152,11 @@ def _decode(data: bytes | memoryview, decoder: Decoder | None) -> Pixels:
 def _decode_jpeg(
     data: bytes | memoryview, header: Header, decoder: Decoder | None
 ) -> Pixels | None:
-    """Return pixels as they are stored; None for those that Pillow has to decode.
+    """Return pixels as stored; None for those that Pillow has to decode.
 
     Raises:
-        DecodeError, ValueError: it is damaged, whoever decodes it.
+        DecodeError: It is damaged.
+        ValueError: It is damaged.
     """
     try:
         if header.components == 4:
@@ -191,9 +191,10 @@ def _strictly(
 
 
 def _strict_header(data: bytes | memoryview) -> str | None:
-    """Return the colour space; None: simplejpeg does not know it, or the sampling factors.
+    """Return the colour space; None where simplejpeg does not know it or the sampling.
 
-    Raises ValueError for a header that the strict decoder does not take.
+    Raises:
+        ValueError: The strict decoder refuses the header.
     """
     try:
         try:

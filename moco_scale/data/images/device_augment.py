@@ -1,10 +1,10 @@
 """Flip, colours and blur of whole batches of crops, on the crops' device.
 
-There are two forms, and they give the same pixels. The grouped form, :class:`DeviceAugment`, does
-no work that no sample has drawn. The branch-free form, :class:`StaticAugment`, does everything to
-every sample and keeps what was drawn: its shapes and its kernels are the same for every batch, so
-that it can be compiled, or captured in a CUDA graph. A sample's pixels do not depend on the others
-in the batch (on a CPU to the last bit).
+Two forms give the same pixels. The grouped form, :class:`DeviceAugment`, applies each operation
+only to samples that drew it. The branch-free form, :class:`StaticAugment`, applies everything to
+every sample and keeps what was drawn: shapes and kernels are the same for every batch, so that it
+can be compiled, or captured in a CUDA graph. A sample's pixels do not depend on the others in the
+batch (on a CPU to the last bit).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CACHED_ELEMENTS = 2**18
 
 
 def _checked(crops: Tensor, params: Params | Tensor) -> Params:
-    """The drawn parameters as an array; ValueError unless they go with the crops."""
+    """Return the parameters as an array. Raises ValueError if they do not fit the crops."""
     params = np.asarray(params, dtype=np.float32)
     if params.shape != (len(crops), COLUMNS) or crops.dtype != torch.uint8:
         raise ValueError(
@@ -52,30 +52,38 @@ def _checked(crops: Tensor, params: Params | Tensor) -> Params:
 
 
 def _kinds(aug: Augmentation, params: Params) -> npt.NDArray[np.int64]:
-    """Which jitter comes first, second, third and fourth: int64 [n, 4], -1 for none."""
+    """Find the first, second, third and fourth jitter: int64 [n, 4], -1 for none."""
     orders = params[:, ORDER].astype(np.int64)[:, None]
     kinds = np.where(orders >= 0, _ORDER_TABLE[orders[:, 0]], -1)
     return np.where(np.array(aug.jitter)[kinds] > 0, kinds, -1)
 
 
 class DeviceAugment:
-    """The grouped form: each operation touches only the samples that drew it.
+    """Grouped form: each operation touches only the samples that drew it.
 
-    Which ones is worked out on the host from the parameters, so that nothing waits for the device.
+    The host computes which from the parameters, so that nothing waits for the device.
     """
 
     def __init__(self, aug: Augmentation, mean: Sequence[float], std: Sequence[float]) -> None:
-        """`aug` is one view's, see :meth:`Augmentation.of`.
+        """Store the settings.
 
-        `mean` and `std`, per channel, are of pixels in [0, 1], e.g. ImageNet's .485 and .229.
+        Args:
+            aug: of one view, see :meth:`Augmentation.of`.
+            mean: per channel, of pixels in [0, 1], e.g. ImageNet's .485.
+            std: likewise, e.g. ImageNet's .229.
         """
         self.aug = aug
         self.mean, self.std = tuple(mean), tuple(std)
 
     def __call__(self, crops: Tensor, params: Params | Tensor) -> Tensor:
-        """`crops` uint8 [B, 3, S, S], `params` float32 [B, COLUMNS] on the host, as drawn.
+        """Augment crops on their device.
 
-        Returns float32 [B, 3, S, S] on the device of `crops`.
+        Args:
+            crops: uint8 [B, 3, S, S].
+            params: float32 [B, COLUMNS] on the host, as drawn.
+
+        Returns:
+            float32 [B, 3, S, S].
         """
         params = _checked(crops, params)
         out = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
@@ -100,7 +108,7 @@ class DeviceAugment:
                 x.index_copy_(0, rows, operation(x.index_select(0, rows), values))
 
     def _steps(self, params: Params) -> list[_Step]:
-        """What to do, in order: operations, the rows they apply to, their per-row values."""
+        """List the operations in order, with the rows they apply to and their values."""
         gray = _Step.where(pixels.grayscale, params[:, GRAY] > 0, params[:, GRAY])
         steps = [gray] if self.aug.gray_first else []
         for kinds in _kinds(self.aug, params).T:
@@ -131,7 +139,7 @@ class _Step(NamedTuple):
 def _steps_on(
     steps: list[_Step], device: torch.device
 ) -> list[tuple[pixels.Operation, Tensor, Tensor]]:
-    """The steps with rows and values on the device: all of them in one transfer."""
+    """Move the steps' rows and values to the device, in one transfer."""
     if not steps:
         return []
     rows = np.concatenate([step.rows for step in steps])
@@ -146,10 +154,10 @@ def _steps_on(
 
 
 class StaticAugment:
-    """The branch-free form: every operation on every sample, and of each what was drawn.
+    """Branch-free form: applies every operation to every sample and keeps what was drawn.
 
-    As it is, it gives the grouped form's pixels to the bit. Compiled, products and sums may be
-    fused and are then rounded once: now and then a value ends one of 255 steps beside.
+    Uncompiled, it gives the grouped form's pixels to the bit. Compiled, products and sums may be
+    fused and rounded once: now and then a value differs by one of 255 steps.
     """
 
     # Columns of :meth:`table`; the weights of the blur follow.
@@ -163,9 +171,13 @@ class StaticAugment:
         *,
         compiled: bool = False,
     ) -> None:
-        """`aug`, `mean` and `std` as :class:`DeviceAugment` takes them.
+        """Store the settings.
 
-        compiled: by torch.compile, once for each shape of crops.
+        Args:
+            aug: as in :class:`DeviceAugment`.
+            mean: likewise.
+            std: likewise.
+            compiled: compile by torch.compile, once for each shape of crops.
         """
         self.aug = aug
         self.mean, self.std = tuple(mean), tuple(std)
@@ -175,15 +187,20 @@ class StaticAugment:
         )
 
     def __call__(self, crops: Tensor, params: Params | Tensor) -> Tensor:
-        """`crops` uint8 [B, 3, S, S], `params` float32 [B, COLUMNS] on the host, as drawn.
+        """Augment crops on their device.
 
-        Returns float32 [B, 3, S, S] on the device of `crops`.
+        Args:
+            crops: uint8 [B, 3, S, S].
+            params: float32 [B, COLUMNS] on the host, as drawn.
+
+        Returns:
+            float32 [B, 3, S, S].
         """
         table = on_device(self.table(_checked(crops, params)), crops.device)
         return self._run(crops, table) if len(crops) else self.apply(crops, table)
 
     def table(self, params: Params) -> Params:
-        """What :meth:`apply` needs of drawn parameters: float32 [B, columns]."""
+        """Convert drawn parameters to the table of :meth:`apply`: float32 [B, columns]."""
         sigmas = params[:, SIGMA] if self._reach else np.zeros(len(params), np.float32)
         columns = (
             params[:, [FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE]],
@@ -194,9 +211,14 @@ class StaticAugment:
         return np.concatenate(columns, axis=1, dtype=np.float32)
 
     def apply(self, crops: Tensor, table: Tensor) -> Tensor:
-        """The work itself, all on one device: no shape and no kernel depends on a value.
+        """Augment on one device; no shape and no kernel depends on a value.
 
-        `crops` uint8 [B, 3, S, S], `table` float32 [B, columns]; returns float32 [B, 3, S, S].
+        Args:
+            crops: uint8 [B, 3, S, S].
+            table: float32 [B, columns].
+
+        Returns:
+            float32 [B, 3, S, S].
         """
         aug, x = self.aug, crops.to(torch.float32)
         if aug.gray_first:
@@ -222,7 +244,7 @@ class StaticAugment:
         return self._kept(table, self._GRAY, pixels.luma(x), x) if self.aug.gray_p else x
 
     def _jitter(self, x: Tensor, table: Tensor, position: int) -> Tensor:
-        """One of the four turns; the blends differ in nothing but what is blended in."""
+        """Apply one of the four jitters; the blends differ only in the other image."""
         kinds = pixels.column(table[:, self._ORDER + position :])
         factors = table[:, self._FACTORS : self._ORDER]
         gray, factor, base = pixels.luma(x), torch.ones_like(kinds), torch.zeros_like(kinds)

@@ -1,9 +1,9 @@
-"""Decoding on the device that trains: workers hand over encoded bytes and the boxes of the crops.
+"""Decoding on the training device: workers pass on encoded bytes and the boxes of the crops.
 
 The main process decodes a batch at once with nvJPEG, through torchcodec or torchvision, turns the
-images upright, and cuts and resizes the same boxes that a worker would. What the device cannot
-decode (PNG and its like, CMYK) or what looks damaged is decoded and cropped by the worker as ever.
-On a CPU the same calls decode with libjpeg, so that all of it can be tested there.
+images upright, and cuts and resizes the same boxes as a worker would. Workers decode and crop
+images that the device cannot decode (such as PNG and CMYK) or that look damaged. On a CPU the same
+calls decode with libjpeg, so that all of it can be tested there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moco_scale.utils.errors import UserError
 
 
 class EncodedViews(NamedTuple):
-    """What a worker makes of b images, n of which the device is to decode."""
+    """Batch of b images from a worker, n of which the device decodes."""
 
     data: Tensor
     """uint8, the encoded bytes of the n images, one after the other, without their EXIF."""
@@ -44,7 +44,7 @@ class EncodedViews(NamedTuple):
 
 
 class BadImage(Exception):
-    """An image that neither the device nor the CPU decodes; `row` is its place in the batch."""
+    """Image that neither device nor CPU decodes; `row` is its place in the batch."""
 
     def __init__(self, row: int, reason: str) -> None:
         super().__init__(reason)
@@ -52,10 +52,10 @@ class BadImage(Exception):
 
 
 def can_decode(data: bytes | memoryview) -> bool:
-    """Whether an image is left to the device: a JPEG in gray or colour that seems whole.
+    """Tell whether the device decodes an image: a JPEG in gray or colour that seems whole.
 
-    nvJPEG makes something of a file whose end is missing or zeros; the CPU's decoder, to which
-    such files are sent, says that it is damaged.
+    nvJPEG decodes even a file whose end is missing or zeros; the CPU's decoder, which gets such
+    files, reports the damage.
     """
     try:
         size = jpeg_size(data)
@@ -68,16 +68,16 @@ def can_decode(data: bytes | memoryview) -> bool:
 
 
 class DeviceDecoder:
-    """Makes uint8 views [V, b, 3, S, S] on `device` of what workers hand over."""
+    """Makes uint8 views [V, b, 3, S, S] on a device from encoded images."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raises UserError where nothing that is installed decodes JPEG on `device`."""
+        """Find a decoder. Raises UserError where none is installed."""
         self.device = device
         self._decode = _decoder()
 
     @classmethod
     def on_gpu(cls, device: torch.device) -> DeviceDecoder:
-        """Raises UserError where `device` is no GPU."""
+        """Make a decoder on a GPU. Raises UserError for other devices."""
         if device.type != "cuda":
             raise UserError(
                 f"--decode gpu needs a GPU, and this process computes on the {device.type}; leave "
@@ -86,7 +86,7 @@ class DeviceDecoder:
         return cls(device)
 
     def __call__(self, encoded: EncodedViews) -> Tensor:
-        """Raises BadImage for one that turns out to be damaged."""
+        """Decode and crop a batch. Raises BadImage for a damaged image."""
         rows, others = encoded.rows.tolist(), encoded.others.to(self.device)
         shape = (len(encoded.views), len(rows) + len(others), *encoded.views.shape[2:])
         views = torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -102,7 +102,7 @@ class DeviceDecoder:
         return views
 
     def _images(self, encoded: EncodedViews) -> Iterator[tuple[int, Tensor]]:
-        """(place among them, uint8 [3, H, W] as it is stored, on the device) of each JPEG."""
+        """Yield (number, stored pixels uint8 [3, H, W] on the device) of each JPEG."""
         ends, rows = encoded.ends.tolist(), encoded.rows.tolist()
         jpegs = [encoded.data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         for start, stop in _groups(encoded.pixels.tolist()):
@@ -125,7 +125,7 @@ class DeviceDecoder:
 
 
 def _groups(pixels: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """[start, stop) of as many as are decoded at once: a batch, or less of very large ones."""
+    """Yield [start, stop) of groups to decode at once: a batch, or less of very large images."""
     start, total = 0, 0
     for i, count in enumerate(pixels):
         if total and total + count > DEVICE_PIXELS:
@@ -137,9 +137,14 @@ def _groups(pixels: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def crop_into(out: Tensor, image: Tensor, box: Sequence[int]) -> None:
-    """As `views.write_crop` on any device: `image` uint8 [3, H, W], `out` uint8 [3, S, S].
+    """Crop like `crop.write_crop` on any device.
 
     In fp32, rounded once, where the CPU's uint8 kernel rounds after each axis: at most 1/255 apart.
+
+    Args:
+        out: uint8 [3, S, S].
+        image: uint8 [3, H, W].
+        box: (top, left, height, width).
     """
     top, left, height, width = box
     region = image[:, top : top + height, left : left + width]
@@ -152,7 +157,10 @@ def crop_into(out: Tensor, image: Tensor, box: Sequence[int]) -> None:
 
 
 def _decoder() -> Callable[[list[Tensor], torch.device], list[Tensor]]:
-    """(JPEGs as uint8 on the host, device) -> uint8 [3, H, W] each; RuntimeError for a bad one."""
+    """Find a function (JPEGs as uint8 on the host, device) -> uint8 [3, H, W] each.
+
+    The function raises RuntimeError for a bad one.
+    """
     try:
         from torchcodec.decoders import decode_jpeg
     except Exception:  # not installed, or older, or without the libraries it needs

@@ -1,4 +1,4 @@
-"""Formats of images: by name, by first bytes, and what else a file may be."""
+"""Formats of images: by name, by first bytes, and guesses at other files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ START_BYTES = 64
 
 
 def image_kind(data: bytes | memoryview) -> str | None:
-    """Return Pillow's name of the format that `data` begins as; None: none that is decoded."""
+    """Return Pillow's name of the format that `data` begins as; None for other files."""
     start = bytes(data[:START_BYTES])
     for kind, pattern in _KINDS:
         if pattern.match(start):
@@ -61,7 +61,7 @@ def image_kind(data: bytes | memoryview) -> str | None:
 
 
 def no_image(data: bytes | memoryview) -> str:
-    """Say what `data`, which is no image that is decoded, is instead."""
+    """Describe `data` that is no image of a known format."""
     start = bytes(data[:_START])
     if not start:
         return "empty file"
@@ -102,27 +102,27 @@ _SYSTEM = frozenset(
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a component of a path is hidden, or what a system leaves."""
+    """Tell whether a path's component is hidden, or a system's leftover."""
     return name.casefold() in _SYSTEM or (name.startswith(".") and name not in (".", ".."))
 
 
 def suffix_of(path: str) -> str:
-    """What an image's name ends in, in lower case, with its dot; "": nothing."""
+    """Return the suffix of an image's name, in lower case, with its dot; "" without one."""
     return os.path.splitext(path)[1].lower()
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is an image by its name."""
+    """Tell an image file by its name."""
     return suffix_of(path) in IMAGE_SUFFIXES
 
 
 def suffix_by_content(start: bytes) -> str:
-    """The suffix of an image that begins with these bytes; of JPEG's where they are no image's."""
+    """Return the suffix of an image that begins with these bytes; else JPEG's."""
     return _SUFFIXES[image_kind(start) or "JPEG"]
 
 
 def suffix_to_write(path: str, start: bytes) -> str:
-    """The suffix of an image in a shard: its name's, or what its first bytes are."""
+    """Return the suffix of an image in a shard: its name's, else by its first bytes."""
     suffix = suffix_of(path)
     if suffix not in IMAGE_SUFFIXES:
         suffix = suffix_by_content(start)

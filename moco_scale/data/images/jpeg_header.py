@@ -1,4 +1,4 @@
-"""What stands before a JPEG's scans: sizes, metadata, and oddities that change no pixel."""
+"""Header of a JPEG: sizes, metadata, and oddities that change no pixel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 
 class Header(NamedTuple):
-    """What is known of a JPEG before it is decoded."""
+    """Properties of a JPEG, known before it is decoded."""
 
     width: int
     height: int
@@ -40,13 +40,12 @@ class Header(NamedTuple):
 
 
 def segments(jpeg: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-    """Walk over the segments up to the first scan, whose own is the last.
+    """Walk over the segments up to the first scan, which is the last one.
 
-    Gives (marker, where its length stands, where it ends). Bytes between them are passed over, as
-    libjpeg does.
+    Gives (marker, place of its length, its end). Bytes between segments are skipped, as by libjpeg.
 
     Raises:
-        DecodeError: they are more than any JPEG has.
+        DecodeError: There are more than any JPEG has.
     """
     at, last = 2, len(jpeg) - 4
     for _ in range(IMAGE_PARTS):
@@ -69,7 +68,7 @@ def segments(jpeg: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
 
 
 def exif_place(jpeg: bytes | memoryview) -> slice | None:
-    """Return where EXIF's TIFF structure lies."""
+    """Return the place of EXIF's TIFF structure."""
     for marker, start, stop in segments(jpeg):
         if marker == 0xE1 and bytes(jpeg[start + 2 : start + 8]) == _EXIF:
             return slice(start + 8, max(start + 8, min(stop, len(jpeg))))
@@ -82,7 +81,7 @@ def orientation(jpeg: bytes | memoryview) -> int:
 
 
 def _orientation(jpeg: bytes | memoryview, places: list[tuple[int, int]]) -> int:
-    """Return the same from the segments of a camera's metadata, which begin and end there."""
+    """Return the orientation from the metadata segments between these places."""
     exif, xmp = b"", b""
     for start, stop in places:
         segment = bytes(jpeg[start + 2 : stop])
@@ -94,10 +93,10 @@ def _orientation(jpeg: bytes | memoryview, places: list[tuple[int, int]]) -> int
 
 
 def read_header(jpeg: bytes | memoryview) -> Header:
-    """Read what decides about memory and time.
+    """Read the properties that decide about memory and time.
 
     Raises:
-        DecodeError: there is no frame; it has more scans than is reasonable.
+        DecodeError: There is no frame, or there are too many scans.
     """
     # This is done for every image, and after a decoder has had all caches: less is faster.
     kind = marker = start = stop = 0
@@ -126,14 +125,18 @@ def read_header(jpeg: bytes | memoryview) -> Header:
 
 @functools.lru_cache(16)
 def _samples(factors: bytes) -> float:
-    """Return the samples of a pixel; factors: of each component, four bits across, four down."""
+    """Return the samples of a pixel.
+
+    Args:
+        factors: of each component, four bits across, four down.
+    """
     areas = [(byte >> 4) * (byte & 15) for byte in factors]
     across, down = max(byte >> 4 for byte in factors), max(byte & 15 for byte in factors)
     return sum(areas) / max(1, across * down)
 
 
 def _require_few_scans(jpeg: bytes | memoryview, at: int) -> None:
-    """Raise DecodeError for a JPEG whose scans after the first, which begins at `at`, are many."""
+    """Raise DecodeError for a JPEG with too many scans after the first, at `at`."""
     scans = 1
     for _ in range(IMAGE_PARTS):
         found = _NEXT_MARKER.search(jpeg, at)
@@ -147,10 +150,10 @@ def _require_few_scans(jpeg: bytes | memoryview, at: int) -> None:
 
 
 def tidied(jpeg: bytes | memoryview) -> bytes:
-    """Return the same JPEG without what says nothing about pixels, for a strict decoder.
+    """Return the same JPEG without bytes that concern no pixel, for a strict decoder.
 
-    Stray bytes between the segments before the scans go, and so do metadata; a JFIF version that
-    nobody knows becomes 1, and a sequential scan is said to hold all coefficients, which it does by
+    Stray bytes between the segments before the scans go, and so do metadata; an unknown JFIF
+    version becomes 1, and a sequential scan is declared to hold all coefficients, which it does by
     definition.
     """
     data = bytes(jpeg)
@@ -169,7 +172,7 @@ def tidied(jpeg: bytes | memoryview) -> bytes:
 
 
 def _all_coefficients(scans: bytes) -> bytes:
-    """Scans, from the first one's marker on, whose headers say what sequential ones have to say."""
+    """Correct the headers of scans, from the first one's marker on, to sequential ones."""
     changed, at = bytearray(scans), 0
     while (at := scans.find(b"\xff\xda", at)) >= 0:  # within a scan 255 is followed by 0
         components = scans[at + 4] if at + 4 < len(scans) else 0

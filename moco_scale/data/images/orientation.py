@@ -1,4 +1,4 @@
-"""How an image is to be turned, from EXIF or XMP, whatever state they are in."""
+"""Orientation of an image, from EXIF or XMP in any state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _XMP = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([0-9])\s*[\"'<]")
 
 
 class Entry(NamedTuple):
-    """An entry of a directory of TIFF."""
+    """Entry of a TIFF directory."""
 
     tag: int
     kind: int
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 
 class Directory(NamedTuple):
-    """The first directory of TIFF, which is also what EXIF is."""
+    """First directory of TIFF, which EXIF is too."""
 
     order: str
     """struct's sign of the order of bytes."""
@@ -47,11 +47,11 @@ class Directory(NamedTuple):
 
     @property
     def layout(self) -> str:
-        """struct's format of an entry."""
+        """Format of an entry for struct."""
         return self.order + ("HHQ8s" if self.big else "HHI4s")
 
     def number(self, tag: int, default: int) -> int:
-        """Return the single whole number that a tag stands for."""
+        """Return the single whole number of a tag."""
         for entry in self.entries:
             if entry.tag == tag and entry.kind in _WHOLE_NUMBERS and entry.length == 1:
                 kind = self.order + _WHOLE_NUMBERS[entry.kind]
@@ -61,7 +61,7 @@ class Directory(NamedTuple):
 
 
 def first_directory(tiff: bytes | memoryview) -> Directory | None:
-    """Read the first directory, as much as there is of it; None where there is none."""
+    """Read the first directory as far as it goes; None where there is none."""
     order = {b"II": "<", b"MM": ">"}.get(bytes(tiff[:2]))
     try:
         if order is None:
@@ -84,7 +84,7 @@ def orientation_of(
 ) -> int:
     """Return the orientation, a key of UPRIGHT; 1 where there is none, or nonsense.
 
-    EXIF goes before XMP, as with Pillow. A number of another type than a whole one is nonsense.
+    EXIF precedes XMP, as with Pillow. A number that is no whole one is nonsense.
 
     Args:
         exif: TIFF, with or without "Exif" before it, or its directory; b"" or None: none.

@@ -1,4 +1,4 @@
-"""Images of every format but ordinary JPEG, by Pillow, in bounded memory."""
+"""Decoding by Pillow, in bounded memory, of every format but ordinary JPEG."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
 
 
 def _silence_libtiff() -> None:
-    """Keep libtiff, which Pillow leaves as it is, from writing of bad files to the terminal."""
+    """Keep libtiff from writing about bad files to the terminal."""
     with contextlib.suppress(OSError, AttributeError, StopIteration):
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
         loaded = next(line for line in lines if "/libtiff" in line)
@@ -48,17 +48,17 @@ def pil_size(data: bytes | memoryview, kind: str) -> tuple[int, int]:
     """Return (height, width) of the upright image, from its header alone.
 
     Raises:
-        DecodeError: the header is damaged; decoding would take too much.
+        DecodeError: The header is damaged, or decoding would take too much memory.
     """
     with _opened(data, kind) as (image, turned):
         return (image.width, image.height) if turned > 4 else (image.height, image.width)
 
 
 def pil_pixels(data: bytes | memoryview, kind: str) -> tuple[npt.NDArray[np.uint8], int]:
-    """Return RGB as it is stored, uint8 [H, W, 3], and its orientation.
+    """Return RGB as stored, uint8 [H, W, 3], and its orientation.
 
     Raises:
-        DecodeError: the image is not whole; decoding it would take too much.
+        DecodeError: The image is not whole, or decoding would take too much memory.
     """
     with _opened(data, kind) as (image, turned):
         image.load()
@@ -67,7 +67,7 @@ def pil_pixels(data: bytes | memoryview, kind: str) -> tuple[npt.NDArray[np.uint
 
 @contextlib.contextmanager
 def _opened(data: bytes | memoryview, kind: str) -> Iterator[tuple[Image.Image, int]]:
-    """Give the image as Pillow sees it, not loaded, and its orientation."""
+    """Open the image by Pillow without loading it, and read its orientation."""
     with as_decode_error(kind), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kind not in Image.OPEN:
@@ -92,7 +92,7 @@ def _opened(data: bytes | memoryview, kind: str) -> Iterator[tuple[Image.Image, 
 
 
 def _require_memory(bare: Pixels, stored: int, width: int, height: int) -> None:
-    """Raise DecodeError where the file, decoding, converting or turning would hold too much."""
+    """Raise DecodeError where file, decoding, conversion or turning take too much memory."""
     a_pixel = max(bare.padding * (bare.working + stored), stored + 3, 6)
     require_memory(width * height * a_pixel + bare.copies * len(bare.data), width, height)
 
@@ -108,7 +108,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Convert block by block, or an image would be held three times over."""
+    """Convert block by block, so that the image is not held three times."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     columns = min(image.width, _BLOCK)
     rows = max(1, _BLOCK // columns)
@@ -122,7 +122,7 @@ def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _block_to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Return uint8, [H, W, 3] or for gray [H, W, 1]."""
+    """Convert a block to uint8 [H, W, 3], or gray [H, W, 1]."""
     if image.mode.startswith("I"):
         return _from_16_bit(np.asarray(image))
     if image.mode == "F":
@@ -136,7 +136,7 @@ def _block_to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _from_16_bit(gray: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    """Gray [H, W] with white at 65535 to [H, W, 1]; Pillow itself would clip at 255."""
+    """Scale gray [H, W] with white at 65535 to [H, W, 1]; Pillow would clip at 255."""
     if gray.min() < 0 or gray.max() > 65535:
         raise DecodeError("32-bit pixels, for which no white is defined")
     # Exactly wide * 255 / 65535, rounded.

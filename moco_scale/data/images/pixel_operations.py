@@ -1,12 +1,12 @@
-"""What an augmentation does to pixels, on any device: PIL's operations, batched.
+"""Pixel operations of augmentations: PIL's, batched, on any device.
 
 The published recipes run on 8-bit PIL images. Every operation here reproduces PIL's, rounding
 included, on float tensors that hold whole numbers from 0 to 255, so that a view's pixels do not
-depend on the batch it is computed in.
+depend on its batch.
 
 An operation takes `x`, float32 [n, 3, H, W], which it may change in place, and one row of numbers
 for each sample. Products and sums of fractions are separate calls on purpose: fused ones round
-differently in the vectorised part of a loop and in its rest.
+differently in the vectorised body of a loop and in its rest.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ _LUMA = (19595.0, 38470.0, 7471.0)  # ITU-R 601-2 in 1/65536; the sums are exact
 
 
 def normalise_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x / 255 - mean) / std for each channel, in place."""
+    """Compute (x / 255 - mean) / std for each channel, in place."""
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
         x[:, channel].mul_(1 / (255 * s)).add_(-m / s)
     return x
 
 
 def column(values: Tensor) -> Tensor:
-    """The first number of each sample, to go with pixels: [n, 1, 1, 1]."""
+    """Return the first number of each sample, to broadcast over pixels: [n, 1, 1, 1]."""
     return values[:, 0, None, None, None]
 
 
 def blend(x: Tensor, base: Tensor, factor: Tensor) -> Tensor:
-    """PIL's Image.blend(base, x, factor): clipped, then cut off, not rounded."""
+    """Blend as PIL's Image.blend(base, x, factor): clipped, then truncated, not rounded."""
     return x.sub_(base).mul_(factor).add_(base).clamp_(0, 255).floor_()
 
 
 def luma(x: Tensor) -> Tensor:
-    """PIL's convert("L"): [n, 1, H, W]."""
+    """Convert as PIL's convert("L"): [n, 1, H, W]."""
     gray = x[:, 0:1] * _LUMA[0]
     gray.add_(x[:, 1:2] * _LUMA[1]).add_(x[:, 2:3] * _LUMA[2])
     return gray.add_(32768).mul_(1 / 65536).floor_()
 
 
 def mean_luma(gray: Tensor) -> Tensor:
-    """The rounded mean of each image of :func:`luma`: [n, 1, 1, 1]."""
+    """Round the mean of each image of :func:`luma`: [n, 1, 1, 1]."""
     # Both sums are exact, in float32 along a row and then in float64: their order does not matter.
     mean = gray.sum(3, keepdim=True).sum(2, keepdim=True, dtype=torch.float64)
     return mean.div_(gray.shape[2] * gray.shape[3]).add_(0.5).floor_().to(gray.dtype)
@@ -102,18 +102,18 @@ _MIDDLE = 128
 
 
 def box_reach(sigma: float) -> int:
-    """The largest distance of a pixel that has a weight in :func:`box_weights`."""
+    """Largest distance of a pixel with a weight in :func:`box_weights`."""
     return int((math.sqrt(4 * sigma**2 + 1) - 1) / 2) + 1
 
 
 def box_weights(sigmas: Params, reach: int | None = None) -> Params:
-    """PIL's Gaussian is three box filters in a row, here the box of each: float32 [n, reach + 1].
+    """Compute the box filter that PIL's Gaussian applies three times: float32 [n, reach + 1].
 
-    Column d is the weight of the pixels at distance d, in whole parts of 1 / 2**24; a sigma of 0
-    leaves every pixel as it is. Without `reach`, it is the one of the largest sigma. The outermost
-    weight is a fraction of the inner ones, chosen so that the variance is exact (Gwosdek et al.,
-    "Theoretical foundations of Gaussian convolution by extended box filtering", SSVM 2011,
-    equations 7, 11 and 14). Rounded where PIL rounds, they add up to 1 or a few parts less.
+    Column d is the weight of the pixels at distance d, in units of 1 / 2**24; a sigma of 0 leaves
+    every pixel as it is. Without `reach`, it is that of the largest sigma. The outermost weight is
+    a fraction of the inner ones, chosen so that the variance is exact (Gwosdek et al., "Theoretical
+    foundations of Gaussian convolution by extended box filtering", SSVM 2011, equations 7, 11 and
+    14). Rounded where PIL rounds, they add up to 1 or a few units less.
     """
     variance = np.square(np.asarray(sigmas, dtype=np.float32)[:, None]) / 3
     length = np.sqrt(12 * variance.astype(np.float64) + 1).astype(np.float32)
@@ -147,7 +147,7 @@ def blur(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _add_both_sides(total: Tensor, x: Tensor, weight: Tensor, distance: int, dim: int) -> None:
-    """Add the two pixels at a distance from each, with a weight, those of the border repeated."""
+    """Add the two pixels at a distance from each, weighted, with repeated border pixels."""
     length, edge = x.shape[dim], min(distance, x.shape[dim])
     inside = length - edge
     for at, count, others in (
@@ -160,9 +160,10 @@ def _add_both_sides(total: Tensor, x: Tensor, weight: Tensor, distance: int, dim
 
 
 def solarize(x: Tensor, threshold: Tensor) -> Tensor:
-    """PIL's ImageOps.solarize: values from the threshold on are taken from 255."""
+    """Solarize as PIL's ImageOps.solarize: values from the threshold on become 255 - x."""
     return torch.where(x < column(threshold), x, 255 - x)
 
 
 def mirror(x: Tensor, values: Tensor) -> Tensor:
+    """Flip horizontally."""
     return x.flip(3)

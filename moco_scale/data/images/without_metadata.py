@@ -1,7 +1,7 @@
-"""Images without their metadata: what a decoder needs for the pixels, and how to turn them.
+"""Images without their metadata, for decoders, and their orientation.
 
-So nothing that stands in EXIF, XMP, texts or a colour profile can end an image, whatever a decoder
-would make of it; and of a file of several images only the first is there.
+So EXIF, XMP, texts or colour profiles cannot make a decoder fail; and of a file with several images
+only the first remains.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moco_scale.untrusted.limits import IMAGE_METADATA, IMAGE_PARTS
 
 
 class Pixels(NamedTuple):
-    """An image for a decoder of its format that need not know metadata."""
+    """Image for a decoder that need not know metadata."""
 
     data: bytes
     orientation: int | None = 1
@@ -38,7 +38,7 @@ def image_pixels(data: bytes | memoryview, kind: str) -> Pixels:
     """Return an image of this kind without its metadata.
 
     Raises:
-        DecodeError: its structure is damaged.
+        DecodeError: Its structure is damaged.
     """
     match kind:
         case "JPEG":
@@ -76,9 +76,9 @@ _PNG_TEXTS = {
 
 
 def _png(data: bytes | memoryview) -> Pixels:
-    """Keep the chunks of pixels. A checksum counts where they lie, and nowhere else.
+    """Keep the chunks of pixels, whose checksums must be right.
 
-    An animation's other frames go too: the first, or the image that stands for it, is a PNG's own.
+    An animation's other frames go too.
     """
     view, at, parts = memoryview(data), 8, [data[:8]]
     found: dict[str, tuple[int, int]] = {}  # where the first of each lies
@@ -121,7 +121,7 @@ def _png(data: bytes | memoryview) -> Pixels:
 
 
 def _png_metadata(kind: bytes, body: memoryview) -> str:
-    """Say what of interest a chunk beside the pixels holds; "": nothing."""
+    """Name the metadata that a chunk holds; "": none of interest."""
     if kind == b"eXIf":
         return "EXIF"
     if kind in (b"tEXt", b"zTXt", b"iTXt"):
@@ -135,9 +135,9 @@ def _checksum_is_right(png: memoryview, at: int, size: int) -> bool:
 
 
 def _png_text(png: memoryview, at: int, size: int) -> bytes:
-    """Return what a chunk of metadata holds, inflated so far as is ever looked at.
+    """Return the content of a metadata chunk, inflated as far as needed.
 
-    b"" where its checksum is wrong or nothing can be made of it.
+    b"" where its checksum is wrong or it cannot be read.
     """
     kind, body = bytes(png[at + 4 : at + 8]), bytes(png[at + 8 : at + 8 + size])
     if not _checksum_is_right(png, at, size):
@@ -159,7 +159,7 @@ def _png_text(png: memoryview, at: int, size: int) -> bytes:
 
 
 def _from_hex(profile: bytes) -> bytes:
-    """Return what ImageMagick writes as "\\nname\\nlength\\n" and hexadecimal lines."""
+    r"""Decode ImageMagick's "\nname\nlength\n" and hexadecimal lines."""
     digits = b"".join(profile.split(b"\n")[3:])
     try:
         return binascii.unhexlify(digits[: len(digits) // 2 * 2])
@@ -172,7 +172,7 @@ _WEBP_METADATA = 0x20 | 0x08 | 0x04  # flags of VP8X: profile, EXIF, XMP
 
 
 def _webp(data: bytes | memoryview) -> Pixels:
-    """Keep the chunks of pixels, and say in the header that there are no others."""
+    """Keep the chunks of pixels, and clear the header's flags of the others."""
     view, parts = memoryview(data), list[bytes | memoryview]()
     exif, xmp, at = b"", b"", 12
     stop = min(len(view), 8 + int.from_bytes(view[4:8], "little"))
@@ -230,7 +230,7 @@ _TIFF_METHODS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946)
 
 
 def _tiff(data: bytes | memoryview) -> Pixels:
-    """Put a first directory of pixels alone behind everything else; no other is found from it."""
+    """Append a directory with only the tags of pixels, and make it the first and last."""
     directory = first_directory(data)
     if directory is None:
         raise DecodeError("broken TIFF: it has no directory")

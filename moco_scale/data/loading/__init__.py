@@ -1,1 +1,1 @@
-"""From shards to batches: reader processes, skipped samples, decoded images kept."""
+"""Loading of batches: reader processes, skipped samples, cache of decoded images."""

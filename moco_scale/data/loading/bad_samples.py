@@ -1,7 +1,7 @@
-"""Images that cannot be decoded: what is seen in their place.
+"""Replacements of images that cannot be decoded.
 
-An image in the place of another is a function of (seed, pass, sample) alone, as a crop is. So
-every rank keeps its count, and any number of ranks and workers sees the same batches.
+A replacement is a function of (seed, pass, sample), as a crop is. So every rank keeps its number of
+samples, and any number of ranks and workers gives the same batches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _VIEW = 2**16 - 1  # a stream of random numbers that no view of a sample uses
 
 
 class BadSample(NamedTuple):
-    """An image that cannot be decoded."""
+    """Image that cannot be decoded."""
 
     sample: int
     shard: str  # this, key and reason are fit to be shown
@@ -37,7 +37,7 @@ class BadSample(NamedTuple):
 
 
 def substitutes(seed: int, passes: int, sample: int, num_samples: int) -> Iterator[int]:
-    """Samples to try in the place of a bad one, nearby ones first, then any: TRIES at most."""
+    """Yield replacements of a bad sample to try, nearby ones first: TRIES at most."""
     if num_samples < 2:
         return
     names = np.array([sample], dtype=np.int64)
@@ -50,7 +50,7 @@ def substitutes(seed: int, passes: int, sample: int, num_samples: int) -> Iterat
 
 
 def how_to_check(shards: Images) -> str:
-    """What to do about a set of which many images are bad."""
+    """Advise how to check a set with many bad images."""
     commands = [
         f"`python -m moco_scale shard --check {shlex.quote(folder)}`"
         for folder in shards.checkable()
@@ -64,7 +64,7 @@ def how_to_check(shards: Images) -> str:
 
 
 def bad_sample(shards: Images, sample: int, reason: str, replacement: int = -1) -> BadSample:
-    """The record of an image that cannot be decoded."""
+    """Make the record of an image that cannot be decoded."""
     place = shards.place(sample)
     data = shards.read(sample)
     if len(data) and not np.frombuffer(data, np.uint8).any():

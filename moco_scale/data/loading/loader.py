@@ -1,7 +1,7 @@
-"""Batches of crops: what the workers make of the samples that a plan names.
+"""Batches of crops, made by workers from the samples of a plan.
 
-A crop is a function of (seed, pass, sample, view), where the pass says how often the data set was
-gone through before. So neither the number of ranks nor the number of workers changes what is read.
+A crop is a function of (seed, pass, sample, view), where the pass counts how often the data set was
+read before. So neither the number of ranks nor that of workers changes what is read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SPARE_SHARDS = 8  # that an evaluation has fetched ahead
 
 
 class ViewBatch(NamedTuple):
-    """One rank's share of a batch: b samples with V views each."""
+    """Share of a batch on one rank: b samples with V views each."""
 
     step: int
     epoch: int
@@ -83,17 +83,33 @@ def pretraining_loader(
     decoder: DeviceDecoder | None = None,
     lost: Callable[[str], None] | None = None,
 ) -> BatchLoader[ViewBatch]:
-    """This rank's batches of random crops for the steps start_step to end_step - 1.
+    """Load this rank's batches of random crops for the steps start_step to end_step - 1.
 
-    One pool of workers serves all epochs. Each worker builds whole batches in shared memory; with
-    a GPU they are pinned. `start_method` of the workers: "fork" where there is one, by default.
-    `bad_samples`: see `bad_samples.POLICIES`. `fetches_ahead`: this rank fetches remote shards
-    ahead, for all ranks of its machine. `cache` keeps what was decoded. With a `decoder` workers
-    decode nothing that it can, and the views lie on its device. `lost`: see `BatchLoader`.
+    One pool of workers serves all epochs. Each worker builds whole batches in shared memory; with a
+    GPU they are pinned.
 
-    Raises UserError, also while iterating: a batch that `world` does not divide, an image that
-    cannot be decoded, a worker that died, a shard that cannot be fetched, a cache that is too small
-    for the plan.
+    Args:
+        shards: images.
+        plan: of the batches.
+        aug: gives the range of the crops' area.
+        image_size: side of the crops.
+        views: of each sample.
+        rank: this one.
+        world: number of ranks.
+        num_workers: processes; 0 reads in this one.
+        start_step: first step.
+        end_step: after the last step.
+        bad_samples: see `bad_samples.POLICIES`.
+        start_method: of the workers; "fork" where there is one, by default.
+        fetches_ahead: this rank fetches remote shards ahead, for all ranks of its machine.
+        cache: keeps decoded images.
+        decoder: decodes on a device, where the views then lie.
+        lost: see `BatchLoader`.
+
+    Raises:
+        UserError: Also while iterating: `world` does not divide the batch, an image cannot be
+            decoded, a worker died, a shard cannot be fetched, or the cache is too small for the
+            plan.
     """
     if len(shards) != plan.order.num_samples:
         raise ValueError(
@@ -129,12 +145,26 @@ def evaluation_loader(
     start_method: str | None = None,
     fetches_for: Sequence[int] = (),
 ) -> BatchLoader[ViewBatch]:
-    """Centre crops (one view) of the samples `rank_slice(len(shards), rank, world)`, in order.
+    """Load centre crops (one view) of the samples of `rank_slice`, in order.
 
-    Nothing is dropped but what cannot be decoded, with `bad_samples` "skip": the last batch may be
+    Only images that cannot be decoded are dropped, with `bad_samples` "skip": the last batch may be
     smaller, and ranks may differ by one sample. `step` counts the batches of this rank, `epoch` is
-    0. `fetches_for`: ranks of this machine for which this one fetches remote shards ahead. Raises
-    UserError as `pretraining_loader` does.
+    0.
+
+    Args:
+        shards: images.
+        image_size: side of the crops.
+        resize_ratio: of the short side to the crop.
+        batch_size: of this rank.
+        rank: this one.
+        world: number of ranks.
+        num_workers: processes; 0 reads in this one.
+        bad_samples: see `bad_samples.POLICIES`.
+        start_method: of the workers; "fork" where there is one, by default.
+        fetches_for: ranks of this machine for which this one fetches remote shards ahead.
+
+    Raises:
+        UserError: As in `pretraining_loader`.
     """
     if resize_ratio < 1:
         raise ValueError(f"resize_ratio {resize_ratio}: images smaller than the crop")
@@ -150,7 +180,7 @@ def evaluation_loader(
 
 
 def rank_slice(num_samples: int, rank: int, world: int) -> range:
-    """The contiguous share of `rank` when nothing is dropped; shares differ by one at most."""
+    """Return a rank's contiguous share, nothing dropped; shares differ by one at most."""
     return range(num_samples * rank // world, num_samples * (rank + 1) // world)
 
 
@@ -229,13 +259,13 @@ class _Crops(Dataset[Any]):
         raise NotImplementedError
 
     def memory(self, images: int) -> Tensor:
-        """uint8 [V, images, 3, S, S], to be filled."""
+        """Allocate uint8 [V, images, 3, S, S]."""
         return batch_memory((self.views, images, 3, self.image_size, self.image_size))
 
     def batch(
         self, job: _Job, samples: Samples, seen: Sequence[int], views: Tensor, bad: list[BadSample]
     ) -> ViewBatch:
-        """A batch of samples, of which `seen` are the images."""
+        """Make the batch of samples, of which `seen` are the images."""
         index, passes = (torch.from_numpy(np.array(column)) for column in samples)
         labels = self.shards.labels[np.asarray(seen, dtype=np.int64)].astype(np.int64)
         return ViewBatch(
@@ -243,9 +273,10 @@ class _Crops(Dataset[Any]):
         )
 
     def pixels(self, sample: int) -> Pixels:
-        """RGB pixels of an image, uint8 [H, W, 3]; the next call may overwrite them.
+        """Read RGB pixels of an image, uint8 [H, W, 3]; the next call may overwrite them.
 
-        Raises DecodeError.
+        Raises:
+            DecodeError: The image is bad.
         """
         kept = self.cache.get(sample) if self.cache is not None else None
         if kept is not None:
@@ -257,7 +288,7 @@ class _Crops(Dataset[Any]):
         return pixels
 
     def bad(self, sample: int, error: DecodeError, replacement: int = -1) -> BadSample:
-        """The record of a bad sample; UserError where it may not be."""
+        """Make the record of a bad sample. Raises UserError where none is allowed."""
         record = bad_sample(self.shards, sample, str(error), replacement)
         if self.skip:
             return record
@@ -289,12 +320,12 @@ class _RandomCrops(_Crops):
         return self.batch(job, job.samples, seen, views, bad)
 
     def memory(self, images: int) -> Tensor:
-        """As resizing likes it: a pixel's colours together."""
+        """Allocate with channels last in memory, as resizing prefers."""
         memory = batch_memory((self.views, images, self.image_size, self.image_size, 3))
         return memory.permute(0, 1, 4, 2, 3)
 
     def draws(self, job: _Job) -> list[list[list[float]]]:
-        """What places the crops: CROP_SLOTS numbers for each view of each sample."""
+        """Draw CROP_SLOTS numbers for each view of each sample."""
         index, passes = job.samples
         by_view = [
             uniforms(self.seed, passes, index, view, CROP_SLOTS) for view in range(self.views)
@@ -303,7 +334,7 @@ class _RandomCrops(_Crops):
         return numbers
 
     def boxes(self, draws: list[list[float]], height: int, width: int) -> list[Box]:
-        """The box of each view of one image."""
+        """Compute the box of each view of one image."""
         return [crop_box(u, height, width, self.crop_min, self.crop_max) for u in draws]
 
     def crop(
@@ -315,7 +346,7 @@ class _RandomCrops(_Crops):
         seen: list[int],
         bad: list[BadSample],
     ) -> None:
-        """Fill the views of the job's sample i, uint8 [V, 3, S, S]; note it where it is bad."""
+        """Fill the views of the job's sample i, uint8 [V, 3, S, S]; record a bad one."""
         sample = seen[i]
         try:
             pixels = self.pixels(sample)
@@ -326,7 +357,7 @@ class _RandomCrops(_Crops):
             write_crop(view, pixels, box)
 
     def substitute(self, sample: int, passes: int, error: DecodeError) -> tuple[Pixels, int]:
-        """Pixels of another image, and which it is."""
+        """Return pixels and number of a replacement."""
         if not self.skip:
             self.bad(sample, error)
         for other in substitutes(self.seed, passes, sample, len(self.shards)):
@@ -340,7 +371,7 @@ class _RandomCrops(_Crops):
 
 
 class _EncodedCrops(_RandomCrops):
-    """Leaves what the device can decode as it is, with the boxes of its crops."""
+    """Leaves images that the device can decode as they are, with the boxes of their crops."""
 
     def made(self, job: _Job) -> ViewBatch:
         draws, seen, bad = self.draws(job), job.samples.index.tolist(), list[BadSample]()
@@ -376,7 +407,7 @@ class _EncodedCrops(_RandomCrops):
 
 
 def _decoded(decoder: DeviceDecoder, shards: Images, batch: ViewBatch) -> ViewBatch:
-    """The batch with its views on the device; UserError for an image that is damaged."""
+    """Decode the batch's views on the device. Raises UserError for a damaged image."""
     encoded: Any = batch.views
     try:
         return batch._replace(views=decoder(encoded))

@@ -1,15 +1,15 @@
-"""Decoded images of a small set, kept once a node for all ranks and workers.
+"""Cache of decoded images of a small set, one a node for all ranks and workers.
 
-A folder holds one file of pixels with a place for every image, whose size is known from its
-header before anything is decoded. Whoever decodes an image puts its pixels in their place and then
-marks it; two that do so at once write the same bytes. Everything is allocated when the folder is
-made, so that a full disk or memory is a message at the start and not a bus error later.
+A folder holds one file of pixels with a place for every image, whose size is known from its header
+before anything is decoded. A process that decodes an image writes its pixels to their place and
+then marks it; two that do so at once write the same bytes. Everything is allocated when the folder
+is made, so that a full disk or memory is an error at the start and not a bus error later.
 
-Whoever uses the folder holds a shared lock on its file "used". To make, check or remove it takes an
-exclusive lock on "changing", and to remove it also one on "used", which nobody else holds then.
+Users of the folder hold a shared lock on its file "used". To make, check or remove it takes an
+exclusive lock on "changing", and to remove it also an exclusive one on "used".
 
-The folder's name can be foreseen, and others may write where it lies: it is used only if it is a
-folder and this user's, is closed to others, and nothing but the files named here is ever removed.
+The folder's name can be foreseen, and others may write beside it: it is used only if it is a folder
+and this user's, is closed to others, and only the files named here are ever removed.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _SPARE_MEMORY = 0.5  # likewise of memory
 
 
 class PixelCache:
-    """Pixels of images that were decoded before, by whichever process of this node.
+    """Pixels of images decoded before, by any process of this node.
 
     Can be pickled, and used after a fork.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Of a folder that `open` has made."""
+        """Use a folder that `open` has made."""
         self.folder = folder
         self._table = np.load(folder / "table.npy", mmap_mode="r")
         self._pixels = _mapped(folder / "pixels")
@@ -66,13 +66,14 @@ class PixelCache:
 
     @classmethod
     def open(cls, shards: Shards, place: str, passing: bool = False) -> PixelCache:
-        """The cache of these images in `place`, a folder on a local disk or RAM.
+        """Open the cache of these images in `place`, a folder on a local disk or RAM.
 
-        One that is there and whole is used again, and gains from earlier runs. In RAM it is
-        removed with the last run on this node that uses it; what a killed run left there is removed
-        by the next. With `passing` one that was not there yet is removed on a disk, too.
+        A complete one is reused, and keeps what earlier runs decoded. In RAM it is removed with the
+        last run on this node that uses it; the next run removes what a killed one left there. With
+        `passing` a new one is removed on a disk, too.
 
-        Raises UserError: it would not fit; the place cannot be written.
+        Raises:
+            UserError: The images would not fit, or the place cannot be written.
         """
         if shards.remote_parts():
             raise UserError(
@@ -101,11 +102,11 @@ class PixelCache:
         return cache
 
     def get(self, i: int) -> Pixels | None:
-        """Pixels of image i, uint8 [H, W, 3], not to be changed; None when not yet decoded."""
+        """Return pixels of image i, uint8 [H, W, 3], read-only; None if not yet decoded."""
         return self._place(i) if self._done[i] else None
 
     def put(self, i: int, pixels: Pixels) -> None:
-        """Keep what image i was decoded to; not if its header promised another size."""
+        """Keep pixels of image i, unless its header gave another size."""
         place = self._place(i)
         if place.shape == pixels.shape and not self._done[i]:
             place[...] = pixels
@@ -113,11 +114,11 @@ class PixelCache:
 
     @property
     def filled(self) -> float:
-        """Share of the images that need not be decoded any more."""
+        """Share of the images that are decoded."""
         return float(np.count_nonzero(self._done)) / len(self._done)
 
     def close(self) -> None:
-        """Let go of it; no other method may be called afterwards. May be called again."""
+        """Release the cache; may be called again, but no other method."""
         used, self._used = self._used, None
         if used is None:
             return
@@ -147,13 +148,13 @@ def _mapped(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _opened(path: Path, mode: str) -> IO[bytes]:
-    """A file of the folder; not through a link."""
+    """Open a file of the folder, but no link."""
     return open(path, mode, opener=without_links)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
 def _changing(folder: Path) -> Iterator[None]:
-    """While nobody else makes, checks or removes the folder, which is made if need be."""
+    """Hold the exclusive lock to make, check or remove the folder; make it if need be."""
     while True:
         make_own(folder, mode=0o700)
         try:
@@ -172,7 +173,7 @@ def _changing(folder: Path) -> Iterator[None]:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove the folder unless somebody uses it."""
+    """Remove the folder unless it is in use."""
     with (
         _changing(folder),
         _opened(folder / "used", "a+b") as lock,
@@ -183,7 +184,7 @@ def _remove_unused(folder: Path) -> None:
 
 
 def _meta(folder: Path, shards: Shards, boot: str, complete: bool) -> PixelCacheMeta:
-    """Of these images and the files that are there. Raises OSError: one is missing."""
+    """Describe these images and the files that exist. Raises OSError: one is missing."""
     return PixelCacheMeta(
         format=_FORMAT,
         fingerprint=shards.fingerprint,
@@ -216,7 +217,7 @@ def _make_unless_whole(folder: Path, shards: Shards, place: str) -> None:
 
 
 def _make(folder: Path, shards: Shards, place: str) -> None:
-    """Lay out the files for all images, none of them decoded. Raises UserError: no room."""
+    """Allocate the files for all images, none decoded. Raises UserError: no room."""
     count = len(shards)
     probes = np.unique(np.linspace(0, count - 1, _PROBES).astype(np.int64))
     mean = sum(3 * h * w for h, w in _sizes(shards, probes)) / len(probes)
@@ -242,7 +243,7 @@ def _make(folder: Path, shards: Shards, place: str) -> None:
 
 
 def _mark_if_complete(folder: Path) -> None:
-    """Once everything is decoded get it to the disk, where it can be trusted from then on."""
+    """Sync the files to the disk once everything is decoded, and mark them as complete."""
     with _changing(folder):
         meta = _read_meta(folder)
         if meta.complete or not np.fromfile(folder / "done", np.uint8).all():
@@ -254,7 +255,7 @@ def _mark_if_complete(folder: Path) -> None:
 
 
 def _sizes(shards: Shards, images: Any) -> Iterator[tuple[int, int]]:
-    """(height, width) of each image once upright; (0, 0) of one that cannot be read."""
+    """Yield (height, width) of each upright image; (0, 0) of one that cannot be read."""
     for i in images:
         try:
             yield image_size(shards.read(int(i)))
@@ -277,7 +278,7 @@ def _require_room(least: int, total: int, folder: Path, shards: Shards, place: s
 
 
 def _free_memory() -> int:
-    """Bytes this process and its like can still get: the machine's, or the container's."""
+    """Bytes that processes can still get: the machine's, or the container's."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
@@ -288,7 +289,7 @@ def _free_memory() -> int:
 
 
 def _boot() -> str:
-    """Differs after every start of the machine; "" where it is not known."""
+    """Identifier of this start of the machine; "" where it is unknown."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return ""

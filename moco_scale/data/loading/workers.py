@@ -1,4 +1,4 @@
-"""The processes that prepare batches: started once, silent, and never left behind."""
+"""Worker processes that prepare batches: started once, silent, and never left behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Failure(NamedTuple):
 
 
 def batch_memory(shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised uint8; in a worker, shared memory, so that sending it copies nothing."""
+    """Allocate uint8; in a worker, shared memory, so that sending it copies nothing."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(prod(shape))
@@ -56,17 +56,17 @@ def batch_memory(shape: tuple[int, ...]) -> Tensor:
 
 
 class Places(Protocol):
-    """Where samples lie, for messages."""
+    """Places of samples, for messages."""
 
     def where(self, i: int) -> str:
-        """The place of sample i."""
+        """Name the place of sample i."""
 
     def fault(self, i: int) -> str | None:
-        """What is wrong with the file it lies in by now, or None."""
+        """Describe damage of sample i's file, or None."""
 
 
 class Reading:
-    """Which sample each worker has in hand, in memory that can be read when the worker is dead.
+    """Current sample of each worker, in memory that outlives the worker.
 
     Args:
         places: of the samples.
@@ -77,27 +77,30 @@ class Reading:
         self._samples = torch.empty(0, dtype=torch.int64)
 
     def share(self, num_workers: int) -> None:
-        """Make room for so many workers, before they start."""
+        """Allocate for so many workers, before they start."""
         self._samples = torch.full((num_workers,), -1, dtype=torch.int64).share_memory_()
 
     def begin(self, sample: int) -> None:
-        """This worker starts on a sample; -1: on something else."""
+        """Record the sample that this worker starts to read; -1: none."""
         info = get_worker_info()
         if info is not None:
             self._samples[info.id] = sample
 
     def of(self, worker: int) -> int | None:
-        """What a worker had in hand, None for nothing."""
+        """Return a worker's current sample, None for none."""
         sample = int(self._samples[worker])
         return None if sample < 0 else sample
 
 
 class BatchLoader(Iterator[Batch], Generic[Batch]):
-    """`dataset[job]`, a whole batch, for each of the jobs in order, once.
+    """Yields `dataset[job]`, a whole batch, for each of the jobs in order.
 
-    The workers start with the first batch. `close`, also done on leaving a `with` block, after the
-    last batch and after an error, ends them. Raises UserError where the data set does, or gives a
-    Failure, and when a worker died; ReaderLost where that was nobody's mistake.
+    The workers start with the first batch. `close` ends them; it is also called on leaving a `with`
+    block, after the last batch and after an error.
+
+    Raises:
+        UserError: The data set raises one or gives a Failure, or a worker died.
+        ReaderLost: A worker was killed, by nobody's mistake.
     """
 
     def __init__(
@@ -111,13 +114,19 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         finish: Callable[[Any], Batch] | None = None,
         lost: Callable[[str], None] | None = None,
     ) -> None:
-        """`start_method` of the workers: "fork" where there is one, by default.
+        """Prepare workers, without starting them.
 
-        `reading` is what the data set keeps up to date, for the message when a worker dies.
-        `ahead` is closed with the loader. `finish` is what this process makes of what a worker
-        gives. `lost` is told why when a worker was killed (SIGKILL); this process then reads the
-        remaining batches by itself, so that a run can end in an orderly way. Without it that
-        raises.
+        Args:
+            dataset: makes a batch of a job.
+            jobs: in order.
+            num_workers: processes; 0 works in this one.
+            start_method: of the workers; "fork" where there is one, by default.
+            reading: updated by the data set, for the message when a worker dies.
+            ahead: closed with the loader.
+            finish: applied by this process to each batch.
+            lost: called with the reason when a worker was killed (SIGKILL); this process then reads
+                the
+                remaining batches itself, so that a run can end orderly. None: that raises.
         """
         self._dataset, self._jobs, self._given, self._lost = dataset, jobs, 0, lost
         self._reading, self._finish = reading, finish
@@ -189,7 +198,7 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
         return next(self._batches)
 
     def close(self) -> None:
-        """End the workers; there are no batches afterwards. May be called again."""
+        """End the workers; there are no more batches. May be called again."""
         self._closed = True
         atexit.unregister(self._at_exit)
         self._end_workers()
@@ -239,7 +248,7 @@ def _end(workers: Sequence[Any]) -> None:
 
 
 def _check_room_for_sockets() -> None:
-    """Workers hand over batches through sockets in TMPDIR; a name too long for one hangs them."""
+    """Check TMPDIR, where workers have sockets: too long a name hangs them."""
     try:
         folder = tempfile.gettempdir()
     except OSError as error:
@@ -277,8 +286,8 @@ def _context(start_method: str | None) -> Any:
 def _start(loader: DataLoader[Any], no_longer: Any, sockets: str) -> Iterator[Any]:
     """Start the workers, without DataLoader's handler of SIGCHLD.
 
-    That one raises in the middle of whatever the main process is doing, be it saving a checkpoint.
-    A dead worker is noticed all the same, when its batch is due.
+    That handler raises in the middle of anything the main process is doing, such as saving a
+    checkpoint. A dead worker is noticed when its batch is due.
     """
     if not loader.num_workers:
         return iter(loader)
@@ -309,7 +318,7 @@ def _start(loader: DataLoader[Any], no_longer: Any, sockets: str) -> Iterator[An
 def _explained(
     error: RuntimeError | OSError | EOFError, batches: Any, reading: Reading | None
 ) -> UserError | None:
-    """What a failure of the machinery means for a user; None for one of the program's own."""
+    """Convert an error of the machinery to a user's; None for one of the program's own."""
     text = str(error)
     # The second is what is left of it when a file descriptor could not be received.
     if "Too many open files" in text or "ancdata" in text:
@@ -337,10 +346,9 @@ def _wait_for_an_end(workers: Sequence[Any]) -> None:
 
 
 def _deaths(batches: Any, reading: Reading | None) -> UserError | None:
-    """How workers ended that should not have, what each was reading, and what that points to.
+    """Describe how workers ended, what each was reading, and the likely cause.
 
-    None when all that ended did so in order; ReaderLost when no more is known than that they were
-    killed.
+    None when all ended orderly; ReaderLost when they were killed without a known cause.
     """
     ends, advice, killed = [], "", True
     for number, worker in enumerate(getattr(batches, "_workers", [])):

@@ -1,1 +1,1 @@
-"""Which samples are read when: epochs, batches, mixtures, and numbers drawn by name."""
+"""Sampling: epochs, batches, mixtures, and random numbers drawn by name."""

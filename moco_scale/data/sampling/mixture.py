@@ -1,8 +1,8 @@
-"""Orders that do not end with a pass: epochs of any length, and several sets mixed by weights.
+"""Orders across passes: epochs of any length, and several sets mixed by weights.
 
-Each set is gone through in passes, one after another without a gap, every pass in an order of its
-own: none of its samples is read again before all of them were. An epoch takes the next samples of
-each set, a fixed number, and shuffles the sets (not the samples of one set) among each other.
+Each set is read in passes, one after another without a gap, every pass in its own order: no sample
+is read again before all others were. An epoch takes the next samples of each set, a fixed number,
+and shuffles the sets (not the samples of one set) among each other.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from moco_scale.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Mixture:
-    """Samples of several sets, whose places follow each other: 0 … n_0 - 1 are of the first.
+    """Samples of several sets, numbered one set after the other.
 
     Attributes:
         parts: an order of each set; its epochs are the passes.
         weights: share of each in an epoch, in any unit.
         epoch_samples: of all together.
-        seed: of the shuffling, and of what is drawn for a sample.
+        seed: of the shuffling, and of random numbers drawn for a sample.
 
     Raises:
-        UserError: an epoch has no sample of one of the sets.
+        UserError: An epoch has no sample of one of the sets.
     """
 
     parts: tuple[Order, ...]
@@ -47,12 +47,12 @@ class Mixture:
 
     @property
     def num_samples(self) -> int:
+        """Samples of all sets."""
         return sum(part.num_samples for part in self.parts)
 
     @property
     def shares(self) -> tuple[int, ...]:
-        """Samples of each set in every epoch: the nearest to the weights that add up (those with
-        the largest remainders are rounded up)."""
+        """Samples of each set in every epoch, rounded by largest remainders."""
         exact = np.array(self.weights) / sum(self.weights) * self.epoch_samples
         shares = np.floor(exact + 1e-9).astype(np.int64)
         missing = self.epoch_samples - int(shares.sum())
@@ -60,6 +60,7 @@ class Mixture:
         return tuple(shares.tolist())
 
     def epoch(self, number: int) -> Samples:
+        """Mix the samples of one epoch."""
         return _mixed(self, number)
 
 
@@ -86,13 +87,13 @@ def _mixed(mixture: Mixture, number: int) -> Samples:
 
 
 def _shuffled(shares: tuple[int, ...], seed: int, number: int) -> npt.NDArray[np.int64]:
-    """int64 [sum(shares)]: the set i shares[i] times, in a random order of the epoch."""
+    """Shuffle the sets: int64 [sum(shares)] with set i shares[i] times."""
     order = permutation(sum(shares), seed, "mixture", number)
     return np.searchsorted(np.cumsum(shares), order, side="right")
 
 
 def _taken(part: Order, start: int, count: int) -> Samples:
-    """`count` samples of the set's passes from `start` on."""
+    """Take `count` samples of the set's passes from `start` on."""
     n = part.num_samples
     indices: list[Indices] = []
     passes: list[Indices] = []
@@ -107,11 +108,16 @@ def _taken(part: Order, start: int, count: int) -> Samples:
 
 
 def in_whole_batches(order: Order, global_batch: int, samples_per_epoch: int = 0) -> Order:
-    """The order of a run.
+    """Cut the order's epochs to whole batches.
 
-    Without `samples_per_epoch` an order by passes stays what it is. Otherwise, and for a mixture,
-    an epoch is so many samples, rounded down to whole batches, and the next one goes on where it
-    ends. Raises UserError: samples_per_epoch is less than one batch.
+    Args:
+        order: of the data set.
+        global_batch: samples of a batch.
+        samples_per_epoch: length of an epoch; the next one continues where it ends. 0: an order by
+            passes stays as it is, a mixture keeps its length.
+
+    Raises:
+        UserError: `samples_per_epoch` is less than one batch.
     """
     if not samples_per_epoch and not isinstance(order, Mixture):
         return order

@@ -1,8 +1,8 @@
-"""Which samples are read when: the order of an epoch, and the plan of a run's batches.
+"""Order of an epoch, and the plan of a run's batches.
 
 An order is a function of (seed, epoch), a global batch a function of the order and the step, and a
 rank's share a contiguous slice of it. So a position in a run is one number, the samples consumed,
-whatever the number of ranks that consume them.
+whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class Samples(NamedTuple):
-    """Samples in the order in which they are read."""
+    """Samples in reading order."""
 
     index: Indices  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
     """int64 [n], places in the data set."""
@@ -30,16 +30,16 @@ class Samples(NamedTuple):
     sample is a function of its place and this number."""
 
     def part(self, start: int, stop: int) -> Samples:
-        """Those from `start` to `stop` - 1; views, not copies."""
+        """Slice from `start` to `stop` - 1; views, not copies."""
         return Samples(self.index[start:stop], self.passes[start:stop])
 
 
 class Order(Protocol):
-    """The order in which a data set is read."""
+    """Reading order of a data set."""
 
     @property
     def num_samples(self) -> int:
-        """Samples in the data set: an order names places below this number."""
+        """Samples in the data set; indices are below this number."""
         ...
 
     @property
@@ -49,29 +49,31 @@ class Order(Protocol):
 
     @property
     def seed(self) -> int:
-        """Also of everything that is drawn for a sample."""
+        """Seed of the order and of random numbers drawn for a sample."""
         ...
 
     def epoch(self, number: int) -> Samples:
-        """All samples of one epoch in their order: a function of the order's fields and `number`.
+        """Order all samples of one epoch: a function of the fields and `number`.
 
-        Asked for once a batch: an order that costs something to make is to be kept.
+        It is called for each batch: cache an expensive order.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FullPermutation:
-    """Each epoch is one pass over all samples, in a random order of its own."""
+    """Order of epochs that are one pass each, in a random order of their own."""
 
     num_samples: int
     seed: int
 
     @property
     def epoch_samples(self) -> int:
+        """All samples."""
         return self.num_samples
 
     def epoch(self, number: int) -> Samples:
+        """Permute all samples."""
         return _full_permutation(self.num_samples, self.seed, number)
 
 
@@ -83,25 +85,26 @@ def _full_permutation(num_samples: int, seed: int, number: int) -> Samples:
 
 
 class Plan(Protocol):
-    """What is read in which step, by some ranks together."""
+    """Samples of each step, of some ranks together."""
 
     def batch(self, step: int) -> Samples:
-        """All of it, in no particular order."""
+        """List the step's samples, in no particular order."""
         ...
 
 
 @dataclass(frozen=True)
 class Slices:
-    """Stretches of a data set, each read in its order, next to each other, so many at a time."""
+    """Contiguous ranges of a data set, each read in order, several in parallel."""
 
     stretches: tuple[range, ...]
     batch_size: int
 
     def __len__(self) -> int:
-        """Steps of the longest."""
+        """Steps of the longest range."""
         return max(-(-len(stretch) // self.batch_size) for stretch in self.stretches)
 
     def batch(self, step: int) -> Samples:
+        """Slice each range."""
         now = slice(step * self.batch_size, (step + 1) * self.batch_size)
         index = np.concatenate([np.asarray(s[now], dtype=np.int64) for s in self.stretches])
         return Samples(index, np.zeros_like(index))
@@ -109,10 +112,13 @@ class Slices:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which samples are in the global batch of each step of a run.
+    """Plan of the global batches of a run.
 
-    An epoch has as many steps as there are whole global batches; the samples left over, others in
-    each epoch, are dropped. Raises UserError when there is not one whole batch.
+    An epoch has as many steps as there are whole global batches; the remaining samples, others in
+    each epoch, are dropped.
+
+    Raises:
+        UserError: There is not one whole batch.
     """
 
     order: Order
@@ -129,25 +135,27 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Whole batches of an epoch."""
         return self.order.epoch_samples // self.global_batch
 
     def epoch_of(self, step: int) -> int:
+        """Epoch of a step."""
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> Samples:
-        """The global batch of `step` (counted over the whole run): G samples."""
+        """Return the global batch of `step` (counted over the whole run): G samples."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.global_batch
         return self.order.epoch(epoch).part(start, start + self.global_batch)
 
     def share(self, step: int, rank: int, world: int) -> Samples:
-        """The slice of the global batch that `rank` of `world` owns: G / world samples."""
+        """Return the slice of the global batch of one rank: G / world samples."""
         self.check_world(world)
         share = self.global_batch // world
         return self.batch(step).part(rank * share, (rank + 1) * share)
 
     def check_world(self, world: int) -> None:
-        """UserError unless the global batch can be shared equally among `world` processes."""
+        """Check that the global batch divides by the processes. Raises UserError."""
         if self.global_batch % world:
             raise UserError(
                 f"the global batch of {self.global_batch} cannot be shared equally among {world} "

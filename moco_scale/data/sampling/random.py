@@ -1,9 +1,9 @@
-"""Randomness as a pure function of what it is for.
+"""Random numbers as pure functions of their names.
 
-Nothing in a run draws from a generator that has a state. A number is computed from its name, such
-as (seed, epoch, sample, view), so that it does not matter which process computes it, in which
-order, or how often. The generator is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", SC 2011), vectorised over samples.
+Nothing in a run draws from a generator with a state. A number is computed from its name, such as
+(seed, epoch, sample, view), so that it does not matter which process computes it, in which order,
+or how often. The generator is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011), vectorised over samples.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ _ROUNDS = 10
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
-    """Philox-4x32-10 of `counter`, four 32-bit words along the last axis, held in uint64.
+    """Philox-4x32-10 of counters.
 
-    `key` is two 32-bit words. Returns an array of the counter's shape, each word below 2**32.
+    Args:
+        counter: four 32-bit words along the last axis, held in uint64.
+        key: two 32-bit words.
+
+    Returns:
+        An array of the counter's shape, each word below 2**32.
     """
     c0, c1, c2, c3 = (counter[..., i] for i in range(4))
     k0, k1 = key
@@ -50,12 +55,19 @@ def uniforms(
     view: int,
     count: int,
 ) -> npt.NDArray[np.float64]:
-    """`count` uniform numbers in [0, 1) for each sample, float64 [len(samples), count].
+    """Draw uniform numbers in [0, 1) for each sample: float64 [len(samples), count].
 
-    Row i is a function of (seed, epoch, samples[i], view) alone, and its first n numbers do not
-    depend on `count`. `epoch` is one number or one for each sample. Key: the two halves of the
-    seed. Counter: (block | view << 16, low half of the sample, high half of the sample, epoch), so
-    no two names share a number. Each number is a 32-bit word times 2**-32.
+    Row i is a function of (seed, epoch, samples[i], view), and its first n numbers do not depend on
+    `count`. Key: the two halves of the seed. Counter: (block | view << 16, low half of the sample,
+    high half of the sample, epoch), so no two names share a number. Each number is a 32-bit word
+    times 2**-32.
+
+    Args:
+        seed: of the run.
+        epoch: one number, or one for each sample.
+        samples: their indices.
+        view: of the samples.
+        count: numbers of each sample.
     """
     _checked_seed(seed)
     epochs = np.asarray(epoch, dtype=np.int64)
@@ -75,7 +87,7 @@ def uniforms(
 
 
 def permutation(n: int, seed: int, stream: str, number: int) -> npt.NDArray[np.int64]:
-    """Permutation of range(n), int64 [n]: a function of (n, seed, stream, number) alone.
+    """Permute range(n), int64 [n]: a function of (n, seed, stream, number).
 
     Item i gets the i-th of the `raw_words` of that name, with the low n.bit_length() bits replaced
     by i, and the items are sorted by these words: sorting words is some ten times faster than a
@@ -91,13 +103,18 @@ def permutation(n: int, seed: int, stream: str, number: int) -> npt.NDArray[np.i
 
 
 def raw_words(n: int, seed: int, stream: str, number: int) -> Words:
-    """The first n 64-bit words of the generator of that name, uint64 [n].
+    """Draw the first n 64-bit words of the generator of a name, uint64 [n].
 
-    `stream` names a purpose ("epoch order", "shuffle"), `number` is which one (an epoch, a step).
-    The words are those of numpy's Philox (4x64-10). Its 128-bit key is the seed in the low half
-    and blake2b(stream, 8 bytes, little-endian) in the high half, and its 256-bit counter starts at
-    number * 2**192. Raw words, because numpy keeps bit generators stable over its versions and
-    promises nothing for what `Generator` makes of them.
+    The words are those of numpy's Philox (4x64-10). Its 128-bit key is the seed in the low half and
+    blake2b(stream, 8 bytes, little-endian) in the high half, and its 256-bit counter starts at
+    number * 2**192. Raw words, because numpy keeps bit generators stable over its versions, but not
+    the numbers that `Generator` derives from them.
+
+    Args:
+        n: number of words.
+        seed: of the run.
+        stream: a purpose ("epoch order", "shuffle").
+        number: which one (an epoch, a step).
     """
     purpose = int.from_bytes(blake2b(stream.encode(), digest_size=8).digest(), "little")
     bits = np.random.Philox(key=_checked_seed(seed) | purpose << 64, counter=number << 192)

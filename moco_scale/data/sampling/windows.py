@@ -1,16 +1,16 @@
-"""The order for shards that have to be fetched: mixed inside a window that rolls over the shards.
+"""Windowed order for remote shards: samples are mixed in a window that rolls over the shards.
 
 A full permutation needs every shard at any time. Here only `window` shards are needed at a time,
-one leaving as the next enters, so that the rest can be fetched ahead and thrown away behind.
+one leaving as the next enters, so that shards can be fetched ahead and deleted behind.
 
 The shards of an epoch stand in a circle, in a random order of their own. Sample i of the shard at
 place p is read at the time p + u_i (mod shards), with u_i uniform in [0, window). So at any time
-just the last `window` places are in use, all equally: a batch has the same mixture wherever in the
-epoch it is. Since the circle closes, the epoch begins with the samples of the last places that are
+just the last `window` places are in use, all equally: a batch has the same mixture everywhere in
+the epoch. Since the circle closes, the epoch begins with the samples of the last places that are
 not read at its end, and those window - 1 shards are needed twice.
 
-Blocks of `window` shards that are permuted one after another would mix as well inside a block, but
-as they change they need two blocks at once, or make everybody wait.
+Blocks of `window` shards, permuted one after another, would mix as well inside a block, but at each
+change they need two blocks at once, or stall.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ REMOTE_WINDOW = 64
 
 
 class WindowedPermutation:
-    """Each epoch is one pass over all samples; `window` shards are read at a time.
+    """Order of epochs that are one pass each, reading `window` shards at a time.
 
     Args:
-        shard_of: unsigned or signed integers [N], the shard each sample lies in.
+        shard_of: unsigned or signed integers [N], the shard of each sample.
         window: shards; at least 1 and fewer than there are.
-        seed: of the order and of what is drawn for a sample.
+        seed: of the order and of random numbers drawn for a sample.
     """
 
     def __init__(self, shard_of: npt.NDArray[np.integer], window: int, seed: int) -> None:
@@ -68,8 +68,11 @@ class WindowedPermutation:
         return self.__dict__ | {"_kept": {}}  # cheaper made again than sent
 
     def _indices(self, number: int) -> Indices:
-        """Times are fixed-point numbers in the high bits of words whose low bits hold the sample:
-        sorting words is fast, and no two are equal."""
+        """Sort samples by their times.
+
+        Times are fixed-point numbers in the high bits of words whose low bits hold the sample:
+        sorting words is fast, and no two are equal.
+        """
         n, shards = self.num_samples, self.num_shards
         index_bits = n.bit_length()
         fraction = 64 - index_bits - shards.bit_length()
@@ -87,10 +90,12 @@ class WindowedPermutation:
 
 
 def order_of(shard_of: npt.NDArray[np.integer], window: int, seed: int) -> Order:
-    """The order for samples that lie in these shards: windowed, or full where that is the same.
+    """Choose the order of samples: windowed, or full where that is the same.
 
-    shard_of: integers [N]. window: shards, 0 for a full permutation; one that holds all shards is
-    a full permutation too.
+    Args:
+        shard_of: integers [N], the shard of each sample.
+        window: shards; 0, or all shards: a full permutation.
+        seed: of the order.
     """
     if window and window < len(np.unique(shard_of)):
         return WindowedPermutation(shard_of, window, seed)
