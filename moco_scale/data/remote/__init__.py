@@ -1,1 +1,1 @@
-"""Shards that lie elsewhere: stores, downloads, the cache and its prefetch."""
+"""Remote shards: stores, downloads, the cache and its prefetch."""

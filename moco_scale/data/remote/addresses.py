@@ -1,4 +1,4 @@
-"""What a data set's name says of a place elsewhere, and how such a name is shown: as text alone."""
+"""Addresses in a data set's name, and their display, as text only."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _HOST_IN_BRACKETS = re.compile(r"//([^/]*@)?\[[0-9a-fA-F:.%]*\]")
 
 
 def is_remote(spec: str) -> bool:
-    """Whether a data set's name is an address."""
+    """Tell whether a data set's name is an address."""
     return spec.startswith(_PIPE) or SCHEME.match(spec) is not None
 
 
 def names_remote(spec: str) -> bool:
-    """Whether an address is part of it, as in a mixture of several data sets."""
+    """Tell whether a name has an address, as in a mixture of several data sets."""
     return spec.startswith(_PIPE) or SCHEME.search(spec) is not None
 
 
 def check_address(spec: str) -> None:
-    """UserError where an address is written as if what lies there could be listed or joined."""
+    """Raise UserError for an address that is written as if it could be listed or joined."""
     refuse_command(spec)
     if "::" in _HOST_IN_BRACKETS.sub("//", spec):
         raise UserError(
@@ -45,7 +45,7 @@ def check_address(spec: str) -> None:
 
 
 def refuse_command(spec: str) -> None:
-    """UserError where a data set is ``pipe:COMMAND``, with the address to give instead."""
+    """Raise UserError for ``pipe:COMMAND``, with the address to give instead."""
     if not spec.startswith(_PIPE):
         return
     instead = _address_in(spec.removeprefix(_PIPE))
@@ -61,7 +61,7 @@ def refuse_command(spec: str) -> None:
 
 
 def _address_in(command: str) -> str:
-    """The folder that a usual command fetches files of; "": it cannot be told."""
+    """Return the folder that a usual command fetches from; "": unknown."""
     words = [word.strip("'\"") for word in command.split()]
     found = next((word for word in words if SCHEME.match(word)), "")
     if not found:
@@ -77,17 +77,17 @@ def _address_in(command: str) -> str:
 
 
 def shown(spec: str) -> str:
-    """A data set's name for messages and logs: without passwords, and without what signs it."""
+    """Show a data set's name in messages and logs: without passwords and signatures."""
     if spec.startswith(_PIPE):
         return _PIPE + "…"  # a command may hold secrets in any form
     return _SIGNATURE.sub(r"\1", _USER.sub("//", spec))
 
 
 def holds_secret(spec: str) -> bool:
-    """Whether a password or what may sign it stands in a data set's name."""
+    """Tell whether a data set's name has a password or signature."""
     return shown(spec).rstrip("/") != spec.rstrip("/") and SCHEME.search(spec) is not None
 
 
 def scrubbed(text: str) -> str:
-    """The same of text that may have addresses in it."""
+    """Remove passwords and signatures from text that may have addresses in it."""
     return _SIGNATURE_IN_TEXT.sub(r"\1", _USER.sub("//", text))

@@ -1,7 +1,7 @@
-"""Passwords and signatures for web servers, from where nobody prints them.
+"""Passwords and signatures for web servers, from places that nobody prints.
 
-In the order in which they count: what stands in the address itself; the variables below; the line
-of netrc for the host. They are for the servers that the user has named, and go to no other.
+In order of precedence: the address itself; the variables below; the host's line of netrc. They are
+for the servers that the user has named, and go to no other.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ SIGNATURE = "MOCO_SCALE_HTTP_SIGNATURE"
 def authorization(
     address: urllib.parse.SplitResult, environ: Mapping[str, str] = os.environ
 ) -> str | None:
-    """The Authorization header for a server; None: there is none to be sent.
+    """Return the Authorization header for a server; None: there is none.
 
-    Raises UserError: variables contradict each other, netrc cannot be read.
+    Raises:
+        UserError: Variables contradict each other, or netrc cannot be read.
     """
     header: str | None = None
     if address.username is not None:
@@ -54,12 +55,12 @@ def authorization(
 
 
 def signature(address: urllib.parse.SplitResult, environ: Mapping[str, str] = os.environ) -> str:
-    """What is to stand after the ? of an address; "": nothing."""
+    """Return the query (after the ?) of an address; "": none."""
     return address.query or environ.get(SIGNATURE, "").strip().removeprefix("?")
 
 
 def warn_of_printed(spec: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Say so, on rank 0, where the launcher has printed a password or signature of an address."""
+    """Warn, on rank 0, where the launcher has printed a password or signature."""
     # Only deepspeed sets it, and only deepspeed prints its command line.
     if "CROSS_RANK" not in environ or rank_of(environ) != 0 or not holds_secret(spec):
         return
@@ -94,6 +95,6 @@ def _of_netrc(host: str, environ: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _without_words(error: Exception) -> str:
-    """What is wrong with netrc without what stands in it: the word may be a password."""
+    """Describe an error of netrc without its words: one may be a password."""
     line = getattr(error, "lineno", None)
     return f"line {line} cannot be understood" if line else "it cannot be understood"

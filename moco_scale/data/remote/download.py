@@ -1,4 +1,4 @@
-"""Fetch one file until it is whole and right, or say why it is not to be had."""
+"""Download of a file, with retries and checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _jitter = random.SystemRandom()  # clients that failed together shall not come b
 
 
 class RemoteFile(NamedTuple):
-    """A file that lies elsewhere, and what is known of it."""
+    """Remote file, and what is known of it."""
 
     name: str
     bytes: int | None = None
@@ -40,7 +40,7 @@ class RemoteFile(NamedTuple):
 
 
 class Sink(Protocol):
-    """What is written to; one may hold the beginning of the file already."""
+    """Destination of a download; it may hold the beginning of the file already."""
 
     def write(self, data: bytes, /) -> object: ...
     def read(self, size: int, /) -> bytes: ...
@@ -50,14 +50,14 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to try.
+    """Waits and limits of retries.
 
     Attributes:
-        give_up: seconds without anything new after which a file is given up. One that advances,
+        give_up: seconds without new bytes after which a file is given up. One that advances,
             however often its connection breaks, is not.
         first_wait: longest wait after the first failure, in seconds; doubled after each further
-            one without anything new. The wait itself is drawn between a half and the whole of it.
-        longest_wait: where the doubling ends.
+            one without new bytes. The wait itself is drawn between a half and the whole of it.
+        longest_wait: limit of the doubling.
     """
 
     give_up: float = 600.0
@@ -66,11 +66,11 @@ class RetryPolicy:
 
 
 class Stopped(Exception):
-    """Whoever wanted the file does not want it any more."""
+    """The file is no longer wanted."""
 
 
 class TooLarge(UserError):
-    """A file of unknown size has more bytes than are taken."""
+    """A file of unknown size has more bytes than allowed."""
 
 
 def never() -> bool:
@@ -85,15 +85,15 @@ def download(
     stopped: Callable[[], bool] = never,
     held: int = 0,
 ) -> None:
-    """Bring a file into `sink`, which holds its first `held` bytes already.
+    """Download a file to `sink`, which holds its first `held` bytes already.
 
-    After a broken connection it goes on where it was, where the store can do that.
+    After a broken connection it continues where it was, if the store can.
 
     Raises:
-        TooLarge: it has more than `file.most` bytes.
-        UserError: it is not there, or stays broken; says what happened how often.
+        TooLarge: It has more than `file.most` bytes.
+        UserError: It is missing, or stays broken; the message counts the failures.
         Stopped: `stopped` became true.
-        OSError: the sink cannot be written.
+        OSError: The sink cannot be written.
     """
     transfer = _Transfer(store, file, sink, stopped)
     if held:
@@ -112,9 +112,9 @@ def download(
 def download_document(
     store: Store, file: RemoteFile, sink: Sink, retry: RetryPolicy, seconds: float
 ) -> None:
-    """Bring a small file, which has to arrive in so many seconds over one connection or another.
+    """Download a small file, which has to arrive in so many seconds over a connection.
 
-    Unlike a shard it is given up when it advances too slowly. Raises as `download` does.
+    Unlike a shard it is given up when it is too slow. Raises the errors of `download`.
     """
     transfer = _Transfer(store, file, sink, never, seconds)
     attempts = _Attempts(store, file, retry, says=True)
@@ -128,7 +128,7 @@ def download_document(
 
 
 def state_of(store: Store, file: RemoteFile, retry: RetryPolicy) -> FileState:
-    """What a store says of a file without sending it. Raises UserError as `download` does."""
+    """Ask a store for a file's state. Raises UserError as `download` does."""
     attempts = _Attempts(store, file, retry, says=True)
     while True:
         try:
@@ -139,9 +139,14 @@ def state_of(store: Store, file: RemoteFile, retry: RetryPolicy) -> FileState:
 
 
 class _Attempts:
-    """How long to go on trying, and what to say in the end.
+    """Count of failures, and the decision to try again.
 
-    says: on the way as well, once. For what a start waits for; readers would say it all at once.
+    Args:
+        store: of the file.
+        file: to download.
+        retry: waits and limits.
+        says: log failures on the way, once. For downloads that a start waits for; readers would all
+            log at once.
     """
 
     def __init__(
@@ -159,9 +164,15 @@ class _Attempts:
         self._furthest, self._idle = held, 0
 
     def failed(self, error: FetchError, furthest: int = 0, hopeless: bool = False) -> float:
-        """Seconds to wait before the next attempt. furthest: bytes there are by now, at best.
+        """Return seconds to wait before the next attempt.
 
-        Raises UserError: there is to be none.
+        Args:
+            error: of this attempt.
+            furthest: largest number of bytes so far.
+            hopeless: give up now.
+
+        Raises:
+            UserError: There is no next attempt.
         """
         now, retry = time.monotonic(), self._retry
         self._failures[str(error)] += 1
@@ -187,11 +198,11 @@ class _Attempts:
 
 
 class _Transfer:
-    """One file on its way over any number of connections.
+    """Download of one file over any number of connections.
 
     Attributes:
-        furthest: bytes it had at its best.
-        wrong: how often it arrived whole with other bytes than it should have.
+        furthest: largest number of bytes so far.
+        wrong: how often it arrived whole with wrong bytes.
     """
 
     def __init__(
@@ -224,7 +235,7 @@ class _Transfer:
         self._offset, self._hash = 0, hashlib.blake2b(digest_size=16)
 
     def attempt(self) -> None:
-        """Over one connection. Raises FetchError, Stopped, OSError of the sink."""
+        """Download over one connection. Raises FetchError, Stopped, OSError of the sink."""
         wanted = self._file.bytes
         if wanted is None or self._offset < wanted:
             with self._store.open(self._file.name, self._offset) as body:
@@ -268,14 +279,14 @@ class _Transfer:
 
 
 class _Pace:
-    """Whether a connection that is not silent is worth keeping."""
+    """Pace of a connection, to drop one that is not silent but too slow."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._started = seconds, time.monotonic()
         self._looked, self._bytes = self._started, 0
 
     def check(self, size: int) -> None:
-        """So many bytes have arrived. Raises FetchError: too few did."""
+        """Check the pace after so many bytes. Raises FetchError: too slow."""
         now = time.monotonic()
         self._bytes += size
         if now - self._started > self._seconds:

@@ -1,4 +1,4 @@
-"""Where files can be fetched from: HTTP, and whatever fsspec reads."""
+"""Stores of an address: HTTP, and everything that fsspec reads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ EXTRA = "pip install 'moco_scale[remote]'"
 
 
 def store_at(spec: str) -> Store:
-    """What a user's address stands for; nothing is fetched yet.
+    """Return the store of a user's address; nothing is fetched yet.
 
-    Raises UserError: no such protocol, or a library is not installed.
+    Raises:
+        UserError: The protocol is unknown, or a library is not installed.
     """
     refuse_command(spec)
     match = SCHEME.match(spec)
@@ -31,7 +32,7 @@ def store_at(spec: str) -> Store:
 
 
 class FsspecStore(Store):
-    """``s3://bucket/path``, ``gs://bucket/path`` and whatever else fsspec knows.
+    """``s3://bucket/path``, ``gs://bucket/path`` and everything else that fsspec knows.
 
     Credentials are those of the library behind it: environment, profile, instance role.
     """
@@ -101,7 +102,7 @@ class _FileBody(Body):
 
 
 def _store_error(error: Exception) -> FetchError:
-    """The libraries behind fsspec raise whatever theirs raise; what they mean by it is in these."""
+    """Interpret an error of the libraries behind fsspec."""
     lasting = isinstance(error, FileNotFoundError | PermissionError | NotImplementedError)
     lasting |= type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError")
     text = str(error).strip().splitlines()

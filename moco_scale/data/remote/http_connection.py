@@ -1,8 +1,8 @@
-"""HTTP connections that end: within a time and a size, whatever the server sends.
+"""HTTP connections that end within a time and a size, whatever the server sends.
 
-The standard library limits lines and their number, and the silence between two bytes. What it does
-not limit is bounded here: headers that drip, answers that begin for ever, redirects with a body
-without an end or to other protocols.
+The standard library limits lines, their number, and the silence between two bytes. The rest is
+bounded here: slow headers, answers that begin for ever, redirects with an endless body or to other
+protocols.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class HeadTooLong(http.client.HTTPException):
 
 
 class _Bounded(io.RawIOBase):
-    """What arrives at a socket.
+    """Bounded stream of a socket.
 
     Attributes:
-        deadline: by `time.monotonic`, until which bytes are waited for.
+        deadline: by `time.monotonic`, to wait for bytes.
         budget: bytes that may still be read.
     """
 
@@ -63,7 +63,7 @@ class _Bounded(io.RawIOBase):
 
 
 class Response(http.client.HTTPResponse):
-    """An answer whose head has to arrive whole in a time."""
+    """Answer whose head has to arrive whole within a time."""
 
     def __init__(self, sock: socket.socket, *args: Any, **keywords: Any) -> None:
         super().__init__(sock, *args, **keywords)
@@ -76,7 +76,7 @@ class Response(http.client.HTTPResponse):
         self._bounded.budget = float("inf")
 
     def some(self, size: int) -> bytes:
-        """Return what has arrived of the body, as soon as that is anything; b"" at its end."""
+        """Return the next bytes of the body as soon as there are any; b"" at its end."""
         self._bounded.deadline = time.monotonic() + SILENCE
         return self.read1(size)
 
@@ -100,9 +100,9 @@ class _Https(urllib.request.HTTPSHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows ten redirects at most, to web servers alone.
+    """Follows ten redirects at most, to web servers only.
 
-    Takes a password along to the same server alone: others are none of the user's.
+    Sends a password to the same server only.
     """
 
     def http_error_302(
@@ -146,7 +146,7 @@ def _server(url: str) -> tuple[str, str | None, int | None]:
 
 
 def opener() -> urllib.request.OpenerDirector:
-    """Open http:// and https:// and nothing else; the usual proxy variables are obeyed."""
+    """Make an opener of http:// and https:// only, with the usual proxy variables."""
     director = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),

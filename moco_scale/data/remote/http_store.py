@@ -129,7 +129,7 @@ class _HttpBody(Body):
 
 
 def _number(header: str) -> int | None:
-    """Return the number that a header is; None: it is none."""
+    """Return the number in a header; None: it is none."""
     digits = header.strip(" \t")  # other white space is none to int(), or none of HTTP
     return int(digits) if _NUMBER.fullmatch(digits) else None
 
@@ -144,7 +144,7 @@ def _http_error(error: urllib.error.HTTPError) -> FetchError:
 
 
 def _network_error(error: BaseException) -> FetchError:
-    """In one line without addresses, so that equal failures read alike."""
+    """Describe an error in one line without addresses, so that equal failures read alike."""
     cause = getattr(error, "reason", error)  # what URLError wraps
     if isinstance(cause, TimeoutError):
         return FetchError(f"no answer, or none that goes on, for {http_connection.SILENCE:.0f} s")

@@ -1,11 +1,12 @@
-"""Brings shards into the cache before they are read: one process for each machine and loader.
+"""Prefetch of shards into the cache: one process for each machine and loader.
 
-It walks the plan of the run some way ahead of the step that is read, as far as the cache has room
-for what it finds there, and fetches what is missing in the order in which it is needed. It only
-saves time: readers fetch for themselves what they do not find, and report what cannot be had.
+It walks the run's plan ahead of the current step, as far as the cache has room, and fetches missing
+shards in the order of need. It only saves time: readers fetch missing shards themselves, and report
+failures.
 
-A process of its own, because fetching would otherwise compete with the training loop for Python's
-lock, and because threads do not go with the forks that make readers. It ends with its parent.
+It is a process of its own, because fetching would otherwise compete with the training loop for
+Python's lock, and because threads do not survive the forks that make readers. It ends with its
+parent.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ NOWHERE = np.uint32(2**32 - 1)
 
 
 class RemotePart(NamedTuple):
-    """A stretch of a data set that lies in shards elsewhere."""
+    """Range of a data set that lies in remote shards."""
 
     first: int
     """Position of its first sample in the data set."""
@@ -61,12 +62,12 @@ class RemotePart(NamedTuple):
 
     @property
     def shards(self) -> npt.NDArray[np.uint32]:
-        """Those that hold samples."""
+        """List the shards with samples."""
         used = np.unique(self.shard_of)
         return used[used != NOWHERE]
 
     def chosen(self, places: Indices) -> RemotePart:
-        """The same of a subset of the whole data set: int64 [M] places in it."""
+        """Select a subset of the whole data set: int64 [M] places in it."""
         inside = (places >= self.first) & (places < self.first + len(self.shard_of))
         shard_of = np.full(len(places), NOWHERE)
         shard_of[inside] = self.shard_of[places[inside] - self.first]
@@ -74,7 +75,7 @@ class RemotePart(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is to be fetched when."""
+    """Shards to fetch, and when."""
 
     parts: list[RemotePart]
     plan: Plan
@@ -90,9 +91,9 @@ class Job(NamedTuple):
 
 
 class FetchAhead:
-    """The process, from the side of the training process.
+    """Prefetch process, seen from the training process.
 
-    One that was killed is replaced, and that is said once: nothing is lost by it but time.
+    A killed one is replaced, and this is logged once: it costs only time.
     """
 
     def __init__(self, job: Job) -> None:
@@ -126,14 +127,14 @@ class FetchAhead:
         os.set_blocking(pipe.fileno(), False)
 
     def at(self, step: int) -> None:
-        """The readers begin with this step."""
+        """Announce that readers begin with this step."""
         status = self._process.poll()
         if status and time.monotonic() >= self._not_before:
             self._replace(status, step)
         self._say(b"%d\n" % step)
 
     def close(self) -> None:
-        """End it. May be called again."""
+        """End the process. May be called again."""
         if self._process.poll() is None:
             self._say(_END)
             try:
@@ -163,7 +164,7 @@ class FetchAhead:
 
 
 def check_room(parts: Sequence[RemotePart], plan: BatchPlan, in_flight: int) -> None:
-    """UserError unless the caches hold what a run reads at a time."""
+    """Check that the caches hold the shards that a run reads at a time. Raises UserError."""
     for cache in {part.cache for part in parts}:
         needed = sum(_needed(part, plan, in_flight) for part in parts if part.cache == cache)
         if needed > cache.limit:
@@ -184,7 +185,7 @@ def _needed(part: RemotePart, plan: BatchPlan, in_flight: int) -> int:
 
 
 class Lookahead:
-    """The shards that the next steps need, in the order of need, as far as there is room.
+    """Shards that the next steps need, in the order of need, as far as there is room.
 
     A shard is named by (part, number in the part).
     """
@@ -201,7 +202,7 @@ class Lookahead:
             self._room = min(self._room, sum(map(self._bytes, shards)) + job.spare * largest)
 
     def advance(self, step: int) -> None:
-        """The readers begin with `step`; those before it, as many as are in flight, go on."""
+        """Continue at `step`, with as many steps before it in flight as there may be."""
         done = step - self._job.in_flight
         for shard in [s for s, last in self._last_need.items() if last < done]:
             del self._last_need[shard]
@@ -233,7 +234,7 @@ class Lookahead:
 
 
 class _Fetching:
-    """The threads, and what they share."""
+    """Threads and their shared state."""
 
     def __init__(self, job: Job) -> None:
         self._parts = [
@@ -299,7 +300,7 @@ class _Fetching:
 
 
 def main() -> None:
-    """The process itself: a job, then a line for each step, on stdin."""
+    """Run the process: a job, then a line for each step, on stdin."""
     for number in _NOT_OURS:
         signal.signal(number, signal.SIG_IGN)
     outlive_terminal()

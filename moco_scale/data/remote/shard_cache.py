@@ -1,16 +1,16 @@
-"""A folder of fetched shards, bounded in size and shared by all processes of a user on a machine.
+"""Cache of fetched shards, bounded in size and shared by a user's processes on a machine.
 
 ``HOME/SET/shards/NAME`` is a whole and checked shard; ``.NAME.BYTES.partial`` beside it is one on
-its way, BYTES being the room that is kept for it. HOME is ``ROOT/moco_scale-shards-UID``: several
-users may name one ROOT, in which each has a folder of his own, and whatever else lies in ROOT is
-nobody's to count or remove. HOME and each SET carry a marker; nothing without it is touched. Locks
-are ``flock``'s, which end with the process that holds them:
+its way, for which BYTES are reserved. HOME is ``ROOT/moco_scale-shards-UID``: several users may
+name one ROOT, in which each has his own folder; nothing else in ROOT is counted or removed. HOME
+and each SET carry a marker; nothing without it is touched. Locks are ``flock``'s, which end with
+the process that holds them:
 
-- who fetches holds its partial file exclusively, so that two never fetch one shard;
-- who reads holds the shard shared, for as long as it is mapped (a mapping keeps the file's
+- a fetcher holds its partial file exclusively, so that two never fetch one shard; - a reader holds
+the shard shared, for as long as it is mapped (a mapping keeps the file's
   descriptor, and with it the lock);
-- who makes room removes only what it can lock exclusively, the least recently used first;
-- ``HOME/.lock`` is held for the moment in which room is counted and made.
+- eviction removes only shards that it can lock exclusively, the least recently used first; -
+``HOME/.lock`` is held while room is counted and made.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ GB = 10**9
 
 
 def cache_home() -> Path:
-    """The user's folder for what can be made again.
+    """Return the user's folder for what can be made again.
 
-    Of a folder that several users name in the variable, each but its owner has a part.
+    In a folder shared by users, each but its owner has a sub-folder.
     """
     root = os.environ.get("MOCO_SCALE_CACHE")
     if not root:
@@ -64,13 +64,13 @@ def cache_home() -> Path:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes in GB, for messages that speak of --shard-cache-size; rounded up, to three digits."""
+    """Format bytes in GB, as --shard-cache-size is; rounded up, to three digits."""
     step = 10 ** max(0, len(str(size)) - 3)
     return f"{-(-size // step) * step / GB:.9f}".rstrip("0").rstrip(".") + " GB"
 
 
 def shard_path(folder: Path, file: RemoteFile) -> Path:
-    """Where a shard of a set is kept; its name may have folders in it."""
+    """Return the path of a set's shard; its name may have folders in it."""
     quoted = urllib.parse.quote(file.name, safe="")
     if len(quoted) > _LONGEST_NAME:  # a file system has names of 255 bytes; a partial one has more
         digest = hashlib.blake2b(quoted.encode(), digest_size=16).hexdigest()
@@ -87,12 +87,12 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Files that lie elsewhere, kept in a folder of at most so many bytes.
+    """Cache of remote files in a folder of at most so many bytes.
 
     Args:
         root: the folder that the user names; made when needed.
-        limit: bytes of all that is in this user's part of it.
-        retry: of stores that fail, and for room that others take.
+        limit: bytes of this user's sub-folder.
+        retry: of stores that fail, and for room that others use.
     """
 
     root: Path
@@ -101,13 +101,14 @@ class ShardCache:
 
     @property
     def home(self) -> Path:
-        """This user's part of the folder, which holds the sets."""
+        """Sub-folder of this user, with the sets."""
         return self.root / f"moco_scale-shards-{os.geteuid()}"
 
     def make(self, folder: Path) -> None:
-        """Make the folder of a set, which lies in `home`.
+        """Make the folder of a set in `home`.
 
-        Raises OSError: it cannot be made, or what is there is not this program's and this user's.
+        Raises:
+            OSError: It cannot be made, or an existing one is not this program's and this user's.
         """
         if not self.root.is_dir():
             with contextlib.suppress(FileExistsError):  # a file, as the next line finds
@@ -118,7 +119,7 @@ class ShardCache:
         make_own(folder / SHARDS)
 
     def _say_what_is_left(self) -> None:
-        """Of versions that had no marker and put sets beside each other into the folder."""
+        """Log folders of versions without a marker, which mixed sets."""
         left = [found.parent for found in self.root.glob(f"*/{SHARDS}")]
         left = sorted(folder for folder in left if _EARLIER.fullmatch(folder.name))
         if left:
@@ -137,14 +138,14 @@ class ShardCache:
         stopped: Callable[[], bool] = never,
         let_go: Callable[[], None] = lambda: None,
     ) -> io.FileIO:
-        """A shard, open for reading; nobody removes it until this and what maps it are closed.
+        """Open a shard, which is not removed until this file and its maps are closed.
 
-        It is fetched unless it is there, or somebody else's fetching is waited for. While the
-        cache is full of what others read, this waits. `let_go` is called first and should give up
-        whatever this process holds.
+        It is fetched unless it is there, or another process's fetch is waited for. While the cache
+        is full of what others read, this waits. `let_go` is called first and should release all
+        shards of this process.
 
         Raises:
-            UserError: it is not to be had, the cache is too small, the disk is full.
+            UserError: The shard cannot be fetched, the cache is too small, or the disk is full.
             Stopped: `stopped` became true.
         """
         deadline = time.monotonic() + self.retry.give_up
@@ -167,7 +168,7 @@ class ShardCache:
                 time.sleep(_POLL)
 
     def has(self, folder: Path, file: RemoteFile) -> bool:
-        """Whether a shard is there now."""
+        """Tell whether a shard is in the cache."""
         return shard_path(folder, file).exists()
 
     def fetch(
@@ -179,14 +180,19 @@ class ShardCache:
         keep: Collection[Path] = (),
         stopped: Callable[[], bool] = never,
     ) -> None:
-        """Bring a shard here, unless another process does: then wait for that.
+        """Fetch a shard, or wait for another process's fetch.
 
         Args:
-            keep: shards that are not to be removed for it.
+            store: of the shard.
+            folder: of its set in the cache.
+            file: the shard.
+            keep: shards that must not be removed for it.
+            stopped: ends waiting and fetching.
 
         Raises:
-            NoRoom: nothing more can be removed.
-            UserError, Stopped: as `hold` does.
+            NoRoom: Nothing more can be removed.
+            UserError: As in `hold`.
+            Stopped: As in `hold`.
         """
         path = shard_path(folder, file)
         if (file.bytes or 0) > self.limit:
@@ -240,7 +246,7 @@ class ShardCache:
         return None
 
     def _claim(self, partial: Path, path: Path, stopped: Callable[[], bool]) -> _Sink | None:
-        """The partial file, locked; None when the shard has arrived meanwhile."""
+        """Return the partial file, locked; None when the shard has arrived meanwhile."""
         while not path.exists():
             with contextlib.ExitStack() as stack:
                 sink = stack.enter_context(_Sink(partial, self._make_way))
@@ -256,20 +262,21 @@ class ShardCache:
         return None
 
     def _make_room(self, keep: Collection[Path]) -> None:
-        """Remove shards until what is here or announced fits.
+        """Remove shards until shards and reservations fit.
 
-        Raises NoRoom: what is left is in use, or in `keep`.
+        Raises:
+            NoRoom: The rest is in use, or in `keep`.
         """
         left, _ = self._evict(keep, lambda used, _: used <= self.limit)
         if left > self.limit:
             raise NoRoom
 
     def _make_way(self) -> int:
-        """Remove one shard, whatever the limit; returns its bytes, 0 when none can be removed."""
+        """Remove one shard, whatever the limit; return its bytes, 0 if none can be removed."""
         return self._evict((), lambda _, removed: removed > 0)[1]
 
     def _evict(self, keep: Collection[Path], enough: Callable[[int, int], bool]) -> tuple[int, int]:
-        """Remove the least recently used until `enough(used, removed)`; returns these two."""
+        """Remove the least recently used until `enough(used, removed)`; return these two."""
         with open(self.home / ".lock", "a", opener=without_links) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             used, candidates = self._inventory()
@@ -282,7 +289,7 @@ class ShardCache:
         return used, removed
 
     def _inventory(self) -> tuple[int, list[tuple[int, int, Path]]]:
-        """Bytes here or announced, and what could be removed (last use, bytes, path), by age."""
+        """Count bytes with reservations, and list removable (last use, bytes, path) by age."""
         used, found = 0, []
         for name in os.listdir(self.home):
             # What has no marker, or is a link, is none of ours.
@@ -301,7 +308,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _shards_of(self, name: str) -> Iterator[int]:
-        """A descriptor of the shards of a set. Raises OSError: it is none of ours."""
+        """Open the shards' folder of a set. Raises OSError: it is none of ours."""
         with (
             opened(self.home, MARKER) as home,
             opened(name, MARKER, home) as folder,
@@ -310,7 +317,7 @@ class ShardCache:
             yield shards
 
     def _remove_unless_used(self, path: Path) -> bool:
-        """Raises OSError: it cannot be removed."""
+        """Remove a shard that is not in use. Raises OSError."""
         try:
             with (
                 self._shards_of(path.parent.parent.name) as folder,
@@ -325,7 +332,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turns errors of the folder into a UserError."""
+        """Convert errors of the folder to a UserError."""
         try:
             yield
         except OSError as error:
@@ -352,7 +359,7 @@ class ShardCache:
 
 
 class _Sink(io.FileIO):
-    """A partial file. When the disk is full, shards make way for it."""
+    """Partial file. When the disk is full, shards are evicted for it."""
 
     def __init__(self, path: Path, make_way: Callable[[], int]) -> None:
         super().__init__(without_links(str(path), os.O_RDWR | os.O_CREAT), "r+")
@@ -385,13 +392,13 @@ class _Sink(io.FileIO):
 
 
 def _touch(file: io.FileIO) -> None:
-    """It was used now; by a finer clock than the kernel's own time stamps."""
+    """Record the use; by a finer clock than the kernel's own time stamps."""
     now = time.time_ns()
     os.utime(file.fileno(), ns=(now, now))
 
 
 def _is_at(file: io.FileIO, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Tell whether an open file still has that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -399,7 +406,7 @@ def _is_at(file: io.FileIO, path: Path) -> bool:
 
 
 def _locked(file: io.FileIO) -> bool:
-    """Whether this could be locked for this process alone."""
+    """Try to take an exclusive lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -417,8 +424,10 @@ def _open_to_lock(folder: int, name: str) -> io.FileIO:
 
 
 def _announced(folder: int, name: str) -> int | None:
-    """Bytes of a shard that somebody is fetching; None for a whole one, and for one that was left
-    by a process that has ended."""
+    """Return the reserved bytes of a shard being fetched.
+
+    None for a whole shard, and for one left by a process that has ended.
+    """
     partial = _PARTIAL.fullmatch(name)
     if partial is None:
         return None
@@ -429,6 +438,6 @@ def _announced(folder: int, name: str) -> int | None:
 
 
 def write_once(path: Path, content: bytes) -> None:
-    """A file that appears whole, whoever else writes it too."""
+    """Write a file atomically, also if others write it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content, shared=True)

@@ -1,4 +1,4 @@
-"""A data set as the user names it, with what is needed where it is not a folder of this machine."""
+"""Data set as the user names it, with the settings for remote ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ GIVE_UP_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class ShardSource:
-    """What `open_shards` opens.
+    """Source that `open_shards` opens.
 
     Args:
         spec: a folder, or an address.
-        cache_dir: where fetched shards are kept; "" means a folder of the user's cache.
-        cache_size: of that folder, at most, in GB.
-        give_up: seconds without anything new after which a shard is not waited for any longer.
+        cache_dir: for fetched shards; "" means a folder of the user's cache.
+        cache_size: upper bound of that folder in GB.
+        give_up: seconds without new bytes after which a shard is given up.
     """
 
     spec: str
@@ -41,5 +41,5 @@ class ShardSource:
 
     @property
     def store(self) -> Store:
-        """What an address stands for. Raises UserError."""
+        """Return the store of an address. Raises UserError."""
         return store_at(self.spec)

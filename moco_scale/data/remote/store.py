@@ -1,7 +1,7 @@
-"""A store of files elsewhere, as those who fetch from it see it.
+"""Interface of a store of remote files.
 
-A store is asked for a file by name, from some byte on, and gives its bytes or says what went wrong
-and whether trying again can help. It neither retries nor checks what it gets: `download` does.
+A store is asked for a file by name, from some byte on, and gives its bytes or an error that tells
+whether to try again. It neither retries nor checks: `download` does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FetchError(Exception):
     """A file did not arrive.
 
     Attributes:
-        passing: whether trying again can help.
+        passing: trying again can help.
         wait: seconds the server asks for before the next attempt; 0: it did not say.
     """
 
@@ -34,7 +34,7 @@ class FetchError(Exception):
 
 
 class FileState(NamedTuple):
-    """What a store says of a file without sending it; None and "" where it does not say."""
+    """State of a file in a store, known without fetching it; None and "" where unknown."""
 
     bytes: int | None = None
     tag: str = ""
@@ -44,7 +44,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def said(cls, size: object, tag: object, changed: object) -> FileState:
-        """The same of what a server says, whatever that is."""
+        """Make a state from a server's untrusted answers."""
         known = isinstance(size, int) and 0 <= size <= SHARD_BYTES
         return cls(
             int(size) if known else None,  # type: ignore[call-overload]
@@ -53,8 +53,10 @@ class FileState(NamedTuple):
         )
 
     def same(self, other: FileState) -> bool:
-        """Whether nothing speaks for a change. Servers that share the work may give tags, or
-        times, of their own: one of the two is enough."""
+        """Tell whether the file is unchanged, as far as known.
+
+        Servers that share the work may give tags, or times, of their own: one of the two is enough.
+        """
         if self.bytes != other.bytes:
             return False
         pairs = [(self.tag, other.tag), (self.changed, other.changed)]
@@ -63,10 +65,10 @@ class FileState(NamedTuple):
 
 
 class Body(ABC):
-    """The bytes of a file from `start` on.
+    """Bytes of a file from `start` on.
 
     Attributes:
-        start: where they begin: as asked for, or 0 where the store can only send all.
+        start: as asked for, or 0 where the store can only send all.
         total: size of the whole file; None when unknown.
     """
 
@@ -75,29 +77,30 @@ class Body(ABC):
 
     @abstractmethod
     def chunks(self) -> Iterator[bytes]:
-        """Them, up to the end or until the connection ends: a body may be short.
+        """Yield them up to the end or until the connection ends: a body may be short.
 
-        Raises FetchError.
+        Raises:
+            FetchError: The connection failed.
         """
 
 
 class Store(ABC):
-    """A folder elsewhere."""
+    """Remote folder."""
 
     @abstractmethod
     def address(self, name: str) -> str:
-        """Where a file is, for messages: without passwords and signatures."""
+        """Return a file's address for messages: without passwords and signatures."""
 
     @abstractmethod
     def open(self, name: str, start: int) -> contextlib.AbstractContextManager[Body]:
-        """A file's bytes from `start` on. Raises FetchError."""
+        """Open a file's bytes from `start` on. Raises FetchError."""
 
     def state(self, name: str) -> FileState:
-        """What is known of a file without fetching it. Raises FetchError."""
+        """Return a file's state without fetching it. Raises FetchError."""
         return FileState()
 
 
 def said_by(error: object) -> str:
-    """What a server or a library says, on one short line without passwords and signatures."""
+    """Shorten a server's or library's message to one line without passwords and signatures."""
     # Cut before it is searched for addresses, which takes time.
     return printable(scrubbed(printable(error, 4 * _SAID)), _SAID)

@@ -1,1 +1,1 @@
-"""Shards: their index, what their tars hold, several sets as one."""
+"""Shards: indexes, scans of tars, and several sets as one."""

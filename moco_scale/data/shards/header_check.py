@@ -1,10 +1,10 @@
-"""That the tars of an index are those it was made of: their headers are read, once.
+"""Check of tars' headers against their index, once.
 
-Reading goes by the index, so a damaged header, or a tar in the place of another one of its size,
-would be noticed late or never. The headers are therefore compared with the index at the first
-start, and again whenever a tar's time of change is not what it was: ``SPLIT-checked.json``, in one
-of the places of `data.shards.index_place`, holds the times at which they were found right (of a
-tar several, because copies on the disks of several hosts may share the place).
+Reading goes by the index, so a damaged header, or another tar of the same size, would be noticed
+late or never. The headers are therefore compared with the index at the first start, and again
+whenever a tar's time of change differs: ``SPLIT-checked.json``, in one of the places of
+`data.shards.index_place`, holds the times of change at which they were right (several per tar,
+because copies on the disks of several hosts may share the place).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_NAMED = 6
 
 
 class IndexedTars(NamedTuple):
-    """The tars of a split, and what its index says of them."""
+    """Tars of a split, and their entries in its index."""
 
     folder: Path
     split: str
@@ -52,11 +52,12 @@ class _Problem(NamedTuple):
 
 
 def check_headers(tars: IndexedTars) -> None:
-    """Read the headers of those tars that are not known to be right.
+    """Read the headers of tars that are not known to be right.
 
     One process of those that share the place reads, in parallel processes; others wait for it.
 
-    Raises UserError: a tar cannot be read, is damaged, or has no image where the index has one.
+    Raises:
+        UserError: A tar cannot be read, is damaged, or has no image where the index has one.
     """
     near, far = places(tars.folder)
     if not _unknown(tars, near, far):
@@ -87,16 +88,22 @@ def check_headers(tars: IndexedTars) -> None:
 
 
 def note_checked(tars: IndexedTars) -> None:
-    """Note that the headers are right, who has written them: the first start need not read them."""
+    """Record that headers are right, after writing them: the first start need not read them."""
     place = tars.folder / FOLDER
     place.mkdir(exist_ok=True)
     _note(tars, place, {})
 
 
 def tar_problem(path: Path, rows: np.ndarray, file: int | None = None) -> str | None:
-    """What is wrong with a tar whose images are these rows of the index; None: nothing.
+    """Describe what is wrong with a tar whose images are these rows of the index, or None.
 
-    file: its descriptor, where it is open. Raises OSError: it cannot be read.
+    Args:
+        path: of the tar.
+        rows: of the index.
+        file: its descriptor, where it is open.
+
+    Raises:
+        OSError: It cannot be read.
     """
     try:
         offsets, sizes = member_places(path, file)
@@ -118,7 +125,7 @@ def tar_problem(path: Path, rows: np.ndarray, file: int | None = None) -> str | 
 
 
 def _noted(tars: IndexedTars, place: Path) -> list[list[int]]:
-    """Of each tar, the times of change at which it was found right, by the note in a place."""
+    """Read the times of change at which each tar was right."""
     nothing: list[list[int]] = [[] for _ in tars.paths]
     try:
         noted = read_document(place / _note_name(tars.split), CheckedNote, INDEX_JSON, "The note")
@@ -133,7 +140,7 @@ def _note_name(split: str) -> str:
 
 
 def _note(tars: IndexedTars, place: Path, problems: Mapping[int, _Problem]) -> None:
-    """Add the times of all tars but those with problems to the note in a place."""
+    """Add the times of change of all tars without problems."""
     right = _noted(tars, place)
     for number, (times, time) in enumerate(zip(right, tars.changed, strict=True)):
         if number not in problems and time not in times:
@@ -143,7 +150,7 @@ def _note(tars: IndexedTars, place: Path, problems: Mapping[int, _Problem]) -> N
 
 
 def _unknown(tars: IndexedTars, *noted_in: Path) -> list[int]:
-    """Numbers of the tars that were not found right as they are now."""
+    """List the numbers of tars that are not known to be right as they are now."""
     notes = [_noted(tars, place) for place in noted_in]
     return [
         number
@@ -153,7 +160,7 @@ def _unknown(tars: IndexedTars, *noted_in: Path) -> list[int]:
 
 
 def _read(tars: IndexedTars, numbers: Sequence[int]) -> dict[int, _Problem]:
-    """What is wrong with tars, by number."""
+    """Find the problems of tars, by number."""
     rows = rows_by_shard(tars.rows, len(tars.paths))
     work = [(tars.paths[i], rows[i]) for i in numbers]
     found = read_tars(_problem, work, f"reading the headers of {tars.folder}")
@@ -173,7 +180,7 @@ def _problem(tar: tuple[Path, np.ndarray]) -> _Problem | None:
 
 
 def _raise(tars: IndexedTars, problems: Mapping[int, _Problem]) -> None:
-    """UserError, if there are any."""
+    """Raise UserError if there are problems."""
     if not problems:
         return
     first, *others = problems

@@ -1,20 +1,19 @@
-"""The index that is kept beside WebDataset shards: what is in its files, and reading them.
+"""Index of WebDataset shards: the format of its files, and reading them.
 
 A folder of shards holds, for each split, ``train-000000.tar … `` and ``train-index.npy``, and once
-for all splits ``index.json``. The tars are plain WebDataset files that any tool can stream; the
-index is what exact epochs need on top of that: where each image lies. (Shards of others that were
-repaired may lie in sub-folders: their names are paths below the folder.)
+for all splits ``index.json``. The tars are plain WebDataset files that any tool can stream; exact
+epochs also need the index, the place of each image. (Repaired shards of others may lie in
+sub-folders: their names are paths below the folder.)
 
 ``index.json``::
 
     {"format": "moco_scale shards", "version": 1,
-     "classes": ["n01440764", …],            # [] when the images have no labels
-     "splits": {"train": {"samples": 1281167,
-                          "index": "train-index.npy",
-                          "checksum": "…",   # BLAKE2b-128 of the rows' bytes
-                          "shards": [{"name": "train-000000.tar", "bytes": …, "samples": …,
+     "classes": ["n01440764", …],            # [] when the images have no labels "splits": {"train":
+     {"samples": 1281167,
+                          "index": "train-index.npy", "checksum": "…",   # BLAKE2b-128 of the rows'
+                          bytes "shards": [{"name": "train-000000.tar", "bytes": …, "samples": …,
                                       "checksum": "…"}, …]}},  # of the tar; may be missing
-     "made": {…}}                            # how: source, seed, re-encoding, what was left out
+     "made": {…}}                            # how: source, seed, re-encoding, skipped images
 
 ``train-index.npy`` is one record of ``INDEX_DTYPE`` an image, in shard order. It is memory-mapped,
 so all processes of a node share one copy of it.
@@ -66,7 +65,7 @@ def index_name(split: str) -> str:
 
 
 def rows_checksum(rows: np.ndarray) -> str:
-    """Hex BLAKE2b-128 of an array of INDEX_DTYPE."""
+    """Compute the hex BLAKE2b-128 of an array of INDEX_DTYPE."""
     contiguous = np.ascontiguousarray(rows)
     return hashlib.blake2b(contiguous.view(np.uint8).data, digest_size=16).hexdigest()
 
@@ -94,7 +93,7 @@ def split_entry(
 
 
 def has_split(data_dir: str | Path, split: str) -> bool:
-    """Whether data_dir is a finished folder of shards that has this split."""
+    """Tell whether data_dir is a finished folder of shards with this split."""
     try:
         return split in _read(Path(data_dir) / INDEX_JSON).splits
     except UserError:
@@ -102,10 +101,12 @@ def has_split(data_dir: str | Path, split: str) -> bool:
 
 
 def read_header(data_dir: Path) -> ShardIndex:
-    """What is in the index.json of a folder of shards.
+    """Read the index.json of a folder of shards.
 
-    Raises UserError: data_dir is no folder of shards (the message says what it seems to be); its
-    index is damaged, of another version or of something else.
+    Raises:
+        UserError: data_dir is no folder of shards (the message has what it seems to be), or its
+            index
+            is damaged, of another version or of something else.
     """
     if not data_dir.is_dir():
         raise UserError(_not_a_folder(data_dir))
@@ -121,11 +122,14 @@ def _read(path: Path) -> ShardIndex:
 
 
 def read_scanned_header(folder: Path, splits: dict[str, list[str]]) -> ScannedIndex:
-    """What is in the index.json of tars that were scanned here.
+    """Read the index.json of tars that were scanned here.
 
-    splits: names of these tars, in their order.
+    Args:
+        folder: of the index.
+        splits: names of these tars, in their order.
 
-    Raises UserError: it is not there, damaged, or of other tars.
+    Raises:
+        UserError: It is missing, damaged, or of other tars.
     """
     path = folder / INDEX_JSON
     with _explained(path):
@@ -147,11 +151,11 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def map_rows(index_dir: Path, split: str, samples: int) -> np.ndarray:
-    """The index of a split, memory-mapped, INDEX_DTYPE [samples].
+    """Memory-map the index of a split, INDEX_DTYPE [samples].
 
     Raises:
-        ValueError: it is not one; says why.
-        OSError: it cannot be read.
+        ValueError: It is no index; the text has the reason.
+        OSError: It cannot be read.
     """
     path = index_dir / index_name(split)
     with open(path, "rb", opener=without_waiting) as file:
@@ -173,7 +177,7 @@ _NPY_HEADER = re.compile(
 
 
 def _header_bytes(beginning: bytes, samples: int) -> int:
-    """Where the rows begin. Raises ValueError: these are not rows, or not as many."""
+    """Return the start of the rows. Raises ValueError: these are not the expected rows."""
     found = _NPY_HEADER.match(beginning)
     if found is None or found.end() != 10 + int.from_bytes(found["length"], "little"):
         raise ValueError("it does not begin as an index does")
@@ -186,7 +190,7 @@ def _header_bytes(beginning: bytes, samples: int) -> int:
 
 
 def read_rows(index_dir: Path, split: str, header: AnyIndex) -> np.ndarray:
-    """The same, checked. Raises UserError: it cannot be read, is damaged, or not the header's."""
+    """Map and check the rows. Raises UserError: unreadable, damaged, or not the header's."""
     path = index_dir / index_name(split)
     entry = header.splits[split]
     if entry.samples == 0:
@@ -210,7 +214,7 @@ def read_rows(index_dir: Path, split: str, header: AnyIndex) -> np.ndarray:
 
 
 def rows_by_shard(rows: np.ndarray, shards: int) -> list[np.ndarray]:
-    """The rows of an index, which are in the order of its shards, for each of so many shards."""
+    """Split the rows of an index, which are in shard order, by shard."""
     return np.split(rows, np.searchsorted(rows["shard"], np.arange(1, shards)))
 
 
@@ -218,13 +222,13 @@ _MAKE_AGAIN = "Make the shards again with python -m moco_scale shard --overwrite
 
 
 def shard_command(source: Path | str, out: Path | str) -> str:
-    """The command line that makes shards of source in out."""
+    """Return the command line that makes shards of source in out."""
     source, out = shlex.quote(str(source)), shlex.quote(str(out))
     return f"python -m moco_scale shard --source {source} --out {out}"
 
 
 def _beside(path: Path) -> Path:
-    """Where shards of path could go: images.tar.gz -> images-shards, next to it."""
+    """Propose a folder for shards of path: images.tar.gz -> images-shards, next to it."""
     named = path if path.name not in ("", "..") else path.resolve()
     stem = named.name.partition(".")[0] if path.is_file() else named.name
     return named.parent / f"{stem}-shards"

@@ -1,8 +1,8 @@
-"""Finding out what tars hold, one process of all at a time, and where it is kept.
+"""Places of indexes made here, and scanning by one process for all.
 
-Beside the tars, in ``.moco_scale-index/``, or where that cannot be written in
-``$XDG_CACHE_HOME/moco_scale/index/`` (``~/.cache`` by default; ``$MOCO_SCALE_CACHE`` stands before
-both).
+Beside the tars, in ``.moco_scale-index/``, or where that is not writable in
+``$XDG_CACHE_HOME/moco_scale/index/`` (``~/.cache`` by default; ``$MOCO_SCALE_CACHE`` takes
+precedence).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Found = TypeVar("Found")
 
 
 def places(folder: Path) -> tuple[Path, Path]:
-    """For the tars of a folder: beside them, and where it goes if that cannot be written."""
+    """List the places for the tars of a folder: beside them, and the user's cache."""
     of = hashlib.blake2b(os.fsencode(os.path.abspath(folder)), digest_size=8).hexdigest()
     return folder / FOLDER, cache_home() / "index" / of
 
 
 def first_writable(*folders: Path) -> Path | None:
-    """The first folder in which a file can be made, which then exists."""
+    """Find the first folder in which a file can be made, and make it."""
     return next((folder for folder in folders if _can_write(folder)), None)
 
 
@@ -97,11 +97,15 @@ def _lock_in_the_end(file: int, works_in: Path | None) -> None:
 
 
 def read_tars(read: Callable[[Tar], Found], tars: Sequence[Tar], label: str) -> list[Found]:
-    """What `read` finds in each tar, by processes that share the work.
+    """Scan each tar by processes that share the work.
 
-    tars: what `read` is given for each of them. label: of the progress bar: "indexing data".
+    Args:
+        read: scans a tar.
+        tars: arguments of `read`.
+        label: of the progress bar: "indexing data".
 
-    Raises UserError: one of the processes was killed; what `read` raises.
+    Raises:
+        UserError: A process was killed, or `read` raised it.
     """
     workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS, -(-len(tars) // 4))
     found = []

@@ -1,4 +1,4 @@
-"""Random access to WebDataset shards through the index that is kept beside the tars."""
+"""Random access to WebDataset shards through their index."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Scanned(NamedTuple):
 
 
 class IndexedShards:
-    """The images of one split, in the order of the shards, each readable on its own.
+    """Images of one split, in shard order, each readable on its own.
 
     Costs one memory map for the index and one per shard in use. At most a quarter of the process's
     limit on open files is kept open (a mapping holds a file descriptor); opening one more takes
-    about 40 microseconds, so more shards than that are slower by a percent or two, not broken.
+    about 40 microseconds, so with more shards reading is a percent or two slower.
 
-    Objects can be pickled (they reopen the files, without checking all shards again) and used
-    after a fork.
+    Objects can be pickled (they reopen the files, without checking all shards again) and used after
+    a fork.
     """
 
     def __init__(
@@ -101,15 +101,20 @@ class IndexedShards:
         *,
         scanned: Scanned | None = None,
     ) -> IndexedShards:
-        """Open a split and check that all its shards are there with the size they should have.
+        """Open a split and check that all its shards exist with the right size.
 
-        scanned: of shards whose index was made here; they may lie anywhere, at paths relative to
-        data_dir.
+        Args:
+            data_dir: folder of shards.
+            split: name of the split.
+            scanned: of shards whose index was made here; they may lie anywhere, at paths relative
+                to
+                data_dir.
 
-        Raises UserError: no such folder; not a folder of shards (an ImageFolder or a tar: the
-        message has the command that makes shards of it); no such split; a shard is missing or has
-        another size than the index says, or is damaged, or holds no images where the index has
-        some (see `data.shards.header_check`); an index that is damaged or of another version.
+        Raises:
+            UserError: The folder is missing or no folder of shards (for an ImageFolder or a tar the
+                message has the command that makes shards), the split is missing, a shard is
+                missing, of another size, damaged, or without images where the index has some (see
+                `data.shards.header_check`), or the index is damaged or of another version.
         """
         data_dir = Path(data_dir)
         header: AnyIndex
@@ -146,15 +151,16 @@ class IndexedShards:
         return order_of(self._rows["shard"], window, seed)
 
     def rest(self) -> None:
-        """Nobody removes shards of a folder, so maps are kept for the next batch."""
+        """Keep the maps for the next batch: nobody removes shards of a folder."""
 
     def remote_parts(self) -> list[RemotePart]:
         return []
 
     def read(self, i: int) -> memoryview:
-        """The encoded bytes of image i, not copied: a view into the mapped tar.
+        """Return the encoded bytes of image i, a view into the mapped tar.
 
-        Raises UserError when the shard has gone, or another one has come in its place.
+        Raises:
+            UserError: The shard is gone or has been replaced.
         """
         shard, offset, size = self._locate(i)
         mapped = self._maps.get(shard)
@@ -166,11 +172,11 @@ class IndexedShards:
         return memoryview(mapped)[offset : offset + size]
 
     def where(self, i: int) -> str:
-        """For messages: "train-000003.tar at byte 12345 (key 000000017)"."""
+        """Name the place for messages: "train-000003.tar at byte 12345 (key 000000017)"."""
         return str(self.place(i))
 
     def place(self, i: int) -> Place:
-        """The same in its parts."""
+        """Return the place as shard, byte and key."""
         shard, offset, _ = self._locate(i)
         name = self._shards[shard][0]
         try:
@@ -179,7 +185,7 @@ class IndexedShards:
             return Place(name, offset, "")
 
     def _header_before(self, shard: int, offset: int) -> bytes:
-        """The tar's header of the image at `offset`."""
+        """Read the tar header of the image at `offset`."""
         start, mapped = offset - BLOCK, self._maps.get(shard)
         if mapped is not None:  # its name may have gone
             return mapped[start:offset]
@@ -188,11 +194,11 @@ class IndexedShards:
             return file.read(BLOCK)
 
     def _path(self, shard: int) -> Path:
-        """Of the file that is opened."""
+        """Return the path of the file to open."""
         return self.data_dir / self._shards[shard][0]
 
     def fault(self, i: int) -> str | None:
-        """What has happened to the shard of image i since the index was made; None: nothing."""
+        """Describe a change of image i's shard since the index was made; None: none."""
         shard = self._locate(i)[0]
         try:
             _check_shard(self._path(shard), self._shards[shard][1], len(self._shards))
@@ -206,7 +212,7 @@ class IndexedShards:
         return [size for _, size in self._shards]
 
     def remedy(self, i: int) -> str:
-        """What the user can do about image i, should it be bad; for messages."""
+        """Advise, in messages, what to do about a bad image i."""
         if self.index_dir != self.data_dir:
             shard = self._path(self._locate(i)[0])
             return f"pack {shard} again without it, or with a good copy of it"
@@ -219,12 +225,12 @@ class IndexedShards:
         return f"take it out of the index with `python -m moco_scale shard --repair {folder}`"
 
     def checkable(self) -> list[str]:
-        """The folder, unless its tars were chosen by a pattern."""
+        """Return the folder, unless its tars were chosen by a pattern."""
         whole = self.index_dir == self.data_dir or os.path.abspath(self.name) == str(self.data_dir)
         return [str(self.data_dir)] if whole else []
 
     def subset(self, indices: np.ndarray) -> IndexedShards:
-        """The same for some of the images only: int64 [M] positions, kept in the given order."""
+        """Select images: int64 [M] positions, kept in the given order."""
         return IndexedShards(
             self.data_dir,
             self.split,
@@ -238,7 +244,7 @@ class IndexedShards:
         )
 
     def _selected(self, indices: np.ndarray) -> np.ndarray:
-        """Positions in the whole split of these of ours."""
+        """Map positions to those in the whole split."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.ndim != 1 or (
             len(indices) and (indices.min() < 0 or indices.max() >= len(self))
@@ -257,7 +263,7 @@ class IndexedShards:
         self.__init__(data_dir, split, header, rows, selection, index_dir, *more)  # type: ignore[misc]
 
     def _locate(self, i: int) -> tuple[int, int, int]:
-        """(shard, offset, size) of image i."""
+        """Return (shard, offset, size) of image i."""
         if not 0 <= i < len(self._rows):
             raise IndexError(f"image {i} of {len(self._rows)}")
         shard, offset, size, _ = self._rows[i].item()
@@ -280,7 +286,7 @@ class IndexedShards:
         return mapped
 
     def _watch(self, shard: int, path: Path, file: int, changed: int) -> None:
-        """UserError: a file that came in the place of a shard is not what the index says."""
+        """Raise UserError if a replaced shard does not fit the index."""
         if self._changed is None or changed == self._changed[shard]:
             return
         rows = self._all_rows[self._all_rows["shard"] == shard]

@@ -1,4 +1,4 @@
-"""Several sets of images as one, and how the user names them."""
+"""Several sets of images as one, and their names on the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HOST = re.compile(r"\w+://[^/]*")  # ":8080" after it is a port
 
 
 class Named(NamedTuple):
-    """One set of a mixture."""
+    """Set of a mixture."""
 
     spec: str
     weight: float | None
@@ -77,9 +77,9 @@ def _weighted(part: str) -> Named:
 
 
 class MixedShards:
-    """The images of several sets, one set after the other.
+    """Images of several sets, one set after the other.
 
-    They are labelled when all sets have the same classes, else no image is.
+    They are labelled when all sets have the same classes, else none is.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class MixedShards:
 
 
 def epoch_notes(shards: Shards, order: Order) -> list[str]:
-    """What a log says of epochs that are not passes over one set."""
+    """Describe epochs that are not passes over one set, for the log."""
     if not isinstance(order, Mixture):
         return []
     parts = shards.parts if isinstance(shards, MixedShards) else (shards,)

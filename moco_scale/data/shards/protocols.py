@@ -1,4 +1,4 @@
-"""What readers, evaluation and reports need of a set of images, wherever it lies."""
+"""Interface of a set of images for readers, evaluation and reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moco_scale.utils.text import printable
 
 
 class Place(NamedTuple):
-    """Where an image lies, for people."""
+    """Place of an image, for people."""
 
     shard: str
     offset: int
@@ -25,14 +25,14 @@ class Place(NamedTuple):
 
 
 class Images(Protocol):
-    """Encoded images with labels, each readable on its own: what a loader needs.
+    """Encoded images with labels, each readable on its own, as a loader needs them.
 
     Can be pickled, and used after a fork.
     """
 
     @property
     def name(self) -> str:
-        """Where they lie, as the user said it; for messages."""
+        """Name of the set as the user gave it, for messages."""
         ...
 
     @property
@@ -43,40 +43,40 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> memoryview:
-        """The encoded bytes of image i; UserError when they are no longer what they were."""
+        """Return the encoded bytes of image i. Raises UserError: they have changed."""
         ...
 
     def where(self, i: int) -> str:
-        """Shard, byte and key of image i; for messages."""
+        """Name shard, byte and key of image i, for messages."""
         ...
 
     def place(self, i: int) -> Place:
-        """The same in its parts."""
+        """Return shard, byte and key of image i."""
         ...
 
     def fault(self, i: int) -> str | None:
-        """What has happened to the file of image i since it was indexed; None: nothing."""
+        """Describe a change of image i's file since it was indexed; None: none."""
         ...
 
     def remedy(self, i: int) -> str:
-        """What the user can do about image i, should it be bad; for messages."""
+        """Advise, in messages, what to do about a bad image i."""
         ...
 
     def checkable(self) -> list[str]:
-        """The folders of them that `python -m moco_scale shard --check` reads."""
+        """List the folders that `python -m moco_scale shard --check` reads."""
         ...
 
     def rest(self) -> None:
-        """A batch is done, and what was read for it dropped: shards may be removed."""
+        """Release the batch's memory: shards may be removed now."""
         ...
 
     def remote_parts(self) -> list[RemotePart]:
-        """What of them has to be fetched; [] when all are at hand."""
+        """List the remote parts of the set; [] when all is local."""
         ...
 
 
 class Shards(Images, Protocol):
-    """The images of one split."""
+    """Images of one split."""
 
     @property
     def split(self) -> str: ...
@@ -88,18 +88,18 @@ class Shards(Images, Protocol):
 
     @property
     def why_unlabelled(self) -> str:
-        """Why labels that there are cannot be used; "": they can, or there are none."""
+        """Reason why existing labels cannot be used, else ""."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Differs where images, labels or their places differ: a resumed run checks it."""
+        """Digest of images, labels and places, which a resumed run compares."""
         ...
 
     def order(self, seed: int, window: int = 0) -> Order:
-        """The order in which training reads them, in windows of so many shards; 0: of all."""
+        """Choose the training order, in windows of so many shards; 0: of all."""
         ...
 
     def subset(self, indices: Indices) -> Any:
-        """The same (Shards) for some of the images: int64 [M] places, kept in this order."""
+        """Select images: int64 [M] places, kept in this order."""
         ...

@@ -1,4 +1,4 @@
-"""What a tar on its own seems to be, by the names of its first members."""
+"""Recognition of a single tar by the names of its first members."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LABELS = (".cls", ".json")
 
 
 class Seems(NamedTuple):
-    """What the first members are."""
+    """Guess at a tar's content from its first members."""
 
     images: bool
     folders: bool
@@ -33,9 +33,9 @@ class Seems(NamedTuple):
 
 
 def look_into(tar: Path) -> Seems:
-    """What a tar, compressed or not, seems to hold; nothing where it is no tar that can be read.
+    """Guess the content of a tar, compressed or not; nothing for an unreadable one.
 
-    What lies between the headers is not read unless it is compressed: a member may be a tar itself.
+    Between headers nothing is read unless it is compressed: a member may be a tar itself.
     """
     first, damaged = _first_members(tar, _LOOKED_AT)
     names = [member.name.removeprefix("./") for member in first if member.kind == FILE]
@@ -52,15 +52,15 @@ def look_into(tar: Path) -> Seems:
 
 
 def first_members(tar: Path, count: int) -> list[Member]:
-    """The first members of a tar, compressed or not, as far as it can be read; [] of none.
+    """List the first members of a tar, compressed or not, as far as readable.
 
-    Of what is compressed 64 MB at most are unpacked.
+    At most 64 MB are decompressed.
     """
     return _first_members(tar, count)[0]
 
 
 def _first_members(tar: Path, count: int) -> tuple[list[Member], bool]:
-    """The same, and whether a tar that is not compressed is damaged among them."""
+    """List them, and tell whether an uncompressed tar is damaged among them."""
     with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError), tar.open("rb") as file:
         end = os.fstat(file.fileno()).st_size
         found, error = _members(file, count, end)
@@ -77,7 +77,7 @@ def _first_members(tar: Path, count: int) -> tuple[list[Member], bool]:
 
 
 def _members(file: BinaryIO, count: int, end: int) -> tuple[list[Member], Exception | None]:
-    """The first members of a tar, and what ended them before there were so many."""
+    """List the first members of a tar, and the error that ended the list early."""
     found: list[Member] = []
     try:
         for member in TarHeaders(content_of(file), "", "", end=end):

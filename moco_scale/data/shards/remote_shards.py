@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: their index is fetched at once, each of them when it is needed."""
+"""Remote shards: their index is fetched at once, each shard when it is needed."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _ATTEMPTS = 3  # to fetch an index that is whole and fits the rest
 
 
 class RemoteShards(indexed_shards.IndexedShards):
-    """The images of a split that lie elsewhere, read through a cache.
+    """Images of a remote split, read through a cache.
 
-    `files` are the split's shards; `folder` is the set's in the cache, with those that are here
-    now; `index_dir` holds the index.
+    `files` are the split's shards; `folder` is the set's in the cache, with the shards that are
+    cached; `index_dir` holds the index.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RemoteShards(indexed_shards.IndexedShards):
         self._maps.clear()
 
     def fault(self, i: int) -> str | None:
-        """A shard that was mapped stays what it was, whatever becomes of its name."""
+        """Report no fault: a mapped shard does not change, even if its name does."""
         return None
 
     def remedy(self, i: int) -> str:
@@ -138,7 +138,7 @@ def open_remote(source: ShardSource, split: str) -> RemoteShards:
 
 
 def has_remote_split(source: ShardSource, split: str) -> bool:
-    """Whether there is such a split at an address. Raises UserError where nothing can be read."""
+    """Tell whether an address has a split. Raises UserError: it cannot be read."""
     store = source.store
     content = _fetch_index(store, source.cache)
     try:
@@ -148,7 +148,7 @@ def has_remote_split(source: ShardSource, split: str) -> bool:
 
 
 class _DamagedError(Exception):
-    """What was fetched is not what it should be."""
+    """Fetched content that is not what it should be."""
 
 
 def _parsed(content: bytes, store: Store) -> ShardIndex:
@@ -166,7 +166,7 @@ def _parsed(content: bytes, store: Store) -> ShardIndex:
 
 
 def _folder_name(name: str, index_content: bytes) -> str:
-    """Of a set in the cache: another one when what lies at the address was made again."""
+    """Name a set in the cache; another one when the remote set was made again."""
     key = hashlib.blake2b(name.encode() + index_content, digest_size=8).hexdigest()
     stem = re.sub(r"[^\w.-]+", "-", name.rstrip("/").rpartition("/")[2])[:40]
     return f"{stem}-{key}"
@@ -182,7 +182,7 @@ def _fetch_index(store: Store, cache: ShardCache) -> bytes:
 def _rows(
     store: Store, cache: ShardCache, folder: Path, split: str, header: ShardIndex, content: bytes
 ) -> np.ndarray:
-    """The rows of the index, which one process fetches unless they are in the folder."""
+    """Return the rows of the index, fetched by one process if they are not in the folder."""
     path = folder / index_file.index_name(split)
     with cache.explained():
         cache.make(folder)
@@ -204,7 +204,7 @@ def _rows(
 
 
 def _fetch_rows(store: Store, cache: ShardCache, path: Path, samples: int) -> None:
-    """Fetch the rows to a file: what index.json says of their size may be anything."""
+    """Fetch the rows to a file; their size in index.json is not trusted."""
     most = samples * index_file.INDEX_DTYPE.itemsize + NPY_HEADER
     if most > cache.limit:
         raise UserError(

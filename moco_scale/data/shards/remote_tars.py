@@ -1,9 +1,9 @@
-"""Tars elsewhere that have no index: all of them are fetched once to make it.
+"""Remote tars without an index: all are fetched once to make it.
 
 The index is kept in the user's cache (``$MOCO_SCALE_CACHE/index`` or ``~/.cache/moco_scale/index``)
-and not beside the shards, so that the nodes of a cluster that share a home make it once. What each
-tar holds is kept there too, as soon as it is known: who is interrupted goes on from there, and
-where tars were replaced, only those are fetched and scanned again.
+and not beside the shards, so that the nodes of a cluster that share a home make it once. The scan
+of each tar is kept there too, as soon as it is made: an interrupted run continues from there, and
+of replaced tars only those are fetched and scanned again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FRESH = 60.0  # seconds for which what was asked of all tars need not be asked 
 
 
 class RemoteTars(NamedTuple):
-    """What a pattern of addresses names."""
+    """Remote tars that a pattern of addresses names."""
 
     store: Store
     """The folder above the first brace."""
@@ -63,7 +63,7 @@ class RemoteTars(NamedTuple):
 
 
 def is_remote_pattern(spec: str) -> bool:
-    """Whether an address stands for tars and not for a folder of shards with their index."""
+    """Tell whether an address names tars, and not a folder of shards with an index."""
     path = spec.partition("?")[0]
     below = path.partition("://")[2].partition("/")[2]
     is_tar = below.lower().endswith(".tar") or COMPRESSED_TAR.search(below) is not None
@@ -126,7 +126,7 @@ def open_remote_tars(source: ShardSource, split: str) -> RemoteShards:
 
 
 class _Indexing:
-    """Making, or finding, the index of a set of such tars.
+    """Maker, or finder, of the index of a set of remote tars.
 
     Attributes:
         folder: of the set in the cache.
@@ -145,7 +145,7 @@ class _Indexing:
         self._stopped = threading.Event()
 
     def done(self) -> Path:
-        """The folder of the index, made if there is none yet. Raises UserError."""
+        """Return the folder of the index, made if there is none yet. Raises UserError."""
         waiting = f"{self._name}: another process makes the index; waiting"
         with self._written():
             self._scans.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ class _Indexing:
             ) from error
 
     def _just_checked(self) -> Path | None:
-        """The index that another process has just found to be right: not every rank asks."""
+        """Return the index if another process has just checked it."""
         with contextlib.suppress(OSError, UserError):
             if abs(time.time() - self._stamp.stat().st_mtime) < _FRESH:
                 name = read_bounded(self._stamp, NAME_BYTES, "The stamp").decode(errors="replace")
@@ -200,7 +200,7 @@ class _Indexing:
         return found
 
     def _all_scans(self) -> dict[str, SavedScan]:
-        """Of every tar, in order; those that are not known or have changed are fetched."""
+        """Return scans of all tars in order; unknown or changed tars are fetched."""
         names, scans = self._tars.names, dict[str, SavedScan]()
         with ThreadPoolExecutor(_ASKERS) as askers:
             states = dict(zip(names, askers.map(self._state, names), strict=True))
@@ -238,7 +238,7 @@ class _Indexing:
         return scan_path(self._scans, f"{folder}/{name}")
 
     def scan_of(self, name: str) -> str:
-        """Where it is kept what a tar holds."""
+        """Return the path of a tar's saved scan."""
         return str(self._scan_path(name))
 
     def _file(self, name: str, state: FileState) -> RemoteFile:
@@ -250,7 +250,7 @@ class _Indexing:
         return state_of(self._tars.store, file, self._cache.retry)
 
     def _scan(self, name: str, state: FileState) -> SavedScan:
-        """Fetch a tar, see what it holds, and keep that."""
+        """Fetch and scan a tar, and save the scan."""
         file, where = self._file(name, state), self._tars.store
         try:
             got = self._cache.hold(where, self.folder, file, stopped=self._stopped.is_set)

@@ -1,7 +1,7 @@
-"""What tars elsewhere were found to hold, kept for each: none is fetched twice to be indexed.
+"""Saved scans of remote tars, so that none is fetched twice to be indexed.
 
 ``HASH.npz``, HASH being that of the tar's address, holds the scan, the tar's size and checksum, and
-what the store said of it when it was fetched.
+the store's state of it when it was fetched.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WORDS = ("odd", "dotted", "part")
 
 
 class SavedScan(NamedTuple):
-    """A tar that was fetched once."""
+    """Scan of a tar that was fetched once."""
 
     scan: ShardScan
     bytes: int
@@ -47,12 +47,12 @@ class SavedScan(NamedTuple):
 
 
 def version_of(state: FileState) -> str:
-    """A short name for what lies at an address now."""
+    """Return a short name of the current version at an address."""
     return hashlib.blake2b(json.dumps(state).encode(), digest_size=6).hexdigest()
 
 
 def load_scan(path: Path) -> SavedScan | None:
-    """None: it was not saved, or is damaged."""
+    """Load a scan; None: it was not saved, or is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -70,10 +70,10 @@ def load_scan(path: Path) -> SavedScan | None:
 
 
 def _column(archive: zipfile.ZipFile, name: str, kind: np.dtype[Any]) -> np.ndarray:
-    """Read a one-dimensional array as np.savez writes it: nothing else has to be understood.
+    """Read a one-dimensional array in the format of np.savez, and nothing else.
 
     Raises:
-        ValueError: it is another array, or none.
+        ValueError: It is another array, or none.
     """
     content, header = archive.read(f"{name}.npy"), io.BytesIO()
     shape = ((len(content) - _NPY_HEADER) // kind.itemsize,)
@@ -90,7 +90,7 @@ def _labels_fit(label: np.ndarray, names: list[str]) -> bool:
 
 
 def save_scan(path: Path, saved: SavedScan) -> None:
-    """In the place of what is known of an earlier tar there. Raises OSError."""
+    """Save a scan, replacing that of an earlier tar. Raises OSError."""
     said = {
         "format": FORMAT,
         "bytes": saved.bytes,
@@ -107,5 +107,5 @@ def save_scan(path: Path, saved: SavedScan) -> None:
 
 
 def scan_path(folder: Path, address: str) -> Path:
-    """Where what is known of the tar at an address is kept."""
+    """Return the path of the saved scan of the tar at an address."""
     return folder / f"{hashlib.blake2b(address.encode(), digest_size=12).hexdigest()}.npz"

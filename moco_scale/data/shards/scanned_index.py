@@ -1,8 +1,8 @@
-"""The index of shards that were written elsewhere: made on first use, kept, and found again.
+"""Index of shards that were written elsewhere: made on first use and kept.
 
 It lies in a folder KEY of one of the two places of `data.shards.index_place`, in the format of
-`data.shards.indexed_shards`. KEY is a hash of the tars' names and of their sizes and times of
-change, so a tar that was replaced is noticed and all are scanned again.
+`data.shards.indexed_shards`. KEY is a hash of the tars' names, sizes and times of change, so a
+replaced tar is noticed and all are scanned again.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def open_scanned(spec: str, shards: ShardList, split: str) -> indexed_shards.Ind
 def _open(
     spec: str, shards: ShardList, split: str, folder: Path, changed: Mapping[str, int]
 ) -> indexed_shards.IndexedShards | None:
-    """None: there is no index, or it is damaged, which making it again puts right."""
+    """Open an index; None: there is none, or it is damaged and will be made again."""
     try:
         scanned = indexed_shards.Scanned(folder, spec, shards.splits, changed)
         return indexed_shards.IndexedShards.open(shards.folder, split, scanned=scanned)
@@ -93,7 +93,7 @@ def _open(
 
 
 def _key(shards: ShardList) -> tuple[_Key, dict[str, int], dict[str, int]]:
-    """The key, and of each tar size and time of change (ns)."""
+    """Return the key, and each tar's size and time of change (ns)."""
     names, state = hashlib.blake2b(digest_size=8), hashlib.blake2b(_RULES, digest_size=8)
     sizes, changed = dict[str, int](), dict[str, int]()
     for split, members in sorted(shards.splits.items()):
@@ -201,10 +201,13 @@ def write_index(
 
 
 def find_classes(scans: Sequence[tuple[str, ShardScan]]) -> tuple[list[str], str]:
-    """Names of all classes: those in the tars, sorted, or the numbers themselves.
+    """Find names of all classes: those in the tars, sorted, or the numbers themselves.
 
-    scans: of all tars, with their names. The second is why there are no classes although there are
-    labels, "" otherwise.
+    Args:
+        scans: of all tars, with their names.
+
+    Returns:
+        The names, and why there are none although there are labels, else "".
     """
     for shard, scan in scans:
         if scan.odd:
@@ -222,7 +225,13 @@ def find_classes(scans: Sequence[tuple[str, ShardScan]]) -> tuple[list[str], str
 
 
 def index_rows(number: int, scan: ShardScan, place: Mapping[str, int]) -> np.ndarray:
-    """The records of the tar with this number. place: of each class; {} where there are none."""
+    """Make the records of a tar.
+
+    Args:
+        scan: of the tar.
+        number: of the tar.
+        place: of each class; {} where there are none.
+    """
     rows = np.zeros(len(scan.offset), index_file.INDEX_DTYPE)
     rows["shard"], rows["offset"], rows["size"] = number, scan.offset, scan.size
     rows["label"] = scan.label if place else -1

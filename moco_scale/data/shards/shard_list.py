@@ -1,4 +1,4 @@
-"""Which tars a data set consists of, when no index says it: folders, patterns, splits by name."""
+"""List of a data set's tars without an index: folders, patterns, splits by name."""
 
 from __future__ import annotations
 
@@ -39,23 +39,24 @@ class ShardList(NamedTuple):
 
 
 def is_pattern(spec: str) -> bool:
-    """Whether spec names tars by a pattern. What exists under this very name is no pattern."""
+    """Tell whether spec is a pattern of tars. An existing path is no pattern."""
     return any(sign in spec for sign in (JOIN, "{", "*", "?", "[")) and not os.path.exists(spec)
 
 
 def list_shards(spec: str) -> ShardList | None:
-    """The tars that a folder, a file or a pattern names; None when it names none.
+    """List the tars of a folder, a file or a pattern; None when there are none.
 
-    A file is the one tar. A folder: its `*.tar`, or those of its sub-folders. A pattern: braces
+    A file is a single tar. A folder: its `*.tar`, or those of its sub-folders. A pattern: braces
     `{000000..001281}` and `{a,b}`, `*`, `?` and `[…]`, and several of these or folders joined by
     `::`. The order is that of the names, in a folder and for `*`, and as written for braces and
     `::`.
 
-    Splits are told by words in the names (`train`, `val` or `validation`, `test`), first of the
-    file, then of the folder that it lies in; where none has such a word, all are `train`.
+    Splits are recognised by words in the names (`train`, `val` or `validation`, `test`), first of
+    the file, then of its folder; where none has such a word, all are `train`.
 
-    Raises UserError: a file that braces name is missing, tars are compressed, a tar is named
-    twice, only some names tell a split.
+    Raises:
+        UserError: A file named by braces is missing, tars are compressed, a tar is named twice, or
+            only some names have a split.
     """
     if is_pattern(spec):
         paths = [path for part in spec.split(JOIN) for path in _named_by(part)]
@@ -78,10 +79,12 @@ def list_shards(spec: str) -> ShardList | None:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names that braces stand for, as a shell's: `{08..10}` is 08, 09, 10.
+    """Expand braces as a shell does: `{08..10}` is 08, 09, 10.
 
-    Raises UserError: a brace that is not closed, a range that runs backwards, or more names than a
-    data set can have tars.
+    Raises:
+        UserError: A brace is not closed, a range runs backwards, or there are more names than a
+            data
+            set can have tars.
     """
     choices: list[Sequence[str]] = []
     end, count = 0, 1
@@ -97,7 +100,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _choice(pattern: str, braces: re.Match[str]) -> list[str]:
-    """What one pair of braces stands for."""
+    """Expand one pair of braces."""
     numbers = _RANGE.fullmatch(braces.group(1))
     if not numbers:
         return braces.group(1).split(",")
@@ -141,7 +144,7 @@ def _named_by(pattern: str) -> Iterator[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """The tars of a folder, or, if it has none, those of its sub-folders."""
+    """List the tars of a folder, or, if it has none, those of its sub-folders."""
     found = _tars(folder)
     if found or not folder.is_dir():
         return found
@@ -178,7 +181,7 @@ def _refuse_compressed(path: Path) -> UserError:
 
 
 def splits_of(spec: str, paths: list[Path], folder: Path) -> list[str]:
-    """The split of each tar, by words in its name; see `list_shards`. Raises UserError."""
+    """Find the split of each tar, by words in its name; see `list_shards`. Raises UserError."""
     told = [_split_of(path, folder) for path in paths]
     untold = [path for path, split in zip(paths, told, strict=True) if split is None]
     if len(untold) == len(paths):

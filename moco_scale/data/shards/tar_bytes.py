@@ -1,4 +1,4 @@
-"""Bytes of a tar at an offset, of a compressed one too."""
+"""Bytes of a tar at an offset, also of a compressed one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Content = Callable[[int, int], bytes]
 
 
 def content_of(file: IO[bytes]) -> Content:
-    """How to get at the bytes of a file; of a decompressing one go forward only."""
+    """Open the bytes of a file; a decompressing stream goes forward only."""
 
     def at(offset: int, size: int) -> bytes:
         file.seek(offset)

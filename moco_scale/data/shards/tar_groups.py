@@ -1,4 +1,4 @@
-"""The samples of one tar as columns of numbers, brought together by key.
+"""Samples of one tar as columns of numbers, grouped by key.
 
 Members of a sample are neighbours in WebDataset's tars. Some writers put all images first and all
 labels after them: these are found by the key.
@@ -20,7 +20,7 @@ Content = Callable[[int, int, int], bytes | None]
 
 
 class Groups:
-    """Members with one key that are neighbours, in the order of the tar.
+    """Neighbouring members with one key, in tar order.
 
     Keys are kept as hashes: of a tar of five million small files all columns take 250 MB.
 
@@ -39,7 +39,13 @@ class Groups:
         return len(self._key)
 
     def add(self, key: str, sample: Mapping[str, Member], suffix: str | None) -> None:
-        """Take up a group of {suffix: member}. suffix: of its image; None: it has none."""
+        """Add a group.
+
+        Args:
+            key: of the group.
+            sample: its members by suffix.
+            suffix: of its image; None: it has none.
+        """
         self._key.append(hash(key))
         self._name.extend(hash((key, each)) for each in sample)
         label = next((each for each in LABEL_SUFFIXES if each in sample), None)
@@ -55,13 +61,12 @@ class Groups:
                 self._read(len(self) - 1, len(self.labels) - 1, member.name)
 
     def places(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-        """(offset, size) of the images, in the order of the tar."""
+        """Return (offset, size) of the images, in tar order."""
         offset, size = np.array(self._offset, np.uint64), np.array(self._size, np.uint32)
         return offset[offset > 0], size[offset > 0]
 
     def twice(self) -> Callable[[str, str], bool] | None:
-        """How to tell (key, suffix) that are there twice, or of a key whose images lie at two
-        places; None: there are none."""
+        """Describe a duplicate (key, suffix), or a key with images at two places; None: none."""
         again = _first_again(np.array(self._name, np.int64))
         if again is not None:
             return lambda key, suffix: hash((key, suffix)) == again
@@ -71,9 +76,9 @@ class Groups:
         return None
 
     def join(self) -> int:
-        """Give images the labels that lie apart from them. Returns how many keys have none.
+        """Give images the labels that lie apart from them; return the number of keys without.
 
-        None may be there `twice`.
+        Call it only when nothing is there `twice`.
         """
         keys, has = np.array(self._key, np.int64), np.array(self._offset, np.uint64) > 0
         apart = np.flatnonzero(~has & np.isin(keys, keys[has]))
@@ -97,7 +102,7 @@ class Groups:
 
 
 def _first_again(hashes: npt.NDArray[np.int64]) -> int | None:
-    """A value that is there more than once."""
+    """Find a value that occurs more than once."""
     ordered = np.sort(hashes)
     again = np.flatnonzero(ordered[1:] == ordered[:-1])
     return int(ordered[again[0]]) if len(again) else None

@@ -1,7 +1,7 @@
-"""What the label of a sample is, and when the labels of a set cannot be used.
+"""Labels of samples, and labels of a set that cannot be used.
 
-Pretraining needs no labels, so an odd one refuses nobody's images: the set is then an unlabelled
-one, and which label was the first odd one is kept to be said.
+Pretraining needs no labels, so an odd label does not refuse the images: the set is then unlabelled,
+and the first odd label is kept for the message.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _SHOWN = 60
 
 
 class OddLabel(Exception):
-    """A label that is no class; str() says why, after the name of what holds it."""
+    """Label that is no class; str() is the reason, to follow the name of its member."""
 
 
 class TarLabels:
-    """The labels of one tar, image by image."""
+    """Labels of one tar, image by image."""
 
     def __init__(self) -> None:
         self.odd = ""
@@ -45,19 +45,19 @@ class TarLabels:
         return len(self._values)
 
     def add_none(self) -> None:
-        """The next image, which has no label so far."""
+        """Add an image, without a label so far."""
         self._values.append(-1)
 
     def read(
         self, image: int, member: str, suffix: str, content: Callable[[int], bytes | None]
     ) -> None:
-        """Read the label of an image; once one was odd, none is read any more.
+        """Read the label of an image; after an odd one, no more are read.
 
         Args:
             image: its number.
-            member: what holds the label, as a name.
+            member: name of the label's member.
             suffix: which of LABEL_SUFFIXES it is.
-            content: from the most bytes it may have to those, None where there are more.
+            content: from the most bytes it may have to its bytes, None where there are more.
         """
         if self.odd:
             return
@@ -85,7 +85,10 @@ class TarLabels:
             self.odd = f"{printable(member)}, {error}"
 
     def numbered(self) -> tuple[npt.NDArray[np.int64], list[str]]:
-        """Class numbers and no names, or places in the sorted names and these; -1: none."""
+        """Return class numbers without names, or numbers of sorted names and these.
+
+        -1 means no label.
+        """
         if self.odd:
             return np.full(len(self._values), -1, dtype=np.int64), []
         values, names = np.array(self._values, dtype=np.int64), sorted(self._names)
@@ -128,7 +131,7 @@ def _decoded(content: bytes) -> str:
 
 
 def _class(value: Any) -> int | str:
-    """A class number, or a name; numbers below 0 are -1, which means none."""
+    """Parse a class number, or a name; numbers below 0 are -1, no label."""
     if isinstance(value, str):
         text = value.strip()
         if not text:
@@ -148,7 +151,7 @@ def _class(value: Any) -> int | str:
 
 
 def _name(text: str) -> str:
-    """A class's name; what looks alike is one class however it is composed."""
+    """Normalise a class's name: names that look the same are one class, however composed."""
     if "\0" in text:
         raise OddLabel("which is not text")
     try:

@@ -1,4 +1,4 @@
-"""What a tar of samples holds, from its headers alone: nothing is decoded, nothing unpickled.
+"""Scan of a tar of samples, from its headers alone: nothing is decoded, nothing unpickled.
 
 Reads the headers and about 4 KB an image, so that a shard costs a few per cent of its bytes.
 """
@@ -51,7 +51,7 @@ _COMPRESSED = {
 
 
 class ShardScan(NamedTuple):
-    """The images of one tar, in its order."""
+    """Images of one tar, in tar order."""
 
     offset: npt.NDArray[np.uint64]
     size: npt.NDArray[np.uint32]
@@ -70,16 +70,18 @@ class ShardScan(NamedTuple):
 
 
 def scan_tar(path: Path) -> ShardScan:
-    """List the images of a tar: consecutive members whose names differ in what follows the first
-    dot are one sample, as WebDataset has it. Where that leaves no image to a sample that has
-    some by the last dots of their names, the last dots count. A label that lies apart from its
-    image is found by its key.
+    """List the images of a tar.
+
+    As in WebDataset, consecutive members whose names differ only after the first dot are one
+    sample. Where a sample then has no image but has one by the last dots of its names, the last
+    dots count. A label that lies apart from its image is found by its key.
 
     The label is the text of a `.cls`, or the field `label`, `cls` or `class` of a `.json`: a
-    number, or the name of a class. With one that is neither, none is used (see `ShardScan.odd`).
+    number, or the name of a class. If one is neither, none is used (see `ShardScan.odd`).
 
-    Raises UserError: the file cannot be read, is compressed, truncated or no tar; a header is
-    damaged; it holds no image, or a key twice; neither dot gives every sample an image.
+    Raises:
+        UserError: The file cannot be read, is compressed, truncated or no tar; a header is damaged;
+            it holds no image, or a key twice; neither dot gives every sample an image.
     """
     try:
         with _Tar(path) as tar:
@@ -93,10 +95,15 @@ def scan_tar(path: Path) -> ShardScan:
 def member_places(
     path: Path, file: int | None = None
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """(offset, size) of all files in a tar, whatever they are, in its order.
+    """List (offset, size) of all files in a tar, in tar order.
 
-    file: its descriptor, where it is open. Raises UserError as `scan_tar` does: it is truncated or
-    no tar; a header is damaged. Raises OSError: it cannot be read.
+    Args:
+        path: of the tar.
+        file: its descriptor, where it is open.
+
+    Raises:
+        UserError: It is truncated or no tar, or a header is damaged.
+        OSError: It cannot be read.
     """
     offset, size = array("Q"), array("Q")
     with _Tar(path, file) as tar:
@@ -107,9 +114,11 @@ def member_places(
 
 
 def open_shard(path: Path) -> int:
-    """A descriptor of a tar, to read it.
+    """Open a tar to read it and return the descriptor.
 
-    Raises UserError: it is a folder, a pipe or a device. Raises OSError: it cannot be opened.
+    Raises:
+        UserError: It is a folder, a pipe or a device.
+        OSError: It cannot be opened.
     """
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer is not waited for
     if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -121,18 +130,18 @@ def open_shard(path: Path) -> int:
 
 
 def shard_shown(path: Path) -> str:
-    """How messages begin that say what is wrong with a tar."""
+    """Begin messages about a tar."""
     return f"Shard {printable(path, _PATH_SHOWN)}"
 
 
 def image_key(name: str) -> str:
-    """The key of the sample whose image has this name in the tar."""
+    """Return the key of the sample whose image has this name in the tar."""
     stem, _, suffix = name.rpartition(".")
     return name if "/" in suffix or not stem else stem
 
 
 def raw_key_in(header: bytes) -> str:
-    """The same from the header of its member; "" where that is none."""
+    """Return the key in the header of a member; "" where there is none."""
     try:
         return image_key(parse_header(header).name)
     except ValueError:
@@ -140,12 +149,12 @@ def raw_key_in(header: bytes) -> str:
 
 
 def key_in(header: bytes) -> str:
-    """The same, fit to be shown and listed."""
+    """Return the key in a printable form."""
     return printable(raw_key_in(header), KEY_SHOWN)
 
 
 def compressed(path: Path, start: bytes) -> str | None:
-    """What to say about a file that begins with these bytes, None unless it is compressed."""
+    """Describe a file that begins with these bytes; None unless it is compressed."""
     for magic, tool in _COMPRESSED.items():
         if start.startswith(magic):
             return (
@@ -189,7 +198,7 @@ def _scan(tar: _Tar) -> ShardScan:
 
 
 def dots_problem(scans: Iterable[tuple[str, ShardScan]]) -> str:
-    """What to say of tars (by name) whose names with several dots mean two things; "": nothing."""
+    """Describe tars whose names with several dots are ambiguous; "": none."""
     own, part = "", ""
     for name, scan in scans:
         own = own or (scan.dotted and f"{scan.dotted} in {name}")
@@ -204,19 +213,19 @@ def dots_problem(scans: Iterable[tuple[str, ShardScan]]) -> str:
 
 
 def image_suffix(sample: Collection[str]) -> str | None:
-    """Which of a sample's suffixes is that of its image."""
+    """Return the suffix of a sample's image."""
     return next((suffix for suffix in IMAGES if suffix in sample), None)
 
 
 def _is_dotted(suffix: str) -> bool:
-    """Whether what follows the first dot of a name has another dot, and is an image's after it."""
+    """Tell whether a name's suffix by the first dot has another dot, and is an image's after it."""
     return "." in suffix and suffix.rpartition(".")[2] in IMAGES
 
 
 def by_last_dot(sample: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
-    """{key: {suffix: member}} by the last dot, of {suffix: member} by the first one.
+    """Regroup {suffix: member} by the first dot to {key: {suffix: member}} by the last.
 
-    The keys are what stands between the two dots.
+    The keys stand between the two dots.
     """
     found: dict[str, dict[str, _T]] = {}
     for suffix, member in sample.items():
@@ -226,13 +235,13 @@ def by_last_dot(sample: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
 
 
 class _Dots:
-    """Which names have several dots, as in `ShardScan`."""
+    """Names with several dots, as in `ShardScan`."""
 
     own, part = "", ""
 
 
 def _samples(tar: _Tar, dots: _Dots) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, {suffix: member}) of each sample: where it has to be, by the last dots."""
+    """Yield (key, {suffix: member}) of each sample: where necessary by the last dots."""
     for stem, members in _neighbours(tar):
         dotted = next((member.name for s, member in members.items() if _is_dotted(s)), "")
         if dotted and image_suffix(members) is None:
@@ -249,7 +258,7 @@ def _samples(tar: _Tar, dots: _Dots) -> Iterator[tuple[str, dict[str, Member]]]:
 def _of_their_own(
     tar: _Tar, key: str, sample: dict[str, Member], image: str
 ) -> dict[str, dict[str, Member]]:
-    """The samples of images whose names have several dots, such as photo_1.5.jpg, the first."""
+    """Split samples with several images by the last dots, such as photo_1.5.jpg."""
     parts = by_last_dot(sample)
     for members in parts.values():
         if image_suffix(members) is None:
@@ -264,7 +273,7 @@ def _of_their_own(
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, suffix in lower case) by the first dot; "" where a name has no suffix or is hidden."""
+    """Split by the first dot: (key, suffix in lower case); "" for no suffix or hidden names."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     if not dot or not stem or _is_hidden(folder):
@@ -274,12 +283,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 @functools.lru_cache(1024)
 def _is_hidden(folder: str) -> bool:
-    """Whether a folder of a tar is hidden or left by a system: @eaDir, __MACOSX, .AppleDouble."""
+    """Tell a hidden or system folder of a tar: @eaDir, __MACOSX, .AppleDouble."""
     return any(map(is_hidden, folder.split("/")))
 
 
 def _neighbours(tar: _Tar) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, {suffix in lower case: member}) of neighbours with one key by the first dot."""
+    """Yield (key, {suffix in lower case: member}) of neighbours with one key by first dot."""
     key, sample = "", dict[str, Member]()
     for member in tar.files():
         this, suffix = split_name(member.name)
@@ -311,7 +320,7 @@ _AGAIN = "Fetch it again, or make it again."
 
 
 class _Tar:
-    """A tar on a disk."""
+    """Tar on a disk."""
 
     def __init__(self, path: Path, file: int | None = None) -> None:
         self.path = path
@@ -331,11 +340,11 @@ class _Tar:
         return UserError(f"{shard_shown(self.path)} {text}")
 
     def content(self, offset: int, size: int, most: int) -> bytes | None:
-        """What is in a small file; None: it is none."""
+        """Read a small file; None: it is not small."""
         return None if size > most else self._at(offset, size)
 
     def files(self) -> Iterator[Member]:
-        """The regular files, in order."""
+        """Yield the regular files, in order."""
         if self._bytes == 0:
             raise self.problem(f"is empty: 0 bytes. {_AGAIN}")
         headers = TarHeaders(self._at, shard_shown(self.path), _AGAIN, end=self._bytes)
@@ -357,7 +366,7 @@ class _Tar:
         self._check_end(headers.at)
 
     def no_samples(self) -> UserError:
-        """Why there are none."""
+        """Explain why there are no samples."""
         names = [member.name for member in itertools.islice(self.files(), 1)]
         if not names:
             return self.problem(f"is an empty tar. {_AGAIN}")
@@ -374,7 +383,7 @@ class _Tar:
         return self._window[skipped : skipped + size]
 
     def _check_end(self, at: int) -> None:
-        """Nothing but zeros after the last member: what is written there nobody would read."""
+        """Require zeros after the last member: later content would not be read."""
         while at < self._bytes:
             part = os.pread(self._file, 1 << 20, at)
             if part.strip(b"\0"):

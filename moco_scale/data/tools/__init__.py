@@ -1,1 +1,1 @@
-"""What makes, checks and mends shards, and the sources they are made of."""
+"""Tools that make, check and repair shards, and their sources."""

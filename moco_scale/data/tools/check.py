@@ -1,4 +1,4 @@
-"""``python -m moco_scale shard --check DIR``: is every byte what it should be?"""
+"""``python -m moco_scale shard --check DIR``: read every byte, decode every image."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _MOST_SHOWN = 100
 
 
 def check(path: Path, workers: int) -> int:
-    """Read every byte and decode every image; say what is wrong.
+    """Read every byte, decode every image, and print problems.
 
     Returns:
-        0 when nothing is, else 1.
+        0 when there are none, else 1.
 
     Raises:
-        UserError: there are no shards.
+        UserError: There are no shards.
     """
     folder = list_folder(path)
     if not folder.indexed:

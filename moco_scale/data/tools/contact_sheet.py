@@ -1,4 +1,4 @@
-"""A sheet of images of a data set, to look at before a week of training."""
+"""Contact sheet of a data set's images, to look at before a week of training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ _PAPER, _INK, _FAINT, _EMPTY = "#ffffff", "#1f2328", "#6e7781", "#eceff2"
 
 
 def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
-    """Draw a seeded choice of images: a row for each of some classes, or, where classes are small
-    or missing, all of them mixed.
+    """Draw a seeded choice of images, a row a class, or mixed where classes are small or missing.
 
     Every image is shown whole and upright, with its size in pixels.
 
@@ -72,7 +71,7 @@ def contact_sheet(shards: Shards, out: Path, seed: int = 0) -> None:
 
 
 def _chosen(shards: Shards, seed: int) -> list[tuple[str, int, list[int]]]:
-    """(class, how many images it has, places in the set) of each row; "": of any class."""
+    """Choose (class, number of its images, places in the set) of each row; "": of any class."""
     order = permutation(len(shards), seed, "contact sheet", 0)
     labels = shards.labels[order]
     present = np.unique(labels[labels >= 0])
@@ -95,7 +94,7 @@ def _tile(
     corner: tuple[int, int],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> str:
-    """Draw one image; returns what to write below it."""
+    """Draw one image; return its caption."""
     left, top = corner
     try:
         image = Image.fromarray(decode_rgb(shards.read(place)))
@@ -113,7 +112,7 @@ def _tile(
 
 
 def _fitted(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """A text, also a foreign one, as one line that is no wider than this."""
+    """Shorten a text, also a foreign one, to one line of this width."""
     text = printable(text, _LONGEST)
     if font.getlength(text) <= width:
         return text

@@ -1,4 +1,4 @@
-"""What is wrong with shards: every byte is read, every image decoded."""
+"""Examination of shards: every byte is read, every image decoded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CHUNK = 1 << 22
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong."""
+    """One problem."""
 
     shard: str
     offset: int
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a shard should be, as far as it is known."""
+    """Expected shard, as far as it is known."""
 
     path: Path
     name: str  # below the folder
@@ -59,12 +59,12 @@ class Expected(NamedTuple):
     dropped: frozenset[str] = frozenset()  # keys that were left out of the index before
 
     def is_labelled(self) -> bool:
-        """Whether the index has labels for it."""
+        """The index has labels for it."""
         return self.rows is not None and bool((self.rows["label"] >= 0).any())
 
 
 class Examined(NamedTuple):
-    """What one shard is."""
+    """Result of one shard."""
 
     expected: Expected
     bytes: int  # -1: there is none
@@ -77,7 +77,7 @@ class Examined(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """A folder of shards, with what is known about it."""
+    """Folder of shards with its index."""
 
     path: Path
     classes: list[str] | None  # None: not known
@@ -88,9 +88,10 @@ class Folder(NamedTuple):
 
 
 def list_folder(path: Path) -> Folder:
-    """The shards of a folder, from its index where that can be read, else from their names.
+    """List the shards of a folder, from its index where readable, else from their names.
 
-    Raises UserError: there is no such folder, or it holds no shards.
+    Raises:
+        UserError: The folder is missing, or holds no shards.
     """
     if not path.is_dir():
         raise UserError(f"There is no folder {path}.")
@@ -139,7 +140,7 @@ def list_folder(path: Path) -> Folder:
 
 
 def _dropped(folder: Path) -> dict[str, frozenset[str]]:
-    """By shard: keys of images that a repair left out of the index and in the tar."""
+    """List by shard the keys that a repair dropped from the index and kept in the tar."""
     found: dict[str, set[str]] = {}
     try:
         lines = list(lines_of(folder / LEFT_OUT))
@@ -155,7 +156,7 @@ def _dropped(folder: Path) -> dict[str, frozenset[str]]:
 
 
 def examine_all(folder: Folder, workers: int, label: str) -> Iterator[tuple[str, Examined]]:
-    """(split, what it is) of every shard, in order; several processes read."""
+    """Yield (split, result) of every shard, in order; several processes read."""
     everything = [(s, expected) for s, shards in folder.splits.items() for expected in shards]
     try:
         with Progress(label, len(everything), "shards") as progress:
@@ -227,7 +228,7 @@ def _missing(expected: Expected) -> Finding:
 
 
 def _places(expected: Expected, scan: ShardScan | None, wrong: Any) -> list[tuple[int, int]]:
-    """(offset, size) of the images to decode: those of the index, or else of the tar."""
+    """List (offset, size) of the images to decode: the index's, or else the tar's."""
     if expected.rows is None:
         if scan is None:
             return []
@@ -245,7 +246,7 @@ def _places(expected: Expected, scan: ShardScan | None, wrong: Any) -> list[tupl
 
 
 def _problem(file: Any, offset: int, length: int, end: int) -> str | None:
-    """Why an image cannot be decoded, None when it can."""
+    """Explain why an image cannot be decoded, None when it can."""
     if offset + length > end:
         return f"cut off: the file ends at byte {end}"
     if length > IMAGE_FILE:
@@ -261,12 +262,12 @@ def _problem(file: Any, offset: int, length: int, end: int) -> str | None:
 
 
 def key_before(file: Any, offset: int) -> str:
-    """The key in the header before an image, "" where there is no header."""
+    """Return the key in the header before an image, "" without a header."""
     return key_in(header_before(file, offset))
 
 
 def header_before(file: Any, offset: int) -> bytes:
-    """The block before an image, which should be its header; b"" where there is none."""
+    """Return the block before an image, which should be its header; b"" without one."""
     if offset < BLOCK:
         return b""
     file.seek(offset - BLOCK)

@@ -1,10 +1,9 @@
-"""From the paths of a source to splits, classes and labels.
+"""Splits, classes and labels from the paths of a source.
 
-Understood are ``train/CLASS/…`` with an optional ``val/CLASS/…``, ``CLASS/…`` (all of it training
-images), and images in one flat folder (training images without labels); each also inside
-further folders that hold nothing else, as in a tar of a folder. ``split_folders`` knows the names
-of split folders. Classes are numbered in the sorted order of their names, as torchvision's
-ImageFolder does.
+Supported are ``train/CLASS/…`` with an optional ``val/CLASS/…``, ``CLASS/…`` (all of it training
+images), and images in one flat folder (training images without labels); each also inside further
+folders that hold nothing else, as in a tar of a folder. ``split_folders`` knows the names of split
+folders. Classes are numbered in the sorted order of their names, as in torchvision's ImageFolder.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ GroundTruth = Callable[[Sequence[str]], Mapping[str, str | int]]
 
 
 class SourceImage(NamedTuple):
-    """One image of a split."""
+    """Image of a split."""
 
     name: str  # below the split, with "/": "n01440764/n01440764_18.JPEG"
     container: str
@@ -45,7 +44,7 @@ class SourceImage(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """An image that is not written, and why."""
+    """Skipped image, and the reason."""
 
     split: str
     name: str
@@ -54,7 +53,7 @@ class LeftOut(NamedTuple):
 
 @dataclass
 class Listing:
-    """What is to be written."""
+    """Images to write."""
 
     classes: list[str]
     splits: dict[str, list[SourceImage]]
@@ -75,12 +74,19 @@ def arrange(
 ) -> Listing:
     """Sort a source's images into splits and label them.
 
-    val_entries: a source of its own for the validation images. ground_truth: gives their classes
-    instead of the folders they lie in. per_class: of the training images, the first so many of
-    each class by name.
+    Args:
+        source: its name.
+        entries: its image files.
+        val_source: name of a separate source of validation images.
+        val_entries: its image files.
+        ground_truth: gives the validation images' classes instead of their folders.
+        unlabelled: use no labels.
+        train_only: use no validation images.
+        per_class: take only the first so many training images of each class, by name.
 
-    Raises UserError where the folders do not say which class an image has, where validation
-    images have a class that no training image has, or no label where training images do.
+    Raises:
+        UserError: Folders do not tell an image's class, or validation images have a class that no
+            training image has, or no label where training images have.
     """
     found = split_folders(source, entries)
     notes = found.notes
@@ -135,7 +141,7 @@ def arrange(
 
 @functools.lru_cache(1 << 16)
 def class_name(folder: str) -> str:
-    r"""The class that a folder's name means, as valid Unicode.
+    r"""Return the class of a folder's name, as valid Unicode.
 
     One name is one class, whether a file system spells é as one character or as two (NFC). Bytes
     that are no UTF-8 become \xe9.
@@ -145,7 +151,7 @@ def class_name(folder: str) -> str:
 
 
 def _refuse_classes(source: str, names: Collection[str]) -> None:
-    """UserError where classes are more, or have longer names, than an index may hold."""
+    """Raise UserError for more classes, or longer names, than an index may hold."""
     if len(names) > CLASSES:
         raise UserError(
             f"{source} has {len(names):,} folders of classes, and {CLASSES:,} is the limit. If "
@@ -160,7 +166,7 @@ def _refuse_classes(source: str, names: Collection[str]) -> None:
 
 
 def _alike(folders: Iterable[str]) -> list[str]:
-    """What to say of folders whose names hardly differ."""
+    """Warn of folders whose names hardly differ."""
     spellings: dict[str, set[str]] = {}
     for folder in set(folders):
         spellings.setdefault(class_name(folder), set()).add(folder)
@@ -188,7 +194,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _no_val(test: Split, number: Mapping[str, int]) -> str:
-    """Why test images cannot be used for validation; "": they can."""
+    """Explain why test images cannot be used for validation; "": they can."""
     if not number:
         return ""
     if any(len(path) == 1 for path, _ in test):
@@ -198,7 +204,7 @@ def _no_val(test: Split, number: Mapping[str, int]) -> str:
 
 
 def _labelled(where: str, found: Split, unlabelled: bool) -> bool:
-    """Whether a split's images lie in class folders; UserError when only some do."""
+    """Tell whether a split's images lie in class folders. Raises UserError: only some do."""
     if unlabelled:
         return False
     loose = [path for path, _ in found if len(path) == 1]
@@ -230,7 +236,7 @@ def _val(
     ground_truth: GroundTruth | None,
     unlabelled: bool,
 ) -> list[SourceImage]:
-    """The validation images, labelled as the training images are."""
+    """Label the validation images as the training images are."""
     if unlabelled or (ground_truth is None and not number):
         return [_image(path, entry, UNLABELLED) for path, entry in found]
     if ground_truth is None and not _labelled(where, found, unlabelled):
@@ -273,12 +279,12 @@ def _val(
 
 
 def image_stem(name: str) -> str:
-    """An image's name without folder and suffix, spelled as `class_name` does."""
+    """Return an image's name without folder and suffix, spelled as by `class_name`."""
     return class_name(PurePosixPath(name).stem)
 
 
 def _refuse_same_names(where: str, found: Split) -> None:
-    """UserError where a list of names could mean several images."""
+    """Raise UserError where a list of names could mean several images."""
     counts = Counter(image_stem(path[-1]) for path, _ in found)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
@@ -306,7 +312,7 @@ def _problem(image: SourceImage) -> str:
 
 
 def none_left(split: str, count: int, left_out: Sequence[LeftOut]) -> UserError:
-    """What to say where nothing could be taken of the images of a split."""
+    """Make the error of a split without usable images."""
     reasons = Counter(entry.reason for entry in left_out if entry.split == split).most_common(3)
     why = "; ".join(f"{number} x {printable(reason)}" for reason, number in reasons)
     return UserError(f"None of the {count} {split} images can be used: {why}.")

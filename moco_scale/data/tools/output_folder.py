@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is complete."""
+"""Output folder that appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class OutputFolder:
     """Context manager around the writing of folder ``out``.
 
     Inside, ``path`` is a new folder beside ``out`` (its name starts with ``out.partial-``);
-    ``finish()`` puts it in the place of ``out``. Leaving without ``finish()`` removes it. A killed
-    process leaves it under its partial name, locked by nobody, and the next run removes it.
+    ``finish()`` renames it to ``out``. Leaving without ``finish()`` removes it. A killed process
+    leaves it under its partial name, unlocked, and the next run removes it.
 
-    Raises UserError on entry: ``out`` exists and may not be, or must not be replaced; another
-    process is writing it; the place is not writable.
+    Raises:
+        UserError: On entry: ``out`` exists and must not be replaced, another process is writing it,
+            or the place is not writable.
     """
 
     def __init__(self, out: Path, overwrite: bool) -> None:
@@ -76,7 +77,7 @@ class OutputFolder:
         os.close(self._lock)
 
     def finish(self) -> None:
-        """Put the folder in its place; from here on it is what users see."""
+        """Rename the folder to its final name."""
         sync(self.path)
         try:
             if self.overwrite and self.out.is_dir() and any(self.out.iterdir()):
@@ -147,12 +148,12 @@ class OutputFolder:
 
 
 def _lock_of(folder: Path) -> Path:
-    """The file that is locked by who writes a partial folder."""
+    """Return the file that the writer of a partial folder locks."""
     return folder.with_name(f"{folder.name}.lock")
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder; a file system that cannot sync folders is left alone."""
+    """Sync a file or a folder to the disk; file systems that cannot sync folders are skipped."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():

@@ -1,8 +1,8 @@
-"""``python -m moco_scale shard --repair DIR``: keep what can be kept, and say what is lost.
+"""``python -m moco_scale shard --repair DIR``: keep readable images, list the lost ones.
 
-A tar whose structure is whole is left as it is: images in it that cannot be decoded are left out
-of the index. A tar whose structure is damaged is written anew from what can be read of it. What is
-replaced stays beside it under another name.
+A tar with an intact structure stays as it is: images in it that cannot be decoded are dropped from
+the index. A tar with a damaged structure is written anew from its readable members. Replaced files
+stay beside the new ones under another name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MOST_NAMED = 6
 
 
 class _Shard(NamedTuple):
-    """One shard as it will be."""
+    """Shard after the repair."""
 
     name: str  # below the folder
     examined: Examined
@@ -51,11 +51,11 @@ class _Shard(NamedTuple):
 
 
 def repair(path: Path, workers: int) -> int:
-    """Repair a folder of shards, where there is something to repair. Returns 0.
+    """Repair a folder of shards, if necessary. Returns 0.
 
     Raises:
-        UserError: there are no shards, one is there and cannot be read, nothing of a split can be
-            kept, or something cannot be written; the folder is then as it was.
+        UserError: There are no shards, one cannot be read, nothing of a split can be kept, or
+            something cannot be written; the folder is then as it was.
     """
     folder = list_folder(path)
     found = list(examine_all(folder, workers, f"examining {path}"))
@@ -92,7 +92,7 @@ def repair(path: Path, workers: int) -> int:
 
 
 def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | None:
-    """What becomes of a shard; None when nothing of it is left."""
+    """Repair a shard; None when nothing of it is left."""
     expected = examined.expected
     name = printable(expected.name)
     before = len(lost)
@@ -139,7 +139,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
 def _index(
     folder: Folder, splits: dict[str, list[_Shard]]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """index.json and the rows of each split."""
+    """Make index.json and the rows of each split."""
     everything = [(shard.name, shard.scan) for shards in splits.values() for shard in shards]
     for name, _ in everything:
         if problem := relative_problem(name):
@@ -184,9 +184,9 @@ def _put_in_place(
     rows: dict[str, np.ndarray],
     lost: list[LeftOut],
 ) -> list[Path]:
-    """Everything is written; now it takes the place of what was there, the index at last.
+    """Replace the old files by the new ones, the index last.
 
-    Returns what was there, under its new names.
+    Returns the old files under their new names.
     """
     backups = []
     for shards in splits.values():
@@ -217,7 +217,7 @@ def _put_in_place(
 
 
 def _free_name(path: Path, suffix: str) -> Path:
-    """A name beside a file for what it was: NAME.damaged, NAME.damaged-2, …"""
+    """Find a name for the old file: NAME.damaged, NAME.damaged-2, …"""
     for number in range(1, 1000):
         name = path.with_name(f"{path.name}.{suffix}" + (f"-{number}" if number > 1 else ""))
         if not name.exists():

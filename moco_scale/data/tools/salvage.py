@@ -1,4 +1,4 @@
-"""What can be kept of a tar whose structure is damaged, in a new tar."""
+"""Salvage of a tar with a damaged structure to a new tar."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WINDOW = 1 << 20  # bytes that are searched for headers at once
 
 
 class Salvaged(NamedTuple):
-    """What was kept and what was not."""
+    """Kept and lost samples."""
 
     kept: int
     lost: list[tuple[str, str]]
@@ -46,9 +46,11 @@ class _Sample(NamedTuple):
 def salvage(old: Path, new: Path, rows: np.ndarray | None) -> Salvaged:
     """Write the samples of `old` whose images can be decoded to `new`.
 
-    Where a header is damaged, the search goes on at the next one that is not; with `rows`, the
-    index of the shard, images behind damaged headers are found as well, and labels come from it.
-    Raises OSError.
+    After a damaged header, the search continues at the next intact one; with `rows`, the index of
+    the shard, images behind damaged headers are found as well, and labels come from it.
+
+    Raises:
+        OSError: A file cannot be read or written.
     """
     lost: list[tuple[str, str]] = []
     labels: dict[int, int] = {}
@@ -117,7 +119,7 @@ def _samples(file: BinaryIO, end: int) -> Iterator[_Sample]:
 
 
 def _own(sample: _Sample) -> list[_Sample]:
-    """The sample, or those of its images by the last dots of their names; see `scan_tar`."""
+    """Return the sample, or those of its images by the last dots of their names; see `scan_tar`."""
     if image_suffix(sample.members) is not None:
         return [sample]
     parts = by_last_dot(sample.members)
@@ -127,7 +129,7 @@ def _own(sample: _Sample) -> list[_Sample]:
 
 
 def _joined(samples: list[_Sample]) -> list[_Sample]:
-    """The samples, with labels and the like that lie apart from their images; see `scan_tar`."""
+    """Join labels and the like that lie apart from their images; see `scan_tar`."""
     imaged = {s.key: s for s in reversed(samples) if image_suffix(s.members) is not None}
     kept = []
     for sample in samples:
@@ -141,7 +143,7 @@ def _joined(samples: list[_Sample]) -> list[_Sample]:
 
 
 def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the files behind all headers that are whole, as far as they reach."""
+    """Yield (name, offset, size) of the files behind all intact headers, as far as they reach."""
     at, start, window = 0, 0, b""
     while at + BLOCK <= end:
         if at + BLOCK > start + len(window):
@@ -162,7 +164,7 @@ def _members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _by_index(file: BinaryIO, offset: int, size: int, end: int) -> _Sample:
-    """An image that no whole header leads to."""
+    """Return an image that no intact header leads to."""
     suffix = suffix_by_content(_bytes(file, offset, START_BYTES) if offset < end else b"")[1:]
     key = raw_key_in(header_before(file, offset)) or f"at-byte-{offset:012d}"
     return _Sample(key, {suffix: (offset, size)})

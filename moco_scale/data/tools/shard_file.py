@@ -1,4 +1,4 @@
-"""Writes one shard: reads its images from wherever they lie, and tells where they went."""
+"""Writing of one shard: reads its images from their sources, and returns their places."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from moco_scale.utils.text import printable
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are changed on the way: larger ones shrunk to short_side and saved as JPEG."""
+    """Re-encoding of images: larger ones are shrunk to short_side and saved as JPEG."""
 
     short_side: int
     quality: int
 
 
 class Task(NamedTuple):
-    """One shard to write."""
+    """Shard to write."""
 
     folder: str
     split: str
@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
 
 class Done(NamedTuple):
-    """One shard written."""
+    """Shard written."""
 
     rows: np.ndarray  # of INDEX_DTYPE; "shard" is still 0
     bytes: int
@@ -65,7 +65,8 @@ def shard_name(split: str, number: int) -> str:
 def write_shard(task: Task) -> Done:
     """Write one shard and read its headers back.
 
-    Raises UserError: the source cannot be read, the shard cannot be written.
+    Raises:
+        UserError: The source cannot be read, or the shard cannot be written.
     """
     import webdataset
 
@@ -104,7 +105,7 @@ def write_shard(task: Task) -> Done:
 
 
 class _Sink:
-    """The file that ShardWriter writes to, and the BLAKE2b-128 of what was written.
+    """File that ShardWriter writes to, with the BLAKE2b-128 of its bytes.
 
     After an error tarfile, when it is collected, writes once more; that is dropped here, or it
     would end as a second traceback.
@@ -130,7 +131,7 @@ class _Sink:
 
 
 def _checked(data: bytes, suffix: str, encoding: Encoding | None) -> tuple[bytes, str]:
-    """The bytes to write and their suffix; DecodeError when they are no image."""
+    """Return the bytes to write and their suffix. Raises DecodeError: they are no image."""
     rgb = decode_rgb(data)
     if encoding is None:
         return data, suffix
@@ -147,7 +148,7 @@ def _checked(data: bytes, suffix: str, encoding: Encoding | None) -> tuple[bytes
 
 
 def _rows(path: Path, labels: Sequence[int]) -> np.ndarray:
-    """The index of a finished shard, from its own headers; "shard" is still to be filled in."""
+    """Make the index of a finished shard from its headers; "shard" is filled in later."""
     rows = np.zeros(len(labels), INDEX_DTYPE)
     if labels:
         scan = scan_tar(path)
@@ -174,7 +175,7 @@ def close_sources() -> None:
 
 
 def source_bytes(image: SourceImage) -> bytes:
-    """The bytes of an image. Raises DecodeError: there are none to be had; UserError: no disk."""
+    """Read an image's bytes. Raises DecodeError: it is bad; UserError: the disk fails."""
     data = _own_bytes(image) if image.offset == 0 else _archived_bytes(image)
     if not data:
         raise DecodeError("empty file")
@@ -186,7 +187,7 @@ def source_bytes(image: SourceImage) -> bytes:
 
 
 def _own_bytes(image: SourceImage) -> bytes:
-    """Those of a file of its own; in an archive a header comes first."""
+    """Read a file of its own, or a member after its header."""
     try:
         with open(image.container, "rb", opener=without_waiting) as file:
             return file.read(IMAGE_FILE + 1)
@@ -217,7 +218,7 @@ def _unreadable(container: str, error: OSError) -> UserError:
 
 
 def _read_ahead(images: Sequence[SourceImage]) -> None:
-    """Tell the kernel what of the tars is wanted next: it reads in the order of the disk."""
+    """Ask the kernel to read the next images of the tars, in disk order."""
     if not hasattr(os, "posix_fadvise"):
         return
     for image in images:
@@ -229,7 +230,7 @@ def _read_ahead(images: Sequence[SourceImage]) -> None:
 
 @contextlib.contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """Errors of the file system while writing, as one sentence."""
+    """Convert errors of the file system while writing to one sentence."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Image files below a folder, as people have them: with links, pipes and files nobody may read."""
+"""Image files below a folder, with its links, pipes and unreadable files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _Identity = tuple[int, int]  # device, inode
 
 
 def scan_folder(top: Path, passed: PassedOver, without: Collection[Path] = ()) -> Iterator[Entry]:
-    """Image files below a folder; links are followed, a link to a folder above itself is not.
+    """Find image files below a folder; links are followed, except to a folder above.
 
     Args:
         top: the folder.
-        passed: counts what is no image.
-        without: folders that are not looked into.
+        passed: counts other files.
+        without: folders to skip.
 
     Raises:
-        UserError: folders that cannot be read; links that lead to a folder in very many ways.
-        OSError: the folder itself cannot be read.
+        UserError: Folders cannot be read, or links lead to a folder in very many ways.
+        OSError: The folder itself cannot be read.
     """
     left_alone = {_identity(os.stat(path)) for path in without if path.is_dir()}
     places: Counter[_Identity] = Counter()
@@ -108,7 +108,7 @@ def _file(child: os.DirEntry[str], path: str, passed: PassedOver) -> Iterator[En
 
 
 def _is_image(path: str) -> bool:
-    """Whether a file without a suffix is one by its first bytes."""
+    """Recognise an image without a suffix by its first bytes."""
     try:
         with open(path, "rb") as file:
             return bool(image_kind(file.read(START_BYTES)))

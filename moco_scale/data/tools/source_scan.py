@@ -1,4 +1,4 @@
-"""Lists the image files of a source, with the place of their bytes, without unpacking anything."""
+"""List of a source's image files, with the places of their bytes, without unpacking."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from moco_scale.utils.text import printable
 def scan(
     source: Path, scratch: Path, without: Collection[Path] = ()
 ) -> tuple[list[Entry], list[str]]:
-    """All image files of a source, sorted by path, and notes on what was passed over.
+    """List all image files of a source, sorted by path, with notes on skipped files.
 
     Args:
         source: a folder, a tar (also one of tars, or compressed), or a zip.
-        scratch: a folder on a disk with room; a compressed tar is decompressed to a file in it.
-        without: folders that are not looked into.
+        scratch: a folder on a disk with room, to decompress a tar to.
+        without: folders to skip.
 
     Raises:
-        UserError: no such file, not readable, no archive, a truncated or damaged one, the same
-            path twice, links in a tar, no images.
+        UserError: The source is missing, unreadable, no archive, truncated or damaged, has the same
+            path twice or links in a tar, or no images.
     """
     passed = PassedOver()
     entries = []
@@ -55,7 +55,7 @@ def scan(
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether there are images in a folder, not counting those in archives. Raises OSError."""
+    """Tell whether a folder has images, not counting archives. Raises OSError."""
     return next(scan_folder(folder, PassedOver()), None) is not None
 
 
@@ -76,7 +76,7 @@ def _entries(
 
 
 def _what_is_there(source: Path) -> str:
-    """A hint for a source without images."""
+    """Give a hint for a source without images."""
     suffixes = f"Images are files that end in {' '.join(sorted(IMAGE_SUFFIXES))}."
     if not source.is_dir():
         return suffixes

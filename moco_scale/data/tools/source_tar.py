@@ -31,10 +31,17 @@ _CHECKED_TAIL = 1 << 20
 
 
 def scan_tar(source: Path, tar: Path, passed: PassedOver) -> Iterator[Entry]:
-    """Image files in a tar, and in the tars directly in it.
+    """List image files in a tar, and in the tars directly in it.
 
-    source: the name for messages. passed: counts what is none. Raises UserError: it is no tar, is
-    damaged or truncated, holds links or sparse files instead of images. Raises OSError.
+    Args:
+        source: path of the user's file, for messages.
+        tar: path of the plain tar.
+        passed: counts other files.
+
+    Raises:
+        UserError: It is no tar, is damaged or truncated, or holds links or sparse files instead of
+            images.
+        OSError: It cannot be read.
     """
     with tar.open("rb") as file, tar.open("rb") as inner_file:
         end = os.fstat(file.fileno()).st_size
@@ -54,7 +61,7 @@ def scan_tar(source: Path, tar: Path, passed: PassedOver) -> Iterator[Entry]:
 def _named(
     content: Content, what: str, start: int, end: int, passed: PassedOver
 ) -> Iterator[tuple[Member, str]]:
-    """The members of a tar that are not hidden, with their paths in it."""
+    """Yield the members of a tar that are not hidden, with their paths in it."""
     headers = TarHeaders(content, what, _AGAIN, start, end)
     for member in headers:
         path = passed.path_of(member.name)
@@ -87,14 +94,16 @@ def _entry(
 
 
 def decompressed(path: Path) -> IO[bytes]:
-    """Open a file, decompressed if its first bytes say that it has to be. Raises OSError."""
+    """Open a file, decompressed if its first bytes require it. Raises OSError."""
     return (_opener(path) or Path.open)(path, "rb")
 
 
 def _opener(path: Path) -> Callable[[Any, str], Any] | None:
-    """What decompresses a file; None: it is not compressed.
+    """Find the decompressor of a file; None: it is not compressed.
 
-    Raises UserError: nothing here does. Raises OSError.
+    Raises:
+        UserError: None here can.
+        OSError: It cannot be read.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -105,10 +114,11 @@ def _opener(path: Path) -> Callable[[Any, str], Any] | None:
 
 
 def plain_tar(source: Path, scratch: Path) -> Path:
-    """The source itself, or the file it was decompressed to, a new one in scratch.
+    """Return the source itself, or the new file in scratch that it was decompressed to.
 
-    Raises UserError: it is damaged, of a kind that is not read, has no room, or is a bomb. Raises
-    OSError: it cannot be read.
+    Raises:
+        UserError: It is damaged, of an unknown kind, has no room, or is a bomb.
+        OSError: It cannot be read.
     """
     opener = _opener(source)
     if opener is None:

@@ -1,6 +1,6 @@
 """Image files in a zip, without unpacking it.
 
-The list of files at the end of a zip is read in parts, and of each file its place, so a zip of a
+The list of files at the end of a zip is read in pieces, and of each file its place, so a zip of a
 million files takes no more memory than a folder of them. Bytes are read by offset later, by many
 processes at once, as those in a tar. Format: APPNOTE.TXT of PKWARE, with zip64.
 """
@@ -36,7 +36,7 @@ _AGAIN = "Fetch it again."
 
 
 class _Listed(NamedTuple):
-    """A file in the list of a zip."""
+    """File in the list of a zip."""
 
     name: str
     flags: int
@@ -49,16 +49,22 @@ class _Listed(NamedTuple):
 
 
 def is_zip(source: Path, start: bytes) -> bool:
-    """Whether a file that begins with these bytes, four at least, is a zip."""
+    """Recognise a zip by its first bytes, four at least."""
     kinds = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08", b"PK00")
     return start.startswith(kinds) or source.suffix.lower() == ".zip"
 
 
 def scan_zip(source: Path, passed: PassedOver) -> Iterator[Entry]:
-    """Image files in a zip; those that cannot be read from it, such as encrypted ones, say why.
+    """List image files in a zip; unreadable ones, such as encrypted, have their reason.
 
-    passed: counts what is none. Raises UserError: it is no zip, is damaged, truncated or one of
-    several parts; files of it share bytes. Raises OSError.
+    Args:
+        source: path of the zip.
+        passed: counts other files.
+
+    Raises:
+        UserError: It is no zip, is damaged, truncated or one of several volumes, or its files share
+            bytes.
+        OSError: It cannot be read.
     """
     taken: list[tuple[int, int]] = []
     with source.open("rb") as file:
@@ -88,9 +94,10 @@ def scan_zip(source: Path, passed: PassedOver) -> Iterator[Entry]:
 
 
 def unpack(data: bytes, size: int, packed: Packed) -> bytes:
-    """The bytes of an image from those in the zip.
+    """Unpack an image from its bytes in the zip.
 
-    Raises ValueError: they are damaged, or not of the size and checksum that the zip says.
+    Raises:
+        ValueError: They are damaged, or of another size or checksum.
     """
     if packed.deflated:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -107,7 +114,7 @@ def unpack(data: bytes, size: int, packed: Packed) -> bytes:
 
 
 def _directory(file: BinaryIO, source: Path) -> tuple[int, int, int]:
-    """Where the list of files begins and ends, and by how much offsets in it are too small."""
+    """Find the start and end of the list of files, and the shift of its offsets."""
     length = os.fstat(file.fileno()).st_size
     tail_at = max(0, length - _END.size - _LONGEST_COMMENT)
     file.seek(tail_at)
@@ -137,7 +144,7 @@ def _directory(file: BinaryIO, source: Path) -> tuple[int, int, int]:
 
 
 def _files(file: BinaryIO, first: int, last: int, shift: int, source: Path) -> Iterator[_Listed]:
-    """The files in the list at [first, last)."""
+    """Yield the files in the list at [first, last)."""
     at = first
     while at < last:
         file.seek(at)
@@ -162,7 +169,7 @@ def _files(file: BinaryIO, first: int, last: int, shift: int, source: Path) -> I
 
 
 def _wide(extra: bytes, values: list[int]) -> list[int] | None:
-    """Size, packed size and offset, where they are in zip64's extra field; None: they should be."""
+    """Return size, packed size and offset from zip64's extra field; None: missing there."""
     wanted = [i for i, value in enumerate(values) if value == 0xFFFFFFFF]
     at = 0
     while wanted and at + 4 <= len(extra):
@@ -178,7 +185,7 @@ def _wide(extra: bytes, values: list[int]) -> list[int] | None:
 
 
 def _name(raw: bytes, is_utf8: bool) -> str:
-    """A file's name: many programs write UTF-8 without saying so, old ones code page 437."""
+    """Decode a file's name: many programs write UTF-8 without the flag, old ones code page 437."""
     raw = raw.partition(b"\0")[0]
     try:
         name = raw.decode("utf-8")
@@ -188,7 +195,7 @@ def _name(raw: bytes, is_utf8: bool) -> str:
 
 
 def _refusal(listed: _Listed) -> str:
-    """Why an image cannot be read, "": it can."""
+    """Explain why an image cannot be read, "": it can."""
     if listed.flags & _ENCRYPTED:
         return "encrypted in the zip"
     if listed.is_link:
@@ -223,12 +230,12 @@ def _entry(file: BinaryIO, listed: _Listed, path: str, source: Path) -> Entry:
 
 
 def _inflation(size: int) -> int:
-    """How many times its packed bytes an image may have."""
+    """Factor by which an image may exceed its packed bytes."""
     return _MOST_INFLATION if size <= _LARGE else _MOST_INFLATION_OF_LARGE
 
 
 def _starts_as_image(file: BinaryIO, entry: Entry) -> bool:
-    """Whether a file without a suffix is an image by its first bytes."""
+    """Recognise an image without a suffix by its first bytes."""
     assert entry.packed is not None
     file.seek(entry.offset)
     start = file.read(min(entry.packed.size, 4096))

@@ -1,7 +1,7 @@
-"""Entries of a source of images, and counts of what is passed over.
+"""Entries of a source of images, and counts of skipped files.
 
 A source is a folder, a tar or a zip. ``source_scan`` lists one; folders, tars and zips each have a
-file of their own, and all three keep to the rules here.
+module of their own, and all three follow the rules here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHOWN = 12
 
 
 class Packed(NamedTuple):
-    """How the bytes of an image lie in a zip."""
+    """Place of an image's bytes in a zip."""
 
     size: int  # bytes in the container
     deflated: bool
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One image file of a source."""
+    """Image file of a source."""
 
     path: str  # below the source, with "/": "train/n01440764/n01440764_18.JPEG"
     container: str  # the file to open: the image itself, or the archive it lies in
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
 
 
 class PassedOver:
-    """Counts what a source holds besides images."""
+    """Counts files of a source that are no images."""
 
     def __init__(self) -> None:
         self._hidden: Counter[str] = Counter()
@@ -55,7 +55,7 @@ class PassedOver:
         self._examples: dict[str, str] = {}
 
     def is_hidden(self, name: str) -> bool:
-        """Whether a component of a path is a system's or hidden; counts it then."""
+        """Tell whether a path's component is a system's or hidden, and count it then."""
         if not is_hidden(name):
             return False
         shown = "._…" if name.startswith("._") else name
@@ -63,7 +63,7 @@ class PassedOver:
         return True
 
     def path_of(self, name: str) -> str | None:
-        """The path of an archive's member, below the archive; None: hidden, which is counted.
+        """Return an archive member's path below the archive; None: hidden, counted.
 
         A leading ``/`` and ``..`` lead nowhere: nothing is unpacked.
         """
@@ -79,7 +79,7 @@ class PassedOver:
         self._examples.setdefault(suffix, path)
 
     def notes(self, source: object) -> list[str]:
-        """What a user should know about it, a line each."""
+        """Return notes for the user, a line each."""
         lines = []
         if self._hidden:
             kinds = ", ".join(f"{n} x {printable(name, 40)}" for name, n in _most(self._hidden))

@@ -1,8 +1,8 @@
-"""Which folders of a source are its splits: train, val and test under the names people give them.
+"""Split folders of a source: train, val and test under their usual names.
 
 A folder whose whole name is ``train`` or ``training``; ``val``, ``valid``, ``validation`` or
 ``dev``; ``test`` or ``testing``, in capitals or not. Where every folder has such a word in its name
-(``train2017``, ``val_images``), these are splits too. What could be a class is refused by name.
+(``train2017``, ``val_images``), these are splits too. A name that could be a class is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHOWN = 3
 
 
 class Splits(NamedTuple):
-    """The splits of a source."""
+    """Splits of a source."""
 
     splits: dict[str, Split]
     """Of "train", "val" and "test" those that there are."""
@@ -36,7 +36,8 @@ class Splits(NamedTuple):
 def split_folders(source: str, entries: Sequence[Entry]) -> Splits:
     """Sort a source's images into its splits; all are "train" where no folder is one.
 
-    Raises UserError: two folders mean the same split, or one may be a split or a class.
+    Raises:
+        UserError: Two folders mean the same split, or one may be a split or a class.
     """
     paths = [tuple(entry.path.split("/")) for entry in entries]
     depth = 0  # folders that hold everything
@@ -76,7 +77,7 @@ def split_folders(source: str, entries: Sequence[Entry]) -> Splits:
 
 
 def _meant(source: str, tops: Collection[str], loose: int) -> dict[str, str]:
-    """The split that a folder's name means, of those that mean one."""
+    """Return the split that a folder's name means."""
     meant = {name: SPLIT_WORDS[name.casefold()] for name in tops if name.casefold() in SPLIT_WORDS}
     if not meant and len(tops) > 1 and not loose:
         words = {name: _by_word(name) for name in tops}
@@ -93,7 +94,7 @@ def _meant(source: str, tops: Collection[str], loose: int) -> dict[str, str]:
 
 
 def _unwrapped(split: str, found: Split) -> Split:
-    """A split without the folder of its own name that archives are often unpacked with."""
+    """Unwrap a split from a folder of its own name, as archives are often unpacked."""
     first = found[0][0][0]
     twice = all(len(path) > 1 and path[0] == first for path, _ in found)
     if not twice or SPLIT_WORDS.get(first.casefold()) != split:
@@ -112,5 +113,5 @@ def _named(names: Collection[str]) -> str:
 
 
 def images_text(count: int) -> str:
-    """A number of images, in words."""
+    """Write a number of images in words."""
     return f"{count} image{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""What a set of shards holds, in numbers: all of it from the index, images from a sample."""
+"""Summary of a set of shards, from its index and a sample of images."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def _sampled(shards: Shards) -> dict[str, Any]:
 
 
 def _spread(values: np.ndarray) -> list[int]:
-    """[smallest, 5 %, median, 95 %, largest]"""
+    """Compute [smallest, 5 %, median, 95 %, largest]."""
     quantiles = np.quantile(values, [0, 0.05, 0.5, 0.95, 1], method="nearest")
     return [int(value) for value in quantiles]
 
 
 def print_summary(found: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print a summary."""
     tell(found["path"])
     made = found["made"]
     if made.get("by"):

@@ -1,8 +1,8 @@
-"""Writes images as WebDataset shards, in seeded random order, with their index.
+"""Writing of images as WebDataset shards, in seeded random order, with their index.
 
-What is written is a function of the images, their names and the seed: the order follows from a
-hash of (seed, split, name), each shard is one task, and the tar headers hold no date and no user.
-So any number of workers writes the same tars and the same index.
+The output is a function of the images, their names and the seed: the order follows from a hash of
+(seed, split, name), each shard is one task, and the tar headers hold no date and no user. So any
+number of workers writes the same tars and the same index.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from moco_scale.utils.text import printable
 
 @dataclass(frozen=True)
 class ShardSize:
-    """At most so many images, or about so many bytes, in a shard."""
+    """Size of a shard: at most so many images, or about so many bytes."""
 
     images: int | None = 1000
     bytes: int | None = None
 
     def count(self, images: Sequence[SourceImage]) -> int:
-        """How many shards these images fill."""
+        """Count the shards that these images fill."""
         if self.bytes is not None:
             wanted = -(-sum(p.size for p in images) // self.bytes)
         else:
@@ -58,7 +58,7 @@ class ShardSize:
 
 
 class Written(NamedTuple):
-    """What one split became."""
+    """Result of one split."""
 
     split: str
     images: int
@@ -77,14 +77,21 @@ def write_shards(
     workers: int = 1,
     made: dict[str, Any] | None = None,
 ) -> list[Written]:
-    """Write all splits of a listing, their index and the list of what was left out.
+    """Write all splits of a listing, their index and the list of skipped images.
 
-    folder: an existing folder for the files. verify: decode every image and leave out those that
-    cannot be decoded (with an encoding they are decoded anyway); what is left out is added to
-    listing.left_out. made: goes into index.json.
+    Args:
+        listing: images to write; skipped ones are added to its left_out.
+        folder: an existing folder for the files.
+        seed: of the order.
+        shard_size: of the shards.
+        encoding: of the images.
+        verify: decode every image and skip bad ones (an encoding decodes them anyway).
+        workers: processes.
+        made: goes into index.json.
 
-    Raises UserError: not enough room, a source that can no longer be read, a worker that was
-    killed, a split of which nothing is left.
+    Raises:
+        UserError: There is not enough room, a source can no longer be read, a worker was killed, or
+            nothing of a split is left.
     """
     import webdataset  # noqa: F401  (takes seconds; here, so that forked workers have it)
 
@@ -139,8 +146,10 @@ def write_shards(
 
 
 def random_order(images: Sequence[SourceImage], seed: int, split: str) -> list[SourceImage]:
-    """The images sorted by a hash of (seed, split, name): a seeded random order that does not
-    depend on any generator, and in which an image's place hardly depends on the others."""
+    """Sort images by a hash of (seed, split, name).
+
+    This random order depends on no generator, and an image's place hardly depends on the others.
+    """
     start = hashlib.blake2b(f"{seed}/{split}/".encode(), digest_size=16)
 
     def key(image: SourceImage) -> bytes:
@@ -159,7 +168,7 @@ def _tasks(
     verify: bool,
     encoding: Encoding | None,
 ) -> Iterator[Task]:
-    """One task a shard; their numbers of images differ by at most one."""
+    """Make one task a shard; their numbers of images differ by at most one."""
     count = shard_size.count(ordered)
     for shard in range(count):
         first, last = (len(ordered) * n // count for n in (shard, shard + 1))
@@ -168,7 +177,7 @@ def _tasks(
 
 
 def _run(tasks: Iterable[Task], workers: int, total: int, split: str) -> Iterator[Done]:
-    """The results in the order of the tasks."""
+    """Yield the results in the order of the tasks."""
     try:
         with Progress(split, total) as progress:
             for task, done in in_order(write_shard, tasks, workers):
@@ -184,9 +193,9 @@ def _run(tasks: Iterable[Task], workers: int, total: int, split: str) -> Iterato
 
 
 def _check_room(listing: Listing, folder: Path) -> None:
-    """UserError when the shards cannot fit: per image two headers and two padded bodies.
+    """Raise UserError when the shards cannot fit: per image two headers and two bodies.
 
-    What a zip says of sizes may be a lie, but no more than it says is written.
+    Sizes in a zip may be wrong, but no more than they say is written.
     """
     block = tarfile.BLOCKSIZE
     needed = sum(
