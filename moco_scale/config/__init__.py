@@ -1,1 +1,1 @@
-"""Settings: their schema and flags, recipes, and DeepSpeed files."""
+"""Configuration: schema and flags, recipes, and DeepSpeed files."""

@@ -1,4 +1,4 @@
-"""A user's DeepSpeed JSON: read, checked against the flags, its ``"auto"`` values filled in.
+"""DeepSpeed JSON of the user: read, checked against the flags, its ``"auto"`` values filled in.
 
 Plain data in, plain data out: DeepSpeed itself is not imported here.
 """
@@ -24,10 +24,10 @@ from moco_scale.utils.text import printable
 
 
 def _read(path: str) -> tuple[dict[str, Any], list[str]]:
-    """What a file holds of the right types, and what is wrong with the types of the rest.
+    """Read the values of right types, and the problems of the others.
 
     Raises:
-        UserError: missing or malformed file.
+        UserError: The file is missing or malformed.
     """
     given = read_deepspeed_file(path)
     wrong = wrong_types(given)
@@ -37,12 +37,12 @@ def _read(path: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def requested_precision(path: str) -> str:
-    """The precision a JSON switches on by itself: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    """Return the precision that a JSON asks for: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
 
-    What is wrong with the file beyond that is said by :func:`look_through`.
+    Other problems of the file are reported by :func:`look_through`.
 
     Raises:
-        UserError: missing or malformed file.
+        UserError: The file is missing or malformed.
     """
     given, _ = _read(path)
     if is_enabled(given.get("fp16"), False):
@@ -54,10 +54,10 @@ def requested_precision(path: str) -> str:
 
 
 def requested_number(path: str, key: str) -> float | None:
-    """A number at the top of a JSON that a flag decides too; None: the JSON leaves it to the flag.
+    """Return a top-level number that is also a flag; None: it is left to the flag.
 
     Raises:
-        UserError: missing or malformed file.
+        UserError: The file is missing or malformed.
     """
     value = _read(path)[0].get(key)
     return None if value in (AUTO, None) else float(value)
@@ -65,13 +65,13 @@ def requested_number(path: str, key: str) -> float | None:
 
 @dataclass(frozen=True)
 class ReadConfiguration:
-    """A DeepSpeed JSON made ready.
+    """Checked DeepSpeed JSON.
 
     Attributes:
-        configuration: what DeepSpeed gets.
+        configuration: for DeepSpeed.
         scaling: fp16's loss scale, which is ours.
-        notes: lines that say what was changed or has no effect, and why.
-        problems: lines that say what has to be put right first; nothing else counts then.
+        notes: lines about changes and keys without effect, with reasons.
+        problems: lines about values that must be corrected first; then the rest is void.
     """
 
     configuration: dict[str, Any]
@@ -81,12 +81,12 @@ class ReadConfiguration:
 
     @property
     def stage(self) -> int:
-        """ZeRO's, 0 to 3."""
+        """Stage of ZeRO, 0 to 3."""
         return int(self.configuration["zero_optimization"]["stage"])
 
 
 def refuse(path: str, problems: list[str]) -> None:
-    """Raise a UserError that says all that is wrong with a file; nothing where nothing is."""
+    """Raise a UserError with all problems of a file, if there are any."""
     if not problems:
         return
     start = f"{WHAT} {printable(path)}:"
@@ -112,8 +112,8 @@ def look_through(
     """Read a DeepSpeed JSON, replace every ``"auto"`` and find every contradiction.
 
     Half precision is not left to DeepSpeed: MoCo casts by itself and scales its loss by itself, so
-    that weights, BatchNorm and the average stay fp32 whatever the stage. The sections that ask for
-    it are therefore read, checked and taken out; loss scaling is returned beside the rest.
+    that weights, BatchNorm and the average stay fp32 in every stage. The sections that ask for it
+    are therefore read, checked and removed; loss scaling is returned beside the rest.
 
     Args:
         path: the JSON file.
@@ -122,14 +122,14 @@ def look_through(
         precision: ``--precision``.
         clip_norm: ``--clip-grad``.
         micro_batches: ``--accumulation-steps``.
-        parameters: how many numbers are trained; bounds bucket sizes.
-        overlap: whether gradients are reduced while backward still runs, where it does not say.
+        parameters: trained numbers; bounds bucket sizes.
+        overlap: default of reducing gradients during backward.
         compiled: ``--compile``.
-        may_overlap: False: they must not be, or processes might wait for each other for ever.
-        batch_flag: what messages call the batch; by default the flag and its value.
+        may_overlap: False: overlap is refused, as processes might deadlock.
+        batch_flag: name of the batch in messages; by default the flag and its value.
 
     Raises:
-        UserError: missing or malformed file.
+        UserError: The file is missing or malformed.
     """
     batch_flag = batch_flag or f"--batch-size {batch_size}"
     result, problems = _read(path)
@@ -222,7 +222,7 @@ def _zero(
 
 
 def _offload(config: dict[str, Any], zero: dict[str, Any], stage: int, problems: list[str]) -> None:
-    """Optimizer state on the CPU is DeepSpeed's business; weights there are refused."""
+    """Allow the optimizer state on the CPU; refuse weights there."""
     for key in ("cpu_offload", "cpu_offload_param", "offload_param"):
         section = zero.pop(key, None)
         target = section.get("device") if isinstance(section, dict) else section

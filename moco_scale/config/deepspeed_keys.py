@@ -1,4 +1,4 @@
-"""Which keys of a DeepSpeed JSON work here, which have no effect, and which change results."""
+"""Keys of a DeepSpeed JSON that are refused, have no effect, or change results."""
 
 from __future__ import annotations
 
@@ -158,15 +158,15 @@ _OLD_NAMES = {"bfloat16": "bf16"}
 
 
 def misspelt(given: Iterable[str], known: Iterable[str], place: str = "") -> dict[str, str]:
-    """Name keys that DeepSpeed does not know and that look like one it does.
+    """Find keys that DeepSpeed does not know and that look like one it does.
 
     Args:
         given: keys of a file.
-        known: those there are.
+        known: DeepSpeed's keys.
         place: of both in the file, with a dot at its end; at the top by default.
 
     Returns:
-        What each may be meant to be, by key.
+        The likely meaning of each, by key.
     """
     known = set(known)
     found = {}
@@ -182,17 +182,17 @@ def misspelt(given: Iterable[str], known: Iterable[str], place: str = "") -> dic
 
 
 def is_off(value: Any) -> bool:
-    """Whether a value asks for nothing, whatever its key."""
+    """Tell whether a value asks for nothing, whatever its key."""
     return not value or (isinstance(value, dict) and value.get("enabled") is False)
 
 
 def take_keys(config: dict[str, Any], problems: list[str], notes: list[str]) -> None:
-    """Say what is misspelt, changes results or has no effect, and take all of it out.
+    """Report and remove keys that are misspelt, change results or have no effect.
 
     Args:
-        config: what a file holds, of the right types.
-        problems: gets a line for each key that is refused.
-        notes: gets a line for each key, or set of them, that has no effect.
+        config: content of a file, of the right types.
+        problems: gets a line for each refused key.
+        notes: gets a line for each key, or set of keys, without effect.
     """
     _take_unknown(config, KNOWN, "", problems, notes)
     for section, known in _INSIDE.items():
@@ -227,13 +227,13 @@ def _take_unknown(
 
 
 def take_reports(config: dict[str, Any], stage: int, problems: list[str], notes: list[str]) -> None:
-    """Take out what DeepSpeed cannot report here, with a line for each, or for a missing package.
+    """Remove reports that DeepSpeed cannot write here, with a line for each.
 
     Args:
-        config: what a file holds, of the right types.
+        config: content of a file, of the right types.
         stage: ZeRO's.
-        problems: gets a line for each package that is missing.
-        notes: gets a line for each key that has no effect.
+        problems: gets a line for each missing package.
+        notes: gets a line for each key without effect.
     """
     for name, package in MONITORS.items():
         if (config.get(name) or {}).get("enabled") and not _is_installed(package):
@@ -271,12 +271,12 @@ def take_reports(config: dict[str, Any], stage: int, problems: list[str], notes:
 
 
 def unwritable_reports(config: dict[str, Any]) -> list[str]:
-    """A line for each place of a report, on this machine, where it cannot be written.
+    """Return a line for each place of a report that is not writable on this machine.
 
     Only the first rank writes them. Nothing is made: preflight asks too.
 
     Args:
-        config: what a file holds, once :func:`take_reports` has seen it.
+        config: content of a file, after :func:`take_reports`.
     """
     lines = []
     for section, key in (*_PLACES, *_FILES):
@@ -299,21 +299,21 @@ def unwritable_reports(config: dict[str, Any]) -> list[str]:
 
 
 def _of_kernel(folder: Path) -> bool:
-    """Whether nobody can make anything there, whatever its permissions say."""
+    """Tell whether nobody can make anything there, whatever its permissions."""
     return any(folder.is_relative_to(root) for root in ("/proc", "/sys"))
 
 
 def reports_by_log(config: dict[str, Any]) -> bool:
-    """Whether what is left of a file is reported through DeepSpeed's log, which is muted else."""
+    """Tell whether a file's report goes through DeepSpeed's log, which is muted otherwise."""
     return bool({"steps_per_print", "comms_logger"} & config.keys())
 
 
 def take_other_stages(zero: dict[str, Any], stage: int, notes: list[str]) -> None:
-    """Take out what belongs to another stage, with a line that names all of it.
+    """Remove keys of other stages, with a line that names all of them.
 
     Args:
-        zero: the section ``zero_optimization``, without what :func:`take_keys` has taken.
-        stage: in it.
+        zero: the section ``zero_optimization``, after :func:`take_keys`.
+        stage: of the file.
         notes: gets the line.
     """
     if stage == 3:
@@ -340,7 +340,7 @@ def take_other_stages(zero: dict[str, Any], stage: int, notes: list[str]) -> Non
 
 
 def _find(config: dict[str, Any], place: str) -> tuple[dict[str, Any] | None, str]:
-    """The object that has the last name of a place, None where none has; and that name."""
+    """Find the object with the last name of a place, None for none; and that name."""
     *sections, key = place.split(".")
     holder: Any = config
     for name in sections:

@@ -1,4 +1,4 @@
-"""What a DeepSpeed JSON says of precision: checked against ``--precision``, and carried out by us.
+"""Precision in a DeepSpeed JSON: checked against ``--precision``, and implemented by us.
 
 Its ``bf16``, ``fp16`` and ``torch_autocast`` sections never reach DeepSpeed.
 """
@@ -47,7 +47,7 @@ _LARGEST_POWER = 127  # of two in fp32, which the scaled loss is
 
 
 def is_enabled(section: dict[str, Any] | None, automatic: bool) -> bool:
-    """Whether a section is on; an absent or empty one is off, ``"auto"`` is what is given."""
+    """Tell whether a section is on; an absent or empty one is off, ``"auto"`` as given."""
     value = (section or {}).get("enabled", "auto" if section else False)
     return automatic if value == "auto" else bool(value)
 
@@ -55,16 +55,16 @@ def is_enabled(section: dict[str, Any] | None, automatic: bool) -> bool:
 def take_precision(
     config: dict[str, Any], precision: str, problems: list[str], notes: list[str]
 ) -> LossScaling:
-    """Check what the sections say against ``--precision`` and take them out.
+    """Check the sections against ``--precision`` and remove them.
 
     Args:
-        config: what a file holds, of the right types; the sections are removed.
+        config: content of a file, of the right types; the sections are removed.
         precision: ``--precision``.
-        problems: gets a line for each contradiction, misspelt key and value that cannot be.
-        notes: gets a line for each key that has no effect.
+        problems: gets a line for each contradiction, misspelt key and impossible value.
+        notes: gets a line for each key without effect.
 
     Returns:
-        fp16's loss scale, ours where the file says nothing usable.
+        fp16's loss scale, ours where the file has nothing usable.
     """
     scaling = LossScaling()
     sections = {name: config.pop(name, None) or {} for name in SECTIONS}
@@ -113,7 +113,7 @@ def take_precision(
 
 
 def _loss_scaling(section: dict[str, Any], problems: list[str]) -> LossScaling:
-    """The dynamic loss scaling of an ``fp16`` section; ``"auto"`` means our default."""
+    """Read the dynamic loss scaling of an ``fp16`` section; ``"auto"`` means our default."""
     fixed = section.get("loss_scale")
     if fixed not in ("auto", None) and (isinstance(fixed, bool) or fixed != 0):
         problems.append(

@@ -1,5 +1,4 @@
-"""Flags of the official MoCo, and our own older ones, that are called otherwise or are gone: said
-when one of them is given."""
+"""Flags of the official MoCo, and our own older ones, with their names here."""
 
 from __future__ import annotations
 
@@ -47,10 +46,10 @@ EVALUATION = _BOTH | {
 
 
 class HintingParser(Parser):
-    """Says of flags that it does not know what they are called here.
+    """Parser that hints at the names of unknown flags here.
 
     Args:
-        older: the flag to use, or a word about it, by the name elsewhere.
+        older: the flag to use, or a hint, by the name elsewhere.
         settings: as of :class:`argparse.ArgumentParser`.
     """
 

@@ -1,4 +1,4 @@
-"""Published runs as data: settings, where they come from, how to start them, what they reach."""
+"""Recipes, published runs as data: settings, their source, command and result."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """One published run.
+    """Published run.
 
     Attributes:
-        source: where the settings come from.
+        source: of the settings.
         command: starts it.
-        published: the accuracy its authors report.
-        settings: values of the configuration's fields; a flag given by hand goes before them.
-        published_for: other values of fields that `published` also speaks of.
+        published: accuracy that its authors report.
+        settings: values of the configuration's fields; flags take precedence.
+        published_for: other values of fields to which `published` applies too.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""A run's settings as its files keep them: ``config`` of meta.json, ``opt`` of current.pth."""
+"""Settings of a run in its files: ``config`` of meta.json, ``opt`` of current.pth."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TEXT = 1 << 16
 
 @cache
 def _kinds() -> dict[str, Any]:
-    """The type of each flag's value."""
+    """Return the type of each flag's value."""
     hints = {name: get_type_hints(section) for name, section in SECTIONS.items()}
     return {
         field.name: hints[name][field.name]
@@ -45,9 +45,9 @@ def _settings(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problem(kind: Any, value: Any) -> str | None:
-    """Why a value is none that a flag of this type has; None: it is one.
+    """Explain why a value does not fit a flag's type; None: it fits.
 
-    A flag that is not known, as of another version, may have any plain value.
+    An unknown flag, as of another version, may have any plain value.
     """
     if isinstance(value, bool) or value is None:
         fits = kind in (None, bool if value is not None else None)
@@ -80,7 +80,7 @@ def _one_of(known: tuple[Any, ...]) -> AfterValidator:
 
 
 class EncoderSettings(Document):
-    """What of a model file's ``opt`` decides the encoder that is built, and what it is shown."""
+    """Settings in a model file's ``opt`` that define the encoder and its input."""
 
     model: Annotated[str, _one_of(MODELS)]
     model_width: Annotated[int, _one_of(WIDTHS)]
@@ -93,7 +93,7 @@ class EncoderSettings(Document):
 
 
 class ModelFile(Document):
-    """The plain values of a model file."""
+    """Plain values of a model file."""
 
     opt: Settings
     epoch: Annotated[int, Field(ge=0, lt=STEPS)] = 0

@@ -1,4 +1,4 @@
-"""End a process in an orderly way when its launcher is gone."""
+"""Orderly end of a process when its launcher is gone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _told: Callable[[str], None] = _end_now
 
 @contextlib.contextmanager
 def told_instead(told: Callable[[str], None]) -> Iterator[None]:
-    """Within, `told` is called by a thread when the launcher is gone; else the process ends."""
+    """Call `told` from a thread when the launcher is gone, instead of ending the process."""
     global _told
     before, _told = _told, told
     try:
@@ -40,9 +40,9 @@ def told_instead(told: Callable[[str], None]) -> Iterator[None]:
 
 
 def leave_with_launcher(environ: Mapping[str, str]) -> None:
-    """End this process, in an orderly way where there is one, when its launcher is gone.
+    """End this process, orderly where possible, when its launcher is gone.
 
-    Only of one that a launcher has started, or a program that says so in :data:`STARTER`: ``nohup
+    It applies only to processes of a launcher, or of a program that sets :data:`STARTER`: ``nohup
     python train.py &`` outlives its shell. deepspeed's processes are started by its second program,
     which does not end with the first.
     """

@@ -56,7 +56,7 @@ def rank_of(environ: Mapping[str, str]) -> int:
 
 
 def speaker(environ: Mapping[str, str]) -> str:
-    """Beginning of a message that only this rank has: "rank 3 on node-b: "; "" of rank 0."""
+    """Return the beginning of a message of this rank only: "rank 3 on node-b: "; "" of rank 0."""
     rank = rank_of(environ)
     return f"rank {rank} on {socket.gethostname()}: " if rank else ""
 
@@ -101,7 +101,7 @@ def complete_environment(environ: MutableMapping[str, str]) -> Place:
         The place of this process, from the variables set before.
 
     Raises:
-        UserError: the environment contradicts itself, or does not say what is needed.
+        UserError: The environment contradicts itself, or is incomplete.
     """
     place = find_place(environ)
     if place is None:

@@ -1,4 +1,4 @@
-"""One run at a time in an output folder."""
+"""Lock of an output folder: one run at a time."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class RunLock:
     """Keeps other runs out of a folder for as long as this process lives.
 
     Args:
-        path: the file that says who writes there.
+        path: the lock file, with the writer's mark.
         host: this one's name.
         clock: seconds.
-        sleep: for so many of them.
+        sleep: for so many seconds.
 
     Attributes:
         path: the file.
-        mark: what this process writes into it.
+        mark: of this process, in the file.
     """
 
     def __init__(
@@ -53,15 +53,16 @@ class RunLock:
         self._alone = threading.Lock()  # who saves in the background asks too
 
     def claim(self) -> None:
-        """Take it; of another host's, wait a while whether it is that of one that has died.
+        """Take the lock; wait a while for another host's, which may have died.
 
-        What was known of the folder before may be out of date afterwards.
+        Check the folder only afterwards: it may have changed before.
 
         Raises:
-            UserError: another run on this host has it.
-            StoppedEarly: one on another host still has it: it may be saving, so that the same
-                command finds the folder free later.
-            OSError: the file cannot be written.
+            UserError: Another run on this host has it.
+            StoppedEarly: A run on another host still has it: it may be saving, so that the same
+                command
+                finds the folder free later.
+            OSError: The file cannot be written.
         """
         file = self._open()
         deadline: float | None = None
@@ -95,13 +96,14 @@ class RunLock:
         os.fsync(file.fileno())
 
     def hold(self) -> bool:
-        """See that the folder is still this run's; make it again where somebody has removed it.
+        """Check, before a write, that the folder is this run's; make it again if it was removed.
 
-        Called before anything is written there. Whether it was made again.
+        Returns:
+            Whether it was made again.
 
         Raises:
-            UserError: another run has taken the folder meanwhile.
-            OSError: it cannot be made.
+            UserError: Another run has taken the folder.
+            OSError: It cannot be made.
         """
         with self._alone:
             if self._file is None or self._is_there(self._file):
@@ -139,10 +141,11 @@ class RunLock:
 
 
 def claim_for_all(lock: RunLock) -> None:
-    """Rank 0 takes a lock for all ranks, which all call this.
+    """Take a lock on rank 0 for all ranks; all call it.
 
     Raises:
-        UserError, StoppedEarly: as :meth:`RunLock.claim`, on every rank; it cannot be written.
+        UserError: As in :meth:`RunLock.claim`, on every rank; or it cannot be written.
+        StoppedEarly: As in :meth:`RunLock.claim`, on every rank.
     """
 
     def claim() -> StoppedEarly | None:

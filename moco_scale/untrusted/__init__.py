@@ -1,6 +1,6 @@
-"""What comes from outside: files, servers, checkpoints, the store. Everything passes through here.
+"""Untrusted input: files, servers, checkpoints, the store. All of it passes through here.
 
-``limits`` says how much of each is read, ``documents`` turns JSON into checked values, ``names``
-turns a name into a path below a folder, ``text`` makes foreign text fit to be shown. The schema of
-each document stands in a file of its own. Nothing received decides where something is written.
+``limits`` bounds how much of each is read, ``documents`` turns JSON into checked values, ``names``
+turns a name into a path below a folder. The schema of each document has a module of its own.
+Nothing received decides where something is written.
 """

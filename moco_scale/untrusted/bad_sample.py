@@ -1,4 +1,4 @@
-"""A line of ``bad_samples.jsonl``, which a run that is resumed takes up again."""
+"""Line of ``bad_samples.jsonl``, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Number = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class BadSampleLine(Document):
-    """An image that could not be decoded, as far as a run that goes on needs to know it."""
+    """Image that could not be decoded, as far as a resumed run needs it."""
 
     sample: _Number
     shard: Annotated[str, Field(max_length=NAME_CHARACTERS)]

@@ -1,4 +1,4 @@
-"""A checkpoint's ``.metadata``: which tensors there are, and which bytes of which file hold them.
+"""Index (``.metadata``) of a checkpoint: its tensors, and their bytes in its files.
 
 ``torch.distributed.checkpoint`` writes it as a pickle of its own classes; here it is plain data.
 """
@@ -43,14 +43,14 @@ _AROUND = 64 * KB
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows of a tensor (a scalar has one), and where they lie.
+    """Consecutive rows of a tensor (a scalar has one), and their place.
 
     Attributes:
         first: the first row.
-        rows: how many.
+        rows: their number.
         file: its name in the checkpoint's folder.
         offset: of the first byte.
-        length: in bytes, of a file of ``torch.save`` that holds these rows.
+        length: in bytes, of a file of ``torch.save`` with these rows.
     """
 
     first: int
@@ -62,7 +62,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a checkpoint; its chunks are all of its rows, in their order."""
+    """Tensor of a checkpoint; its chunks are all of its rows, in order."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ def parse_index(content: bytes) -> dict[str, Entry]:
     """Read an index.
 
     Raises:
-        PickleError: it is damaged, or does not say of each tensor where all of it lies.
+        PickleError: It is damaged, or lacks the places of a tensor.
     """
     try:
         return _entries(read_pickle(content, _NAMES))

@@ -1,4 +1,4 @@
-"""The user's DeepSpeed JSON: read within bounds, and every value that is used here of its type."""
+"""DeepSpeed JSON of the user, read within bounds; every value used here has its type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _whole(least: int) -> Test:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number of a size that it can be, which ``true`` is not."""
+    """Tell whether a value is a finite number of a possible size; ``true`` is none."""
     return _is_any_number(value) and _fits(value)
 
 
@@ -89,8 +89,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
 
     Raises:
-        DocumentError: it is missing or unreadable, larger than it can be, no JSON object, or says
-            a key twice.
+        DocumentError: It is missing, unreadable, too large, no JSON object, or has a key twice.
     """
     content = read_named(path, SETTINGS_JSON, WHAT)
     what = f"{WHAT} {printable(path)}"
@@ -111,7 +110,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 
 
 def wrong_types(content: dict[str, Any]) -> dict[str, str]:
-    """Say which values are not of their type: the problem by place, such as ``fp16.enabled``."""
+    """Find values of wrong types: the problem by place, such as ``fp16.enabled``."""
     found = {}
     for place, (fits, must, automatic) in _TYPES.items():
         holder = _holder(content, place)
@@ -131,19 +130,19 @@ def wrong_types(content: dict[str, Any]) -> dict[str, str]:
 
 
 def remove(content: dict[str, Any], place: str) -> None:
-    """Take the value of a place out, where it is there."""
+    """Remove the value at a place, if there is one."""
     holder = _holder(content, place)
     if holder is not None:
         holder.pop(place.rpartition(".")[2], None)
 
 
 def shown(value: Any) -> str:
-    """Return a value as Python writes it, fit for a message."""
+    """Return a value as Python writes it, printable."""
     return printable(repr(value), 80)
 
 
 def _holder(content: dict[str, Any], place: str) -> dict[str, Any] | None:
-    """The object in which the last name of a place is looked for; None: it is not there."""
+    """Find the object that should have the last name of a place; None: it is missing."""
     section: Any = content
     for name in place.split(".")[:-1]:
         section = section.get(name)
@@ -153,7 +152,7 @@ def _holder(content: dict[str, Any], place: str) -> dict[str, Any] | None:
 
 
 def _numbers(value: Any, place: str) -> Iterator[tuple[str, int | float]]:
-    """Every number in a document, with its place; at most 200 levels deep."""
+    """Yield every number in a document, with its place; at most 200 levels deep."""
     if isinstance(value, dict):
         for key, each in value.items():
             yield from _numbers(each, f"{place}.{printable(key, 60)}" if place else printable(key))

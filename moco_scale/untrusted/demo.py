@@ -1,4 +1,4 @@
-"""The marker of the output folder of a demo that can be gone on with."""
+"""Marker of a demo's output folder, which the demo can continue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moco_scale.untrusted.documents import Document
 
 
 class DemoSettings(Document):
-    """Of the demo that made the folder; plain values by flag."""
+    """Settings of the demo that made the folder; plain values by flag."""
 
     images: dict[str, Any]
     """What decides the shards."""

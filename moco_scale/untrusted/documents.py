@@ -1,4 +1,4 @@
-"""JSON from outside, turned into values of a schema or refused by name."""
+"""JSON from outside, converted to values of a schema or refused by name."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _SHOWN_PROBLEMS = 5
 
 
 class Document(BaseModel):
-    """Base of every schema: values keep their type, numbers are finite, it cannot be changed.
+    """Base of every schema: strict types, finite numbers, immutable.
 
-    Keys that a schema does not name are dropped: a later version may write more.
+    Keys that a schema lacks are dropped: a later version may write more.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class DocumentError(UserError):
-    """A document that is too large, no JSON, or not what its schema says; names all of it."""
+    """Document that is too large, no JSON, or does not fit its schema; has all problems."""
 
 
 D = TypeVar("D", bound=Document)
@@ -39,11 +39,11 @@ def parse_json(content: bytes, what: str) -> Any:
     """Parse JSON of any shape.
 
     Args:
-        content: UTF-8; a byte-order mark is passed over.
+        content: UTF-8; a byte-order mark is skipped.
         what: names the document in messages, with its place.
 
     Raises:
-        DocumentError: it is no JSON, is nested too deeply (200 levels), holds NaN or Infinity, or
+        DocumentError: It is no JSON, is nested too deeply (200 levels), holds NaN or Infinity, or
             has more than a million lists and objects.
     """
     if content.count(b"[") + content.count(b"{") > CONTAINERS:
@@ -58,16 +58,17 @@ def parse_document(content: bytes, schema: type[D], what: str) -> D:
     """Parse JSON of a schema.
 
     Raises:
-        DocumentError: as :func:`parse_json`, or it does not fit the schema; says where.
+        DocumentError: As :func:`parse_json`, or it does not fit the schema; the message has the
+            place.
     """
     return check(parse_json(content, what), schema, what)
 
 
 def check(value: Any, schema: type[D], what: str) -> D:
-    """Turn plain values into those of a schema.
+    """Convert plain values to those of a schema.
 
     Raises:
-        DocumentError: they do not fit; names each place, five at most.
+        DocumentError: They do not fit; the message has five places at most.
     """
     try:
         return schema.model_validate(value)
@@ -89,8 +90,8 @@ def read_bounded(path: str | Path, limit: int, what: str) -> bytes:
     """Read a whole file of at most ``limit`` bytes.
 
     Raises:
-        DocumentError: it has more.
-        OSError: it cannot be read, or is no regular file.
+        DocumentError: It has more.
+        OSError: It cannot be read, or is no regular file.
     """
     with open(path, "rb", opener=without_waiting) as file:
         # One byte more shows that there is more; the size that a file claims may be another.
@@ -101,10 +102,10 @@ def read_bounded(path: str | Path, limit: int, what: str) -> bytes:
 
 
 def without_waiting(path: str, flags: int) -> int:
-    """An ``opener`` for :func:`open` that takes regular files alone; a pipe is not waited for.
+    """Open regular files only, without waiting for a pipe: an ``opener`` for :func:`open`.
 
     Raises:
-        OSError: also where it is a folder, a pipe or a device.
+        OSError: Also for a folder, a pipe or a device.
     """
     file = os.open(path, flags | os.O_NONBLOCK)
     kind = os.fstat(file).st_mode
@@ -120,7 +121,7 @@ def read_named(path: str | Path, limit: int, what: str) -> bytes:
     """Read a whole file that a user has named.
 
     Raises:
-        DocumentError: it is missing or unreadable, or too large.
+        DocumentError: It is missing, unreadable, or too large.
     """
     try:
         return read_bounded(path, limit, what)
@@ -134,7 +135,7 @@ def read_json(path: str | Path, limit: int, what: str) -> Any:
     """Read a JSON file of any shape.
 
     Raises:
-        DocumentError: it is missing or unreadable, too large, or no JSON.
+        DocumentError: It is missing, unreadable, too large, or no JSON.
     """
     return parse_json(read_named(path, limit, what), f"{what} {path}")
 
@@ -143,7 +144,7 @@ def read_document(path: str | Path, schema: type[D], limit: int, what: str) -> D
     """Read a JSON file of a schema.
 
     Raises:
-        DocumentError: as :func:`read_json`, or it does not fit the schema.
+        DocumentError: As :func:`read_json`, or it does not fit the schema.
     """
     return check(read_json(path, limit, what), schema, f"{what} {path}")
 
@@ -154,7 +155,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
     A line of more than ``limits.LINE`` bytes comes in pieces.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: It cannot be read, or is no regular file.
     """
     with open(path, "rb", opener=without_waiting) as file:
         while line := file.readline(LINE):
@@ -162,9 +163,9 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 
 def record_of(line: bytes) -> dict[str, Any] | None:
-    """Return the object in a line of JSON; None for one that a kill has cut, or of other things.
+    """Return the object in a line of JSON; None for a cut-off line, or other content.
 
-    NaN stays what it is: a loss that was logged.
+    NaN stays NaN: a loss may have been logged so.
     """
     try:
         record = from_json(line)
@@ -174,7 +175,7 @@ def record_of(line: bytes) -> dict[str, Any] | None:
 
 
 def at_most(count: int) -> BeforeValidator:
-    """Refuse a table of more entries before any of them is looked at."""
+    """Refuse a table of too many entries before looking at any."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict | list) and len(value) > count:

@@ -1,6 +1,6 @@
-"""How much of each document from outside is read, in bytes unless a name says otherwise.
+"""Limits of documents from outside, in bytes unless a name tells otherwise.
 
-Compared before anything is allocated. Each is far above what a real document has.
+Compared before anything is allocated. Each is far above a real document.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plain values of an unfinished linear evaluation's file."""
+"""Plain values of an unfinished linear evaluation's file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class Epoch(Document):
-    """What was measured in one epoch; accuracies in percent."""
+    """Results of one epoch; accuracies in percent."""
 
     train_loss: float
     train_top1: Percent
@@ -22,13 +22,13 @@ class Epoch(Document):
 
 
 class Identity(Document):
-    """What an evaluation must agree in to be continued; whatever else there is, is compared."""
+    """Values that must be the same to continue an evaluation; others are compared too."""
 
     epochs: Annotated[int, Field(gt=0, lt=STEPS)]
 
 
 class LinearFile(Document):
-    """Where it stands."""
+    """State of the evaluation."""
 
     identity: Annotated[Identity, at_most(200)]
     described: Annotated[dict[str, str], at_most(100)] = Field(default_factory=dict)
@@ -36,6 +36,6 @@ class LinearFile(Document):
 
 
 class Momenta(Document):
-    """The optimizer's; a state by number of the parameter."""
+    """State of the optimizer by number of the parameter."""
 
     state: Annotated[dict[int, dict[str, Any]], at_most(100)]

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a logged step, possibly cut off or edited."""
+"""``metrics.jsonl``: a JSON object for each logged step, possibly cut off or edited."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moco_scale.untrusted.limits import STEPS
 
 
 class Record(Document):
-    """What every record must have to be drawn; other values are taken as they are."""
+    """Record with the values that every one must have to be drawn; others are not checked."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -23,10 +23,10 @@ class Record(Document):
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file in its order; lines that are none are skipped.
+    """Yield the records of a file in order; other lines are skipped.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: It cannot be read.
     """
     for line in lines_of(path):
         with contextlib.suppress(ValueError):  # such as the last line of a killed run

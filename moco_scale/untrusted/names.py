@@ -1,4 +1,4 @@
-"""Names from outside, which become paths only inside the folder they are meant for."""
+"""Names from outside, which become paths only inside their folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MADE_HERE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def component_problem(name: str) -> str | None:
-    """Say why a name is no single component of a path; None: it is one."""
+    """Explain why a name is no single component of a path; None: it is one."""
     if not name or name in (".", ".."):
         return "is no name of a file"
     if "/" in name or "\0" in name:
@@ -32,7 +32,7 @@ def component_problem(name: str) -> str | None:
 
 
 def relative_problem(name: str) -> str | None:
-    """Say why a name is no path below a folder (``a/b.tar``); None: it is one."""
+    """Explain why a name is no path below a folder (``a/b.tar``); None: it is one."""
     parts = name.split("/")
     if len(parts) > 32:
         return "has more than 32 folders"
@@ -40,14 +40,14 @@ def relative_problem(name: str) -> str | None:
 
 
 def plain_problem(name: str) -> str | None:
-    """Say why a name is none that this program itself would make; None: it is one."""
+    """Explain why a name is none that this program would make; None: it is one."""
     if len(name) > NAME_BYTES or not _MADE_HERE.fullmatch(name):
         return "has more than letters, digits, dot, dash and underscore"
     return None
 
 
 def without(problem_of: Callable[[str], str | None]) -> AfterValidator:
-    """Make a check of a schema from one that says why a name is none."""
+    """Make a schema's check from a function that finds a name's problem."""
 
     def check(name: str) -> str:
         if problem := problem_of(name):
@@ -64,7 +64,7 @@ PlainName = Annotated[str, without(plain_problem)]
 
 
 def inside(folder: Path, name: str, what: str) -> Path:
-    """Return ``folder/name``, resolved, where that is inside the folder.
+    """Return ``folder/name``, resolved, if it is inside the folder.
 
     Args:
         folder: that it must not leave, by ``..`` or by a link.
@@ -72,7 +72,7 @@ def inside(folder: Path, name: str, what: str) -> Path:
         what: names it in the message.
 
     Raises:
-        UserError: it would lie elsewhere.
+        UserError: It would lie elsewhere.
     """
     problem = relative_problem(name)
     if problem is None:

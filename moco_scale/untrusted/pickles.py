@@ -1,8 +1,8 @@
-"""Pickles read as plain data: nothing is imported, called, or set on anything of the program's.
+"""Pickles read as plain data: nothing is imported or called, and no attribute is set.
 
-An interpreter of the few opcodes that ``torch.save`` and ``torch.distributed.checkpoint`` write.
-What a pickle would import is only a :class:`Name`, what it would call or build only a
-:class:`Record`: whoever asked for it decides what they mean.
+An interpreter of the few opcodes that ``torch.save`` and ``torch.distributed.checkpoint`` write. A
+pickle's import becomes only a :class:`Name`, a call only a :class:`Record`: the caller decides what
+they mean.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ PERSISTENT = "persistent"
 
 
 class PickleError(UserError):
-    """It is damaged, or no pickle of the kind that is read here."""
+    """Damaged pickle, or none of the kind read here."""
 
 
 class ForeignError(PickleError):
-    """It holds what no file of this program does, and what would run code elsewhere."""
+    """Pickle with content that no file of this program has, and that would run code elsewhere."""
 
 
 class Name(NamedTuple):
-    """What the pickle would import: ``"module name"``."""
+    """Name that the pickle would import: ``"module name"``."""
 
     text: str
 
 
 @dataclass(eq=False, slots=True)
 class Record:
-    """What the pickle would call or build: of what kind, from what, and its state if it has one."""
+    """Call or object that the pickle would make: its kind, arguments, and state if it has one."""
 
     kind: str
     args: Any
@@ -50,15 +50,15 @@ of these: a tree, though parts of it may be the same object."""
 
 
 def read_pickle(content: bytes, names: frozenset[str]) -> Plain:
-    """Read a pickle of protocol 2 to 5; its size has been looked at by who calls this.
+    """Read a pickle of protocol 2 to 5; the caller has checked its size.
 
     Args:
         content: the whole pickle; nothing may follow its end.
-        names: what it may name, each as ``"module name"``.
+        names: allowed names, each as ``"module name"``.
 
     Raises:
-        ForeignError: it names anything else, or has another use of what it names.
-        PickleError: it is damaged, or larger inside than any is.
+        ForeignError: It has any other name, or another use of these.
+        PickleError: It is damaged, or larger inside than any is.
     """
     try:
         value = _Machine(content, names).run()
@@ -231,7 +231,7 @@ def _global(machine: _Machine, code: bytes) -> None:
 
 
 def _call(machine: _Machine, code: bytes) -> None:
-    """REDUCE, which would call, and NEWOBJ, which would make an object."""
+    """Handle REDUCE, which would call, and NEWOBJ, which would make an object."""
     args, what = machine.pop(), machine.pop()
     if type(args) is not tuple:
         raise ValueError
@@ -281,9 +281,9 @@ _ACTIONS: dict[bytes, Callable[[_Machine, bytes], None]] = {
 
 
 def _require_tree(value: Plain) -> None:
-    """Refuse what contains itself, or what a few shared parts make larger than it can be shown.
+    """Refuse values that contain themselves, or that shared objects make too large.
 
-    Whoever goes through the value afterwards then comes to an end.
+    So every walk through the value comes to an end.
     """
     seen = 1
     pending = [(value, 0)]

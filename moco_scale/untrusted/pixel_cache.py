@@ -6,7 +6,7 @@ from moco_scale.untrusted.documents import Document
 
 
 class PixelCacheMeta(Document):
-    """What must agree for its pixels to be those that decoding would give, and be on the disk."""
+    """Values that must match for its pixels to be valid and on the disk."""
 
     format: int
     fingerprint: str

@@ -8,14 +8,14 @@ from moco_scale.untrusted.documents import Document
 
 
 class Results(Document):
-    """What is relied on when another evaluation adds to it."""
+    """Values that another evaluation relies on when it adds to the file."""
 
     all: dict[str, dict[str, Any]]
     """The newest result of each kind of evaluation."""
 
 
 class Accuracy(Document):
-    """What a demo relies on."""
+    """Values that a demo relies on."""
 
     top1: float
     """Of the evaluation that was written last, in percent."""

@@ -1,4 +1,4 @@
-"""What is kept of a tar elsewhere that was scanned here."""
+"""Saved scan of a remote tar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Size = Annotated[int, Field(ge=0, le=SHARD_BYTES)]
 
 
 class SavedScanText(Document):
-    """All of a saved scan but its columns, and how it was fetched."""
+    """Saved scan without its columns, and the state of the tar when it was fetched."""
 
     format: Literal[5]
     bytes: _Size

@@ -1,8 +1,8 @@
-"""What index.json may say of shards: of a set that was made or fetched, and of one scanned here.
+"""Schemas of index.json of shards: of a set that was made or fetched, and of one scanned here.
 
-The two have one format and are two documents. What somebody else wrote names files below a folder
-and nothing more. What was found out here of tars without an index also tells versions of them
-apart, and their names are known beforehand: such an index is compared with them, never asked.
+The two have one format and are two documents. A foreign index only names files below a folder. An
+index scanned here, of tars without one, also has their versions, and their names are known
+beforehand: it is compared with them and never trusted for names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _Split = Annotated[PlainName, StringConstraints(max_length=100)]
 
 
 class Tar(Document):
-    """What is said of a tar."""
+    """Entry of a tar."""
 
     name: str
     bytes: _Bytes
@@ -45,17 +45,17 @@ class Tar(Document):
 
 
 class Shard(Tar):
-    """A tar, by what anybody may say of it."""
+    """Tar in an index from anybody."""
 
     name: RelativePath
 
 
 class ScannedShard(Tar):
-    """A tar that was scanned here.
+    """Tar that was scanned here.
 
     Attributes:
-        name: as it can be written in JSON: to be compared, not to be opened.
-        version: tells apart what lies at one address at different times; "" of local tars.
+        name: in a form that JSON can hold: to be compared, not to be opened.
+        version: tells versions at one address apart; "" of local tars.
     """
 
     version: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,32}$")] = ""
@@ -101,19 +101,19 @@ class _IndexBase(Document):
 
 
 class ShardIndex(_IndexBase):
-    """index.json of a folder of shards, or of their address."""
+    """Schema of index.json of a folder of shards, or of their address."""
 
     splits: Annotated[dict[_Split, Split], Field(min_length=1, max_length=64)]
 
 
 class ScannedIndex(_IndexBase):
-    """index.json of tars without one, as this program wrote it to a folder of its own."""
+    """Schema of index.json of tars without one, written by this program to its own folder."""
 
     splits: Annotated[dict[_Split, ScannedSplit], Field(min_length=1, max_length=64)]
 
 
 class CheckedNote(Document):
-    """SPLIT-checked.json: that the headers of tars are right.
+    """SPLIT-checked.json: tars whose headers are right.
 
     Attributes:
         index: checksum of the index that they were compared with.
@@ -131,7 +131,7 @@ def parse_index(content: bytes, what: str) -> ShardIndex:
     """Read index.json of a folder or of an address.
 
     Raises:
-        DocumentError: it is damaged, of another version, or of something else.
+        DocumentError: It is damaged, of another version, or of something else.
     """
     return check(_of_this_format(content, what), ShardIndex, f"{what} is damaged")
 
@@ -158,9 +158,9 @@ def _of_this_format(content: bytes, what: str) -> Any:
 
 
 def rows_problem(rows: np.ndarray, split: Split | ScannedSplit, classes: int) -> str | None:
-    """Say in what rows of INDEX_DTYPE [N] are not those of a split; None: in nothing.
+    """Describe how rows of INDEX_DTYPE [N] do not fit a split; None: they fit.
 
-    Nothing is added that could wrap around, and a million rows are looked at at a time.
+    No sum can overflow, and a million rows are checked at a time.
     """
     sizes = np.array([shard.bytes for shard in split.shards], dtype=np.uint64)
     counts = np.zeros(len(sizes), dtype=np.int64)
@@ -194,5 +194,5 @@ def require_names(index: ScannedIndex, splits: dict[str, list[str]], what: str) 
 
 
 def json_name(name: str) -> str:
-    """A name of a file of this machine as JSON can hold it, which bytes may not be."""
+    """Return a local file's name, which may have any bytes, in a form that JSON can hold."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -44,12 +44,12 @@ class HeartbeatMessage(Document):
 
 
 class Verdict(Document):
-    """Why all ranks end.
+    """Reason why all ranks end.
 
     Attributes:
         text: for people.
-        ended: one rank has met an error of its own.
-        at: seconds since 1970 when it was posted; names the folder of what ranks write down.
+        ended: one rank had an error of its own.
+        at: seconds since 1970 when it was posted; names the folder of the ranks' reports.
     """
 
     text: Annotated[str, Field(max_length=20_000)]

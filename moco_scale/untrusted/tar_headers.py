@@ -1,8 +1,8 @@
-"""The headers of tars from outside: ustar, GNU and pax, one after the other.
+"""Headers of tars from outside: ustar, GNU and pax, one after the other.
 
 tarfile takes a damaged header for the end of the archive, reads an extended header of any length at
-once, and parses it in quadratic time. Here every length is compared with what there is before
-anything is read, and time is linear in what is read.
+once, and parses it in quadratic time. Here every length is checked before anything is read, and
+time is linear in the bytes read.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _FOR_ALL = (b"path", b"size", b"linkpath")  # no global header can mean these
 
 
 class TarError(UserError):
-    """A tar that cannot be read to its end. Says what is wrong, and at which byte."""
+    """Tar that cannot be read to its end. The message has the problem and the byte."""
 
 
 class NoTarError(TarError):
-    """Its first header is none."""
+    """The first header is none."""
 
 
 class Header(NamedTuple):
-    """What one block says."""
+    """Content of one block."""
 
     name: str
     """Bytes that are not UTF-8 as surrogates."""
@@ -51,7 +51,7 @@ class Header(NamedTuple):
 
 
 class Member(NamedTuple):
-    """What a tar holds at one place."""
+    """Member of a tar, and its place."""
 
     name: str
     """Bytes that are not UTF-8 as surrogates: not fit to be shown."""
@@ -67,7 +67,7 @@ def parse_header(block: bytes) -> Header:
     """Parse a block of 512 bytes.
 
     Raises:
-        ValueError: it is no header; says why.
+        ValueError: It is no header; the text has the reason.
     """
     if len(block) < BLOCK:
         raise ValueError("it is cut off")
@@ -106,7 +106,7 @@ def _text(name: bytes) -> str:
 
 
 class _Said(NamedTuple):
-    """What extended headers say of the member that follows; None: nothing."""
+    """Values of extended headers for the next member; None: not given."""
 
     name: str | None = None
     size: int | None = None
@@ -119,15 +119,15 @@ class TarHeaders:
     Args:
         at: (offset, size) to the bytes there, fewer where they end.
         what: names the tar in messages: "Shard /data/0.tar".
-        again: what the user can do about a damaged one.
+        again: advice for a damaged one.
         start: offset of the first header.
-        end: offset at which the tar ends at the latest; None: not known, as of a compressed one.
+        end: offset at which the tar ends at the latest; None: unknown, as of a compressed one.
 
     Attributes:
-        at: offset of the block that comes next; after the last member, of the empty one.
+        at: offset of the next block; after the last member, of the empty one.
 
     Raises:
-        TarError: from the iterator: it is damaged, truncated, no tar, or holds sparse files.
+        TarError: From the iterator: it is damaged, truncated, no tar, or holds sparse files.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class TarHeaders:
         return text
 
     def _understood(self, kind: bytes, text: bytes, at: int, said: _Said) -> _Said:
-        """What is known of the next member, with what this extended header adds."""
+        """Add this extended header to the known values of the next member."""
         if kind == b"L":
             return said._replace(name=_text(text.partition(b"\0")[0]))
         if kind == b"K":
@@ -228,7 +228,7 @@ class TarHeaders:
         return said
 
     def _records(self, text: bytes, at: int) -> Iterator[tuple[bytes, bytes]]:
-        r"""(key, value) of the records "LENGTH KEY=VALUE\n"."""
+        r"""Yield (key, value) of the records "LENGTH KEY=VALUE\n"."""
         start, end = 0, len(text.rstrip(b"\0"))
         while start < end:
             space = text.find(b" ", start, start + _RECORD_LENGTH + 1)

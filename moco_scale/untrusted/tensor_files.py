@@ -1,8 +1,8 @@
-"""Files of ``torch.save``: plain values and tensors, each looked at before it takes memory.
+"""Files of ``torch.save``: plain values and tensors, each checked before memory is allocated.
 
-Such a file is a zip whose records are not compressed: a pickle, which says what there is, and the
-numbers of each tensor as they lie in memory. Nothing is unpickled, see ``pickles``; a tensor's
-numbers are read when it is asked for, and never more than its file holds.
+Such a file is a zip of uncompressed records: a pickle, which lists the content, and the numbers of
+each tensor as in memory. Nothing is unpickled, see ``pickles``; a tensor's numbers are read on
+request, and never more than the file holds.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file, not yet read.
+    """Tensor of a file, not yet read.
 
     Attributes:
         dtype: one of :data:`DTYPES`.
         shape: as usual.
-        strides: of a dense layout: no number stands for two elements, none between is left out.
-        first: the first element's number in its record.
+        strides: of a dense layout: without gaps and overlaps.
+        first: index of the first element in its record.
         record: name of the record.
     """
 
@@ -75,30 +75,30 @@ class StoredTensor:
 
     @property
     def described(self) -> str:
-        """For people: type and shape."""
+        """Type and shape, for people."""
         return describe(self.dtype, self.shape)
 
 
 def describe(dtype: torch.dtype, shape: Sequence[int]) -> str:
-    """Type and shape of a tensor, for people: ``float32 [2, 3]``."""
+    """Describe type and shape of a tensor: ``float32 [2, 3]``."""
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 class TensorFile:
-    """A file of ``torch.save``, or the part of a file that is one, open for reading.
+    """File of ``torch.save``, or a section of a file, open for reading.
 
     Args:
         path: of the file.
-        start: first byte of the part.
-        size: bytes of the part; None: to the end of the file.
+        start: first byte of the section.
+        size: bytes of the section; None: to the end of the file.
 
     Attributes:
         content: plain values and :class:`StoredTensor`.
 
     Raises:
-        ForeignError: it holds what would run code if torch read it.
-        PickleError: it is damaged, or none of ``torch.save``.
-        OSError: it cannot be read.
+        ForeignError: It holds what would run code if torch read it.
+        PickleError: It is damaged, or not of ``torch.save``.
+        OSError: It cannot be read.
     """
 
     content: Plain
@@ -129,8 +129,8 @@ class TensorFile:
         """Read a tensor of this file; contiguous, on the CPU.
 
         Raises:
-            PickleError: its numbers are not what was written.
-            OSError: they cannot be read.
+            PickleError: Its numbers are not what was written.
+            OSError: They cannot be read.
         """
         try:
             content = self._bytes(tensor.record)
@@ -142,11 +142,11 @@ class TensorFile:
         return flat.as_strided(tensor.shape, tensor.strides, tensor.first).contiguous()
 
     def read_all(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-        """Read several; together they take no more memory than there is in the file.
+        """Read several tensors, which together take no more memory than the file has.
 
         Raises:
-            PickleError: they share what is there, or as :meth:`read`.
-            OSError: they cannot be read.
+            PickleError: They share numbers, or as in :meth:`read`.
+            OSError: They cannot be read.
         """
         needed = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
         if needed > self._file.size:
@@ -168,7 +168,7 @@ class TensorFile:
         self.close()
 
     def _bytes(self, name: str, limit: int | None = None) -> bytearray:
-        """The content of a record, compared with its checksum."""
+        """Read a record and compare it with its checksum."""
         record = self._records[name]
         if limit is not None and record.file_size > limit:
             raise PickleError(f"its {name.rpartition('/')[2]} has more than {limit:,} bytes")
@@ -185,7 +185,7 @@ class TensorFile:
         return content
 
     def _value(self, value: Plain) -> Plain:
-        """Put tensors in the place of what would make them."""
+        """Convert calls that would make tensors to StoredTensor."""
         if type(value) is dict:
             return {self._value(key): self._value(each) for key, each in value.items()}
         if type(value) is list:
@@ -231,7 +231,7 @@ def _is_storage(value: Plain) -> bool:
 
 
 def are_counts(values: Any) -> bool:
-    """Whether a value from outside is a tuple of numbers that torch can compute with."""
+    """Tell whether a value from outside is a tuple of numbers that torch can compute with."""
     return (
         type(values) is tuple
         and len(values) <= 16
@@ -240,12 +240,12 @@ def are_counts(values: Any) -> bool:
 
 
 def is_shape(value: Any) -> bool:
-    """Whether a value from outside is the shape of a tensor that some machine could hold."""
+    """Tell whether a value from outside is the shape of a tensor that a machine could hold."""
     return are_counts(value) and math.prod(each or 1 for each in value) < SHARD_BYTES
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the elements lie without gaps and overlaps, in whatever order of the dimensions."""
+    """Tell whether the elements have no gaps and overlaps, in any order of the dimensions."""
     if len(shape) != len(strides):
         return False
     if 0 in shape:
@@ -260,7 +260,7 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def _records(file: _Part) -> tuple[dict[str, zipfile.ZipInfo], str]:
-    """The records of a zip by name, and the folder that all of them are in."""
+    """List the records of a zip by name, and the folder of all of them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         listed = zipfile.ZipFile(file).infolist()
@@ -279,7 +279,7 @@ def _records(file: _Part) -> tuple[dict[str, zipfile.ZipInfo], str]:
 
 
 class _Part(io.RawIOBase):
-    """Consecutive bytes of a file as a file of their own."""
+    """Section of a file as a file of its own."""
 
     def __init__(self, path: Path, start: int, size: int | None) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ class _Part(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """Read for the zip's directory: never much, whatever the file says of its size."""
+        """Read for the zip's directory: never much, whatever size the file claims."""
         left = max(self.size - self._at, 0)
         wanted = left if size < 0 else min(size, left)
         if wanted > TENSOR_FILE_DIRECTORY:
@@ -319,7 +319,7 @@ class _Part(io.RawIOBase):
         return content
 
     def exactly(self, place: int, size: int) -> bytearray:
-        """So many bytes from a place on; memory is taken once they are known to be there."""
+        """Read so many bytes at a place, after checking that they exist."""
         if place < 0 or size < 0 or place + size > self.size:
             raise ValueError("beyond the end")
         content = bytearray(size)
