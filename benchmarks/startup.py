@@ -102,8 +102,7 @@ def make_shards(folder: Path, shards: int) -> None:
 
 
 def scan_cost(folder: Path, shards: int) -> tuple[float, float]:
-    """Microseconds of CPU time a sample, for tars of images and labels: to index them, and to
-    read the headers alone."""
+    """Measure microseconds of CPU time a sample, to index tars, and to read only their headers."""
     from moco_scale.data.shards.tar_scan import member_places, scan_tar
 
     # Bodies are sparse: only the headers' pages are read, as in a real tar.

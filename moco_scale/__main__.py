@@ -35,6 +35,7 @@ PRINTING = ("flops", "plan", "inspect")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command by name."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else ""
     if name not in COMMANDS:

@@ -135,8 +135,7 @@ def encoder(splits: int) -> nn.Module:
 
 
 class PlainStep:
-    """The step as the demo describes it: from the queries' images, the keys', their shuffle and
-    the learning rate to the loss."""
+    """Step of the demo: from images of queries and keys to the loss."""
 
     def __init__(self, net: nn.Module, queue: Tensor, args: argparse.Namespace) -> None:
         """queue: unit columns [DIM, QUEUE]."""

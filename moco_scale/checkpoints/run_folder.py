@@ -141,6 +141,7 @@ class RunFolder:
 
     def hold(self) -> None:
         """Check, before rank 0 writes, that the folder is this run's; remake a removed one.
+
         Raises:
             UserError: Another run has taken the folder.
             OSError: The folder cannot be made.

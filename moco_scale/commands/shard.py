@@ -313,8 +313,7 @@ def _report_left_out(listing: Listing, out: Path) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Within, SIGTERM (a scheduler's or a container's stop) and SIGHUP (a terminal that is closed)
-    end the program in the orderly way."""
+    """End the program orderly on SIGTERM (a scheduler's) and SIGHUP (a closed terminal's)."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

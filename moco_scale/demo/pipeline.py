@@ -267,6 +267,7 @@ def process_count(wanted: int | None, batch_size: int) -> int:
 
 
 def core_count() -> int:
+    """Count the CPU cores of this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -291,6 +292,7 @@ def _environment(processes: int) -> dict[str, str]:
 
 
 def run_step(name: str, command: list[str], environment: dict[str, str]) -> None:
+    """Run one command and raise UserError if it fails."""
     line = shlex.join(command)
     tell(f"\n== {name}\n$ {line}")
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Files beside the model, which a run can do without: logs, metrics, curves, lists."""
+"""Side files of a run, which it can do without: logs, metrics, curves, lists."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def _nothing() -> None:
 
 
 class SideFile:
-    """A file that a run adds to, whole entries at a time; where it cannot, training continues.
+    """File that a run appends to, whole entries at a time; if it fails, training continues.
 
-    That is said once. What could not be written is kept, up to 4 MB of it, and written when the
-    file can be; an entry of which a part was written is cut off before anything else is added. The
-    file is opened for each entry: it may be removed, or its disk come back, meanwhile.
+    The failure is logged once. Entries that could not be written are kept, up to 4 MB, and written
+    when the file is available again; a partly written entry is cut off before anything is appended.
+    The file is opened for each entry: it may be removed, or its disk come back, meanwhile.
 
     Args:
         path: the file; its folder is made if only that one is missing.
-        head: what a new file begins with.
-        before: called before each attempt; an OSError or a UserError of it is that of the file.
-        warn: says a line to people.
+        head: start of a new file.
+        before: called before each attempt; its OSError or UserError counts as the file's.
+        warn: logs a line.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SideFile:
         )
 
     def close(self) -> None:
-        """Write what is waiting, and say what is lost; nothing may be added afterwards."""
+        """Write waiting entries, and log what is lost; nothing may be added afterwards."""
         if self._waiting and self._try() is not None:
             self._lost += len(self._waiting)
             self._waiting.clear()
@@ -88,7 +88,7 @@ class SideFile:
             self._warn(text)
 
     def _try(self) -> str | None:
-        """Write what is waiting; why that failed, None if it did not."""
+        """Write waiting entries; return why that failed, or None."""
         try:
             self._before()
             with contextlib.suppress(FileExistsError):
@@ -119,10 +119,10 @@ class SideFile:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    r"""JSON as people read it, whose strings hold nothing that moves a cursor or ends a line.
+    """Format JSON for people, without characters that move a cursor or end a line.
 
-    What does not print is escaped as JSON has it: control characters, U+2028, and the surrogates
-    of names that are not UTF-8, which the reader gets back.
+    Characters that do not print are escaped: control characters, U+2028, and the surrogates of
+    names that are not UTF-8, which the reader gets back.
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     if text.replace("\n", "").isprintable():
@@ -131,17 +131,17 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def json_line(value: Any) -> bytes:
-    """An entry of a file of JSON lines."""
+    """Format an entry of a file of JSON lines."""
     return json_text(value).encode() + b"\n"
 
 
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> int:
-    """Drop all lines of a file but those that are wanted; how many were dropped.
+    """Drop all lines of a file but wanted ones; return the number dropped.
 
-    Where they are at its end, as those of steps that will run again are, no room is needed.
+    Lines dropped at the end, as those of steps that will run again, need no room.
 
     Raises:
-        OSError: it cannot be read or written.
+        OSError: It cannot be read or written.
     """
     if not path.exists():
         return 0
@@ -157,9 +157,9 @@ def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> int:
 
 
 class Folder(Protocol):
-    """Where a run's side files lie."""
+    """Folder of a run's side files."""
 
     def side_file(
         self, name: str, warn: Callable[[str], None] = say, head: bytes = b""
     ) -> SideFile:
-        """A file of this name; the rest as of :class:`SideFile`."""
+        """Make a file of this name; the rest as in :class:`SideFile`."""

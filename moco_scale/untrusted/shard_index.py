@@ -73,6 +73,8 @@ class _SplitBase(Document):
 
 
 class Split(_SplitBase):
+    """Split of a set that was made or fetched."""
+
     shards: list[Shard]
 
     @model_validator(mode="after")
@@ -84,6 +86,8 @@ class Split(_SplitBase):
 
 
 class ScannedSplit(_SplitBase):
+    """Split of tars that were scanned here."""
+
     shards: list[ScannedShard]
 
     @model_validator(mode="after")

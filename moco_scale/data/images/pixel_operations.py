@@ -57,18 +57,22 @@ def mean_luma(gray: Tensor) -> Tensor:
 
 
 def grayscale(x: Tensor, values: Tensor) -> Tensor:
+    """Convert to gray, in place."""
     return x.copy_(luma(x).expand_as(x))
 
 
 def brightness(x: Tensor, factors: Tensor) -> Tensor:
+    """Scale brightness as PIL does, in place."""
     return x.mul_(column(factors)).clamp_(max=255).floor_()
 
 
 def contrast(x: Tensor, factors: Tensor) -> Tensor:
+    """Scale contrast as PIL does."""
     return blend(x, mean_luma(luma(x)), column(factors))
 
 
 def saturation(x: Tensor, factors: Tensor) -> Tensor:
+    """Scale saturation as PIL does."""
     return blend(x, luma(x), column(factors))
 
 

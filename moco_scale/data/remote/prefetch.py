@@ -176,8 +176,11 @@ def check_room(parts: Sequence[RemotePart], plan: BatchPlan, in_flight: int) -> 
 
 
 def _needed(part: RemotePart, plan: BatchPlan, in_flight: int) -> int:
-    """Bytes of the shards that are read at a time: the window, what it rolls over while the steps
-    in flight are read, and one that is being fetched."""
+    """Bytes of the shards that are read at a time.
+
+    These are the window, the shards it passes while the steps in flight are read, and one being
+    fetched.
+    """
     used, samples = part.shards, int((part.shard_of != NOWHERE).sum())
     sizes = sorted((part.files[shard].bytes or 0 for shard in used), reverse=True)
     rolled = -(-plan.global_batch * in_flight * len(used) // max(samples, 1))

@@ -61,6 +61,7 @@ PARTIAL = ".partial-"  # what stands between a folder's name and a suffix while 
 
 
 def index_name(split: str) -> str:
+    """Name the file of a split's rows."""
     return f"{split}-index.npy"
 
 

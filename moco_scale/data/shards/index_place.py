@@ -57,11 +57,11 @@ def _can_write(place: Path) -> bool:
 
 @contextlib.contextmanager
 def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[None]:
-    """One process at a time, on file systems that can lock; elsewhere work may be done twice, and
-    whole files replace each other.
+    """Take an exclusive lock, where the file system can lock.
 
-    Who waits gets on as long as the other one does, which shows by the lock's time of change, and
-    in `works_in`, a folder, by files that come.
+    Elsewhere work may be done twice, and whole files replace each other. A waiter makes progress as
+    long as the holder does, which shows by the lock's time of change, and by new files in the
+    folder `works_in`.
     """
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):

@@ -242,6 +242,7 @@ def index_rows(number: int, scan: ShardScan, place: Mapping[str, int]) -> np.nda
 
 
 def save_rows(path: Path, rows: np.ndarray) -> None:
+    """Write the rows of a split atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)  # of a killed process, or a link

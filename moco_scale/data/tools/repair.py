@@ -217,7 +217,7 @@ def _put_in_place(
 
 
 def _free_name(path: Path, suffix: str) -> Path:
-    """Find a name for the old file: NAME.damaged, NAME.damaged-2, …"""
+    """Find a name for the old file: NAME.damaged, NAME.damaged-2 and so on."""
     for number in range(1, 1000):
         name = path.with_name(f"{path.name}.{suffix}" + (f"-{number}" if number > 1 else ""))
         if not name.exists():

@@ -59,6 +59,7 @@ class Done(NamedTuple):
 
 
 def shard_name(split: str, number: int) -> str:
+    """Name a shard's file."""
     return f"{split}-{number:06d}.tar"
 
 
