@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     args, unknown = parser.parse_known_args(argv[1:])
     if name in HANDING_ON:
-        args.handed_on = unknown
+        args.passthrough = unknown
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 

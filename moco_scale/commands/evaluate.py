@@ -21,7 +21,7 @@ from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus, same_setup
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation import linear, results
-from moco_scale.evaluation.features import LeftOut, Pixels
+from moco_scale.evaluation.features import Pixels, SkippedImages
 from moco_scale.evaluation.knn import KnnMonitor, Splits, bank_and_queries, open_splits
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.evaluation.pretrained import Pretrained, load_pretrained
@@ -189,7 +189,7 @@ def _knn(args: argparse.Namespace, pretrained: Pretrained, splits: Splits) -> Kn
         num_workers=args.num_workers,
         autocast=PRECISIONS[args.precision],
         label="encoding",
-        left_out=LeftOut() if args.bad_samples == "skip" else None,
+        skipped=SkippedImages() if args.bad_samples == "skip" else None,
     )
 
 
@@ -199,7 +199,7 @@ def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained)
         say(task.hopeless)
     return {
         **task.measure(encoder, args.features),
-        **_left_out(task.left_out),
+        **_skipped(task.skipped),
         "variant": _knn_variant(args),
         "description": (
             f"weighted kNN of Wu et al. 2018 on the {_OUTPUTS[args.features]}, "
@@ -232,9 +232,9 @@ def _knn_variant(args: argparse.Namespace) -> str:
 _OUTPUTS = {"features": "backbone's features", "projection": "head's output"}
 
 
-def _left_out(left_out: LeftOut | None) -> dict[str, Any]:
+def _skipped(skipped: SkippedImages | None) -> dict[str, Any]:
     """How many images of each split could not be decoded, where that was no error."""
-    return {} if left_out is None else {"left_out": dict(left_out.counts)}
+    return {} if skipped is None else {"left_out": dict(skipped.counts)}
 
 
 def _run_linear(
@@ -280,7 +280,7 @@ def _run_linear(
         how = "centre crops encoded once (quick variant, not the published protocol)"
     return {
         **evaluation.run(),
-        **_left_out(evaluation.left_out),
+        **_skipped(evaluation.skipped),
         "variant": evaluation.variant,
         "description": (
             f"linear classifier on the {_OUTPUTS[config.features]}, frozen, {how}, "

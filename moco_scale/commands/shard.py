@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
             f"{split.split}: {split.images} images in {split.shards} "
             f"shard{'s' * (split.shards != 1)}, {size_text(split.bytes)}"
         )
-    _report_left_out(listing, args.out)
+    _report_skipped(listing, args.out)
     tell(f"{args.out} is complete ({time.monotonic() - started:.1f} s)")
     return 0
 
@@ -297,14 +297,14 @@ def _plan(listing: Listing) -> str:
     return f"found {' and '.join(parts)}{classes}"
 
 
-def _report_left_out(listing: Listing, out: Path) -> None:
-    if not listing.left_out:
+def _report_skipped(listing: Listing, out: Path) -> None:
+    if not listing.skipped:
         return
-    count = len(listing.left_out)
+    count = len(listing.skipped)
     tell(f"left out {count} image{'s' * (count != 1)}; the list is {out / LEFT_OUT}:")
-    reasons = Counter(entry.reason for entry in listing.left_out)
+    reasons = Counter(entry.reason for entry in listing.skipped)
     for reason, number in reasons.most_common(_MOST_REASONS):
-        example = next(entry for entry in listing.left_out if entry.reason == reason)
+        example = next(entry for entry in listing.skipped if entry.reason == reason)
         name = printable(example.name)
         tell(f"  {number} x {printable(reason)} (as {example.split}: {name})")
     if len(reasons) > _MOST_REASONS:

@@ -28,7 +28,7 @@ KNOWN = frozenset(
     zero_force_ds_cpu_optimizer zero_optimization
     """.split()  # noqa: SIM905
 )
-"""What DeepSpeed 0.19 reads at the top of a file, or refuses by name."""
+"""Top-level keys that DeepSpeed 0.19 reads, or refuses by name."""
 
 _SUMS = "gradients would be summed otherwise than under other engines"
 _OTHER_RUN = "another model, or other batches, would be trained"

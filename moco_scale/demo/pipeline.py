@@ -111,13 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: str, before: str)
     )
 
 
-def training(prog: str, settings: Mapping[str, str], handed_on: Sequence[str]) -> Training:
+def training(prog: str, settings: Mapping[str, str], passthrough: Sequence[str]) -> Training:
     """The command line of train.py, read as train.py will read it.
 
     Args:
         prog: the command that is running, for what argparse says.
         settings: this demo's flags of train.py by name, and their values.
-        handed_on: words that the user has added.
+        passthrough: flags that the user has added.
 
     Raises:
         UserError: values that contradict each other, or flags that a demo decides itself.
@@ -125,16 +125,16 @@ def training(prog: str, settings: Mapping[str, str], handed_on: Sequence[str]) -
     """
     parser = make_parser()
     parser.prog, parser.usage = prog, f"{prog} [flags of its own, see --help] [flags of train.py]"
-    given = vars(parser.parse_args(handed_on))
+    given = vars(parser.parse_args(passthrough))
     for name, why in _OWN_FLAGS.items():
         if given[name] is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} is for train.py itself and not handed on: {why}"
+                f"--{name.replace('_', '-')} is for train.py itself and not passed on: {why}"
             )
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     if given["deepspeed"] is None and given["engine"] is None:
         words = ["--deepspeed", _of_checkout("ds_configs/zero1.json"), *words]
-    words += handed_on
+    words += passthrough
     return Training(tuple(words), config_of(vars(parser.parse_args(words))))
 
 

@@ -27,7 +27,7 @@ SUPERSAMPLING = 2
 ROWS = 4
 """Rows of motifs in an image, and motifs in a row."""
 RADIUS = 0.36
-"""Of a motif, as part of the distance of two rows."""
+"""Radius of a motif, as a share of the distance of two rows."""
 PATCHES = 3
 """Colours of the cloth in a row and in a column, one flowing into the next."""
 CLOTH = (0.2, 0.7, 0.15, 0.35)

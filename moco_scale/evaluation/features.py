@@ -102,7 +102,7 @@ class Pixels:
         )
 
 
-class LeftOut:
+class SkippedImages:
     """Images that an evaluation could not decode, the same on every rank; logs each once."""
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ def extract(
     autocast: torch.dtype | None = None,
     gather: bool = True,
     label: str = "",
-    left_out: LeftOut | None = None,
+    skipped: SkippedImages | None = None,
     between: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode the centre crops of images, each rank a contiguous share; every rank calls it.
@@ -165,7 +165,7 @@ def extract(
         autocast: half-precision type of the arithmetic; None computes in fp32.
         gather: False leaves each rank with its own share.
         label: name in progress reports; empty: no reports.
-        left_out: collects images that cannot be decoded, which then have no features; None:
+        skipped: collects images that cannot be decoded, which then have no features; None:
             such an image is an error.
         between: called after each batch, by every rank equally often; an error that it raises on
             all ranks ends the extraction.
@@ -197,7 +197,7 @@ def extract(
                 rank=rank,
                 world=world,
                 num_workers=num_workers,
-                bad_samples="error" if left_out is None else "skip",
+                bad_samples="error" if skipped is None else "skip",
                 fetches_for=fetches_for,
             ) as loader,
         ):
@@ -219,8 +219,8 @@ def extract(
     failure = consensus.first_error(failure)
     if failure is not None:
         raise failure
-    if left_out is not None:
-        left_out.add(shards, bad)
+    if skipped is not None:
+        skipped.add(shards, bad)
     mine = _concatenated(features, labels, device)
     if not gather:
         return mine

@@ -15,7 +15,7 @@ from moco_scale.data.loading.loader import evaluation_loader
 from moco_scale.data.shards.protocols import Images
 from moco_scale.distributed import consensus
 from moco_scale.evaluation.curves import INK, drawn, new_figure, report, save
-from moco_scale.evaluation.features import Encode, LeftOut, extract
+from moco_scale.evaluation.features import Encode, SkippedImages, extract
 from moco_scale.evaluation.knn import Splits, bank_and_queries
 from moco_scale.utils.text import printable
 
@@ -164,7 +164,7 @@ def neighbours_sheet(
     autocast: torch.dtype | None = None,
     seed: int = 0,
     title: str = "",
-    left_out: LeftOut | None = None,
+    skipped: SkippedImages | None = None,
     between: Callable[[], None] | None = None,
 ) -> None:
     """Draw nearest training images of a few others, by an encoder before and after training.
@@ -188,7 +188,7 @@ def neighbours_sheet(
         autocast: half-precision type; None is fp32.
         seed: of the choices.
         title: above everything.
-        left_out: as of :func:`~moco_scale.evaluation.features.extract`, as the next one.
+        skipped: as of :func:`~moco_scale.evaluation.features.extract`, as the next one.
         between: see there.
 
     Raises:
@@ -210,11 +210,11 @@ def neighbours_sheet(
                 batch_size=batch_size,
                 num_workers=num_workers,
                 autocast=autocast,
-                left_out=left_out,
+                skipped=skipped,
                 between=between,
             )
-            if left_out is not None and left_out.places:
-                kept = np.setdiff1d(np.arange(len(shards)), list(left_out.places))
+            if skipped is not None and skipped.places:
+                kept = np.setdiff1d(np.arange(len(shards)), list(skipped.places))
                 shards = shards.subset(kept)
             rows.append(features)
             sets.append(shards)

@@ -22,7 +22,7 @@ from moco_scale.data.remote.prefetch import NOWHERE
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives
-from moco_scale.evaluation.features import Encode, LeftOut, chosen_output, extract
+from moco_scale.evaluation.features import Encode, SkippedImages, chosen_output, extract
 from moco_scale.models.encoder import Encoder
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.text import printable
@@ -259,7 +259,7 @@ class KnnMonitor:
         num_workers: decoding processes on each rank.
         autocast: half-precision type; None is fp32.
         label: in progress reports; empty: no reports.
-        left_out: as of :func:`~moco_scale.evaluation.features.extract`.
+        skipped: as of :func:`~moco_scale.evaluation.features.extract`.
     """
 
     bank: Shards
@@ -274,7 +274,7 @@ class KnnMonitor:
     num_workers: int = 2
     autocast: torch.dtype | None = None
     label: str = ""
-    left_out: LeftOut | None = None
+    skipped: SkippedImages | None = None
 
     def __post_init__(self) -> None:
         # Refuse before hours of training, not after them.
@@ -357,6 +357,6 @@ class KnnMonitor:
             autocast=self.autocast,
             gather=gather,
             label=self.label and f"{self.label}, {shards.split}",
-            left_out=self.left_out,
+            skipped=self.skipped,
             between=between,
         )

@@ -32,8 +32,8 @@ from moco_scale.distributed import collectives, consensus
 from moco_scale.distributed.run_lock import RunLock, claim_for_all
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (
-    LeftOut,
     Pixels,
+    SkippedImages,
     autocasting,
     chosen_output,
     evaluating,
@@ -93,7 +93,7 @@ class LinearEvaluation:
         self.train, self.val = train, val
         self.num_workers, self.autocast, self.print_freq = num_workers, autocast, print_freq
         self.bad_samples = bad_samples
-        self.left_out = LeftOut() if bad_samples == "skip" else None
+        self.skipped = SkippedImages() if bad_samples == "skip" else None
         self._replaced: list[BadSample] = []  # in training, on this rank, not yet reported
         self._unread: list[BadSample] = []
         self.world, self.rank = collectives.world_size(), collectives.rank()
@@ -179,8 +179,8 @@ class LinearEvaluation:
         try:
             for epoch in range(self.epoch, self.config.epochs):
                 trained = self._train_epoch(epoch, batches)
-                if self.left_out is not None:
-                    self.left_out.add(self.train, self._replaced)
+                if self.skipped is not None:
+                    self.skipped.add(self.train, self._replaced)
                     self._replaced.clear()
                 tested = self._test(caches[1])
                 self.history.append({**trained, **tested})
@@ -205,12 +205,12 @@ class LinearEvaluation:
             autocast=self.autocast,
             gather=gather,
             label=f"encoding {shards.split}",
-            left_out=self.left_out,
+            skipped=self.skipped,
         )
-        if gather and self.left_out is not None and self.left_out.places:
+        if gather and self.skipped is not None and self.skipped.places:
             # The next image replaces one that cannot be decoded.
             places = np.arange(len(shards))
-            readable = np.setdiff1d(places, list(self.left_out.places))
+            readable = np.setdiff1d(places, list(self.skipped.places))
             if not len(readable):
                 raise UserError(f"none of the {len(shards)} {shards.split} images can be decoded")
             rows = np.searchsorted(readable, places).clip(max=len(readable) - 1)
@@ -329,8 +329,8 @@ class LinearEvaluation:
         failure = consensus.first_error(failure)
         if failure is not None:
             raise failure
-        if self.left_out is not None and cache is None:
-            self.left_out.add(self.val, self._unread)
+        if self.skipped is not None and cache is None:
+            self.skipped.add(self.val, self._unread)
         *right_ones, tested = collectives.sum_(hits).tolist()
         if not tested:
             raise UserError(f"none of the {len(self.val)} test images can be decoded")

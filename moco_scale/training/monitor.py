@@ -19,7 +19,7 @@ from moco_scale.distributed.same_state import require_same_state
 from moco_scale.distributed.stop_signal import StopRequest
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation import figures
-from moco_scale.evaluation.features import LeftOut, chosen_output
+from moco_scale.evaluation.features import SkippedImages, chosen_output
 from moco_scale.evaluation.knn import (
     KnnMonitor,
     Splits,
@@ -60,7 +60,7 @@ class Monitor:
         self._rate = 0.0
         self._utilisation = Utilisation(run.config, run.world, device_name(run.device))
         self._initial_knn: float | None = None
-        self._left_out = LeftOut() if run.config.run.bad_samples == "skip" else None
+        self._skipped = SkippedImages() if run.config.run.bad_samples == "skip" else None
         self._step_times = StepTimes()
         self._read = run.step
         self.unlogged: Unlogged | None = None
@@ -101,7 +101,7 @@ class Monitor:
             preset.std,
             num_workers=config.run.num_workers,
             autocast=PRECISIONS[config.run.precision],
-            left_out=self._left_out,
+            skipped=self._skipped,
         )
         if evaluation.hopeless:
             self.loggers.say(evaluation.hopeless)
@@ -315,7 +315,7 @@ class Monitor:
                 num_workers=config.run.num_workers,
                 autocast=PRECISIONS[config.run.precision],
                 title=title,
-                left_out=self._left_out,
+                skipped=self._skipped,
                 between=self._go_on,
             )
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from moco_scale.untrusted.documents import Document
 
 NAME_CHARACTERS = 4096
-"""Of a shard's name or a key as it is listed."""
+"""Longest name of a shard or key in the list."""
 
 _Number = Annotated[int, Field(ge=0, lt=2**63)]
 

@@ -13,7 +13,7 @@ from moco_scale.utils.text import printable
 WHAT = "DeepSpeed configuration"
 AUTO = "auto"
 _LARGEST = 1 << 62
-"""Of any number in a file: sums of a few still fit 64 bits."""
+"""Largest number in a file: sums of a few still fit 64 bits."""
 
 Test = Callable[[Any], bool]
 

@@ -11,6 +11,6 @@ class DemoSettings(Document):
     """Settings of the demo that made the folder; plain values by flag."""
 
     images: dict[str, Any]
-    """What decides the shards."""
+    """Settings of the shards."""
     train: dict[str, Any]
-    """What defines the training."""
+    """Settings of the training."""

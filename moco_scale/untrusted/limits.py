@@ -41,7 +41,7 @@ DOCUMENT_SECONDS = 120.0
 NETRC = 1 * MB
 """netrc, where credentials are."""
 NPY_HEADER = 1 * KB
-"""What stands before the rows of an index: 192 bytes."""
+"""Header before the rows of an index: 192 bytes."""
 HEAD_BYTES = 256 * KB
 """Status line and headers of an HTTP answer: some kB."""
 LEAST_RATE = 1000.0
@@ -57,7 +57,7 @@ NAME_BYTES = 255
 """A component of a path, in UTF-8: the limit of every file system in use."""
 
 TAR_EXTENDED_HEADER = 1 * MB
-"""What stands before a member in a tar: names of 4 KB at most, times and attributes."""
+"""Headers before a member in a tar: names of 4 KB at most, times and attributes."""
 MEMBERS_OF_A_SAMPLE = 1 << 20
 """Files of a tar whose names are alike up to the first dot: they are held at once."""
 IMAGE_FILE = 1 * GB
@@ -66,7 +66,7 @@ LABEL_TEXT = 64 * KB
 LABEL_JSON = 4 * MB
 """The .cls or .json of a sample; masks and polygons of a whole image take some hundred kB."""
 TAR_LOOKED_INTO = 64 * MB
-"""Of a compressed tar, unpacked only to see what it is."""
+"""Start of a compressed tar, unpacked only to recognise it."""
 TARS_OF_A_PATTERN = 1 << 20
 """Names that the braces of a pattern may stand for."""
 
@@ -79,7 +79,7 @@ GROUND_TRUTH = 64 * MB
 MAT_FILE, MAT_INFLATED, MAT_ELEMENTS = 64 * MB, 64 * MB, 1 << 18
 """meta.mat of ImageNet: bytes, bytes when inflated, and elements; it has 0.2 MB and some 14,000."""
 IMAGE_MEMORY = 1200 * 10**6
-"""What decoding one image holds at its peak, computed from its header: pixels, a copy of them
+"""Peak memory of decoding one image, computed from its header: pixels, a copy of them
 turned or cropped, what the decoder needs. Enough for a telephone's JPEG of 200 million pixels."""
 IMAGE_PIXELS = IMAGE_MEMORY // 6
 """Pixels of an image in the form that takes least: RGB, and a copy of it."""
@@ -90,6 +90,6 @@ IMAGE_SCANS = 100
 IMAGE_PARTS = 1 << 18
 """Chunks, segments, strips or tiles of an image, which are gone through one after the other."""
 IMAGE_METADATA = 4 * MB
-"""What is inflated of one text of an image to find its orientation."""
+"""Inflated bytes of one text of an image, to find its orientation."""
 DEVICE_PIXELS = 1 << 28
 """Pixels that the training device decodes at once: 0.8 GB."""

@@ -10,7 +10,7 @@ class PixelCacheMeta(Document):
 
     format: int
     fingerprint: str
-    """Of the images."""
+    """Fingerprint of the images."""
     decoders: list[str]
     """Versions of the libraries that decode."""
     sizes: dict[str, int]
@@ -18,6 +18,6 @@ class PixelCacheMeta(Document):
     table: int
     """CRC-32 of the table of places."""
     boot: str
-    """Of the machine, when this was written; "" where that is not known."""
+    """Start of the machine when this was written; "" where unknown."""
     complete: bool
     """Everything is decoded, and was on the disk before this was written."""

@@ -18,4 +18,4 @@ class Accuracy(Document):
     """Values that a demo relies on."""
 
     top1: float
-    """Of the evaluation that was written last, in percent."""
+    """Accuracy of the last evaluation, in percent."""

@@ -101,7 +101,7 @@ class _IndexBase(Document):
     version: Literal[1]
     classes: Annotated[list[_Class], Field(max_length=CLASSES)]
     made: dict[str, Any] = Field(default_factory=dict)
-    """How; for people."""
+    """How it was made; for people."""
 
 
 class ShardIndex(_IndexBase):

@@ -47,7 +47,7 @@ class Header(NamedTuple):
     kind: bytes
     """The type flag, one byte."""
     link: str
-    """Of a link, where it leads."""
+    """Target of a link."""
 
 
 class Member(NamedTuple):
@@ -56,11 +56,11 @@ class Member(NamedTuple):
     name: str
     """Bytes that are not UTF-8 as surrogates: not fit to be shown."""
     offset: int
-    """Of its content."""
+    """Bytes of its content."""
     size: int
     kind: str
     link: str
-    """Of a link, where it leads."""
+    """Target of a link."""
 
 
 def parse_header(block: bytes) -> Header:

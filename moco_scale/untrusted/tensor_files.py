@@ -44,7 +44,7 @@ _STORAGES = {
     "torch ByteStorage": torch.uint8,
 }
 DTYPES = frozenset(_STORAGES.values())
-"""Of tensors that a run saves; others are refused."""
+"""Types of tensors that a run saves; others are refused."""
 _REBUILD = "torch._utils _rebuild_tensor_v2"
 _NAMES = frozenset({_REBUILD, ORDERED_DICT, *_STORAGES})
 # Of torch before 1.6: pickles one after the other.

@@ -20,7 +20,7 @@ from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretrai
 from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.shards.indexed_shards import IndexedShards
-from moco_scale.evaluation.features import LeftOut, extract
+from moco_scale.evaluation.features import SkippedImages, extract
 from moco_scale.utils.errors import UserError
 
 AUG = AUGMENTATIONS["cifar"]
@@ -167,7 +167,7 @@ def test_evaluation_leaves_them_out_and_says_so(
     whole = [i for i in range(32) if i not in DAMAGE]
     loader = evaluation_loader(images, SIZE, 1.0, batch_size=8, num_workers=1, bad_samples="skip")
     assert [i for batch in loader for i in batch.index.tolist()] == whole
-    left_out = LeftOut()
+    skipped = SkippedImages()
     for _ in range(2):
         features, labels = extract(
             torch.nn.Flatten(),
@@ -177,18 +177,18 @@ def test_evaluation_leaves_them_out_and_says_so(
             mean=(0.5,) * 3,
             std=(0.5,) * 3,
             num_workers=0,
-            left_out=left_out,
+            skipped=skipped,
         )
         assert len(features) == 27
         assert labels.tolist() == images.labels[whole].tolist()
-        assert left_out.places == set(DAMAGE)
-    assert dict(left_out.counts) == {"train": 5}
+        assert skipped.places == set(DAMAGE)
+    assert dict(skipped.counts) == {"train": 5}
     said = capsys.readouterr().err
     assert said.count("5 of the 32 train images cannot be decoded and are skipped") == 1
 
 
 def extracted(folder: Path) -> tuple[list[int], dict[str, int]]:
-    left_out = LeftOut()
+    skipped = SkippedImages()
     _, labels = extract(
         torch.nn.Flatten(),
         IndexedShards.open(folder),
@@ -197,9 +197,9 @@ def extracted(folder: Path) -> tuple[list[int], dict[str, int]]:
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
         num_workers=0,
-        left_out=left_out,
+        skipped=skipped,
     )
-    return labels.tolist(), dict(left_out.counts)
+    return labels.tolist(), dict(skipped.counts)
 
 
 def test_ranks_agree_on_what_is_left_out(shards: Path) -> None:

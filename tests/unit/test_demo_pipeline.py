@@ -89,24 +89,26 @@ def test_an_output_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
         output_folder.claim(tmp_path / "file")
 
 
-def _handed_on(*words: str) -> pipeline.Training:
+def _passthrough(*words: str) -> pipeline.Training:
     return pipeline.training("demo", demo.SETTINGS, words)
 
 
 def test_every_flag_of_train_py_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
-    made = _handed_on("--symmetric", "--engine", "fsdp", "--compile", "--lr-decay-epochs", "3", "5")
+    made = _passthrough(
+        "--symmetric", "--engine", "fsdp", "--compile", "--lr-decay-epochs", "3", "5"
+    )
     config = made.config
     assert config.contrast.symmetric and config.run.compile and config.run.engine == "fsdp"
     assert config.optim.lr_decay_epochs == (3, 5)
     assert "--deepspeed" not in made.words, "contradicts --engine"
-    assert "ds_configs/zero1.json" in _handed_on().words[1]
-    assert _handed_on("--epochs", "9").config.optim.epochs == 9, "goes before the demo's own"
+    assert "ds_configs/zero1.json" in _passthrough().words[1]
+    assert _passthrough("--epochs", "9").config.optim.epochs == 9, "goes before the demo's own"
     for flag in ("--preflight", "--data-dir=x"):
-        with pytest.raises(UserError, match="not handed on"):
-            _handed_on(flag)
+        with pytest.raises(UserError, match="not passed on"):
+            _passthrough(flag)
     for words in (("--batch-size", "abc"), ("--image-size", "x"), ("--symetric",)):
         with pytest.raises(SystemExit):
-            _handed_on(*words)
+            _passthrough(*words)
         assert words[0] in capsys.readouterr().err
 
 

@@ -87,11 +87,11 @@ _SUFFIXES = {
     **{"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "TIFF": ".tiff"},
     **{"AVIF": ".avif", "JPEG2000": ".jp2", "PPM": ".ppm", "BMP": ".bmp"},
 }
-"""What the names of images of a kind end in."""
+"""Suffix of images of a kind."""
 
 
-# What systems and programs leave among a user's files, in lower case. Whatever begins with a dot
-# is theirs too: .AppleDouble, ._x.jpg, .ipynb_checkpoints, .Trash, .thumbnails, …
+# Files of systems and programs among a user's, in lower case. Names that begin with a dot
+# are theirs too: .AppleDouble, ._x.jpg, .ipynb_checkpoints, .Trash, .thumbnails, …
 _SYSTEM = frozenset(
     (
         *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx"),

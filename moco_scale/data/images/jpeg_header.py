@@ -36,7 +36,7 @@ class Header(NamedTuple):
     working: float
     """Bytes a pixel that a decoder holds besides: coefficients, where there are several scans."""
     least_bytes: float
-    """How long a file of so many pixels is at least."""
+    """Least length of a file with so many pixels."""
 
 
 def segments(jpeg: bytes | memoryview) -> Iterator[tuple[int, int, int]]:

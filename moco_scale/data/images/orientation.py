@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     tag: int
     kind: int
     length: int
-    """How many values it has."""
+    """Number of its values."""
     value: bytes
     """The field that holds the values, or, where they are longer, their place."""
 
@@ -42,7 +42,7 @@ class Directory(NamedTuple):
     order: str
     """struct's sign of the order of bytes."""
     big: bool
-    """Whether it is BigTIFF, whose numbers are longer."""
+    """True for BigTIFF, whose numbers are longer."""
     entries: list[Entry]
 
     @property

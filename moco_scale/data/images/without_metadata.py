@@ -27,11 +27,11 @@ class Pixels(NamedTuple):
     working: float = 0
     """Bytes a pixel that the decoder holds besides the pixels it gives."""
     copies: int = 1
-    """How often it holds the file itself."""
+    """Copies of the file that it holds."""
     padding: float = 1
     """Pixels that are decoded for one of the image."""
     size: tuple[int, int] | None = None
-    """(width, height) where the decoder has to be told; else it says so before it allocates."""
+    """(width, height) where the decoder needs them; others find them before they allocate."""
 
 
 def image_pixels(data: bytes | memoryview, kind: str) -> Pixels:

@@ -18,7 +18,7 @@ from moco_scale.untrusted.bad_sample import NAME_CHARACTERS
 from moco_scale.utils.text import printable
 
 POLICIES = ("error", "skip")
-"""What becomes of an image that cannot be decoded: the end of the run, or another in its place."""
+"""An image that cannot be decoded ends the run (error), or is replaced by another (skip)."""
 
 TRIES = 64
 _NEAREST = 64  # the first tries are this near: as a rule in the same shard, which is at hand
@@ -33,7 +33,7 @@ class BadSample(NamedTuple):
     key: str  # "" where the header before the image cannot be read either
     reason: str
     replacement: int
-    """The sample that is seen in its place; -1: none, it is left out."""
+    """The sample that replaces it; -1: none, it is skipped."""
 
 
 def substitutes(seed: int, passes: int, sample: int, num_samples: int) -> Iterator[int]:

@@ -60,8 +60,8 @@ class ViewBatch(NamedTuple):
     """uint8 [V, b, 3, S, S], RGB, cropped and not augmented any further. In memory the three
     colours of a pixel may lie together, as decoders and resizing have them."""
     bad: Sequence[BadSample] = ()
-    """Samples that cannot be decoded. In pretraining another is seen in the place of each, under
-    its number and with its own label; in evaluation they are left out."""
+    """Samples that cannot be decoded. In pretraining another replaces each, under its number and
+    with its own label; in evaluation they are skipped."""
 
 
 def pretraining_loader(
@@ -235,7 +235,7 @@ class _Crops(Dataset[Any]):
 
     views = 1
     skip = False
-    """Whether an image that cannot be decoded is reported in the batch, not raised."""
+    """Report an image that cannot be decoded in the batch, instead of raising."""
     cache: PixelCache | None = None
 
     def __init__(self, shards: Images, image_size: int) -> None:

@@ -25,7 +25,7 @@ PASSWORD = "MOCO_SCALE_HTTP_PASSWORD"
 TOKEN = "MOCO_SCALE_HTTP_TOKEN"
 """Sent as ``Authorization: Bearer …``."""
 SIGNATURE = "MOCO_SCALE_HTTP_SIGNATURE"
-"""What stands after the ? of every address that has none of its own."""
+"""Query (after the ?) of every address without one of its own."""
 
 
 def authorization(

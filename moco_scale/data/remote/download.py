@@ -34,7 +34,7 @@ class RemoteFile(NamedTuple):
     """Differs where what lies under this name does; "" where one index goes with one version.
     Found out here, never what a server says."""
     scan: str = ""
-    """Where it is kept what the file holds, if that was found out here and no index says it."""
+    """Path of the file's saved scan, if it was scanned here."""
     most: int | None = None
     """Bytes at which it is given up, where it is not known how many it has."""
 

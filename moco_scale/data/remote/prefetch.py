@@ -57,7 +57,7 @@ class RemotePart(NamedTuple):
     files: Sequence[RemoteFile]
     store: Store
     folder: Path
-    """Of the cache, for this set."""
+    """Folder of the cache for this set."""
     cache: ShardCache
 
     @property

@@ -38,9 +38,9 @@ class FileState(NamedTuple):
 
     bytes: int | None = None
     tag: str = ""
-    """Of its content: an ETag, a generation."""
+    """Tag of its content: an ETag, a generation."""
     changed: str = ""
-    """When it was."""
+    """Time of its last change."""
 
     @classmethod
     def said(cls, size: object, tag: object, changed: object) -> FileState:

@@ -37,10 +37,10 @@ class IndexedTars(NamedTuple):
     folder: Path
     split: str
     checksum: str
-    """Of the index."""
+    """Checksum of the index."""
     paths: Sequence[Path]
     changed: Sequence[int]
-    """Of each tar, its time of change in nanoseconds."""
+    """Time of change of each tar, in nanoseconds."""
     rows: np.ndarray
     """INDEX_DTYPE, in the order of the tars."""
 

@@ -30,13 +30,13 @@ class Scanned(NamedTuple):
     """Shards whose index was made here."""
 
     index_dir: Path
-    """Where it lies."""
+    """Folder of the index."""
     name: str
-    """Of the set, for messages."""
+    """Name of the set, for messages."""
     splits: dict[str, list[str]]
     """The shards' names."""
     changed: Mapping[str, int]
-    """Of each shard, the time of change (ns) that it had when the index was made."""
+    """Time of change (ns) of each shard when the index was made."""
 
 
 class IndexedShards:

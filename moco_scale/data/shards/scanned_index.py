@@ -181,7 +181,7 @@ def write_index(
     line += f" in {time.monotonic() - started:.1f} s, kept in {folder}"
     without = header["made"]["without_image"]
     if without:
-        line += f"; {without} samples hold no image and are left out"
+        line += f"; {without} samples without an image are skipped"
     lines = [line]
     dotted = next((scan.dotted for scan in scans if scan.dotted), "")
     if dotted:

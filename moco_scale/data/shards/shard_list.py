@@ -25,7 +25,7 @@ SPLIT_WORDS = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""What a word in the name of a tar or a folder says, in capitals or not."""
+"""Split by a word in the name of a tar or a folder, in capitals or not."""
 _WORD = re.compile(r"[a-z]+")
 
 
@@ -33,7 +33,7 @@ class ShardList(NamedTuple):
     """Tars without an index."""
 
     folder: Path
-    """Of the first of them; an index goes there if possible."""
+    """Folder of the first tar; an index goes there if possible."""
     splits: dict[str, list[str]]
     """Their paths below the folder (or beside it, with ".."), in the order of the samples."""
 

@@ -13,7 +13,7 @@ COMPRESSED: dict[bytes, Callable[[Any, str], Any]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
 }
-"""What opens, by path or as an open file, what begins so."""
+"""Functions that open, by path or as an open file, a file that begins so."""
 
 
 Content = Callable[[int, int], bytes]

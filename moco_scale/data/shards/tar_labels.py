@@ -20,7 +20,7 @@ from moco_scale.untrusted.limits import CLASSES, LABEL_CHARACTERS, LABEL_JSON, L
 from moco_scale.utils.text import printable, text_of
 
 LABEL_SUFFIXES = ("cls", "json")
-"""Of the members that may hold a label, in the order of preference."""
+"""Suffixes of members that may hold a label, in the order of preference."""
 LABEL_FIELDS = ("label", "cls", "class")  # of a .json, in the order of preference
 _NUMBER = re.compile(r"([+-]?)0*([0-9]+?)(\.0*)?")
 _HIGHEST = 2**31 - 1
@@ -36,7 +36,7 @@ class TarLabels:
 
     def __init__(self) -> None:
         self.odd = ""
-        """What is odd about the first odd one, fit to be shown."""
+        """Description of the first odd one, printable."""
         self._values = array("q")  # of each image, a number or a place in _names; -1: none
         self._names: dict[str, int] = {}
         self._first: dict[type, str] = {}  # a member with a number, one with a name

@@ -62,7 +62,7 @@ class ShardScan(NamedTuple):
     without_image: int
     """Samples that hold no image."""
     odd: str = ""
-    """What it holds that makes its labels useless; "": nothing."""
+    """Reason why its labels cannot be used; "": they can."""
     dotted: str = ""
     """An image whose key has a dot: its name was split at the last one; "": there is none."""
     part: str = ""

@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
     shard: str
     offset: int
-    """Of the image; -1: the shard as a whole."""
+    """Place of the image; -1: the shard as a whole."""
     key: str  # this and the problem are fit to be shown
     problem: str
 
@@ -56,7 +56,7 @@ class Expected(NamedTuple):
     bytes: int | None = None
     checksum: str | None = None  # hex BLAKE2b-128 of the file
     rows: np.ndarray | None = None  # of INDEX_DTYPE
-    dropped: frozenset[str] = frozenset()  # keys that were left out of the index before
+    dropped: frozenset[str] = frozenset()  # keys that an earlier repair dropped from the index
 
     def is_labelled(self) -> bool:
         """The index has labels for it."""

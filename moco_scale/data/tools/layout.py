@@ -43,7 +43,7 @@ class SourceImage(NamedTuple):
     problem: str = ""  # why it cannot be taken
 
 
-class LeftOut(NamedTuple):
+class Skipped(NamedTuple):
     """Skipped image, and the reason."""
 
     split: str
@@ -57,7 +57,7 @@ class Listing:
 
     classes: list[str]
     splits: dict[str, list[SourceImage]]
-    left_out: list[LeftOut] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what a user should know about the choice
 
 
@@ -297,8 +297,8 @@ def _refuse_same_names(where: str, found: Split) -> None:
 
 def _leave_out(listing: Listing) -> None:
     for split, images in listing.splits.items():
-        out = [LeftOut(split, p.name, _problem(p)) for p in images if _problem(p)]
-        listing.left_out += out
+        out = [Skipped(split, p.name, _problem(p)) for p in images if _problem(p)]
+        listing.skipped += out
         kept = [p for p in images if not _problem(p)]
         if not kept:
             raise none_left(split, len(images), out)
@@ -311,9 +311,9 @@ def _problem(image: SourceImage) -> str:
     return TOO_LARGE if image.size > IMAGE_FILE else "" if image.size else "empty file"
 
 
-def none_left(split: str, count: int, left_out: Sequence[LeftOut]) -> UserError:
+def none_left(split: str, count: int, skipped: Sequence[Skipped]) -> UserError:
     """Make the error of a split without usable images."""
-    reasons = Counter(entry.reason for entry in left_out if entry.split == split).most_common(3)
+    reasons = Counter(entry.reason for entry in skipped if entry.split == split).most_common(3)
     why = "; ".join(f"{number} x {printable(reason)}" for reason, number in reasons)
     return UserError(f"None of the {count} {split} images can be used: {why}.")
 

@@ -25,7 +25,7 @@ from moco_scale.data.tools.examine import (
     examine_all,
     list_folder,
 )
-from moco_scale.data.tools.layout import LeftOut
+from moco_scale.data.tools.layout import Skipped
 from moco_scale.data.tools.output_folder import LEFT_OUT, sync
 from moco_scale.data.tools.salvage import salvage
 from moco_scale.data.tools.shard_file import write_errors
@@ -70,7 +70,7 @@ def repair(path: Path, workers: int) -> int:
                 f"{examined.findings[-1]}. Its images would be lost, so nothing was changed: see "
                 "that it can be read, or move it away if it is to be given up."
             )
-    lost: list[LeftOut] = []
+    lost: list[Skipped] = []
     splits: dict[str, list[_Shard]] = {split: [] for split in folder.splits}
     try:
         with write_errors(path / index_file.INDEX_JSON):
@@ -91,7 +91,7 @@ def repair(path: Path, workers: int) -> int:
     return 0
 
 
-def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | None:
+def _repaired(split: str, examined: Examined, lost: list[Skipped]) -> _Shard | None:
     """Repair a shard; None when nothing of it is left."""
     expected = examined.expected
     name = printable(expected.name)
@@ -99,7 +99,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
 
     def lose(place: str, reason: str) -> None:
         # The name as it is: who examines the repaired folder looks for it.
-        lost.append(LeftOut(split, f"{expected.name}:{place}", printable(reason)))
+        lost.append(Skipped(split, f"{expected.name}:{place}", printable(reason)))
 
     if examined.scan is not None:
         keep = np.array([o not in examined.bad for o in examined.scan.offset.tolist()], dtype=bool)
@@ -108,7 +108,7 @@ def _repaired(split: str, examined: Examined, lost: list[LeftOut]) -> _Shard | N
             lose(keys[offset].key, keys[offset].problem)
         if len(lost) > before:
             tell(
-                f"{name}: left out of the index, because they cannot be decoded: "
+                f"{name}: dropped from the index, because they cannot be decoded: "
                 f"{len(lost) - before} of {len(keep)} images; the tar stays as it is"
             )
         return _Shard(expected.name, examined, examined.scan, keep, None)
@@ -182,7 +182,7 @@ def _put_in_place(
     splits: dict[str, list[_Shard]],
     header: dict[str, Any],
     rows: dict[str, np.ndarray],
-    lost: list[LeftOut],
+    lost: list[Skipped],
 ) -> list[Path]:
     """Replace the old files by the new ones, the index last.
 
@@ -226,7 +226,7 @@ def _free_name(path: Path, suffix: str) -> Path:
 
 
 def _conclude(
-    folder: Folder, header: dict[str, Any], lost: list[LeftOut], backups: list[Path]
+    folder: Folder, header: dict[str, Any], lost: list[Skipped], backups: list[Path]
 ) -> None:
     for split, entry in header["splits"].items():
         count = len(entry["shards"])

@@ -19,7 +19,7 @@ from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.images.formats import LFS_POINTER, START_BYTES, suffix_to_write
 from moco_scale.data.shards.index_file import INDEX_DTYPE
 from moco_scale.data.shards.tar_scan import scan_tar
-from moco_scale.data.tools.layout import TOO_LARGE, LeftOut, SourceImage
+from moco_scale.data.tools.layout import TOO_LARGE, Skipped, SourceImage
 from moco_scale.data.tools.output_folder import sync
 from moco_scale.data.tools.source_folder import NOT_READABLE
 from moco_scale.data.tools.source_zip import unpack
@@ -55,7 +55,7 @@ class Done(NamedTuple):
     rows: np.ndarray  # of INDEX_DTYPE; "shard" is still 0
     bytes: int
     checksum: str  # hex BLAKE2b-128 of the file
-    left_out: list[LeftOut]
+    skipped: list[Skipped]
 
 
 def shard_name(split: str, number: int) -> str:
@@ -72,7 +72,7 @@ def write_shard(task: Task) -> Done:
     import webdataset
 
     path = Path(task.folder) / shard_name(task.split, task.shard)
-    labels, left_out = [], []
+    labels, skipped = [], []
     _read_ahead(task.images)
     with write_errors(path.parent), _Sink(path) as sink:
         writer = webdataset.ShardWriter(
@@ -94,7 +94,7 @@ def write_shard(task: Task) -> Done:
                 if task.verify or task.encoding is not None:
                     data, suffix = _checked(data, suffix, task.encoding)
             except DecodeError as error:
-                left_out.append(LeftOut(task.split, image.name, str(error)))
+                skipped.append(Skipped(task.split, image.name, str(error)))
                 continue
             label = str(image.label).encode()
             writer.write({"__key__": f"{key:09d}", suffix[1:]: data, "cls": label})
@@ -102,7 +102,7 @@ def write_shard(task: Task) -> Done:
         writer.close()
     sync(path)
     rows = _rows(path, labels)
-    return Done(rows, path.stat().st_size, sink.hash.hexdigest(), left_out)
+    return Done(rows, path.stat().st_size, sink.hash.hexdigest(), skipped)
 
 
 class _Sink:

@@ -15,7 +15,7 @@ from moco_scale.utils.errors import UserError
 from moco_scale.utils.text import printable
 
 NOT_READABLE = frozenset((errno.EACCES, errno.EPERM, errno.ELOOP))
-"""What ails one file and not the disk: it is left out, and said; the others are taken."""
+"""Errors of one file and not of the disk: the file is skipped and listed."""
 _MOST_PLACES = 64
 _SHOWN = 5
 

@@ -27,7 +27,7 @@ class Splits(NamedTuple):
     """Splits of a source."""
 
     splits: dict[str, Split]
-    """Of "train", "val" and "test" those that there are."""
+    """Existing ones of "train", "val" and "test"."""
     folders: dict[str, str]
     """The name of the folder of each; {} where all is train."""
     notes: list[str]

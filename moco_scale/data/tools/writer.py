@@ -80,7 +80,7 @@ def write_shards(
     """Write all splits of a listing, their index and the list of skipped images.
 
     Args:
-        listing: images to write; skipped ones are added to its left_out.
+        listing: images to write; skipped ones are added to it.
         folder: an existing folder for the files.
         seed: of the order.
         shard_size: of the shards.
@@ -111,7 +111,7 @@ def write_shards(
         shards: list[tuple[str, int, int]] = []
         checksums: list[str] = []
         for number, done in enumerate(_run(tasks, workers, len(ordered), split)):
-            listing.left_out += done.left_out
+            listing.skipped += done.skipped
             old = folder / shard_name(split, number)
             if len(done.rows) == 0:
                 old.unlink()
@@ -124,7 +124,7 @@ def write_shards(
             shards.append((name, done.bytes, len(done.rows)))
             checksums.append(done.checksum)
         if not shards:
-            raise none_left(split, len(ordered), listing.left_out)
+            raise none_left(split, len(ordered), listing.skipped)
         rows = np.concatenate(all_rows)
         with write_errors(folder):
             np.save(folder / index_file.index_name(split), rows, allow_pickle=False)
@@ -137,10 +137,10 @@ def write_shards(
             note_checked(IndexedTars(folder, split, entry["checksum"], paths, changed, rows))
         splits.append(Written(split, len(rows), len(shards), sum(size for _, size, _ in shards)))
     said = {k: printable(v, 4096) if isinstance(v, str) else v for k, v in (made or {}).items()}
-    header["made"] = {**said, "seed": seed, "left_out": len(listing.left_out)}
+    header["made"] = {**said, "seed": seed, "left_out": len(listing.skipped)}
     with write_errors(folder):
-        if listing.left_out:
-            _write(folder / LEFT_OUT, b"".join(json_line(e._asdict()) for e in listing.left_out))
+        if listing.skipped:
+            _write(folder / LEFT_OUT, b"".join(json_line(e._asdict()) for e in listing.skipped))
         _write(folder / index_file.INDEX_JSON, json_text(header, indent=1).encode())
     return splits
 
