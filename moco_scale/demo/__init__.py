@@ -1,1 +1,1 @@
-"""A complete run, images included, in a few minutes on any machine."""
+"""Demo: a complete run, images included, in a few minutes on any machine."""

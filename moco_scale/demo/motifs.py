@@ -1,7 +1,7 @@
-"""The motifs of the demo's images: small shapes about one unit in radius.
+"""Motifs of the demo's images: small shapes about one unit in radius.
 
-A motif is a list of closed polygons (float arrays [points, 2], y downwards) with what they are
-filled with, drawn in order: ink, or the ground again for a hole.
+A motif is a list of closed polygons (float arrays [points, 2], y downwards) with their fills, drawn
+in order: ink, or the ground again for a hole.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The output folder of a demo: whose it is, and what may be done with what an earlier run left."""
+"""Output folder of a demo: its marker, and reuse of an earlier run's files."""
 
 import json
 import shutil
@@ -22,10 +22,10 @@ _MADE_BEFORE_TRAINING = ("images", "official", "shards")
 
 
 def claim(out: Path) -> None:
-    """Make `out` an empty folder marked as a demo's; what an earlier demo left there is deleted.
+    """Make `out` an empty folder marked as a demo's; an earlier demo's files are deleted.
 
     Raises:
-        UserError: it holds anything else, or cannot be written.
+        UserError: It holds anything else, or cannot be written.
     """
     try:
         if out.is_dir() and any(out.iterdir()):
@@ -46,21 +46,20 @@ def claim(out: Path) -> None:
 
 
 def claim_or_continue(out: Path, images: dict[str, Any], train: dict[str, Any]) -> bool:
-    """Make `out` this run's folder, or keep what an interrupted run of the same settings left.
+    """Make `out` this run's folder, or keep an interrupted run of the same settings.
 
-    What was trained is never touched; what comes before it is made again where it was made from
-    another source.
+    A trained model is never touched; shards of another source are made again.
 
     Args:
         out: the folder.
-        images: what decides the shards, plain values by flag.
-        train: what defines the training, likewise.
+        images: settings of the shards, plain values by flag.
+        train: settings of the training, likewise.
 
     Returns:
-        Whether there is something to go on with.
+        Whether there is a run to continue.
 
     Raises:
-        UserError: it holds another run (which settings differ is named), a finished one, or
+        UserError: It holds another run (the message has the differences), a finished one, or
             anything else, or cannot be written.
     """
     marker = out / MARKER
@@ -92,7 +91,7 @@ def claim_or_continue(out: Path, images: dict[str, Any], train: dict[str, Any]) 
 
 
 def _is_replaceable(marker: Path) -> bool:
-    """Whether a folder is marked as a demo's, by a file that is no link."""
+    """Tell whether a folder is marked as a demo's, by a file that is no link."""
     expected = REPLACEABLE.encode()
     if marker.is_symlink() or not marker.is_file() or marker.stat().st_size != len(expected):
         return False
@@ -105,7 +104,7 @@ def _mark(marker: Path, images: dict[str, Any], train: dict[str, Any]) -> None:
 
 
 def _settings_in(marker: Path) -> DemoSettings | None:
-    """What :func:`_mark` wrote; None where there is nothing of that kind."""
+    """Read the settings in a marker; None where there are none."""
     if not marker.is_file():
         return None
     try:

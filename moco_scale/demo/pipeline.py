@@ -1,4 +1,4 @@
-"""Images to a table, through the same commands that a user would type.
+"""Demo pipeline from images to a table, through the same commands that a user would type.
 
 Shards, pretraining under the ``deepspeed`` launcher, linear and kNN evaluation; each step is a
 process of its own and prints its command line.
@@ -54,11 +54,11 @@ _SAVE_SECONDS = 60.0  # for a step that has been asked to end
 
 @dataclass(frozen=True)
 class Training:
-    """What train.py is started with.
+    """Command line of train.py.
 
     Attributes:
-        words: of its command line, without data and output folder.
-        config: what it will make of them.
+        words: flags, without data and output folder.
+        config: their configuration.
     """
 
     words: tuple[str, ...]
@@ -67,13 +67,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one demo runs.
+    """Settings of one demo.
 
     Attributes:
-        title: first line of what is printed.
-        source: gets the images ready, as ``python -m moco_scale shard --source`` takes them;
-            not called when there are shards already.
-        out: folder for everything that is written; made by :mod:`~moco_scale.demo.output_folder`.
+        title: first line of the output.
+        source: makes the images, for ``python -m moco_scale shard --source``; not called when there
+            are shards already.
+        out: folder for all files; made by :mod:`~moco_scale.demo.output_folder`.
         training: see there.
         processes: that train and evaluate.
         shard_flags: further flags of the shard command.
@@ -88,9 +88,12 @@ class Experiment:
 
 
 def add_arguments(parser: argparse.ArgumentParser, output_dir: str, before: str) -> None:
-    """The flags that all demos have.
+    """Add the flags that all demos have.
 
-    before: what happens to an earlier run in the folder, for the help.
+    Args:
+        parser: of the demo.
+        output_dir: default output folder.
+        before: describes, for the help, what happens to an earlier run in the folder.
     """
     parser.add_argument(
         "--output-dir",
@@ -112,16 +115,16 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: str, before: str)
 
 
 def training(prog: str, settings: Mapping[str, str], passthrough: Sequence[str]) -> Training:
-    """The command line of train.py, read as train.py will read it.
+    """Build the command line of train.py and read it as train.py will.
 
     Args:
-        prog: the command that is running, for what argparse says.
+        prog: the running command, for argparse's messages.
         settings: this demo's flags of train.py by name, and their values.
         passthrough: flags that the user has added.
 
     Raises:
-        UserError: values that contradict each other, or flags that a demo decides itself.
-        SystemExit: words that train.py does not know; they have been named.
+        UserError: Values contradict each other, or a flag is the demo's own.
+        SystemExit: A flag is unknown to train.py; it has been named.
     """
     parser = make_parser()
     parser.prog, parser.usage = prog, f"{prog} [flags of its own, see --help] [flags of train.py]"
@@ -141,10 +144,12 @@ def training(prog: str, settings: Mapping[str, str], passthrough: Sequence[str])
 def run(experiment: Experiment, *, started: float) -> None:
     """Shard, pretrain, evaluate; print the table and write ``summary.json``.
 
-    started: time.monotonic() when the demo began, for ``seconds``.
+    Args:
+        experiment: to run.
+        started: time.monotonic() when the demo began, for ``seconds``.
 
     Raises:
-        UserError: a step fails.
+        UserError: A step fails.
     """
     out = experiment.out.resolve()
     shards = out / "shards"
@@ -209,7 +214,10 @@ def run(experiment: Experiment, *, started: float) -> None:
 
 
 def evaluation_batch(images: int, processes: int) -> int:
-    """The usual global batch, or the largest below it that images fill and processes share."""
+    """Return the usual global batch, or the largest smaller one that images fill.
+
+    Processes must be able to share it.
+    """
     batch = min(_EVALUATION_BATCH, images) // processes * processes
     if not batch:
         raise UserError(f"{images} training images are too few for {processes} processes")
@@ -217,7 +225,7 @@ def evaluation_batch(images: int, processes: int) -> int:
 
 
 def knn_on_pixels(shards: Path, image_size: int, resize_ratio: float) -> float:
-    """Top-1 in percent of the weighted kNN on mean-subtracted, L2-normalised pixels."""
+    """Measure top-1 in percent of weighted kNN on mean-subtracted, L2-normalised pixels."""
     (bank, bank_labels), (queries, labels) = (
         _pixels(open_shards(shards, split), image_size, resize_ratio) for split in ("train", "val")
     )
@@ -231,7 +239,7 @@ def knn_on_pixels(shards: Path, image_size: int, resize_ratio: float) -> float:
 def _pixels(
     shards: Images, image_size: int, resize_ratio: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images of a split in order: float32 [N, 3 * S * S] in 0..1, and int64 labels [N]."""
+    """Load all images of a split in order: float32 [N, 3 * S * S] in 0..1, and int64 labels [N]."""
     loader = evaluation_loader(shards, image_size, resize_ratio, batch_size=256, num_workers=0)
     batches = [(batch.views[0].flatten(1), batch.labels) for batch in loader]
     pixels = torch.cat([pixels for pixels, _ in batches]).float() / 255
@@ -239,7 +247,7 @@ def _pixels(
 
 
 def _of_checkout(name: str) -> str:
-    """A script or file of the checkout that this package is in; short where that is the cwd."""
+    """Return the path of a script or file of this checkout; short where it is the cwd."""
     root = Path(moco_scale.__file__).resolve().parent.parent
     if not (root / name).exists():
         raise UserError(
@@ -250,10 +258,10 @@ def _of_checkout(name: str) -> str:
 
 
 def process_count(wanted: int | None, batch_size: int) -> int:
-    """Those asked for; else the GPUs there are, or 2 on a CPU, as many as divide the batch.
+    """Return the wanted number, else the number of GPUs, or 2 on a CPU, that divides the batch.
 
     Raises:
-        UserError: those asked for do not divide it.
+        UserError: The wanted number does not divide the batch.
     """
     if wanted is not None:
         if batch_size % wanted:
@@ -274,7 +282,7 @@ def core_count() -> int:
 
 
 def _launcher(processes: int) -> list[str]:
-    """The deepspeed of this environment, on a port that nobody uses."""
+    """Return the command of this environment's deepspeed, on a free port."""
     deepspeed = Path(sys.executable).parent / "deepspeed"
     if not deepspeed.exists():
         raise UserError(f"{deepspeed} is missing: run `make setup`, and the demo with its Python")
@@ -285,7 +293,7 @@ def _launcher(processes: int) -> list[str]:
 
 
 def _environment(processes: int) -> dict[str, str]:
-    """The caller's, with this environment's programs first and the cores shared out."""
+    """Return the caller's variables, with this environment's programs first and cores shared."""
     threads = max(1, core_count() // processes) if not torch.cuda.device_count() else 1
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "PATH": path}
@@ -306,7 +314,7 @@ def run_step(name: str, command: list[str], environment: dict[str, str]) -> None
 
 
 def _status_of(command: list[str], environment: dict[str, str], doing: str) -> int:
-    """Run a command in a session of its own, which ends with this process, in good order."""
+    """Run a command in its own session, which ends orderly with this process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedEarly(f"{signal.Signals(number).name}: stopped while {doing}")
@@ -331,7 +339,7 @@ def _status_of(command: list[str], environment: dict[str, str], doing: str) -> i
 
 
 def initial_knn(metrics: Path) -> float | None:
-    """The kNN top-1 that training logged for the encoder it started from; None: it did not look."""
+    """Return the kNN top-1 that training logged for the initial encoder; None without one."""
     with contextlib.suppress(OSError):  # training continues without it
         for record in records(metrics):
             value = record.get("knn_top1_initial")

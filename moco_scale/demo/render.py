@@ -1,11 +1,10 @@
-"""The demo's own labelled images: block prints, the class being the motif that is printed.
+"""Labelled images of the demo: block prints, whose class is the printed motif.
 
-An image is full of one motif. Where the rows of motifs begin, how each is turned, its size, its
-small shift and the colour of its ink are drawn for each print, and the cloth under them changes
-colour from place to place. Two crops of an image therefore have the motif in common and nothing
-else, which is what contrastive learning picks up, while raw pixels, which compare place by place
-and colour by colour, say little about the class. (One colour for a whole image would be what two
-crops have in common, and be learned instead.)
+An image is full of one motif. The first row's place, each print's rotation, size, small shift and
+ink colour are random, and the cloth under them changes colour from place to place. So two crops of
+an image share only the motif, which contrastive learning picks up, while raw pixels, compared place
+by place and colour by colour, tell little about the class. (With one colour for a whole image two
+crops would share it, and it would be learned instead.)
 """
 
 from colorsys import hsv_to_rgb
@@ -44,14 +43,14 @@ def _colour(limits: tuple[float, float, float, float], rng: np.random.Generator)
 
 
 def _cloth(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Colours that flow into each other: float32 [size, size, 3] in 0..255."""
+    """Draw colours that flow into each other: float32 [size, size, 3] in 0..255."""
     patches = np.array([[_colour(CLOTH, rng) for _ in range(PATCHES)] for _ in range(PATCHES)])
     image = Image.fromarray(patches.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, np.float32)
 
 
 def _prints(name: str, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share of ink, float32 [size, size, 1] in 0..1, and its colour times that, [size, size, 3]."""
+    """Draw the share of ink, float32 [size, size, 1] in 0..1, and its colour times that."""
     side = size * SUPERSAMPLING
     where, colours = Image.new("L", (side, side)), Image.new("RGB", (side, side))
     draw, paint = ImageDraw.Draw(where), ImageDraw.Draw(colours)
@@ -80,7 +79,8 @@ def _prints(name: str, rng: np.random.Generator, size: int) -> tuple[np.ndarray,
 def render(name: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
     """Draw one image of class `name`: RGB, `size` x `size` pixels, a function of `rng`'s state.
 
-    Raises KeyError for an unknown class.
+    Raises:
+        KeyError: The class is unknown.
     """
     share, ink = _prints(name, rng, size)
     image = _cloth(rng, size) * (1.0 - share) + ink + rng.normal(0.0, GRAIN, (size, size, 1))
@@ -105,8 +105,11 @@ def write_folder(
 ) -> None:
     """Write an ImageFolder of JPEGs, `out/train/CLASS/*.jpg` and `out/val/CLASS/*.jpg`.
 
-    Image n of a class is a function of (seed, split, class, n) alone: neither of how many there
-    are nor of how many processes draw them. Raises FileExistsError where a split exists already.
+    Image n of a class is a function of (seed, split, class, n), whatever the number of images or of
+    processes.
+
+    Raises:
+        FileExistsError: A split exists already.
     """
     for split in SPLITS:
         for name in CLASSES:
@@ -125,7 +128,7 @@ def write_folder(
 
 
 def contact_sheet(size: int = SIZE, columns: int = 12, seed: int = 0) -> Image.Image:
-    """One row of images for each class, to look at."""
+    """Draw one row of images for each class, to look at."""
     gap = 4
     pitch = size + gap
     sheet = Image.new("RGB", (columns * pitch + gap, len(CLASSES) * pitch + gap), "white")

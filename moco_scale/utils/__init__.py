@@ -1,1 +1,1 @@
-"""What every other room uses: errors, the log, files and locks, processes, devices."""
+"""Utilities of all other rooms: errors, log, files and locks, processes, devices."""

@@ -1,4 +1,4 @@
-"""The switches of a process that decide how its arithmetic is carried out on a GPU."""
+"""Determinism switches of a process's arithmetic on a GPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def set_switches() -> None:
-    """Results repeat bit for bit, and fp32 means fp32; pretraining and evaluation both call it.
+    """Make results repeat bit for bit, and fp32 be fp32; pretraining and evaluation call it.
 
-    Without it cuDNN would choose among kernels by how fast they happen to be, and convolutions in
-    fp32 would be rounded to TF32's 10 bits of mantissa. Who wants tensor cores asks for bf16.
-    Process-wide; nothing on a CPU depends on it.
+    Otherwise cuDNN would choose the kernel that happens to be fastest, and convolutions in fp32
+    would be rounded to TF32's 10 bits of mantissa. For tensor cores use bf16. Process-wide; nothing
+    on a CPU depends on it.
     """
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = False
@@ -29,10 +29,10 @@ def set_switches() -> None:
 
 
 def slow_precision(device: torch.device, precision: str) -> list[str]:
-    """A warning where this processor has no arithmetic of a half precision, and emulates it.
+    """Warn where this processor emulates a half precision.
 
     Args:
-        device: where it computes; GPUs have both as far as they are offered.
+        device: of the computation; GPUs support both.
         precision: ``fp32``, ``bf16`` or ``fp16``.
     """
     if device.type != "cpu" or precision == "fp32":
@@ -54,18 +54,18 @@ def slow_precision(device: torch.device, precision: str) -> list[str]:
 
 
 def can_repeat() -> bool:
-    """Whether cuBLAS's workspace allows :func:`repeatable`; a user may have set another."""
+    """Tell whether cuBLAS's workspace, which a user may have set, allows :func:`repeatable`."""
     return os.environ.get(_WORKSPACE) in (":4096:8", ":16:8")
 
 
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
-    """Forward and backward passes within add up in the same order each time, also attention.
+    """Make forward and backward passes in the block add up in a fixed order, also attention.
 
-    On a GPU the backward pass of attention adds up in any order unless torch is told that nothing
-    else will do; asking for warnings alone (``warn_only``) leaves that so. Only for models all of
-    whose operations have such a form, as a transformer's have. Of a ResNet convolutions alone need
-    it, and :func:`set_switches` has seen to them.
+    On a GPU the backward pass of attention adds up in any order unless torch must be deterministic;
+    warnings only (``warn_only``) do not change that. Only for models all of whose operations have a
+    deterministic form, such as transformers. Of a ResNet only convolutions need it, which
+    :func:`set_switches` handles.
     """
     mode = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""The exceptions a user is meant to see."""
+"""Exceptions that a user is meant to see."""
 
 import errno
 import re
@@ -9,12 +9,12 @@ from moco_scale.utils.text import printable
 
 
 class UserError(Exception):
-    """Something the user can put right: says what is wrong, where, and what to do.
+    """Error that the user can fix: the message has what is wrong, where, and what to do.
 
     Commands print the message without a traceback and exit with its status.
 
     Attributes:
-        status: 2, or :data:`LOST_PEER` where nothing is the user's: the same command may do.
+        status: 2, or :data:`LOST_PEER` where nothing is the user's: start the same command again.
     """
 
     status = 2
@@ -36,7 +36,7 @@ _OWN_FAULT = re.compile(
 
 
 def is_peer_gone(error: BaseException) -> bool:
-    """Whether an error is what collectives raise when another process is no longer there."""
+    """Tell whether an error is that of collectives when another process is gone."""
     text = str(error)
     network = any(kind.__name__ in _NETWORK_ERRORS for kind in type(error).__mro__)
     return bool(network or _PEER_GONE.search(text)) and not _OWN_FAULT.search(text)
@@ -47,7 +47,7 @@ LOST_PEER = 69
 
 
 class PeerLost(Exception):
-    """Another process is gone, stands still or went astray; says which, as far as that is known.
+    """Another process is gone, hangs or is in another state; the message names it, if known.
 
     Commands print the message on every rank, without a traceback, and exit with :data:`LOST_PEER`.
     """
@@ -60,10 +60,10 @@ INTERRUPTED = 130
 
 
 class StoppedEarly(Exception):
-    """A run that was asked to stop has saved its state; says why and where.
+    """A run that was asked to stop has saved its state; the message has the reason and place.
 
     Attributes:
-        status: to end with.
+        status: to exit with.
     """
 
     def __init__(self, text: str, status: int = STOPPED_EARLY) -> None:
@@ -72,13 +72,13 @@ class StoppedEarly(Exception):
 
 
 class ReaderLost(UserError):
-    """A process that reads images was killed, which is no mistake of the user's."""
+    """A reader process was killed, by no mistake of the user's."""
 
     status = LOST_PEER
 
 
 class RankError(UserError):
-    """A user's error that one rank alone met, such as an image only it reads."""
+    """Error of a user on one rank only, such as an image that only it reads."""
 
     def __init__(self, error: UserError, rank: int) -> None:
         super().__init__(f"rank {rank} on {socket.gethostname()}: {error}")
@@ -86,7 +86,7 @@ class RankError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; its kind where it says nothing."""
+    """Return an error's first line; its class where it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -97,7 +97,7 @@ _NO_MEMORY = re.compile(r"(allocate|enough) memory|out of memory")  # torch, on 
 
 
 def limit_met(error: Exception) -> str | None:
-    """Which limit of this machine an error is about that nobody expected there; None: of none."""
+    """Name the limit of this machine that an error is about; None: another error."""
     if isinstance(error, OSError):
         return _limit_of_files(error)
     if str(error) == "can't start new thread":
@@ -129,7 +129,7 @@ def _limit_of_files(error: OSError) -> str | None:
 
 
 def processes_advice(what: str) -> str:
-    """What to do where no more of a "process" or "thread" can be started."""
+    """Advise what to do where no more "process" or "thread" can be started."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     return (
         f"cannot start another {what}: this user may have {limit} processes and threads "
@@ -139,7 +139,7 @@ def processes_advice(what: str) -> str:
 
 
 def open_failure(error: OSError) -> str:
-    """Why a file could not be opened or mapped; what to do where too many are open already."""
+    """Explain why a file could not be opened or mapped; advise on too many open files."""
     reason = error.strerror or str(error)
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"{reason}. {open_files_advice()}"
@@ -147,7 +147,7 @@ def open_failure(error: OSError) -> str:
 
 
 def open_files_advice() -> str:
-    """What to do about the limit on open files."""
+    """Advise on the limit on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     more = (
         f"raise it with `ulimit -n {hard}` in the shell or script that starts this"

@@ -1,4 +1,4 @@
-"""matplotlib where the home cannot be written: it starts without a word, and leaves nothing."""
+"""Import of matplotlib where the home is not writable, silently and leaving nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _PLACE = "MPLCONFIGDIR"
 
 @contextlib.contextmanager
 def matplotlib_home() -> Iterator[None]:
-    """Import matplotlib inside, before anything else does.
+    """Import matplotlib within this block, before any other import of it.
 
-    Where it cannot write to its folders below the home it gets one that goes with this block; it
-    keeps nothing there that it needs later.
+    Where it cannot write to its folders below the home it gets a temporary one, which is removed
+    after the block; it needs nothing of it later.
 
     Raises:
-        OSError: no temporary folder can be made either.
+        OSError: No temporary folder can be made either.
     """
     if "matplotlib" in sys.modules or _PLACE in os.environ or _home_can_be_written():
         yield

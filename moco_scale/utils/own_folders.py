@@ -1,8 +1,8 @@
-"""Folders that this program made: told by owner and marker, and never reached through a link.
+"""Folders that this program made: known by owner and marker, and never reached through a link.
 
-Others may write where such a folder lies (``/dev/shm``, a scratch disk, a shared cache), and its
-name can be foreseen: what stands there may be a link, or somebody else's folder. Nothing in it is
-then read, written or removed.
+Others may write beside such a folder (``/dev/shm``, a scratch disk, a shared cache), and its name
+can be foreseen: a link, or somebody else's folder, may stand there. Nothing in it is then read,
+written or removed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ PASSING: set[str] = set()
 
 
 class ForeignFolderError(OSError):
-    """What has the name of a folder of this program's is something else; ``strerror`` says what."""
+    """Something else has the name of a folder of this program; described in ``strerror``."""
 
     def __init__(self, folder: str | Path, what: str) -> None:
         super().__init__(errno.EACCES, f"{folder} {what}")
 
 
 def make_own(folder: Path, marker: str = "", mode: int = 0o777) -> bool:
-    """Make a folder of this program's unless it is there; whether this process has made it.
+    """Make a folder of this program unless it exists.
 
     Args:
-        folder: that is to be; its parent exists.
-        marker: a file in it by which it is known again; an empty folder without it is given it.
-        mode: of a new folder, less what the umask forbids.
+        folder: to make; its parent exists.
+        marker: name of a file that marks it; an empty folder without it gets it.
+        mode: of a new folder, less the umask.
+
+    Returns:
+        Whether this process has made it.
 
     Raises:
-        ForeignFolderError: what is there is no folder, another user's, or has no marker.
-        OSError: it cannot be made.
+        ForeignFolderError: An existing one is no folder, another user's, or has no marker.
+        OSError: It cannot be made.
     """
     made, at = False, -1
     while at < 0:
@@ -66,17 +69,17 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def open_own(folder: str | Path, marker: str = "", at: int | None = None) -> int:
-    """A descriptor of a folder of this program's, through which its files are safely reached.
+    """Open a folder of this program and return its descriptor, through which files are safe.
 
     Args:
         folder: path; relative to ``at`` if that is given.
         marker: as of :func:`make_own`.
-        at: descriptor of the folder that it lies in.
+        at: descriptor of its parent.
 
     Raises:
-        FileNotFoundError: there is none.
-        ForeignFolderError: what is there is something else.
-        OSError: it cannot be opened.
+        FileNotFoundError: There is none.
+        ForeignFolderError: Something else is there.
+        OSError: It cannot be opened.
     """
     try:
         descriptor = os.open(folder, _FOLDER, dir_fd=at)
@@ -98,7 +101,7 @@ def open_own(folder: str | Path, marker: str = "", at: int | None = None) -> int
 
 @contextlib.contextmanager
 def opened(folder: str | Path, marker: str = "", at: int | None = None) -> Iterator[int]:
-    """:func:`open_own` for as long as the ``with`` block lasts."""
+    """Hold :func:`open_own` open within the ``with`` block."""
     descriptor = open_own(folder, marker, at)
     try:
         yield descriptor
@@ -107,10 +110,10 @@ def opened(folder: str | Path, marker: str = "", at: int | None = None) -> Itera
 
 
 def remove_own(folder: Path, names: Collection[str]) -> None:
-    """Remove those files of a folder of this program's, and the folder if nothing else is in it.
+    """Remove these files of a folder of this program, and the folder if it is then empty.
 
     Raises:
-        OSError: as of :func:`open_own`; a file cannot be removed.
+        OSError: As of :func:`open_own`, or a file cannot be removed.
     """
     with opened(folder) as at:
         for name in names:
@@ -124,7 +127,7 @@ def remove_own(folder: Path, names: Collection[str]) -> None:
 
 
 def remove_passing(folders: Collection[str] | None = None) -> None:
-    """Remove these of :data:`PASSING`, all by default; what cannot be removed stays."""
+    """Remove these of :data:`PASSING`, all by default, as far as possible."""
     for folder in PASSING.intersection(folders) if folders is not None else list(PASSING):
         with contextlib.suppress(OSError):
             os.rmdir(folder)  # also where no more files can be opened
@@ -133,10 +136,10 @@ def remove_passing(folders: Collection[str] | None = None) -> None:
 
 
 def without_links(path: str, flags: int) -> int:
-    """An ``opener`` for :func:`open` that fails where the path is a link, at once.
+    """Open a path that is no link, without waiting: an ``opener`` for :func:`open`.
 
     Raises:
-        OSError: also where it is a folder, a pipe or a device.
+        OSError: Also for a folder, a pipe or a device.
     """
     # Without O_NONBLOCK, opening a pipe waits for its other end; to a file it means nothing.
     file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)

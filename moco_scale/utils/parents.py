@@ -1,4 +1,4 @@
-"""Processes end with the one that has started them, also when that one is killed."""
+"""Processes that end with their parent, also when that is killed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, even if this one is stopped.
+    """Let the kernel kill this process when its parent ends, even if this one is stopped.
 
-    Linux only; elsewhere it does nothing. To be called in a process that a parent's main thread
-    has started: the kernel takes the end of that thread for the parent's.
+    Linux only; elsewhere it does nothing. Call it in a process that a parent's main thread has
+    started: the kernel takes the end of that thread for the parent's.
 
     Args:
-        parent: number of the process that has started this one.
+        parent: number of the parent process.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -27,7 +27,7 @@ def die_with(parent: int) -> None:
 
 
 def _status(process: int) -> tuple[str, int] | None:
-    """State of a process, as Linux has it (``T``: stopped), and its parent; None: there is none."""
+    """Return a process's state (``T``: stopped) and its parent; None: there is none."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         # The name, in brackets, may hold anything.
         words = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
@@ -36,7 +36,7 @@ def _status(process: int) -> tuple[str, int] | None:
 
 
 def lives(process: int) -> bool:
-    """Whether a process exists and has not ended; True where that cannot be known."""
+    """Tell whether a process exists and has not ended; True where unknown."""
     status = _status(process)
     return not os.path.isdir("/proc") if status is None else status[0] != "Z"
 
@@ -47,7 +47,7 @@ def _processes() -> list[int]:
 
 
 def session(leader: int) -> list[int]:
-    """Numbers of the living processes of a session."""
+    """List the living processes of a session."""
     found = []
     for process in _processes():
         with contextlib.suppress(OSError):
@@ -57,7 +57,7 @@ def session(leader: int) -> list[int]:
 
 
 def parent_of(process: int) -> int | None:
-    """Number of a process's parent; None: there is no such process."""
+    """Return a process's parent; None: there is no such process."""
     if process == os.getpid():
         return os.getppid()
     status = _status(process)
@@ -65,7 +65,7 @@ def parent_of(process: int) -> int | None:
 
 
 def children(state: str = "") -> list[tuple[int, str]]:
-    """Processes that this one has started, with their states; only those in one of `state`."""
+    """List child processes of this one, in any of these states if given, with their states."""
     every = ((process, _status(process)) for process in _processes())
     mine = [(process, of[0]) for process, of in every if of is not None and of[1] == os.getpid()]
     return sorted(pair for pair in mine if not state or pair[1] in state)

@@ -1,4 +1,4 @@
-"""For programs, before their other imports: until they listen, Ctrl-C ends them silently."""
+"""Silent end on Ctrl-C until a program listens; import it before everything else."""
 
 import signal
 

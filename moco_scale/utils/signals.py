@@ -1,4 +1,4 @@
-"""Signals heard at once, whatever the main thread is doing; Ctrl-C before and after a run."""
+"""Signals received at once, whatever the main thread is doing; Ctrl-C before and after a run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NO_MORE = 0  # in the place of a signal's number
 class Listening:
     """Handles signals in the main thread, and counts them in another.
 
-    A handler in Python only runs when the main thread comes back to Python, and that one may wait
-    for other ranks or a GPU for ever.
+    A handler in Python runs only when the main thread comes back to Python, which may wait for
+    other ranks or a GPU for ever.
 
     Args:
         handlers: by signal; called in the main thread.
-        told: called in a thread with the number of each of these that arrives.
+        told: called in a thread with the number of each signal that arrives.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Listening:
         self._before: dict[int, Any] = {}
 
     def start(self) -> None:
-        """Begin; in the main thread."""
+        """Start, in the main thread."""
         arrivals, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         threading.Thread(target=self._count, args=(arrivals,), name="signals", daemon=True).start()
@@ -46,7 +46,7 @@ class Listening:
             self._before[number] = signal.signal(number, handler)
 
     def stop(self) -> None:
-        """Put back what was before; in the main thread."""
+        """Restore the former handlers, in the main thread."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
@@ -64,15 +64,15 @@ class Listening:
 
 
 def is_ignored(number: int) -> bool:
-    """Whether this process was started to ignore a signal, as ``nohup`` has it."""
+    """Tell whether this process was started to ignore a signal, as by ``nohup``."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 
 @contextlib.contextmanager
 def interruptible(at_once: Callable[[], None]) -> Iterator[None]:
-    """Within, Ctrl-C raises KeyboardInterrupt; the second one ends the process.
+    """Raise KeyboardInterrupt on Ctrl-C within the block; the second one ends the process.
 
-    So does the first where the main thread does not come back to Python to hear of it.
+    So does the first where the main thread does not come back to Python.
 
     Args:
         at_once: ends this process, from any thread.

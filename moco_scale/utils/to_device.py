@@ -1,4 +1,4 @@
-"""Small arrays on their way to the device."""
+"""Transfer of small arrays to the device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def on_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """A tensor of the same values, in one transfer that nobody waits for.
+    """Return a tensor of the same values, transferred without waiting.
 
-    Pageable memory would do, but CUDA may then wait for all work of the stream first. On a CPU it
-    shares the array's memory.
+    From pageable memory CUDA may wait for all work of the stream first. On a CPU the tensor shares
+    the array's memory.
     """
     host = torch.from_numpy(array)
     if device.type != "cuda":
