@@ -60,8 +60,7 @@ class RunLock:
         Raises:
             UserError: Another run on this host has it.
             StoppedEarly: A run on another host still has it: it may be saving, so that the same
-                command
-                finds the folder free later.
+                command finds the folder free later.
             OSError: The file cannot be written.
         """
         file = self._open()
@@ -83,7 +82,7 @@ class RunLock:
                 if deadline is None:
                     raise UserError(busy + "wait until that has ended, or choose another folder")
                 raise StoppedEarly(
-                    f"{busy}waited {LEASE:.0f} s; the same command goes on once that has ended"
+                    f"{busy}waited {LEASE:.0f} s; start the same command once that has ended"
                 )
             self._sleep(_PAUSE)
         self._take(file)

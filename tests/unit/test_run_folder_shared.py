@@ -204,7 +204,7 @@ def test_a_run_elsewhere_that_does_not_end_may_be_gone_on_with_later(tmp_path: P
     run = folder(tmp_path)
     with locked_by(tmp_path / ".lock", "node7 123 0123456789abcdef\n"):
         waits_while(run, lambda: None)
-        with pytest.raises(StoppedEarly, match="the same command goes on once that has ended"):
+        with pytest.raises(StoppedEarly, match="start the same command once that has ended"):
             run.prepare()
 
 

@@ -294,7 +294,7 @@ class _Crops(Dataset[Any]):
             return record
         raise UserError(
             f"cannot decode the image in {self.shards.name}, {self.shards.where(sample)}: "
-            f"{record.reason}. Go on without it with --bad-samples skip, or "
+            f"{record.reason}. Skip it with --bad-samples skip, or "
             f"{self.shards.remedy(sample)}"
         )
 
@@ -415,7 +415,7 @@ def _decoded(decoder: DeviceDecoder, shards: Images, batch: ViewBatch) -> ViewBa
         sample = int(batch.index[error.row])
         raise UserError(
             f"cannot decode the image in {shards.name}, {shards.where(sample)}: {error}. It was "
-            "found on the device, when its batch was made: go on without it with --decode cpu and "
+            "found on the device, when its batch was made: skip it with --decode cpu and "
             f"--bad-samples skip, or {shards.remedy(sample)}"
         ) from None
 

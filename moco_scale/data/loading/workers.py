@@ -125,8 +125,7 @@ class BatchLoader(Iterator[Batch], Generic[Batch]):
             ahead: closed with the loader.
             finish: applied by this process to each batch.
             lost: called with the reason when a worker was killed (SIGKILL); this process then reads
-                the
-                remaining batches itself, so that a run can end orderly. None: that raises.
+                the remaining batches itself, so that a run can end orderly. None: that raises.
         """
         self._dataset, self._jobs, self._given, self._lost = dataset, jobs, 0, lost
         self._reading, self._finish = reading, finish

@@ -342,4 +342,4 @@ def _advice(reason: str, file: RemoteFile) -> str:
         return "Check the address; it names the folder that holds the shards and their index.json"
     if "401" in reason or "403" in reason or "Permission" in reason or "Credentials" in reason:
         return "Check the credentials, and that they allow reading there"
-    return "Check the address and the network; start again to go on where the run was"
+    return "Check the address and the network; start again to resume"

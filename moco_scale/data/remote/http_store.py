@@ -147,7 +147,7 @@ def _network_error(error: BaseException) -> FetchError:
     """Describe an error in one line without addresses, so that equal failures read alike."""
     cause = getattr(error, "reason", error)  # what URLError wraps
     if isinstance(cause, TimeoutError):
-        return FetchError(f"no answer, or none that goes on, for {http_connection.SILENCE:.0f} s")
+        return FetchError(f"no answer, or a stalled one, for {http_connection.SILENCE:.0f} s")
     if isinstance(cause, ssl.SSLCertVerificationError):
         return FetchError(f"its certificate: {said_by(cause.verify_message)}", passing=False)
     if isinstance(cause, OSError) and cause.strerror:

@@ -106,8 +106,7 @@ def read_header(data_dir: Path) -> ShardIndex:
 
     Raises:
         UserError: data_dir is no folder of shards (the message has what it seems to be), or its
-            index
-            is damaged, of another version or of something else.
+            index is damaged, of another version or of something else.
     """
     if not data_dir.is_dir():
         raise UserError(_not_a_folder(data_dir))

@@ -107,8 +107,7 @@ class IndexedShards:
             data_dir: folder of shards.
             split: name of the split.
             scanned: of shards whose index was made here; they may lie anywhere, at paths relative
-                to
-                data_dir.
+                to data_dir.
 
         Raises:
             UserError: The folder is missing or no folder of shards (for an ImageFolder or a tar the

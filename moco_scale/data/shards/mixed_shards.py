@@ -184,4 +184,4 @@ def epoch_notes(shards: Shards, order: Order) -> list[str]:
         f"{share} of the {len(part)} images in {printable(part.name)}"
         for share, part in zip(order.shares, parts, strict=True)
     ]
-    return [f"an epoch reads {', '.join(read)}; the next one goes on where it ends"]
+    return [f"an epoch reads {', '.join(read)}; the next one continues from there"]

@@ -83,8 +83,7 @@ def expand_braces(pattern: str) -> list[str]:
 
     Raises:
         UserError: A brace is not closed, a range runs backwards, or there are more names than a
-            data
-            set can have tars.
+            data set can have tars.
     """
     choices: list[Sequence[str]] = []
     end, count = 0, 1

@@ -83,7 +83,7 @@ class PassedOver:
         lines = []
         if self._hidden:
             kinds = ", ".join(f"{n} x {printable(name, 40)}" for name, n in _most(self._hidden))
-            lines.append(f"passed over in {source}, hidden or left by a system: {kinds}")
+            lines.append(f"skipped in {source}, hidden or left by a system: {kinds}")
         if self._others:
             count = self._others.total()
             kinds = ", ".join(
@@ -92,7 +92,7 @@ class PassedOver:
                 for suffix, n in _most(self._others)
             )
             lines.append(
-                f"passed over in {source}: {count} file{'s' * (count != 1)} that "
+                f"skipped in {source}: {count} file{'s' * (count != 1)} that "
                 f"{'is' if count == 1 else 'are'} no image by name: {kinds}"
             )
             lines += [
