@@ -1,4 +1,4 @@
-"""What the engine layer costs: a step under ``--engine ddp`` against the same step by hand.
+"""Cost of the engine layer: a step under ``--engine ddp`` against the same step by hand.
 
     python benchmarks/engine.py [--quick] [--ranks 2] [--size 64] [--batch 8] [--repeats N]
 

@@ -237,7 +237,7 @@ WAYS: dict[str, Callable[[ImageSet, int], Iterator[int]]] = {
 
 
 def in_a_process(work: Callable[[], Any]) -> Any:
-    """What `work` returns, computed in a fork of this process. Raises RuntimeError if it fails."""
+    """Run `work` in a fork of this process; return its result. Raises RuntimeError if it fails."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(work()))

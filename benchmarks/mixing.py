@@ -1,4 +1,4 @@
-"""How well the orders mix: pairs of a batch that come from the same shard, against uniform draws.
+"""Mixing of the orders: pairs of a batch that come from the same shard, against uniform draws.
 
     python benchmarks/mixing.py [--quick] [--shards 1282] [--samples 1000] [--batch 256] [--seed 0]
 

@@ -84,7 +84,7 @@ def measure(flags: list[str]) -> tuple[dict[str, int], int]:
 
 
 def flags_of(engine: str, model: str) -> list[str]:
-    """Of train.py, and of a plan."""
+    """Return flags for train.py and for a plan."""
     flags = [*FLAGS, "--model", model]
     if engine.startswith("zero"):
         return [*flags, "--deepspeed", str(ROOT / "ds_configs" / f"{engine}.json")]

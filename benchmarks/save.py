@@ -1,4 +1,4 @@
-"""How long a checkpoint keeps the training loop waiting: written in the background or not.
+"""Time that the training loop waits for a checkpoint, written in the background or not.
 
     python benchmarks/save.py [--quick] [--gigabytes 1.0] [--repeats 5] [--folder DIR]
 

@@ -54,7 +54,7 @@ WARM_UP = 2
 
 
 class Measured(NamedTuple):
-    """Of one number of ranks; times in seconds, one for each repeat."""
+    """Measurements of one number of ranks; times in seconds, one for each repeat."""
 
     ours: list[float]
     gathering: list[float]

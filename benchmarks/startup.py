@@ -134,7 +134,7 @@ def scan_cost(folder: Path, shards: int) -> tuple[float, float]:
 
 
 def memory_mib(kind: str, pid: int | str = "self") -> float:
-    """Of a process: "Pss", or "Private_", clean and dirty together."""
+    """Measure a process's memory: "Pss", or "Private_", clean and dirty together."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     names = "Pss" if kind == "Pss" else "Private_(?:Clean|Dirty)"
     return sum(int(n) for n in re.findall(rf"^{names}:\s+(\d+) kB", text, re.MULTILINE)) / 1024
@@ -198,7 +198,7 @@ def one_rank(folder: Path, rank: int, ranks: int, workers: int, started: float) 
 
 
 def measure(folder: Path, ranks: int, workers: int) -> list[dict[str, Any]]:
-    """What each rank found, all started at once."""
+    """Start all ranks at once and return their measurements."""
     command = [sys.executable, __file__, "--folder", str(folder), "--ranks", str(ranks)]
     command += ["--workers", str(workers)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}

@@ -286,7 +286,7 @@ ROWS = (
 
 
 def measured(launcher: str, row: Row, data: Path, folder: Path) -> tuple[dict[str, object], str]:
-    """What an ending took and left, and what of it is wrong."""
+    """Measure an ending; return its figures and its problems."""
     begun = time.monotonic()
     run = Run(launcher, row, data, folder)
     try:

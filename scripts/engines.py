@@ -137,17 +137,17 @@ def errors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float
 
 
 def loss_bound(precision: str) -> float:
-    """How far a loss, or a feature, may be off; see the top of this file."""
+    """Bound the error of a loss, or a feature; see the top of this file."""
     return 1e-4 if precision == "fp32" else UNIT[precision] * math.sqrt(LAYERS) / TEMPERATURE
 
 
 def movement_bound(precision: str) -> float:
-    """How far the weights' movement may be off in half precision, as a share of it."""
+    """Bound the relative error of the weights' movement in half precision."""
     return math.sqrt(UNIT[precision] * math.sqrt(LAYERS))
 
 
 def bounds(precision: str, wanted: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, float]:
-    """Of each column of the first table; see the top of this file."""
+    """Bound each column of the first table; see the top of this file."""
     if precision == "fp32":
         return dict.fromkeys(COLUMNS, 1e-4)
     result = dict.fromkeys(("loss", "queue"), loss_bound(precision))
