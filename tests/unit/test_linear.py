@@ -181,7 +181,7 @@ class TestFolderWithState:
         with pytest.raises(Interrupted):
             evaluation(shards, folder).run()
         other = dataclasses.replace(SMALL, learning_rate=7.0, batch_size=4)
-        with pytest.raises(UserError, match="which is not finished") as error:
+        with pytest.raises(UserError, match="unfinished") as error:
             evaluation(shards, folder, other, seed=1)
         text = str(error.value)
         assert "learning_rate: 0.05 there, 7.0 now" in text
