@@ -76,8 +76,6 @@ ZIP_DIRECTORY = 4 * GB
 """The list of files in a zip, which is read in parts: some 100 bytes a file."""
 GROUND_TRUTH = 64 * MB
 """A list of images and their classes: a million lines of 60 bytes."""
-MAT_FILE, MAT_INFLATED, MAT_ELEMENTS = 64 * MB, 64 * MB, 1 << 18
-"""meta.mat of ImageNet: bytes, bytes when inflated, and elements; it has 0.2 MB and some 14,000."""
 IMAGE_MEMORY = 1200 * 10**6
 """Peak memory of decoding one image, computed from its header: pixels, a copy of them
 turned or cropped, what the decoder needs. Enough for a telephone's JPEG of 200 million pixels."""

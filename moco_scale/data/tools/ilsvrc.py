@@ -2,9 +2,9 @@
 
 The official ground truth (``ILSVRC2012_validation_ground_truth.txt``, in the development kit) has
 one number a line in the order of the images' names: the ILSVRC2012_ID of the class, from 1 to
-1000, which is not the place in the sorted WordNet ids that everybody trains with. What it stands
-for is in the kit's ``meta.mat``, a MATLAB 5 file, which matfile.py reads. Other widespread forms
-of the same facts name the image and its class in each line, and need no kit.
+1000, which is not the place in the sorted WordNet ids that everybody trains with. The table
+``ilsvrc_synsets.txt`` says what it stands for. Other widespread forms of the same facts name the
+image and its class in each line.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from pathlib import Path, PurePosixPath
 from moco_scale.data.images.formats import is_image
 from moco_scale.data.shards.tar_bytes import content_of
 from moco_scale.data.tools.layout import image_stem
-from moco_scale.data.tools.matfile import MatFileError, struct_array
 from moco_scale.data.tools.source_tar import decompressed
 from moco_scale.untrusted.documents import read_bounded
-from moco_scale.untrusted.limits import GROUND_TRUTH, MAT_FILE
+from moco_scale.untrusted.limits import GROUND_TRUTH
 from moco_scale.untrusted.tar_headers import FILE, TarHeaders
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.text import printable, text_of
@@ -30,15 +29,13 @@ TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT_TAR = "ILSVRC2012_devkit_t12.tar.gz"
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-_META = "meta.mat"
-_WNID = re.compile(r"n[0-9]{8}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _HEADER = "ImageId,PredictionString"
-_MOST_IDS = 1 << 20
-_KIT = GROUND_TRUTH + MAT_FILE  # bytes of a development kit: 2.5 MB compressed
+_KIT = 2 * GROUND_TRUTH  # bytes of a development kit: 2.5 MB compressed
+_SYNSETS = Path(__file__).with_name("ilsvrc_synsets.txt")
 
 ACCEPTED = (
-    f"Accepted are {DEVKIT_TAR} (or the folder it unpacks to, or {_TRUTH} with {_META} beside it), "
+    f"Accepted are {DEVKIT_TAR} (or the folder it unpacks to, or its {_TRUTH}), "
     "a text with an image's name and its class or class number (from 0, in the sorted order of "
     "the classes) in each line, LOC_val_solution.csv, and a text with one class name a line in "
     "the order of the images' names"
@@ -54,7 +51,7 @@ def read_ground_truth(path: Path, images: Sequence[str]) -> dict[str, str | int]
     Raises UserError: not readable, or in no form that is known (the message lists them).
     """
     stems = sorted(map(image_stem, images))
-    content, meta, name = _load(path)
+    content, name = _load(path)
     lines = [(n, line) for n, line in _lines(content, name) if line]
     if lines and lines[0][1].replace(" ", "") == _HEADER:
         del lines[0]
@@ -62,7 +59,7 @@ def read_ground_truth(path: Path, images: Sequence[str]) -> dict[str, str | int]
     if not lines:
         raise UserError(f"{name} is empty. {ACCEPTED}.")
     if all(len(re.split(r"[\s,;]+", line.strip(" ,;"))) == 1 for _, line in lines):
-        return _in_order(name, lines, meta, stems)
+        return _in_order(name, lines, stems)
     known = set(stems)
     labels: dict[str, str | int] = {}
     for number, line in lines:
@@ -121,9 +118,7 @@ def _stem(image: str) -> str:
     return image_stem(image if is_image(image) else f"{image}.jpg")
 
 
-def _in_order(
-    name: str, lines: list[tuple[int, str]], meta: bytes | None, stems: list[str]
-) -> dict[str, str | int]:
+def _in_order(name: str, lines: list[tuple[int, str]], stems: list[str]) -> dict[str, str | int]:
     """Labels given one a line, without the images' names."""
     if len(lines) != len(stems):
         raise UserError(
@@ -138,39 +133,18 @@ def _in_order(
             f"{name}, line {odd[0][0]}: {printable(odd[0][1], 60)!r} is no number, and "
             f"{len(lines) - len(odd)} of the {len(lines)} lines are."
         )
-    if meta is None:
-        raise UserError(
-            f"{name} holds ILSVRC2012 ids (1 to 1000), which mean nothing without {_META} of the "
-            f"development kit. {ACCEPTED}."
-        )
-    wnid = _ids(name, meta)
+    wnids = " ".join(re.findall("^[^#].*", _SYNSETS.read_text(), re.MULTILINE)).split()
     for number, line in lines:
-        if int(line) not in wnid:
-            raise UserError(f"{name}, line {number}: {line} is not an ILSVRC2012 id of {_META}.")
-    return {stem: wnid[int(line)] for stem, (_, line) in zip(stems, lines, strict=True)}
+        if not 1 <= int(line) <= len(wnids):
+            raise UserError(
+                f"{name}, line {number}: {line[:20]} is not an ILSVRC2012 id, which are from 1 to "
+                f"{len(wnids)}. {ACCEPTED}."
+            )
+    return {stem: wnids[int(line) - 1] for stem, (_, line) in zip(stems, lines, strict=True)}
 
 
-def _ids(name: str, meta: bytes) -> dict[int, str]:
-    """ILSVRC2012_ID -> WordNet id."""
-    try:
-        synsets = struct_array(meta, "synsets", ("ILSVRC2012_ID", "WNID"))
-    except MatFileError as error:
-        raise UserError(f"Cannot read {_META} that belongs to {name}: {error}.") from error
-    ids = {}
-    for synset in synsets:
-        number, wnid = synset["ILSVRC2012_ID"], synset["WNID"]
-        if not isinstance(number, int | float) or not 1 <= number <= _MOST_IDS or number % 1:
-            raise UserError(f"{_META} that belongs to {name} has {printable(number)} for an id.")
-        if not isinstance(wnid, str) or not _WNID.fullmatch(wnid):
-            raise UserError(f"{_META} that belongs to {name} holds no table of WordNet ids.")
-        ids[int(number)] = wnid
-    if not ids:
-        raise UserError(f"{_META} that belongs to {name} holds no table of WordNet ids.")
-    return ids
-
-
-def _load(path: Path) -> tuple[bytes, bytes | None, str]:
-    """(the ground truth, meta.mat if there is one, name for messages)."""
+def _load(path: Path) -> tuple[bytes, str]:
+    """Read the ground truth. Returns it with a name for messages."""
     try:
         if path.is_dir():
             found = [p for p in (path / _TRUTH, path / "data" / _TRUTH) if p.is_file()]
@@ -181,22 +155,15 @@ def _load(path: Path) -> tuple[bytes, bytes | None, str]:
             raise UserError(f"There is no ground-truth file {path}. {ACCEPTED}.")
         if path.name.endswith((".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tgz")):
             return _from_tar(path)
-        meta = path.with_name(_META)
-        content = read_bounded(path, GROUND_TRUTH, "the ground truth")
-        kit = read_bounded(meta, MAT_FILE, "the file") if meta.is_file() else None
-        return content, kit, str(path)
+        return read_bounded(path, GROUND_TRUTH, "the ground truth"), str(path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"Cannot read {path}: {error}.") from error
 
 
-def _from_tar(path: Path) -> tuple[bytes, bytes | None, str]:
-    files: dict[str, bytes] = {}
+def _from_tar(path: Path) -> tuple[bytes, str]:
     with decompressed(path) as file:
         content = content_of(file)
         for member in TarHeaders(content, str(path), "Fetch it again.", end=_KIT):
-            name = PurePosixPath(member.name).name
-            if name in (_TRUTH, _META) and member.kind == FILE:
-                files[name] = content(member.offset, member.size)
-    if _TRUTH not in files:
-        raise UserError(f"{path} holds no {_TRUTH}. {ACCEPTED}.")
-    return files[_TRUTH], files.get(_META), f"{_TRUTH} in {path}"
+            if PurePosixPath(member.name).name == _TRUTH and member.kind == FILE:
+                return content(member.offset, member.size), f"{_TRUTH} in {path}"
+    raise UserError(f"{path} holds no {_TRUTH}. {ACCEPTED}.")
