@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from moco_scale.observe.watchdog import Watch
 from moco_scale.utils import determinism
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say, tell
+from moco_scale.utils.progress import progressed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,32 +45,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     determinism.set_switches()
     phases = Phases()
     phases.enter(EVALUATION)
-    with (
-        Watch(phases, args.hang_timeout, Path(args.output_dir), "eval.py"),
-        _encoding_is_progress(phases),
-    ):
+    watch = Watch(phases, args.hang_timeout, Path(args.output_dir), "eval.py")
+    with watch, _encoding_is_progress():
         installation = same_setup.installation(collectives.device())
         same_setup.require_same(installation | same_setup.of_flags(vars(args)))
-        evaluate(args, phases.alive)
+        evaluate(args)
     collectives.shutdown()
 
 
 @contextlib.contextmanager
-def _encoding_is_progress(phases: Phases) -> Iterator[None]:
-    """Within, every batch that a module computes is a sign that this process gets on."""
-    handle = register_module_forward_pre_hook(lambda *_: phases.alive())
+def _encoding_is_progress() -> Iterator[None]:
+    """Within, every batch that a module computes is progress."""
+    handle = register_module_forward_pre_hook(lambda *_: progressed())
     try:
         yield
     finally:
         handle.remove()
 
 
-def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """One evaluation; every rank calls it.
 
     Args:
         args: of the command line.
-        alive: called now and then while some rank makes an index, which may take hours.
 
     Returns:
         What went to ``results.json`` for this evaluation: ``top1`` and ``top5`` in percent,
@@ -81,7 +79,7 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
     started = time.monotonic()
     folder = Path(args.output_dir)
     # Which may index them.
-    train = consensus.rank0_first(partial(open_shards, _source(args), "train"), alive)
+    train = consensus.rank0_first(partial(open_shards, _source(args), "train"))
 
     def prepare() -> Pretrained:
         if collectives.is_main():
@@ -93,10 +91,10 @@ def evaluate(args: argparse.Namespace, alive: Callable[[], None]) -> dict[str, A
     pretrained = consensus.raise_on_all_ranks(prepare)
     test: KnnMonitor | Shards
     if args.protocol == "knn":
-        splits = consensus.rank0_first(partial(open_splits, _source(args), train), alive)
+        splits = consensus.rank0_first(partial(open_splits, _source(args), train))
         test = consensus.raise_on_all_ranks(partial(_knn, args, pretrained, splits))
     else:
-        test = consensus.rank0_first(partial(open_shards, _source(args), "val"), alive)
+        test = consensus.rank0_first(partial(open_shards, _source(args), "val"))
     weights = {"weights in --pretrained-model": pretrained.fingerprint}
     same_setup.require_same(weights, "give all of them the same file")
     if collectives.is_main():

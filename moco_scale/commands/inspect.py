@@ -11,11 +11,11 @@ from typing import Any
 from moco_scale.checkpoints import checkpoint
 from moco_scale.checkpoints.run_folder import complete_checkpoints
 from moco_scale.config.saved_settings import ModelFile
-from moco_scale.data.open import open_shards
-from moco_scale.data.remote.addresses import names_remote, shown
+from moco_scale.data.kinds import DataSet
+from moco_scale.data.open import data_set
+from moco_scale.data.remote.addresses import shown
 from moco_scale.data.shards.index_file import INDEX_JSON
 from moco_scale.data.shards.mixed_shards import split_mixture
-from moco_scale.data.shards.shard_list import is_pattern, list_shards
 from moco_scale.data.tools.contact_sheet import contact_sheet
 from moco_scale.data.tools.summary import print_summary, summarise
 from moco_scale.evaluation.pretrained import read_model_file
@@ -46,13 +46,14 @@ def run(args: argparse.Namespace) -> int:
     """Print it. Returns 1 where the checkpoint is damaged, else 0. Raises UserError."""
     if not args.path.strip():
         raise UserError("the name of what to inspect is empty")
-    if names_remote(args.path) and not Path(args.path).exists():
+    if any(part.remote for part in split_mixture(args.path)):
         raise UserError(
             f"inspect reads what lies on this machine, and there is an address in "
             f"{shown(args.path)}; name the folder that was copied there, or fetch a copy"
         )
-    if _is_data(args.path):
-        return _run_shards(args)
+    data = _data_at(args.path)
+    if data is not None:
+        return _run_shards(data, args)
     if args.sheet is not None:
         raise UserError(f"--sheet {args.sheet} is for a data set, and {args.path} is none")
     path = Path(args.path)
@@ -66,22 +67,23 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found["damage"] is None else 1
 
 
-def _is_data(spec: str) -> bool:
+def _data_at(spec: str) -> DataSet | None:
+    """The data set that is meant; None: it is no data set."""
     path = Path(spec)
     if (path / checkpoint.META).is_file() or (path / "checkpoints").is_dir():
-        return False
-    if path.is_file():
-        return ".tar" in path.name
-    several = is_pattern(spec) or len(split_mixture(spec)) > 1
-    return several or (path / INDEX_JSON).is_file() or bool(list_shards(spec))
+        return None
+    if path.is_file() and ".tar" not in path.name:
+        return None
+    data = data_set(spec)
+    return data if path.is_file() or data.exists else None
 
 
-def _run_shards(args: argparse.Namespace) -> int:
+def _run_shards(data: DataSet, args: argparse.Namespace) -> int:
     if args.tensors:
         raise UserError(f"--tensors is for a checkpoint, and {args.path} is a data set")
-    found = summarise(args.path)
+    found = summarise(data)
     if args.sheet is not None:
-        contact_sheet(open_shards(args.path, next(iter(found["splits"]))), args.sheet)
+        contact_sheet(data.open(next(iter(found["splits"]))), args.sheet)
     if args.json:
         tell(json.dumps(found, indent=1))
     else:

@@ -13,7 +13,6 @@ from typing import Any
 from moco_scale.config import deepspeed_file
 from moco_scale.config.recipes import RECIPES
 from moco_scale.config.schema import SECTIONS, Config, OptimConfig, RunConfig
-from moco_scale.data.remote.addresses import names_remote
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.data.shards.mixed_shards import split_mixture
 from moco_scale.methods.infonce import MIN_TEMPERATURE
@@ -42,14 +41,12 @@ def _resolve(config: Config, given: dict[str, Any]) -> Config:
     """Fill in what follows from other values."""
     preset, replace = config.preset, dataclasses.replace
     data, model, run = config.data, config.model, config.run
-    if "data_dir" in given:
-        split_mixture(data.data_dir)  # an empty one shall not mean the default
-    data = replace(
-        data,
-        data_dir=data.data_dir or f"data/{data.dataset}",
-        image_size=data.image_size or preset.image_size,
-    )
-    if "shuffle_window" not in given and names_remote(data.data_dir):
+    # An empty --data-dir does not mean the default.
+    data_dir = data.data_dir if "data_dir" in given else f"data/{data.dataset}"
+    image_size = data.image_size or preset.image_size
+    data = replace(data, data_dir=data_dir, image_size=image_size)
+    remote = any(part.remote for part in split_mixture(data_dir))
+    if "shuffle_window" not in given and remote:
         data = replace(data, shuffle_window=REMOTE_WINDOW)
     batch, group = config.optim.batch_size, model.bn_group_size or config.optim.batch_size
     if "bn_group_size" not in given and batch > 0 and group > 0 and batch % group:

@@ -28,7 +28,8 @@ from moco_scale.config.command_line import config_of, make_parser
 from moco_scale.config.flag_types import positive_int
 from moco_scale.config.schema import Config
 from moco_scale.data.loading.loader import evaluation_loader
-from moco_scale.data.open import has_split, open_shards
+from moco_scale.data.open import open_shards
+from moco_scale.data.shards.index_file import has_split
 from moco_scale.data.shards.protocols import Images
 from moco_scale.demo.output_folder import SUMMARY
 from moco_scale.distributed.launcher_watch import STARTER

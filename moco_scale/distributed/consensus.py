@@ -16,6 +16,7 @@ import torch
 
 from moco_scale.distributed import collectives
 from moco_scale.utils.errors import PeerLost, UserError
+from moco_scale.utils.progress import progress_count, progressed
 
 T = TypeVar("T")
 
@@ -61,43 +62,36 @@ def raise_on_all_ranks(action: Callable[[], T], group: Any = None) -> T:
     return cast(T, result)
 
 
-def rank0_first(
-    action: Callable[[Callable[[], None]], T], alive: Callable[[], None] = lambda: None
-) -> T:
+def rank0_first(action: Callable[[], T]) -> T:
     """Run something on every rank: rank 0 first, then the first of every host, then the others.
 
     For what leaves something behind that later processes find, on a shared disk or on their own.
-    It may take any time, as long as it gets on.
-
-    Args:
-        action: given a function to call, from any thread, whenever it has got on.
-        alive: called on every rank, now and then, while those whose turn it is get on.
+    It may take any time, as long as it progresses (see `utils.progress`) on some rank; those that
+    wait for it then progress as well.
 
     Raises:
         UserError: that of the lowest rank in whose turn ``action`` raised one.
         PeerLost: nobody whose turn it is has got on for as long as a collective may take.
     """
     turn = 0 if collectives.rank() == 0 else 1 if collectives.local_rank() == 0 else 2
-    results = [raise_on_all_ranks(partial(_turn, action, turn == now, alive)) for now in range(3)]
+    results = [raise_on_all_ranks(partial(_turn, action, turn == now)) for now in range(3)]
     return cast(T, results[turn])
 
 
-def _turn(
-    action: Callable[[Callable[[], None]], T], mine: bool, alive: Callable[[], None]
-) -> T | None:
+def _turn(action: Callable[[], T], mine: bool) -> T | None:
     if collectives.world_size() == 1:
-        return action(alive) if mine else None
+        return action() if mine else None
     if not mine:
-        _until_all_are_done(lambda wait: (False, 0), alive)
+        _until_all_are_done(lambda wait: (False, 0))
         return None
-    done, signs, met = threading.Event(), [0], list[Exception]()
+    done, met = threading.Event(), list[Exception]()
 
-    def sign() -> None:
-        signs[0] += 1
+    def state(wait: float) -> tuple[bool, int]:
+        return (False, 0) if done.wait(wait) else (True, progress_count())
 
     def report() -> None:
         try:
-            _until_all_are_done(lambda wait: (not done.wait(wait), signs[0]), alive)
+            _until_all_are_done(state)
         except Exception as error:
             met.append(error)
 
@@ -105,7 +99,7 @@ def _turn(
     reporting = threading.Thread(target=report, name="turn", daemon=True)
     reporting.start()
     try:
-        result = action(sign)
+        result = action()
     finally:
         done.set()
         reporting.join()
@@ -114,13 +108,11 @@ def _turn(
     return result
 
 
-def _until_all_are_done(
-    state: Callable[[float], tuple[bool, int]], alive: Callable[[], None]
-) -> None:
+def _until_all_are_done(state: Callable[[float], tuple[bool, int]]) -> None:
     """Exchange small messages until no rank is at work any more.
 
     state: given how long it may wait for the end, says whether this rank is at work and how often
-    it has got on. Raises PeerLost, on all ranks at once.
+    it has progressed. Raises PeerLost, on all ranks at once.
     """
     wait, before, since = 0.01, -1, time.monotonic()
     while True:
@@ -132,7 +124,8 @@ def _until_all_are_done(
             return
         if signs != before:
             before, since = signs, now
-            alive()
+            if not working:  # else this would count as progress of its own
+                progressed()
         elif given_up:
             raise PeerLost(
                 f"{at_work} rank(s) have been preparing data, and have not got on for "

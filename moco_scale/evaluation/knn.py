@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_scale.data.open import has_split, open_shards
+from moco_scale.data.open import data_set
 from moco_scale.data.remote.prefetch import NOWHERE
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.protocols import Shards
@@ -159,24 +159,19 @@ class Splits(NamedTuple):
     val: Shards | None
 
 
-def open_splits(
-    data_dir: str | Path | ShardSource,
-    train: Shards | None = None,
-    gets_on: Callable[[], None] | None = None,
-) -> Splits:
+def open_splits(data_dir: str | Path | ShardSource, train: Shards | None = None) -> Splits:
     """Open both splits of a set of shards, each once.
 
     Args:
         data_dir: folder of shards.
         train: its train split, if it is open already.
-        gets_on: progress callback of `open_shards`.
 
     Raises:
         UserError: The shards cannot be opened.
     """
-    train = open_shards(data_dir, "train", gets_on) if train is None else train
-    there = has_split(data_dir, "val")
-    return Splits(train, open_shards(data_dir, "val", gets_on) if there else None)
+    named = data_set(data_dir)
+    train = named.open("train") if train is None else train
+    return Splits(train, named.open("val") if "val" in named.splits else None)
 
 
 def unlabelled_split(splits: Splits) -> Shards | None:

@@ -67,10 +67,6 @@ class Phases:
         if self.device is not None:
             self.device.mark(self.now)
 
-    def alive(self) -> None:
-        """Record progress within the phase: the watchdog counts idle seconds anew."""
-        self.now = self.now._replace()
-
     @property
     def steady(self) -> bool:
         """False in slow phases: before the third step, evaluation, save, finish."""

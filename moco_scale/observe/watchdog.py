@@ -41,6 +41,7 @@ from moco_scale.utils.errors import (
 from moco_scale.utils.log import say
 from moco_scale.utils.own_folders import remove_passing
 from moco_scale.utils.parents import children
+from moco_scale.utils.progress import progress_count
 from moco_scale.utils.text import printable_lines
 
 _RANKS_PER_SECOND = 400  # heartbeats that rank 0's store gets, at most, where ranks are many
@@ -86,7 +87,7 @@ class Watch:
         self._closed, self._wake = threading.Event(), threading.Event()
         self._last_word = threading.Lock()  # a single thread ends the run
         self._idle = self._grace = 0.0
-        self._last, self._looked = phases.now, time.monotonic()
+        self._last, self._looked = (phases.now, progress_count()), time.monotonic()
         self._count = 0
         self._last_seen: dict[int, LastSeen] = {}
         self._read_all = False
@@ -98,8 +99,7 @@ class Watch:
         self._broken = ""
         self._posting: Verdict | None = None
         self._verdict: Verdict | None = None
-        self._junk = False
-        self._seen_by = 0
+        self._junk, self._seen_by = False, 0
 
     def __enter__(self) -> Watch:
         if not self._timeout:
@@ -247,8 +247,8 @@ class Watch:
         now = time.monotonic()
         # Do not count time in which this process itself was stopped.
         passed, self._looked = min(now - self._looked, 3 * self._interval), now
-        self._idle = self._idle + passed if self._phases.now is self._last else 0.0
-        self._last = self._phases.now
+        before, self._last = self._last, (self._phases.now, progress_count())
+        self._idle = self._idle + passed if self._last == before else 0.0
         self._read_all = self._world > 1 and self._reads(now)
         text = None
         if self._verdict is not None:

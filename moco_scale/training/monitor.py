@@ -36,6 +36,7 @@ from moco_scale.training.banner import run_summary
 from moco_scale.training.banner import title as figure_title
 from moco_scale.training.run import Run
 from moco_scale.utils.errors import RankError, UserError
+from moco_scale.utils.progress import progressed
 
 # All of ImageNet's 1.28 M would take too long beside an epoch's training; smaller sets such as
 # CIFAR's 50,000 and 10,000 are used whole.
@@ -71,7 +72,7 @@ class Monitor:
     def _splits(self) -> Splits:
         """Both splits; all ranks ask for them together."""
         opened = partial(open_splits, self.run.config.source, self.run.shards)
-        return consensus.rank0_first(opened, self.run.phases.alive)
+        return consensus.rank0_first(opened)
 
     def _make_evaluation(self) -> KnnMonitor | None:
         config = self.run.config
@@ -257,7 +258,7 @@ class Monitor:
         return top1
 
     def _go_on(self) -> None:
-        self.run.phases.alive()
+        progressed()
         reason = self._stop.look()
         if reason:
             raise self.run.stopped(reason)

@@ -40,19 +40,14 @@ from moco_scale.utils import determinism
 from moco_scale.utils.errors import StoppedEarly
 
 
-def open_data(config: Config, alive: Callable[[], None] = lambda: None) -> tuple[Shards, BatchPlan]:
+def open_data(config: Config) -> tuple[Shards, BatchPlan]:
     """Open the images of a run and plan its batches, the same on all ranks; all call it.
-
-    Args:
-        config: of the run.
-        alive: progress callback, called while some rank makes an index, which may take hours.
 
     Raises:
         UserError: The data cannot be read, differs between ranks, or does not fill a batch that
             the ranks can share.
     """
-    opened = partial(open_shards, config.source, "train")
-    shards = consensus.rank0_first(opened, alive)
+    shards = consensus.rank0_first(partial(open_shards, config.source, "train"))
     same_setup.require_same({"index of --data-dir": shards.fingerprint}, same_setup.SAME_DATA)
     order = shards.order(config.optim.rng_seed, config.data.shuffle_window)
     batch = config.optim.batch_size
@@ -85,7 +80,7 @@ class Run:
             consensus.broadcast_from_main(
                 lambda: refuse(config.run.deepspeed, unwritable_reports(asked))
             )
-        self.shards, self.plan = open_data(config, self.phases.alive)
+        self.shards, self.plan = open_data(config)
         self.decoder = consensus.raise_on_all_ranks(self._decoder)
         self.cache = consensus.raise_on_all_ranks(self._cache)
         self.total_steps = config.optim.epochs * self.plan.steps_per_epoch

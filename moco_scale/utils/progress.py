@@ -15,14 +15,12 @@ from moco_scale.utils.text import printable
 
 _LINE_SECONDS = 10.0
 _listeners: list[Callable[[], None]] = []
+_count = 0
 
 
 @contextlib.contextmanager
-def heard_by(listener: Callable[[], None] | None) -> Iterator[None]:
-    """Within, `listener` is called whenever long work of this process gets on, from any thread."""
-    if listener is None:
-        yield
-        return
+def on_progress(listener: Callable[[], None]) -> Iterator[None]:
+    """Within, call `listener` whenever long work in this process progresses, from any thread."""
     _listeners.append(listener)
     try:
         yield
@@ -30,10 +28,17 @@ def heard_by(listener: Callable[[], None] | None) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def gets_on() -> None:
-    """Long work has got on: let those know who wait for it."""
-    for listener in _listeners:
+def progressed() -> None:
+    """Say, from any thread, that long work of this process, or what it waits for, progresses."""
+    global _count
+    _count += 1
+    for listener in tuple(_listeners):
         listener()
+
+
+def progress_count() -> int:
+    """How often long work has progressed: who waits for it looks whether this changes."""
+    return _count
 
 
 def bar(label: str, unit: str, total: int | None = None, **options: Any) -> tqdm[Any]:
@@ -74,7 +79,7 @@ class Progress:
 
     def add(self, count: int) -> None:
         self._count += count
-        gets_on()
+        progressed()
         if self._bar is not None:
             self._bar.update(count)
         elif time.monotonic() >= self._quiet_until:

@@ -20,6 +20,7 @@ from moco_scale.engines import make_engine
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import build_encoder
 from moco_scale.utils.errors import PeerLost, RankError, UserError
+from moco_scale.utils.progress import on_progress, progressed
 
 ROWS = [[3, 1, 2, 4], [0, 2, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0]]
 
@@ -169,21 +170,21 @@ def turns() -> tuple[set[int], str]:
     rank = collectives.rank()
     folder = Path(collectives.broadcast_object(tempfile.mkdtemp() if rank == 0 else ""))
 
-    signs: list[int] = []
+    told = folder / "told"
 
-    def action(gets_on: Callable[[], None]) -> set[int]:
-        gets_on()
-        while not signs:  # the others are told, and so is this rank
+    def action() -> set[int]:
+        progressed()
+        while collectives.world_size() > 1 and not told.exists():  # who waits hears of it
             time.sleep(0.01)
-        before = {int(path.name) for path in folder.iterdir()}
+        before = {int(path.name) for path in folder.glob("[0-9]")}
         (folder / str(rank)).touch()
         return before
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", str(rank % 2))
-        before = consensus.rank0_first(action, lambda: signs.append(1))
-        assert signs
-        failed = message(lambda: consensus.rank0_first(lambda gets_on: fail_as_main()))
+        with on_progress(told.touch if rank else lambda: None):
+            before = consensus.rank0_first(action)
+        failed = message(lambda: consensus.rank0_first(fail_as_main))
     return before, failed
 
 
@@ -206,24 +207,29 @@ Ranks = list[dict[str, Any]]
 def test_who_waits_for_a_turn_waits_as_long_as_it_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten hours in steps of a tenth of what is waited at most, then nothing more."""
     limit = collectives.time_out()
-    now, got_on, alive = [0.0], [0], []
+    now, got_on, heard = [0.0], [0], []
 
-    def state(wait: float) -> tuple[bool, int]:
+    def of_all(mine: torch.Tensor) -> torch.Tensor:
+        """With those of another rank, which works."""
         now[0] += limit / 10
         got_on[0] += now[0] < 36_000
-        return now[0] < 40_000, got_on[0]
+        return mine + torch.tensor([now[0] < 40_000, got_on[0], 0])
+
+    def waits(wait: float) -> tuple[bool, int]:
+        return False, 0
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(collectives, "sum_", lambda tensor: tensor)
-    with pytest.raises(PeerLost, match=r"1 rank\(s\) .* not got on"):
-        consensus._until_all_are_done(state, lambda: alive.append(now[0]))
-    assert (
-        alive[-1] + limit / 10 >= 36_000 and alive[-1] + limit < now[0] <= alive[-1] + 1.2 * limit
-    )
-    assert len(alive) == got_on[0] > 100
-    alive.clear()
-    consensus._until_all_are_done(lambda wait: (False, 0), lambda: alive.append(0.0))
-    assert not alive
+    monkeypatch.setattr(collectives, "sum_", of_all)
+    with on_progress(lambda: heard.append(now[0])):
+        with pytest.raises(PeerLost, match=r"1 rank\(s\) .* not got on"):
+            consensus._until_all_are_done(waits)
+        last = heard[-1]
+        assert last + limit / 10 >= 36_000 and last + limit < now[0] <= last + 1.2 * limit
+        assert len(heard) == got_on[0] > 100
+        heard.clear()
+        monkeypatch.setattr(collectives, "sum_", lambda tensor: tensor)
+        consensus._until_all_are_done(waits)
+        assert not heard
 
 
 def test_rows_are_gathered_in_rank_order(ranks: Ranks) -> None:
@@ -302,7 +308,7 @@ def test_turns_are_taken_by_rank_0_then_one_of_each_host_then_the_others(ranks: 
 def test_one_process_has_one_turn() -> None:
     taken: list[int] = []
 
-    def action(gets_on: Callable[[], None]) -> str:
+    def action() -> str:
         taken.append(1)
         return "done"
 

@@ -27,7 +27,7 @@ from moco_scale.config.command_line import parse
 from moco_scale.config.schema import differences
 from moco_scale.data.loading.loader import ViewBatch, evaluation_loader, pretraining_loader
 from moco_scale.data.loading.workers import BatchLoader
-from moco_scale.data.open import has_split, open_shards
+from moco_scale.data.open import data_set, open_shards
 from moco_scale.data.remote import fsspec_store, prefetch, shard_source
 from moco_scale.data.remote.download import RemoteFile
 from moco_scale.data.remote.prefetch import (
@@ -55,7 +55,7 @@ def test_images_labels_and_identity_are_those_of_the_folder(
 ) -> None:
     with served(tiny_shards) as server:
         source = source_of(server, tmp_path)
-        assert has_split(source, "val") and not has_split(source, "test")
+        assert "val" in data_set(source).splits and "test" not in data_set(source).splits
         for split in ("train", "val"):
             here, there = open_shards(tiny_shards, split), open_shards(source, split)
             assert there.fingerprint == here.fingerprint and there.classes == here.classes

@@ -11,7 +11,7 @@ import pytest
 from http_folder import FaultyFolder, served
 from remote_sets import HURRIED, batches, same
 
-from moco_scale.data.open import has_split, open_shards
+from moco_scale.data.open import data_set, open_shards
 from moco_scale.data.remote import shard_source
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.remote.store import FileState
@@ -45,7 +45,7 @@ def test_tars_without_an_index_are_fetched_once_to_make_it(
         same(batches(far, 1), batches(near, 0))
         same(batches(open_shards(source, "train"), 0), batches(near, 0))
         assert all(server.count(path.name) == 3 for path in tiny_shards.glob("train-*.tar"))
-        assert not has_split(source, "val")
+        assert "val" not in data_set(source).splits
         with pytest.raises(UserError, match="no split 'val'"):
             open_shards(source, "val")
         assert str(source) == spec.partition("?")[0]

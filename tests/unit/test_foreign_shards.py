@@ -13,7 +13,7 @@ from foreign_sets import ALL, contents, expected, foreign_set, image, samples, w
 from harness import in_processes
 
 from moco_scale.__main__ import main
-from moco_scale.data.open import has_split, open_shards
+from moco_scale.data.open import data_set, open_shards
 from moco_scale.data.shards import index_place, scanned_index, tar_scan
 from moco_scale.data.shards.recognise import look_into
 from moco_scale.data.shards.shard_list import expand_braces, list_shards
@@ -47,8 +47,8 @@ def test_a_folder_of_tars_is_indexed_on_first_use(
     assert shards.name == str(foreign)
     assert shards.where(6) == "set-train-0001.tar at byte 4096 (key 000006)"
     assert "indexed 24 images in 5 shards" in capfd.readouterr().err
-    assert has_split(foreign, "val")
-    assert not has_split(foreign, "test")
+    assert "val" in data_set(foreign).splits
+    assert "test" not in data_set(foreign).splits
     assert list((foreign / index_place.FOLDER).glob("*/index.json"))
 
     def never(path: Path) -> None:
@@ -80,7 +80,7 @@ def test_it_reads_what_webdataset_reads(foreign: Path) -> None:
 def test_patterns(foreign: Path, pattern: str) -> None:
     spec = pattern.format(foreign)
     assert contents(open_shards(spec, "train")) == ALL
-    assert not has_split(spec, "val")
+    assert "val" not in data_set(spec).splits
 
 
 def test_several_folders_make_one_set(foreign: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_shard_that_braces_name_is_missing(foreign: Path) -> None:
 
 def test_one_tar_is_a_set(foreign: Path, tmp_path: Path) -> None:
     assert contents(open_shards(foreign / "set-train-0001.tar", "train")) == ALL[5:10]
-    assert not has_split(foreign / "set-train-0001.tar", "val")
+    assert "val" not in data_set(foreign / "set-train-0001.tar").splits
     flat = write_tar(tmp_path / "flat.tar", samples(0, 3, label=""))
     assert open_shards(flat, "train").labels.tolist() == [-1] * 3
     # Folders are classes: shards of it have labels, and it has none as it is.

@@ -258,13 +258,15 @@ class TestMonitor:
     ) -> None:
         assert knn.unlabelled_split(knn.open_splits(shards_of_images)) is None
 
-        def opened(data_dir: Path, split: str, *_: object) -> IndexedShards:
-            shards = IndexedShards.open(data_dir, split)
+        really_open = IndexedShards.open
+
+        def opened(data_dir: str, split: str) -> IndexedShards:
+            shards = really_open(data_dir, split)
             if split == "val":
                 shards.labels = np.full_like(shards.labels, -1)
             return shards
 
-        monkeypatch.setattr(knn, "open_shards", opened)
+        monkeypatch.setattr(IndexedShards, "open", opened)
         unlabelled = knn.unlabelled_split(knn.open_splits(shards_of_images))
         assert unlabelled is not None and unlabelled.split == "val"
 

@@ -11,7 +11,7 @@ from conftest import write_image
 
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading.loader import pretraining_loader
-from moco_scale.data.open import has_split, open_shards
+from moco_scale.data.open import data_set, open_shards
 from moco_scale.data.sampling.mixture import Mixture, in_whole_batches
 from moco_scale.data.sampling.order import BatchPlan, FullPermutation, Order
 from moco_scale.data.shards.mixed_shards import MixedShards, epoch_notes, split_mixture
@@ -175,8 +175,8 @@ def test_a_mixture_reads_its_sets(sets: list[Path]) -> None:
     assert other.classes == []
     assert other.labels.tolist() == [-1] * 19
     assert torch.tensor(other.labels).tolist() == [-1] * 19
-    assert has_split(f"{sets[2]},{sets[0]}", "val")
-    assert not has_split(f"{sets[2]},{sets[1]}", "val")
+    assert "val" in data_set(f"{sets[2]},{sets[0]}").splits
+    assert "val" not in data_set(f"{sets[2]},{sets[1]}").splits
     with pytest.raises(UserError, match="no split 'val'"):
         open_shards(f"{sets[2]},{sets[1]}", "val")
     assert isinstance(three.order(0), FullPermutation)

@@ -19,14 +19,10 @@ def is_remote(spec: str) -> bool:
     return spec.startswith(_PIPE) or SCHEME.match(spec) is not None
 
 
-def names_remote(spec: str) -> bool:
-    """Tell whether a name has an address, as in a mixture of several data sets."""
-    return spec.startswith(_PIPE) or SCHEME.search(spec) is not None
-
-
 def check_address(spec: str) -> None:
     """Raise UserError for an address that is written as if it could be listed or joined."""
-    refuse_command(spec)
+    if SCHEME.search(spec) is None:
+        return
     if "::" in _HOST_IN_BRACKETS.sub("//", spec):
         raise UserError(
             f"--data-dir {shown(spec)}: sets that lie elsewhere are not joined by ::; name them as "

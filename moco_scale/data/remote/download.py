@@ -14,7 +14,7 @@ from moco_scale.data.remote.store import CHUNK, Body, FetchError, FileState, Sto
 from moco_scale.untrusted.limits import LEAST_RATE
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
-from moco_scale.utils.progress import gets_on
+from moco_scale.utils.progress import progressed
 from moco_scale.utils.text import printable
 
 _WRONG_AT_MOST = 3  # a file that arrives whole and wrong so often is wrong over there
@@ -267,7 +267,7 @@ class _Transfer:
                 self.wrong += 1
                 raise FetchError(f"more than the {wanted} bytes its index says arrived")
             self.furthest = max(self.furthest, self._offset)
-            gets_on()
+            progressed()
         whole = wanted if wanted is not None else body.total
         if whole is not None and self._offset < whole:
             raise FetchError("the connection ended early")

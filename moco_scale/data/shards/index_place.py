@@ -23,7 +23,7 @@ from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import say
 from moco_scale.utils.own_folders import NEW_FILE, without_links
 from moco_scale.utils.process_pool import BrokenProcessPool, in_order
-from moco_scale.utils.progress import Progress, gets_on, heard_by
+from moco_scale.utils.progress import Progress, on_progress, progressed
 
 FOLDER = ".moco_scale-index"
 MOST_WORKERS = 32
@@ -72,7 +72,7 @@ def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[No
             except BlockingIOError:
                 say(waiting)
                 _lock_in_the_end(file, works_in)
-            held.enter_context(heard_by(partial(_touch, file)))
+            held.enter_context(on_progress(partial(_touch, file)))
         yield
 
 
@@ -89,7 +89,7 @@ def _lock_in_the_end(file: int, works_in: Path | None) -> None:
             files = -1 if works_in is None else works_in.stat().st_mtime_ns
             now = files, os.fstat(file).st_mtime_ns
             if before is not None and now != before:
-                gets_on()
+                progressed()
             before = now
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,12 +6,12 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moco_scale.data.remote.addresses import refuse_command, shown
+from moco_scale.data.remote.addresses import is_remote, refuse_command, shown
 from moco_scale.data.remote.prefetch import RemotePart
 from moco_scale.data.sampling.mixture import Mixture
 from moco_scale.data.sampling.order import FullPermutation, Indices, Order
@@ -29,6 +29,11 @@ class Named(NamedTuple):
 
     spec: str
     weight: float | None
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is an address."""
+        return is_remote(self.spec)
 
 
 def split_mixture(spec: str) -> list[Named]:
@@ -92,6 +97,7 @@ class MixedShards:
         """weights: of the parts in training; None: by size. selection: places, None: all."""
         self.name, self.parts = name, tuple(parts)
         self.split = self.parts[0].split
+        self.made: dict[str, Any] = {}
         self.weights = tuple(weights or [float(len(part)) for part in parts])
         self._ends = np.cumsum([len(part) for part in parts])
         self._selection = selection
@@ -144,6 +150,10 @@ class MixedShards:
     def remedy(self, i: int) -> str:
         part, place = self._locate(i)
         return part.remedy(place)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [size for part in self.parts for size in part.sizes]
 
     def checkable(self) -> list[str]:
         return [folder for part in self.parts for folder in part.checkable()]

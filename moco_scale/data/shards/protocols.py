@@ -92,6 +92,16 @@ class Shards(Images, Protocol):
         ...
 
     @property
+    def made(self) -> dict[str, Any]:
+        """What the index says about how the shards were made; {} for several sets."""
+        ...
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tar of the split."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Digest of images, labels and places, which a resumed run compares."""
         ...

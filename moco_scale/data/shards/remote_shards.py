@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +137,12 @@ def open_remote(source: ShardSource, split: str) -> RemoteShards:
     raise UserError(f"{name} has no split {split!r}; it has: {known}.")
 
 
-def has_remote_split(source: ShardSource, split: str) -> bool:
-    """Tell whether an address has a split. Raises UserError: it cannot be read."""
+def remote_splits(source: ShardSource) -> Collection[str]:
+    """Return the names of the splits at an address. Raises UserError: it cannot be read."""
     store = source.store
     content = _fetch_index(store, source.cache)
     try:
-        return split in _parsed(content, store).splits
+        return _parsed(content, store).splits
     except _DamagedError as damage:
         raise UserError(str(damage)) from None
 

@@ -9,9 +9,7 @@ import numpy as np
 
 from moco_scale.data.images.decode import DecodeError, image_size
 from moco_scale.data.images.formats import image_kind
-from moco_scale.data.open import local_splits, open_shards
-from moco_scale.data.shards.indexed_shards import IndexedShards
-from moco_scale.data.shards.mixed_shards import MixedShards
+from moco_scale.data.kinds import DataSet
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.utils.files import size_text
 from moco_scale.utils.log import tell
@@ -21,11 +19,11 @@ SAMPLE = 1000
 _NAMED = 5  # classes with most and with fewest images
 
 
-def summarise(spec: str) -> dict[str, Any]:
+def summarise(data: DataSet) -> dict[str, Any]:
     """Counts, sizes, classes and formats of each split, as plain values.
 
     Args:
-        spec: of a data set on this machine, as `open_shards` takes it.
+        data: a data set on this machine.
 
     Returns:
         ``path``, ``made`` (what the index says about how), and under ``splits`` for each:
@@ -39,25 +37,22 @@ def summarise(spec: str) -> dict[str, Any]:
         UserError: there are no shards, or some are missing or damaged.
     """
     splits, made = {}, dict[str, Any]()
-    for split in local_splits(spec):
-        shards = open_shards(spec, split)
-        parts = shards.parts if isinstance(shards, MixedShards) else (shards,)
-        tars = [size for part in parts if isinstance(part, IndexedShards) for size in part.sizes]
-        made = shards.made if isinstance(shards, IndexedShards) else {}
-        made = {key: printable(v, 4096) if isinstance(v, str) else v for key, v in made.items()}
+    for split in sorted(data.splits, key=lambda split: (split != "train", split)):
+        shards = data.open(split)
+        made = {k: printable(v, 4096) if isinstance(v, str) else v for k, v in shards.made.items()}
         labels = shards.labels
         counts = np.bincount(labels[labels >= 0], minlength=len(shards.classes))
         splits[split] = {
             "images": len(shards),
-            "shards": len(tars),
-            "bytes": sum(tars),
+            "shards": len(shards.sizes),
+            "bytes": sum(shards.sizes),
             "classes": shards.classes,
             "per_class": counts.tolist(),
             "unlabelled": int((labels < 0).sum()),
             "why_unlabelled": shards.why_unlabelled,
             **_sampled(shards),
         }
-    return {"path": spec, "made": made, "splits": splits}
+    return {"path": data.source.spec, "made": made, "splits": splits}
 
 
 def _sampled(shards: Shards) -> dict[str, Any]:
