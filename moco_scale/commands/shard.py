@@ -12,11 +12,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from moco_scale import __version__
+from moco_scale.config.flag_types import positive
+from moco_scale.data.open import data_set
+from moco_scale.data.remote.shard_source import CACHE_GB, ShardSource
 from moco_scale.data.shards.recognise import look_into
 from moco_scale.data.shards.shard_list import list_shards
 from moco_scale.data.tools.check import check
@@ -35,17 +38,19 @@ from moco_scale.utils.text import printable
 
 DEFAULT_QUALITY = 90
 _MOST_REASONS = 5
-# What --check and --repair have no use for.
+# What is for one of the tasks alone.
 _MAKING = (
     *("val_source", "val_ground_truth", "train_only", "unlabelled", "per_class", "overwrite"),
     *("shard_size", "short_side", "quality", "verify", "seed"),
 )
+_INDEXING = ("shard_cache", "shard_cache_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         f"{parser.prog} --source SRC --out DIR [options]\n"
-        f"       {parser.prog} --check DIR | --repair DIR [--workers N]"
+        f"       {parser.prog} --check DIR | --repair DIR [--workers N]\n"
+        f"       {parser.prog} --index DATA [--shard-cache DIR] [--shard-cache-size GB]"
     )
     parser.description = (
         "Write images as WebDataset shards (train-000000.tar …, val-000000.tar …) in seeded "
@@ -139,31 +144,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make the index again from the tars, and damaged tars from what can be read of them; "
         f"what is lost is listed in DIR/{LEFT_OUT}, and what is replaced stays beside it",
     )
+    existing.add_argument(
+        "--index",
+        metavar="DATA",
+        help="make the index of tars that were written elsewhere, as train.py's --data-dir names "
+        "them: at an address they are fetched once; interrupted, it goes on where it was",
+    )
+    existing.add_argument(
+        "--shard-cache", metavar="DIR", help="with --index: as train.py's, where fetched tars stay"
+    )
+    existing.add_argument(
+        "--shard-cache-size", type=positive, metavar="GB", help="with --index: as train.py's"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments ask for: make shards, check or repair them.
+    """Do what the arguments ask for: make shards, check, repair or index them.
 
     Raises UserError; then nothing is left behind.
     """
-    makes = [
-        f"--{name.replace('_', '-')}"
-        for name in _MAKING
-        if getattr(args, name) is not None and getattr(args, name) is not False
-    ]
-    asked = [flag for flag in ("source", "out", "check", "repair") if getattr(args, flag)]
-    if makes and asked in (["check"], ["repair"]):
-        raise UserError(
-            f"{', '.join(makes)} {'is' if len(makes) == 1 else 'are'} for making shards and would "
-            f"change nothing here; --{asked[0]} takes --workers alone"
-        )
+    asked = [flag for flag in ("source", "out", "check", "repair", "index") if getattr(args, flag)]
+    useless = _given(args, _MAKING) if asked in (["check"], ["repair"], ["index"]) else []
+    useless += _given(args, _INDEXING) if asked != ["index"] else []
+    if useless and asked:
+        raise UserError(f"{', '.join(useless)} would change nothing with --{asked[0]}")
+    if asked == ["index"]:
+        return _index(args)
     if asked == ["check"]:
         return check(args.check, args.workers)
     if asked == ["repair"]:
         return repair(args.repair, args.workers)
     if asked != ["source", "out"]:
         raise UserError(
-            "give --source and --out to make shards, or --check DIR, or --repair DIR, alone"
+            "give --source and --out to make shards, or --check, --repair or --index alone"
             + (f"; not {' and '.join('--' + flag for flag in asked)}" if asked else "")
         )
     if args.quality is not None and args.short_side is None:
@@ -206,6 +219,25 @@ def run(args: argparse.Namespace) -> int:
         )
     _report_skipped(listing, args.out)
     tell(f"{args.out} is complete ({time.monotonic() - started:.1f} s)")
+    return 0
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """The flags of these names that are on the command line."""
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if getattr(args, name) is not None and getattr(args, name) is not False
+    ]
+
+
+def _index(args: argparse.Namespace) -> int:
+    """Make the index of tars that have none, and say what they are. Raises UserError."""
+    size = CACHE_GB if args.shard_cache_size is None else args.shard_cache_size
+    data = data_set(ShardSource(args.index, args.shard_cache or "", size))
+    with _terminable():
+        data.index()
+    tell(f"{data.source} has its index (splits: {', '.join(sorted(data.splits))})")
     return 0
 
 

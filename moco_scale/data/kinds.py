@@ -12,7 +12,7 @@ from moco_scale.data.shards.indexed_shards import IndexedShards
 from moco_scale.data.shards.mixed_shards import MixedShards
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.data.shards.remote_shards import open_remote, remote_splits
-from moco_scale.data.shards.remote_tars import open_remote_tars, remote_tars
+from moco_scale.data.shards.remote_tars import index_remote_tars, open_remote_tars, remote_tars
 from moco_scale.data.shards.scanned_index import open_scanned
 from moco_scale.data.shards.shard_list import ShardList
 
@@ -35,6 +35,10 @@ class DataSet(ABC):
         Raises UserError: there is no such data set or split, or something in it is missing or
         damaged.
         """
+
+    def index(self) -> None:
+        """Make the index of tars that have none, however long that takes. Raises as `open`."""
+        self.open(next(iter(self.splits), "train"))
 
     @property
     def exists(self) -> bool:
@@ -94,6 +98,9 @@ class RemoteTars(DataSet):
     def open(self, split: str) -> Shards:
         return open_remote_tars(self.source, split)
 
+    def index(self) -> None:
+        index_remote_tars(self.source)
+
 
 class Several(DataSet):
     """Several sets, with weights in training or without."""
@@ -116,3 +123,7 @@ class Several(DataSet):
         weights = [weight for _, weight in chosen if weight is not None]
         parts = [each.open(split) for each, _ in chosen]
         return MixedShards(str(self.source), parts, weights or None)
+
+    def index(self) -> None:
+        for each in self._sets:
+            each.index()

@@ -246,10 +246,12 @@ def test_a_set_of_which_nothing_is_left_is_refused_and_left_as_it_was(
 
 
 def test_flags_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for mode in ("--check", "--repair"):
+    for mode in ("--check", "--repair", "--index"):
         assert main(["shard", mode, "x", "--overwrite", "--seed", "0", "--shard-size", "9"]) == 2
         said = capsys.readouterr().err
-        assert "--overwrite, --shard-size, --seed are for making shards" in said
+        assert "--overwrite, --shard-size, --seed would change nothing with --" in said
+    assert main(["shard", "--check", "x", "--shard-cache", "y"]) == 2
+    assert "--shard-cache would change nothing with --check" in capsys.readouterr().err
     for flags, words in (
         (["--workers", "abc"], "'abc' is no whole number"),
         (["--workers", "0"], "0 is not above 0"),

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moco_scale.data.open import open_shards
+from moco_scale.data.open import data_set, open_shards
 from moco_scale.data.remote import download, fsspec_store, http_connection, shard_source
 from moco_scale.data.remote.download import RemoteFile, RetryPolicy, download_document, state_of
 from moco_scale.data.remote.shard_source import ShardSource
@@ -303,7 +303,7 @@ def test_a_tar_without_an_end_stops_at_the_limit_of_the_cache(raw: Raw, tmp_path
     raw.answers.append(endless(OK, bytes(1 << 16)))
     spec = raw.url + "/train-{0..5}.tar"
     with pytest.raises(UserError, match=r"tar does not end: .* --shard-cache-size is 0\.003 GB"):
-        open_shards(ShardSource(spec, str(tmp_path / "cache"), cache_size=0.003), "train")
+        data_set(ShardSource(spec, str(tmp_path / "cache"), cache_size=0.003)).index()
     kept = [path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert sum(kept) < 3_000_000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from http_folder import FaultyFolder, served
 from remote_sets import HURRIED, batches, same
 
+from moco_scale.__main__ import main
 from moco_scale.data.open import data_set, open_shards
 from moco_scale.data.remote import shard_source
 from moco_scale.data.remote.shard_source import ShardSource
@@ -101,6 +103,29 @@ def test_who_was_interrupted_fetches_only_the_others(
         near = open_shards(tiny_shards, "train")
         assert far.fingerprint == near.fingerprint
         same(batches(far, 0), batches(near, 0))
+
+
+def test_a_run_names_the_command_that_makes_a_large_index(
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    again(monkeypatch)
+    for limit, value in (("_FEW", 3), ("_LITTLE", 10_000)):
+        with monkeypatch.context() as patch, served(tiny_shards) as server:
+            patch.setattr(remote_tars, limit, value)
+            cache = tmp_path / f"cache {limit}"
+            with pytest.raises(UserError, match=r"4 of 4 tars \(0\.\d+ GB\) have to be") as caught:
+                opened(server, cache)
+            assert all(request.probe for request in server.requests)
+            command = shlex.split(str(caught.value).partition("moco_scale ")[2])
+            assert command == ["shard", "--index", *command[2:3], "--shard-cache", str(cache)]
+            main(command)
+            assert f"{command[2]} has its index (splits: train)" in capsys.readouterr().out
+            near = open_shards(tiny_shards, "train")
+            same(batches(opened(server, cache), 0), batches(near, 0))
+            assert all(server.count(path.name) == 1 for path in tiny_shards.glob("train-*.tar"))
 
 
 def test_a_tar_that_is_not_there_is_noticed_before_any_is_fetched(

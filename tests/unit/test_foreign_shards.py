@@ -268,6 +268,16 @@ def test_one_of_many_processes_scans(foreign: Path) -> None:
     assert sorted(found) == [(20, 0), (20, 0), (20, 0), (20, 5)]
 
 
+def test_a_command_makes_the_indices_of_all_sets_of_a_mixture(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = f"{foreign}:2,{shutil.copytree(foreign, tmp_path / 'copy')}:1"
+    assert main(["shard", "--index", spec]) == 0
+    monkeypatch.setattr(scanned_index, "scan_tar", None)  # from here on, none is scanned
+    assert len(open_shards(spec, "train")) == 40
+    assert sorted(data_set(spec).splits) == ["train", "val"]
+
+
 def test_names_that_are_no_text_are_found_again(foreign: Path) -> None:
     odd = os.fsdecode(b"caf\xe9-train-000009.tar")
     shutil.copy(next(foreign.glob("*.tar")), foreign / odd)

@@ -3,7 +3,8 @@
 The index is kept in the user's cache (``$MOCO_SCALE_CACHE/index`` or ``~/.cache/moco_scale/index``)
 and not beside the shards, so that the nodes of a cluster that share a home make it once. The scan
 of each tar is kept there too, as soon as it is made: an interrupted run continues from there, and
-of replaced tars only those are fetched and scanned again.
+of replaced tars only those are fetched and scanned again. A run makes a small index by itself, in
+less than a minute; for a larger one it names the command that does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import threading
 import time
@@ -23,7 +25,7 @@ from typing import NamedTuple
 from moco_scale.data.remote.addresses import shown
 from moco_scale.data.remote.download import RemoteFile, TooLarge, state_of
 from moco_scale.data.remote.fsspec_store import store_at
-from moco_scale.data.remote.shard_cache import cache_home, gigabytes, shard_path, write_once
+from moco_scale.data.remote.shard_cache import GB, cache_home, gigabytes, shard_path, write_once
 from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.remote.store import FileState, Store
 from moco_scale.data.shards import index_file
@@ -46,10 +48,11 @@ from moco_scale.utils.progress import Progress
 
 _FETCHERS = 4
 _ASKERS = 16
+_FEW, _LITTLE = 64, 2 * GB  # tars, and bytes of them, that a run fetches to make an index
 _FRESH = 60.0  # seconds for which what was asked of all tars need not be asked again
 
 
-class RemoteTars(NamedTuple):
+class RemoteTarList(NamedTuple):
     """Remote tars that a pattern of addresses names."""
 
     store: Store
@@ -70,7 +73,7 @@ def is_remote_pattern(spec: str) -> bool:
     return "{" in path or is_tar
 
 
-def remote_tars(source: ShardSource) -> RemoteTars:
+def remote_tars(source: ShardSource) -> RemoteTarList:
     """The tars that a pattern such as `https://host/train-{000000..000099}.tar` names.
 
     Splits are told by their names, as those of tars in a folder. Raises UserError: as `store_at`,
@@ -93,13 +96,22 @@ def remote_tars(source: ShardSource) -> RemoteTars:
     told = splits_of(str(source), [Path("/") / name for name in names], Path("/"))
     for split, name in zip(told, names, strict=True):
         splits.setdefault(split, []).append(name)
-    return RemoteTars(store_at(f"{folder}{mark}{query}"), splits)
+    return RemoteTarList(store_at(f"{folder}{mark}{query}"), splits)
+
+
+def index_remote_tars(source: ShardSource) -> None:
+    """Make the index of such tars, if there is none yet, however long that takes.
+
+    Raises UserError: a tar is not to be had or damaged; a cache cannot be written.
+    """
+    _Indexing(source, remote_tars(source)).done(limited=False)
 
 
 def open_remote_tars(source: ShardSource, split: str) -> RemoteShards:
     """The images of a split of such tars; makes their index if there is none yet.
 
-    Raises UserError: no such split; a tar is not to be had or damaged; a cache cannot be written.
+    Raises UserError: no such split; the index is missing and takes long to make (the message has
+    the command that makes it); a tar is not to be had or damaged; a cache cannot be written.
     """
     tars, cache, name = remote_tars(source), source.cache, str(source)
     if split not in tars.splits:
@@ -132,8 +144,13 @@ class _Indexing:
         folder: of the set in the cache.
     """
 
-    def __init__(self, source: ShardSource, tars: RemoteTars) -> None:
+    def __init__(self, source: ShardSource, tars: RemoteTarList) -> None:
         self._name, self._tars, self._cache = str(source), tars, source.cache
+        self._command = f"python -m moco_scale shard --index {shlex.quote(self._name)}"
+        if source.cache_dir:
+            self._command += f" --shard-cache {shlex.quote(source.cache_dir)}"
+        if self._name != source.spec:
+            self._command += " (with the address as it was given)"
         # A signature changes from day to day; what else an address says, the tars depend on.
         http = source.spec.lower().startswith("http")
         self._identity = self._name if http else source.spec
@@ -144,15 +161,18 @@ class _Indexing:
         self._stamp = self._home / f"remote-{self._key}.checked"
         self._stopped = threading.Event()
 
-    def done(self) -> Path:
-        """Return the folder of the index, made if there is none yet. Raises UserError."""
+    def done(self, limited: bool = True) -> Path:
+        """Return the folder of the index, made if there is none yet.
+
+        Raises UserError, also where making it takes long and is `limited`.
+        """
         waiting = f"{self._name}: another process makes the index; waiting"
         with self._written():
             self._scans.mkdir(parents=True, exist_ok=True)
             with alone(self._home / f"remote-{self._key}.lock", waiting, self._scans):
                 found = self._just_checked()
                 if found is None:
-                    found = self._made()
+                    found = self._made(limited)
                     write_once(self._stamp, found.name.encode())
                 return found
 
@@ -178,9 +198,9 @@ class _Indexing:
                     return found
         return None
 
-    def _made(self) -> Path:
+    def _made(self, limited: bool) -> Path:
         started = time.monotonic()
-        scans = self._all_scans()
+        scans = self._all_scans(limited)
         versions = hashlib.blake2b(digest_size=6)
         for name, saved in scans.items():
             versions.update(f"{name}\0{saved.version}\n".encode())
@@ -199,7 +219,7 @@ class _Indexing:
                 shutil.rmtree(old, ignore_errors=True)
         return found
 
-    def _all_scans(self) -> dict[str, SavedScan]:
+    def _all_scans(self, limited: bool) -> dict[str, SavedScan]:
         """Return scans of all tars in order; unknown or changed tars are fetched."""
         names, scans = self._tars.names, dict[str, SavedScan]()
         with ThreadPoolExecutor(_ASKERS) as askers:
@@ -209,6 +229,8 @@ class _Indexing:
             if saved is not None and saved.state.same(states[name]):
                 scans[name] = saved
         missing = [name for name in names if name not in scans]
+        if limited:
+            self._require_little([states[name].bytes for name in missing])
         if missing:
             label = f"fetching and indexing {self._name}"
             # A tar of unknown size may take up all of the cache.
@@ -223,6 +245,18 @@ class _Indexing:
                     scans[name] = saved
                     progress.add(1)
         return {name: scans[name] for name in names}
+
+    def _require_little(self, sizes: list[int | None]) -> None:
+        """Raise UserError for more than a run fetches itself. sizes: of tars, None: unknown."""
+        known = [size for size in sizes if size is not None]
+        if len(known) == len(sizes) <= _FEW and sum(known) <= _LITTLE:
+            return
+        size = gigabytes(sum(known)) if len(known) == len(sizes) else "of unknown size"
+        raise UserError(
+            f"{self._name}: {len(sizes)} of {len(self._tars.names)} tars ({size}) have to be "
+            "fetched once to make their index. Do that before the run, on every machine with a "
+            f"cache of its own: {self._command}"
+        )
 
     @contextlib.contextmanager
     def _fetchers(self, count: int) -> Iterator[ThreadPoolExecutor]:
