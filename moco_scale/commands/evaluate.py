@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _encoding_is_progress() -> Iterator[None]:
-    """Within, every batch that a module computes is progress."""
+    """Count every batch that a module computes as progress, within the block."""
     handle = register_module_forward_pre_hook(lambda *_: progressed())
     try:
         yield

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _data_at(spec: str) -> DataSet | None:
-    """The data set that is meant; None: it is no data set."""
+    """Return the data set that is meant; None: it is none."""
     path = Path(spec)
     if (path / checkpoint.META).is_file() or (path / "checkpoints").is_dir():
         return None

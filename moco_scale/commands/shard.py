@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """The flags of these names that are on the command line."""
+    """Return the flags of these names that are on the command line."""
     return [
         f"--{name.replace('_', '-')}"
         for name in names

@@ -1,4 +1,4 @@
-"""The kinds of data set that `--data-dir` can name, each of which can open itself."""
+"""Kinds of data set that `--data-dir` can name, each of which can open itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moco_scale.data.shards.shard_list import ShardList
 
 
 class DataSet(ABC):
-    """A data set that is named and not yet open."""
+    """Data set that is named and not yet open."""
 
     def __init__(self, source: ShardSource) -> None:
         self.source = source
@@ -47,7 +47,7 @@ class DataSet(ABC):
 
 
 class IndexedFolder(DataSet):
-    """A folder that ``python -m moco_scale shard`` has made, or one that is no data set."""
+    """Folder that ``python -m moco_scale shard`` has made, or one that is no data set."""
 
     @property
     def splits(self) -> Collection[str]:
@@ -78,7 +78,7 @@ class Tars(DataSet):
 
 
 class RemoteFolder(DataSet):
-    """The address of a folder with its index."""
+    """Address of a folder with its index."""
 
     @property
     def splits(self) -> Collection[str]:
@@ -89,7 +89,7 @@ class RemoteFolder(DataSet):
 
 
 class RemoteTars(DataSet):
-    """A pattern of addresses of tars without an index."""
+    """Pattern of addresses of tars without an index."""
 
     @property
     def splits(self) -> Collection[str]:
@@ -103,7 +103,7 @@ class RemoteTars(DataSet):
 
 
 class Several(DataSet):
-    """Several sets, with weights in training or without."""
+    """Mixture of sets, with weights or without."""
 
     def __init__(
         self, source: ShardSource, sets: Sequence[DataSet], weights: Sequence[float | None]

@@ -20,7 +20,7 @@ _count = 0
 
 @contextlib.contextmanager
 def on_progress(listener: Callable[[], None]) -> Iterator[None]:
-    """Within, call `listener` whenever long work in this process progresses, from any thread."""
+    """Call `listener` whenever long work in this process progresses, from any thread."""
     _listeners.append(listener)
     try:
         yield
@@ -29,7 +29,7 @@ def on_progress(listener: Callable[[], None]) -> Iterator[None]:
 
 
 def progressed() -> None:
-    """Say, from any thread, that long work of this process, or what it waits for, progresses."""
+    """Record, from any thread, that long work progresses: this process's, or what it waits for."""
     global _count
     _count += 1
     for listener in tuple(_listeners):
@@ -37,7 +37,7 @@ def progressed() -> None:
 
 
 def progress_count() -> int:
-    """How often long work has progressed: who waits for it looks whether this changes."""
+    """Return how often long work has progressed; a change means that it does."""
     return _count
 
 

@@ -32,7 +32,7 @@ class Named(NamedTuple):
 
     @property
     def remote(self) -> bool:
-        """Whether it is an address."""
+        """True for an address."""
         return is_remote(self.spec)
 
 

@@ -93,7 +93,7 @@ class Shards(Images, Protocol):
 
     @property
     def made(self) -> dict[str, Any]:
-        """What the index says about how the shards were made; {} for several sets."""
+        """Record of how the shards were made, from the index; {} for a mixture."""
         ...
 
     @property
