@@ -92,7 +92,7 @@ def _loop(run: Run, loggers: Loggers, monitor: Monitor, stop: StopRequest) -> No
             failed = run.folder.save_failed()
             reason, (worst, unsaved) = stop.agree(run.watch.code(), failed)
             if unsaved:
-                consensus.raise_on_all_ranks(run.folder.settle)
+                consensus.raise_on_all_ranks(run.folder.finish_saving)
             problem = run.watch.judge(worst)
             if problem:
                 raise run.folder.not_finite(run.step, problem)
