@@ -331,7 +331,7 @@ def test_a_line_for_each_number_of_nodes(capsys: pytest.CaptureFixture[str]) -> 
         (["--gpus", "3"], "cannot be shared equally"),
         (["--hardware", "b9000"], "known are b200, h200, h100, h100-nvl"),
         (["--hardware", "v100", "--precision", "bf16"], "does not compute in bf16"),
-        (["--dataset", "images"], "say --images N"),
+        (["--dataset", "images"], "give --images N"),
         (["--images", "3"], "do not fill one batch"),
         (["--model", "vit_small", "--image-size", "33"], "not a multiple of vit_small's patches"),
         (["--moco-k", "5"], "--moco-k is here: --nce-k"),

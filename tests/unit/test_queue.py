@@ -131,7 +131,7 @@ def test_keys_in_bf16_are_rounded_once() -> None:
 
 def test_images_must_be_told_where_they_are_asked_for() -> None:
     queue = KeyQueue(5, DIM, 0, "cpu", mask_same_image=True)
-    with pytest.raises(ValueError, match="must be told"):
+    with pytest.raises(ValueError, match="needs the keys"):
         queue.enqueue(numbered(0, 2))
     queue.enqueue(numbered(0, 7), np.arange(7))
     assert queue.samples is not None

@@ -88,4 +88,4 @@ def test_what_is_damaged_is_named_at_the_start_and_kept_at_the_end(
     assert held(tmp_path)["all"] == {"knn": result("knn")}
     assert (tmp_path / "results.json.kept-2").read_bytes() == content
     assert (tmp_path / "results.json.kept-1").read_text() == "kept before"
-    assert "it is kept as results.json.kept-2" in capsys.readouterr().err
+    assert "kept as results.json.kept-2" in capsys.readouterr().err

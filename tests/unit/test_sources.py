@@ -400,6 +400,6 @@ def test_knn_says_which_classes_nobody_votes_for(
     pixels: Any = (16, 1.0, (0.5,) * 3, (0.5,) * 3)
     assert knn.KnnMonitor(bank, queries, *pixels).hopeless == ""
     assert (
-        "4 of the 12 val images are of 1 class that none of the 16 train images that vote "
-        "has (first: birch)" in knn.KnnMonitor(kept, queries, *pixels).hopeless
+        "4 of the 12 val images are of 1 class that the 16 train images of the bank lack "
+        "(first: birch)" in knn.KnnMonitor(kept, queries, *pixels).hopeless
     )

@@ -129,7 +129,7 @@ def test_samples_without_an_image_are_counted(
 ) -> None:
     write_tar(tmp_path / "0.tar", [*samples(0, 2), ("7.txt", b"x")])
     assert len(open_shards(tmp_path, "train")) == 2
-    assert "1 samples hold no image" in capfd.readouterr().err
+    assert "1 samples without an image are skipped" in capfd.readouterr().err
 
 
 ODD_LABELS = {
