@@ -103,23 +103,23 @@ class MoCo:
 
     @torch.no_grad()
     def keys(self, view: Tensor, shuffle: Tensor) -> Tensor:
-        """Unit rows [B, dim]: encoded in another order, so that BatchNorm leaks no information."""
+        """Keys of a view [B, dim], encoded in another order, so that BatchNorm leaks nothing."""
         return encode(self.key, view[shuffle], self.precision)[shuffle.argsort()]
 
     def loss(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """InfoNCE: classify the own key, number 0, among the keys of the queue."""
+        """InfoNCE: find the own key, number 0, among the keys of the queue."""
         return F.cross_entropy(
             self.logits(queries, keys), torch.zeros(len(queries), dtype=torch.long).to(keys.device)
         )
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """[B, 1 + K]: the similarity to the own key, then to each key of the queue, over T."""
+        """Similarity to the own key, then to each key of the queue, over T: [B, 1 + K]."""
         positive = (queries * keys).sum(1, keepdim=True)
         return torch.cat([positive, queries @ self.queue.T], dim=1) / self.temperature
 
     @torch.no_grad()
     def move_key_encoder(self) -> None:
-        """key <- m key + (1 - m) query. BatchNorm's running statistics are not averaged."""
+        """Average: key <- m key + (1 - m) query; BatchNorm's running statistics are their own."""
         m = self.key_momentum
         for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
             key.mul_(m).add_(query, alpha=1 - m)
@@ -266,7 +266,7 @@ class Neighbours:
 
     @torch.no_grad()
     def top1(self, encoder: nn.Module, precision: str) -> float:
-        """In percent, by an encoder's output; it is left in training mode."""
+        """Top-1 in percent by an encoder's output; the encoder is left in training mode."""
         encoder.eval()
         bank = self._features(encoder, self.bank, precision)
         queries = self._features(encoder, self.queries, precision)

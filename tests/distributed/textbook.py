@@ -107,7 +107,7 @@ class Textbook(MoCo):
         shuffles: Sequence[Sequence[int]],
         learning_rate: float,
     ) -> float:
-        """:meth:`step` on a batch; ``samples`` are its images."""
+        """Take a :meth:`step` on a batch; ``samples`` are its images."""
         self.samples = torch.tensor(samples)
         return self.step(views, [torch.tensor(shuffle) for shuffle in shuffles], learning_rate)
 
