@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_architecture import LOWEST_FIRST
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -48,3 +49,9 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     named = set(re.findall(r"[\w./*-]+\.(?:py|sh|sbatch|yaml)\b|ds_configs/\w+\.json", text))
     missing = sorted(name for name in named - NOT_OURS if not is_there(name))
     assert not missing, f"{page.name} names what is not there: {', '.join(missing)}"
+
+
+def test_the_code_map_has_every_room_in_the_order_of_imports() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    rooms = re.findall(r"^\| \[`([a-z/]+)/`\]", page, re.M)
+    assert rooms == [room for room in LOWEST_FIRST if room != "data"]
