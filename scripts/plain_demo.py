@@ -51,7 +51,7 @@ class PackageStep:
             if not torch.equal(value, theirs.cpu()):
                 raise AssertionError(f"{name} does not begin where the plain network's does")
         moco = MoCo(query).to(device)
-        self.query = moco.query
+        self.query: nn.Module = moco.query
         set_groups(moco, args.batch_size // args.bn_splits, args.batch_size)
         settings = EngineSettings(plain.SGD_MOMENTUM, plain.WEIGHT_DECAY, precision=args.precision)
         self.engine = DDPEngine(moco, settings, device)
