@@ -9,6 +9,8 @@ authors report a kNN accuracy of 82.6 % after 200 epochs.
 
 One process, torchvision's network and transforms, one matrix for the queue, cross entropy over
 concatenated logits. Nothing of moco_scale is imported: its tests compare it with these classes.
+The loss begins low, because the queue begins with random vectors, rises while keys take their
+place, and falls from there.
 
 He et al. 2020, Momentum Contrast for Unsupervised Visual Representation Learning; Chen et al. 2020,
 Improved Baselines with Momentum Contrastive Learning.
