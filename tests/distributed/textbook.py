@@ -1,16 +1,13 @@
-"""Momentum contrast as its papers write it: one process, plain PyTorch, nothing clever.
+"""Momentum contrast as its papers write it, for runs of the package to be compared with.
 
-The yardstick for the real thing, so it shares no code with it. Each piece is the most direct
-transcription there is: BatchNorm groups by a loop, ShuffleBN by indexing, the queue one key at a
-time, logits concatenated, an average parameter by parameter.
-
-He et al. 2020, Momentum Contrast, algorithm 1 and section 3.3; Chen et al. 2020, Improved
-Baselines with Momentum Contrastive Learning.
+The encoders, BatchNorm groups, ShuffleBN, loss, update and queue are those of
+examples/moco_in_one_file.py. Here are the package's documented conventions, each worked out one
+item at a time: which samples make a batch, how they are shuffled, the first queue, the schedules,
+and the two masks, which no paper has. No code is shared with the package.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -18,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision
+from moco_in_one_file import MoCo, make_encoder
 from torch import Tensor, nn
 
 
@@ -37,40 +33,9 @@ class Settings:
     mask_same_image: bool = False
 
 
-class LoopBatchNorm(nn.BatchNorm2d):
-    """Each group of consecutive samples by itself; running statistics take the groups' mean."""
-
-    group_size = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.training and self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None
-        outputs, means, variances = [], [], []
-        for start in range(0, len(x), self.group_size):
-            group = x[start : start + self.group_size]
-            mean = group.mean((0, 2, 3), keepdim=True)
-            variance = ((group - mean) ** 2).mean((0, 2, 3), keepdim=True)
-            normalised = (group - mean) / torch.sqrt(variance + self.eps)
-            outputs.append(normalised * self.weight[:, None, None] + self.bias[:, None, None])
-            count = group.numel() // group.shape[1]
-            means.append(mean.detach().flatten())
-            variances.append(variance.detach().flatten() * count / (count - 1))
-        self.running_mean.mul_(0.9).add_(0.1 * torch.stack(means).mean(0))
-        self.running_var.mul_(0.9).add_(0.1 * torch.stack(variances).mean(0))
-        self.num_batches_tracked += 1
-        return torch.cat(outputs)
-
-
 def make_network(dim: int, head: str, bn_group_size: int) -> nn.Module:
     """torchvision's ResNet-18; its ``fc`` is the head, ``"linear"`` (v1) or ``"mlp"`` (v2)."""
-    network = torchvision.models.resnet18(num_classes=dim, norm_layer=LoopBatchNorm)
-    if head == "mlp":
-        width = network.fc.in_features
-        network.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), network.fc)
-    for module in network.modules():
-        if isinstance(module, LoopBatchNorm):
-            module.group_size = bn_group_size
-    return network
+    return make_encoder(head, bn_group_size, dim, stem="imagenet")
 
 
 def permutation(n: int, seed: int, stream: str, number: int) -> list[int]:
@@ -119,75 +84,43 @@ def cosine_schedule(base: float, step: int, steps_per_epoch: int, epochs: int) -
     return base / 2 * (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs))
 
 
-class Textbook:
-    """Query, key, queue and the step."""
+class Textbook(MoCo):
+    """The step on samples that are known by their numbers, with the masks."""
 
     def __init__(self, query: nn.Module, queue: Tensor, settings: Settings) -> None:
-        self.settings = settings
-        self.query, self.key = query, copy.deepcopy(query)
-        self.queue = queue.clone()
-        self.images = [-1] * len(queue)  # of each key; -1: a random one of the beginning
-        self.next_slot = 0
-        self.optimizer = torch.optim.SGD(
-            query.parameters(),
-            lr=0.0,
-            momentum=settings.sgd_momentum,
+        super().__init__(
+            query,
+            queue.clone(),
+            temperature=settings.temperature,
+            key_momentum=settings.key_momentum,
+            sgd_momentum=settings.sgd_momentum,
             weight_decay=settings.weight_decay,
         )
+        self.settings = settings
+        self.images = torch.full((len(queue),), -1)  # of each key; -1: a random first one
+        self.samples = torch.empty(0, dtype=torch.long)
 
-    def step(
+    def step_on(
         self,
         samples: Sequence[int],
         views: Sequence[Tensor],
         shuffles: Sequence[Sequence[int]],
         learning_rate: float,
     ) -> float:
-        """One step on a batch of two views, [B, 3, S, S] each; the loss before the update.
+        """Take a :meth:`step` on a batch; ``samples`` are its images."""
+        self.samples = torch.tensor(samples)
+        return self.step(views, [torch.tensor(shuffle) for shuffle in shuffles], learning_rate)
 
-        ``samples``: the images.
-        ``shuffles``: for each key view (the second; then, if symmetric, the first) the sample at
-        each shuffled position.
-        """
-        pairs = [(0, 1), (1, 0)] if self.settings.symmetric else [(0, 1)]
-        queries = [F.normalize(self.query(views[q]), dim=1) for q, _ in pairs]
-        all_keys = [
-            self._keys(views[k], shuffle) for (_, k), shuffle in zip(pairs, shuffles, strict=True)
-        ]
-        loss = sum(
-            (self._loss(q, k, samples) for q, k in zip(queries, all_keys, strict=True)),
-            torch.zeros(()),
-        )
-        self.optimizer.zero_grad()
-        loss.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        with torch.no_grad():
-            m = self.settings.key_momentum
-            for key, query in zip(self.key.parameters(), self.query.parameters(), strict=True):
-                key.copy_(m * key + (1 - m) * query)
-        for keys in all_keys:
-            for key_row, sample in zip(keys, samples, strict=True):
-                self.queue[self.next_slot] = key_row
-                self.images[self.next_slot] = sample
-                self.next_slot = (self.next_slot + 1) % len(self.queue)
-        return loss.item()
-
-    @torch.no_grad()
-    def _keys(self, view: Tensor, shuffle: Sequence[int]) -> Tensor:
-        shuffled = F.normalize(self.key(view[list(shuffle)]), dim=1)
-        keys = torch.empty_like(shuffled)
-        for position, sample in enumerate(shuffle):
-            keys[sample] = shuffled[position]
-        return keys
-
-    def _loss(self, queries: Tensor, keys: Tensor, samples: Sequence[int]) -> Tensor:
-        positive = torch.einsum("nd,nd->n", queries, keys)[:, None]
-        negative = torch.einsum("nd,kd->nk", queries, self.queue.clone())
-        images, own = torch.tensor(self.images), torch.tensor(samples)
+    def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
+        logits = super().logits(queries, keys)
+        masked = torch.zeros_like(logits, dtype=torch.bool)
         if self.settings.mask_unfilled:
-            negative = negative.masked_fill(images == -1, -math.inf)
+            masked[:, 1:] |= self.images == -1
         if self.settings.mask_same_image:
-            negative = negative.masked_fill(images == own[:, None], -math.inf)
-        logits = torch.cat([positive, negative], dim=1) / self.settings.temperature
-        return F.cross_entropy(logits, torch.zeros(len(queries), dtype=torch.long))
+            masked[:, 1:] |= self.images == self.samples[:, None]
+        return logits.masked_fill(masked, -math.inf)
+
+    def enqueue(self, keys: Tensor) -> None:
+        slots = torch.arange(self.next_slot, self.next_slot + len(keys)) % len(self.queue)
+        self.images[slots] = self.samples.repeat(len(keys) // len(self.samples))
+        super().enqueue(keys)

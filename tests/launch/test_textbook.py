@@ -155,7 +155,7 @@ def expected(shards: Path) -> Callable[[Case], Result]:
                 textbook.permutation(BATCH, SEED, f"shuffle-{stream}", step)
                 for stream in range(2 if case.settings.symmetric else 1)
             ]
-            losses.append(moco.step(samples, views, shuffles, case.learning_rate(step)))
+            losses.append(moco.step_on(samples, views, shuffles, case.learning_rate(step)))
         return Result(
             losses,
             [case.learning_rate(step) for step in range(case.steps)],
