@@ -29,7 +29,6 @@ MAY_DIFFER = (
     "num_workers",
     "shard_cache",
     "shard_cache_size",
-    "local_rank",
 )
 """Flags that may differ, as paths do between hosts. The contents of the files are compared."""
 PACKAGE = Path(moco_scale.__file__).parent
