@@ -34,7 +34,7 @@ from moco_scale.untrusted.pickles import PickleError
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile, describe
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import failure_reason, sync_folder
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable_path, some_of
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ def verify(folder: Path) -> None:
     if missing:
         raise UserError(f"{what} is damaged: {META} does not list {', '.join(missing[:3])}")
     if not sealed_:
-        say(f"{what} is of an earlier version: its {META} has no checksum of its own")
+        log.warning(f"{what} is of an earlier version: its {META} has no checksum of its own")
 
 
 def _checksum(path: Path) -> int:

@@ -17,6 +17,7 @@ from moco_scale.data.open import open_shards
 from moco_scale.data.remote.credentials import warn_of_printed
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus, same_setup
+from moco_scale.distributed.collectives import main_log
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation import linear, results
 from moco_scale.evaluation.features import Pixels, SkippedImages
@@ -26,7 +27,7 @@ from moco_scale.observe.phases import EVALUATION, Phases
 from moco_scale.observe.watchdog import Watch
 from moco_scale.utils import determinism
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say, tell
+from moco_scale.utils.log import tell
 from moco_scale.utils.progress import progressed
 
 
@@ -94,14 +95,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         test = consensus.rank0_first(partial(open_shards, config.source, "val"))
     weights = {"weights in --pretrained-model": pretrained.fingerprint}
     same_setup.require_same(weights, "give all of them the same file")
-    if collectives.is_main():
-        say(
-            f"{config.protocol} evaluation of the {config.encoder} encoder in {pretrained.path} "
-            f"(epoch {pretrained.epoch}, step {pretrained.step}), "
-            f"{collectives.world_size()} process(es) on {collectives.device().type}"
-        )
-        for warning in determinism.slow_precision(collectives.device(), config.precision):
-            say(warning)
+    main_log.info(
+        f"{config.protocol} evaluation of the {config.encoder} encoder in {pretrained.path} "
+        f"(epoch {pretrained.epoch}, step {pretrained.step}), "
+        f"{collectives.world_size()} process(es) on {collectives.device().type}"
+    )
+    for warning in determinism.slow_precision(collectives.device(), config.precision):
+        main_log.warning(warning)
     if isinstance(test, KnnMonitor):
         measured = _run_knn(config, test, pretrained)
     else:
@@ -181,8 +181,8 @@ def _knn(config: EvalConfig, pretrained: Pretrained, splits: Splits) -> KnnMonit
 
 def _run_knn(config: EvalConfig, task: KnnMonitor, pretrained: Pretrained) -> dict[str, Any]:
     encoder = pretrained.encoder.to(collectives.device())
-    if task.hopeless and collectives.rank() == 0:
-        say(task.hopeless)
+    if task.hopeless:
+        main_log.warning(task.hopeless)
     return {
         **task.measure(encoder, config.features),
         **_skipped(task.skipped),

@@ -19,6 +19,7 @@ from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation.features import WHICH
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.models.encoder import MODELS
+from moco_scale.utils.log import LEVELS, show_from
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ class EvalConfig:
         "seconds within which a process that is lost is named and all end; 0: never",
         within=NOT_NEGATIVE,
     )
+    log_level: str = option(
+        "info", "messages that are shown: of this importance, or more", choices=LEVELS
+    )
     resume: str = option(
         "auto",
         "of --protocol linear: go on where a run into the same folder stopped, or begin again",
@@ -126,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> EvalConfig:
-    """Read a command line.
+    """Read a command line, and show messages as it says.
 
     Raises:
         UserError: flags that contradict each other, or values that cannot work.
@@ -143,4 +147,5 @@ def parse(argv: Sequence[str] | None = None) -> EvalConfig:
     knn = KnnConfig(**options.given(args, KnnConfig))
     config = dataclasses.replace(config, knn=knn, linear=linear)
     options.refuse(options.out_of_range(config, config.knn, config.linear))
+    show_from(config.log_level)
     return config

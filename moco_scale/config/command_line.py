@@ -13,6 +13,7 @@ from moco_scale.config.resolve import build
 from moco_scale.config.schema import SECTIONS, Config
 from moco_scale.data.remote.credentials import warn_of_printed
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.log import show_from
 
 AMP_LEVELS = ("O0", "O1", "O2", "O3")
 
@@ -56,12 +57,13 @@ def add_older_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """Read a command line.
+    """Read a command line, and show messages as it says.
 
     Raises:
         UserError: values that contradict each other or cannot work.
     """
     config = config_of(vars(make_parser().parse_args(argv)))
+    show_from(config.run.log_level)
     warn_of_printed(config.data.data_dir)
     return config
 

@@ -17,6 +17,7 @@ from moco_scale.methods.key_queue import DTYPES, KINDS
 from moco_scale.methods.shuffle_bn import MODES
 from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.optim.schedules import SCHEDULES
+from moco_scale.utils.log import LEVELS
 from moco_scale.utils.text import printable
 
 ENGINES = ("ddp", "fsdp", "deepspeed")
@@ -244,6 +245,9 @@ class RunConfig:
         "", "keep decoded training images in memory or in a local folder", metavar="ram|DIR"
     )
     print_freq: int = option(10, "steps between log lines", within=POSITIVE)
+    log_level: str = option(
+        "info", "messages that are shown: of this importance, or more", choices=LEVELS
+    )
     knn_freq: int = option(10, "epochs between kNN evaluations; 0: never", within=NOT_NEGATIVE)
     save_freq: int = option(
         10, "every so many epochs a checkpoint is kept for good; 0: none", within=NOT_NEGATIVE

@@ -29,6 +29,7 @@ MAY_DIFFER = (
     "num_workers",
     "shard_cache",
     "shard_cache_size",
+    "log_level",
 )
 """Flags that may differ, as paths do between hosts. The contents of the files are compared."""
 PACKAGE = Path(moco_scale.__file__).parent

@@ -18,9 +18,9 @@ from moco_scale.data.loading.bad_samples import BadSample
 from moco_scale.data.loading.loader import evaluation_loader
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus
+from moco_scale.distributed.collectives import main_log
 from moco_scale.models.encoder import Encoder
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
 
 T = TypeVar("T")
 Encode = Callable[[Tensor], Tensor]
@@ -123,10 +123,10 @@ class SkippedImages:
                 new[name] = bad
         self._bad |= new
         self.counts[shards.split] += len(new)
-        if new and collectives.is_main():
+        if new:
             shown = [f"{b.shard} (key {b.key}): {b.reason}" for b in list(new.values())[:_SHOWN]]
             more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
-            say(
+            main_log.warning(
                 f"{len(new)} of the {len(shards)} {shards.split} images cannot be decoded and "
                 f"{'is' if len(new) == 1 else 'are'} skipped: {'; '.join(shown)}{more}"
             )
@@ -258,4 +258,4 @@ def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
         yield item
         if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
             said = time.monotonic()
-            say(f"{label}: {done}/{total} batches")
+            main_log.info(f"{label}: {done}/{total} batches")

@@ -14,7 +14,7 @@ from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.untrusted.results import Results
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 
 NAME = "results.json"
 
@@ -65,7 +65,7 @@ def add(folder: Path, result: dict[str, Any]) -> None:
             except DocumentError as error:
                 kept = _free_name(path)
                 os.rename(path, kept)
-                say(f"{error}: kept as {kept.name}; a new file is begun")
+                log.warning(f"{error}: kept as {kept.name}; a new file is begun")
                 earlier = {}
             results = {**earlier, result["variant"]: result}
             text = json_text({**result, "all": results}, indent=1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable
 
 _LINE_SECONDS = 10.0
@@ -84,5 +84,5 @@ class Progress:
             self._bar.update(count)
         elif time.monotonic() >= self._quiet_until:
             line = f"{self._label}: {self._count} of {self._total} {self._unit}"
-            say(line)
+            log.info(line)
             self._quiet_until = time.monotonic() + _LINE_SECONDS

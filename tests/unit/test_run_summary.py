@@ -15,7 +15,7 @@ from moco_scale.config.recipes import RECIPES
 from moco_scale.distributed import collectives
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.training import banner as module
-from moco_scale.training.banner import run_summary, title
+from moco_scale.training.banner import cautions, run_summary, title
 
 
 def said(
@@ -33,7 +33,7 @@ def said(
         resumed_from=None,
         step=0,
     )
-    return "\n".join(run_summary(run, 0))
+    return "\n".join([*run_summary(run, 0), *(f"warning: {text}" for text in cautions(run))])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -34,7 +34,7 @@ from moco_scale.data.remote.download import RemoteFile, RetryPolicy, Stopped, do
 from moco_scale.data.remote.store import Store
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import NO_LOCKS, write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.own_folders import ForeignFolderError, make_own, opened, without_links
 from moco_scale.utils.text import printable
 
@@ -123,7 +123,7 @@ class ShardCache:
         left = [found.parent for found in self.root.glob(f"*/{SHARDS}")]
         left = sorted(folder for folder in left if _EARLIER.fullmatch(folder.name))
         if left:
-            say(
+            log.warning(
                 f"--shard-cache {self.root}: {len(left)} folder(s) there, such as {left[0]}, seem "
                 "to be of an earlier version; they are neither used nor counted nor removed, so "
                 "delete them if you do not need them"
@@ -286,6 +286,7 @@ class ShardCache:
                     break
                 if path not in keep and self._remove_unless_used(path):
                     used, removed = used - size, removed + size
+                    log.debug(f"{path} makes room for other shards")
         return used, removed
 
     def _inventory(self) -> tuple[int, list[tuple[int, int, Path]]]:

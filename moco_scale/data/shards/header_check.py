@@ -25,7 +25,7 @@ from moco_scale.untrusted.limits import INDEX_JSON
 from moco_scale.untrusted.shard_index import CheckedNote
 from moco_scale.utils.errors import UserError, open_failure
 from moco_scale.utils.files import write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 
 _MOST_TIMES = 16
 _MOST_NAMED = 6
@@ -64,7 +64,7 @@ def check_headers(tars: IndexedTars) -> None:
         return
     place = first_writable(near, far)
     if place is None:
-        say(
+        log.warning(
             f"{tars.folder}: each process reads the headers of the shards at each start, because "
             f"that they are right can be noted neither in {near} nor in {far}. Name a folder that "
             "can be written in the environment variable MOCO_SCALE_CACHE"
@@ -80,7 +80,7 @@ def check_headers(tars: IndexedTars) -> None:
         try:
             _note(tars, place, problems)
         except OSError as error:
-            say(
+            log.warning(
                 f"{tars.folder}: that its shards are right cannot be noted in {place} "
                 f"({error.strerror or error}): they are read again at the next start"
             )

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from moco_scale.data.remote.shard_cache import cache_home
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.own_folders import NEW_FILE, without_links
 from moco_scale.utils.process_pool import BrokenProcessPool, in_order
 from moco_scale.utils.progress import Progress, on_progress, progressed
@@ -70,7 +70,7 @@ def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[No
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                say(waiting)
+                log.info(waiting)
                 _lock_in_the_end(file, works_in)
             held.enter_context(on_progress(partial(_touch, file)))
         yield

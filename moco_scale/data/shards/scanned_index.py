@@ -26,7 +26,7 @@ from moco_scale.untrusted.limits import CLASSES
 from moco_scale.untrusted.shard_index import json_name
 from moco_scale.utils.errors import UserError, open_failure
 from moco_scale.utils.files import sync_folder, write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable
 
 _RULES = b"4"  # by which images and labels are found: an index made by others is made again
@@ -197,7 +197,7 @@ def write_index(
             f"the labels are not used: {why_none}. Pretraining needs none, kNN and linear "
             "evaluation do"
         )
-    say("\n".join(lines))
+    log.info("\n".join(lines))
 
 
 def find_classes(scans: Sequence[tuple[str, ShardScan]]) -> tuple[list[str], str]:
