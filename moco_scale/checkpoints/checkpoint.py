@@ -33,7 +33,7 @@ from moco_scale.untrusted.limits import CHECKPOINT_INDEX, META_JSON
 from moco_scale.untrusted.pickles import PickleError
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile, describe
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.files import failure_reason, sync_folder
+from moco_scale.utils.files import failure_reason, sync, write_atomically
 from moco_scale.utils.log import log
 from moco_scale.utils.text import printable_path, some_of
 
@@ -101,17 +101,14 @@ def _make_empty(folder: Path) -> None:
 
 def _complete(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    with open(temporary / META, "w", encoding="utf-8") as file:
-        sums = {name: _checksum(temporary / name) for name in sizes}
-        content = {"format": FORMAT, **meta, "files": sizes, "crc32": sums}
-        file.write(sealed(json.dumps(content, indent=1)))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(temporary)
+    sums = {name: _checksum(temporary / name) for name in sizes}
+    content = {"format": FORMAT, **meta, "files": sizes, "crc32": sums}
+    write_atomically(temporary / META, sealed(json.dumps(content, indent=1)))
+    sync(temporary)
     if folder.exists() and not (folder / META).is_file():
         os.rename(folder, folder.with_name(f".{folder.name}.incomplete"))  # such as a partial copy
     os.rename(temporary, folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def _attempt(action: Callable[[], T], temporary: Path, group: Any) -> T:
@@ -348,6 +345,6 @@ def refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         raise UserError(
             f"checkpoint {printable_path(folder)} does not fit this run: "
-            f"{some_of(problems)}; continue from another one (--resume), or "
+            f"{some_of(problems, between='; ')}; continue from another one (--resume), or "
             "start anew in another --output-dir"
         )

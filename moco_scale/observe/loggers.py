@@ -18,12 +18,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from tqdm import tqdm
 
 from moco_scale.distributed import collectives
 from moco_scale.observe import metrics_file
 from moco_scale.observe.side_files import Folder, SideFile, json_line
 from moco_scale.utils.log import log, worded
+from moco_scale.utils.progress import Bar, bar
 from moco_scale.utils.text import printable, printable_lines
 
 with warnings.catch_warnings():
@@ -45,7 +45,7 @@ class Loggers:
     def __init__(self, folder: Folder | None, total_steps: int, first_step: int) -> None:
         self._active, self._folder = collectives.is_main(), folder
         self._files: dict[str, SideFile] = {}
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         if not self._active:
             return
         if folder is not None:
@@ -57,8 +57,8 @@ class Loggers:
                 _BOARD: folder.side_file(f"{_BOARD}/{events}", self.warn, _first(first_step + 1)),
             }
         if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False
+            self._bar = bar(
+                "", "step", total_steps, initial=first_step, dynamic_ncols=True, leave=False
             )
 
     def say(self, text: str, level: int = logging.INFO) -> None:

@@ -26,6 +26,7 @@ from moco_scale.untrusted.shard_index import CheckedNote
 from moco_scale.utils.errors import UserError, open_failure
 from moco_scale.utils.files import write_atomically
 from moco_scale.utils.log import log
+from moco_scale.utils.text import some_of
 
 _MOST_TIMES = 16
 _MOST_NAMED = 6
@@ -186,10 +187,8 @@ def _raise(tars: IndexedTars, problems: Mapping[int, _Problem]) -> None:
     first, *others = problems
     text = problems[first].text
     if others:
-        names = ", ".join(tars.paths[number].name for number in others[:_MOST_NAMED])
-        more = len(others) - _MOST_NAMED
-        many = f"{names} and {more} more" if more > 0 else names
-        text += f" Not right either: {many}."
+        names = [tars.paths[number].name for number in others]
+        text += f" Not right either: {some_of(names, _MOST_NAMED)}."
     if any(problem.damaged for problem in problems.values()):
         text += (
             " `python -m moco_scale shard --repair "
