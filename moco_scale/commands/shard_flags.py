@@ -145,10 +145,10 @@ class ShardConfig(SourceConfig, OutputConfig, ExistingConfig):
 
 
 MAKING = tuple(
-    name
+    field.name
     for cls in (SourceConfig, OutputConfig)
-    for name in cls.__dataclass_fields__
-    if name not in ("source", "out", "workers")
+    for field in options.options_of(cls)
+    if field.name not in ("source", "out", "workers")
 )
 """Options of making shards alone."""
 INDEXING = ("shard_cache", "shard_cache_size")
