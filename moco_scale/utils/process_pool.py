@@ -74,4 +74,4 @@ def _start_worker(in_main_thread: bool) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-__all__ = ["BrokenProcessPool", "in_order"]
+__all__ = ["BrokenProcessPool", "core_count", "in_order"]
