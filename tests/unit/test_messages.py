@@ -80,7 +80,9 @@ def test_a_level_hides_what_is_less_important(
     level: str, shown: str, capsys: pytest.CaptureFixture[str], usual_level: None
 ) -> None:
     show_from(level)
-    log.debug("a"), log.info("b"), log.warning("c"), log.error("x.py: error: d")
+    for log_text, text in ((log.debug, "a"), (log.info, "b"), (log.warning, "c")):
+        log_text(text)
+    log.error("x.py: error: d")
     assert capsys.readouterr().err == shown
 
 
