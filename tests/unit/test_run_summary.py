@@ -120,7 +120,9 @@ def test_a_queue_that_holds_each_image_often_is_said_to(monkeypatch: pytest.Monk
 
 
 def test_a_precision_that_the_cpu_emulates_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False, raising=False)
+    for precision, there in (("fp16", False), ("bf16", True)):
+        name = f"_is_mkldnn_{precision}_supported"
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda there=there: there, raising=False)
     text = said(monkeypatch, "--precision fp16")
     assert "does not compute in fp16 (avx512_fp16" in text and "--precision bf16 or fp32" in text
     assert "does not compute" not in said(monkeypatch, "--precision fp32")
