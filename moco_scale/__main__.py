@@ -13,7 +13,7 @@ from moco_scale.commands.exit_status import run_command, run_program
 from moco_scale.config.flag_types import DefaultsHelpFormatter
 from moco_scale.config.older_flags import PRETRAINING, HintingParser
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say, tell, unwritten
+from moco_scale.utils.log import log, tell, unwritten
 
 # Name: (module with add_arguments and run, what it is for). A module is only imported when its
 # command runs, so that `shard` does not wait for DeepSpeed.
@@ -41,9 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         rows = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
         asked = name in ("-h", "--help")
-        (tell if asked else say)(f"usage: python -m moco_scale COMMAND ...\n\ncommands:\n{rows}")
+        (tell if asked else log.error)(
+            f"usage: python -m moco_scale COMMAND ...\n\ncommands:\n{rows}"
+        )
         if name and not asked:
-            say(f"moco_scale: error: unknown command {name!r}")
+            log.error(f"moco_scale: error: unknown command {name!r}")
         return 0 if asked else 2
     module = importlib.import_module(COMMANDS[name][0])
     parser = HintingParser(

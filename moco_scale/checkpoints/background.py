@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from moco_scale.distributed import collectives
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 
 
 class BackgroundSaver:
@@ -71,13 +72,18 @@ class BackgroundSaver:
         if collectives.device().type == "cuda":
             torch.cuda.set_device(collectives.device())  # a thread begins with the first GPU
         try:
+            started = time.monotonic()
             write(copies, self.group)
+            seconds = time.monotonic() - started
+            log.debug(f"rank {collectives.rank()}: saved in {seconds:.1f} s, beside training")
         except BaseException as error:
             self._failure = error
             # All ranks raise a UserError; rank 0 logs it.
             if collectives.is_main() or not isinstance(error, UserError):
                 what = str(error) if isinstance(error, UserError) else repr(error)
-                say(f"rank {collectives.rank()}: saving has failed, so the run will stop: {what}")
+                log.error(
+                    f"rank {collectives.rank()}: saving has failed, so the run will stop: {what}"
+                )
 
     @property
     def busy(self) -> bool:

@@ -33,8 +33,8 @@ from moco_scale.untrusted.limits import CHECKPOINT_INDEX, META_JSON
 from moco_scale.untrusted.pickles import PickleError
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile, describe
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.files import failure_reason, sync_folder
-from moco_scale.utils.log import say
+from moco_scale.utils.files import failure_reason, sync, write_atomically
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable_path, some_of
 
 T = TypeVar("T")
@@ -101,17 +101,14 @@ def _make_empty(folder: Path) -> None:
 
 def _complete(temporary: Path, folder: Path, meta: dict[str, Any]) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    with open(temporary / META, "w", encoding="utf-8") as file:
-        sums = {name: _checksum(temporary / name) for name in sizes}
-        content = {"format": FORMAT, **meta, "files": sizes, "crc32": sums}
-        file.write(sealed(json.dumps(content, indent=1)))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(temporary)
+    sums = {name: _checksum(temporary / name) for name in sizes}
+    content = {"format": FORMAT, **meta, "files": sizes, "crc32": sums}
+    write_atomically(temporary / META, sealed(json.dumps(content, indent=1)))
+    sync(temporary)
     if folder.exists() and not (folder / META).is_file():
         os.rename(folder, folder.with_name(f".{folder.name}.incomplete"))  # such as a partial copy
     os.rename(temporary, folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def _attempt(action: Callable[[], T], temporary: Path, group: Any) -> T:
@@ -203,7 +200,7 @@ def verify(folder: Path) -> None:
     if missing:
         raise UserError(f"{what} is damaged: {META} does not list {', '.join(missing[:3])}")
     if not sealed_:
-        say(f"{what} is of an earlier version: its {META} has no checksum of its own")
+        log.warning(f"{what} is of an earlier version: its {META} has no checksum of its own")
 
 
 def _checksum(path: Path) -> int:
@@ -348,6 +345,6 @@ def refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         raise UserError(
             f"checkpoint {printable_path(folder)} does not fit this run: "
-            f"{some_of(problems)}; continue from another one (--resume), or "
+            f"{some_of(problems, between='; ')}; continue from another one (--resume), or "
             "start anew in another --output-dir"
         )

@@ -24,7 +24,7 @@ from moco_scale.observe.side_files import SideFile
 from moco_scale.untrusted.tensor_files import TensorFile
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import failure_reason, save_atomically, write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable
 
 T = TypeVar("T")
@@ -122,14 +122,14 @@ class RunFolder:
         except OSError as error:
             if not self._config_file.is_file():
                 raise  # a new run, which has nothing to lose yet
-            say(
+            log.warning(
                 f"cannot write {self._config_file}: {error.strerror or error}; it stays as it was, "
                 "and training continues"
             )
         try:
             return metrics_file.forget_after(self.metrics, step)
         except OSError as error:
-            say(
+            log.warning(
                 f"cannot rewrite {self.metrics}: {error.strerror or error}; it will have repeated "
                 "steps twice, and training continues"
             )
@@ -147,7 +147,7 @@ class RunFolder:
             OSError: The folder cannot be made.
         """
         if self.lock.hold():
-            say(
+            log.warning(
                 f"--output-dir {self.path} was removed during the run: it is made again, without "
                 "its former content"
             )
@@ -155,7 +155,7 @@ class RunFolder:
                 self._write_config()
 
     def side_file(
-        self, name: str, warn: Callable[[str], None] = say, head: bytes = b""
+        self, name: str, warn: Callable[[str], None] = log.warning, head: bytes = b""
     ) -> SideFile:
         """Make a file that rank 0 appends to while training."""
         return SideFile(self.path / name, head, self.hold, warn)

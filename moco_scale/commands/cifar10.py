@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
-from tqdm import tqdm
 
 from moco_scale.config.flag_types import positive_int
 from moco_scale.data.shards.recognise import first_members
 from moco_scale.demo import output_folder, pipeline
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
+from moco_scale.utils.progress import progress
 
 SETTINGS = {"recipe": "cifar10", "dataset": "cifar10"}
 HELP = (
@@ -117,10 +117,10 @@ def write_images(
     """Write uint8 images [N, H, W, 3] as ``folder/CLASS/00000.png``, numbered in their order."""
     for name in names:
         (folder / name).mkdir(parents=True)
-    rows = zip(images, labels, strict=True)
-    for number, (image, label) in enumerate(
-        tqdm(rows, f"Writing {folder.name}", len(images), unit="image", disable=None)
-    ):
+    rows = progress(
+        zip(images, labels, strict=True), f"writing {folder.name}", len(images), "images"
+    )
+    for number, (image, label) in enumerate(rows):
         Image.fromarray(image).save(folder / names[label] / f"{number:05d}.png")
 
 

@@ -12,6 +12,7 @@ from moco_scale.demo import output_folder, pipeline
 from moco_scale.demo.render import CLASSES, write_folder
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
+from moco_scale.utils.process_pool import core_count
 
 TRAIN_PER_CLASS = 200
 VAL_PER_CLASS = 60
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         train_per_class=args.train_per_class,
         val_per_class=args.val_per_class,
         seed=args.seed,
-        processes=pipeline.core_count(),
+        processes=core_count(),
     )
     experiment = pipeline.Experiment(
         title="Demo",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
@@ -12,24 +11,23 @@ from typing import Any
 
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from moco_scale.commands.evaluate_flags import KNN_K, KNN_T, parse
+from moco_scale.commands.evaluate_flags import EvalConfig, KnnConfig, parse
 from moco_scale.config.schema import DATASETS
 from moco_scale.data.open import open_shards
 from moco_scale.data.remote.credentials import warn_of_printed
-from moco_scale.data.remote.shard_source import ShardSource
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus, same_setup
+from moco_scale.distributed.collectives import main_log
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation import linear, results
 from moco_scale.evaluation.features import Pixels, SkippedImages
 from moco_scale.evaluation.knn import KnnMonitor, Splits, bank_and_queries, open_splits
-from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.evaluation.pretrained import Pretrained, load_pretrained
 from moco_scale.observe.phases import EVALUATION, Phases
 from moco_scale.observe.watchdog import Watch
 from moco_scale.utils import determinism
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say, tell
+from moco_scale.utils.log import tell
 from moco_scale.utils.progress import progressed
 
 
@@ -48,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     watch = Watch(phases, args.hang_timeout, Path(args.output_dir), "eval.py")
     with watch, _encoding_is_progress():
         installation = same_setup.installation(collectives.device())
-        same_setup.require_same(installation | same_setup.of_flags(vars(args)))
+        same_setup.require_same(installation | same_setup.of_flags(args.flat()))
         evaluate(args)
     collectives.shutdown()
 
@@ -63,11 +61,11 @@ def _encoding_is_progress() -> Iterator[None]:
         handle.remove()
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(config: EvalConfig) -> dict[str, Any]:
     """One evaluation; every rank calls it.
 
     Args:
-        args: of the command line.
+        config: of the command line.
 
     Returns:
         What went to ``results.json`` for this evaluation: ``top1`` and ``top5`` in percent,
@@ -77,44 +75,43 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         UserError: something does not fit; every rank raises it.
     """
     started = time.monotonic()
-    folder = Path(args.output_dir)
+    folder = Path(config.output_dir)
     # Which may index them.
-    train = consensus.rank0_first(partial(open_shards, _source(args), "train"))
+    train = consensus.rank0_first(partial(open_shards, config.source, "train"))
 
     def prepare() -> Pretrained:
         if collectives.is_main():
             results.require_usable(folder)
-        pretrained = load_pretrained(args.pretrained_model, args.encoder)
-        _require_agreement(args, pretrained)
+        pretrained = load_pretrained(config.pretrained_model, config.encoder)
+        _require_agreement(config, pretrained)
         return pretrained
 
     pretrained = consensus.raise_on_all_ranks(prepare)
     test: KnnMonitor | Shards
-    if args.protocol == "knn":
-        splits = consensus.rank0_first(partial(open_splits, _source(args), train))
-        test = consensus.raise_on_all_ranks(partial(_knn, args, pretrained, splits))
+    if config.protocol == "knn":
+        splits = consensus.rank0_first(partial(open_splits, config.source, train))
+        test = consensus.raise_on_all_ranks(partial(_knn, config, pretrained, splits))
     else:
-        test = consensus.rank0_first(partial(open_shards, _source(args), "val"))
+        test = consensus.rank0_first(partial(open_shards, config.source, "val"))
     weights = {"weights in --pretrained-model": pretrained.fingerprint}
     same_setup.require_same(weights, "give all of them the same file")
-    if collectives.is_main():
-        say(
-            f"{args.protocol} evaluation of the {args.encoder} encoder in {pretrained.path} "
-            f"(epoch {pretrained.epoch}, step {pretrained.step}), "
-            f"{collectives.world_size()} process(es) on {collectives.device().type}"
-        )
-        for warning in determinism.slow_precision(collectives.device(), args.precision):
-            say(warning)
+    main_log.info(
+        f"{config.protocol} evaluation of the {config.encoder} encoder in {pretrained.path} "
+        f"(epoch {pretrained.epoch}, step {pretrained.step}), "
+        f"{collectives.world_size()} process(es) on {collectives.device().type}"
+    )
+    for warning in determinism.slow_precision(collectives.device(), config.precision):
+        main_log.warning(warning)
     if isinstance(test, KnnMonitor):
-        measured = _run_knn(args, test, pretrained)
+        measured = _run_knn(config, test, pretrained)
     else:
-        measured = _run_linear(args, pretrained, train, test, folder)
+        measured = _run_linear(config, pretrained, train, test, folder)
     result = {
         **{key: measured.pop(key) for key in ("top1", "top5")},
-        "protocol": args.protocol,
+        "protocol": config.protocol,
         **measured,
         "pretrained_model": str(pretrained.path),
-        "encoder": args.encoder,
+        "encoder": config.encoder,
         "epoch": pretrained.epoch,
         "step": pretrained.step,
         "seconds": round(time.monotonic() - started, 1),
@@ -123,11 +120,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _require_agreement(args: argparse.Namespace, pretrained: Pretrained) -> None:
+def _require_agreement(config: EvalConfig, pretrained: Pretrained) -> None:
     """What older command lines repeat has to be what the file says."""
     for name in ("model", "model_width"):
-        given, held = getattr(args, name), pretrained.opt[name]
-        if given is not None and given != held:
+        given, held = getattr(config, name), pretrained.opt[name]
+        if given and given != held:
             raise UserError(
                 f"--{name.replace('_', '-')} {given}, but {pretrained.path} holds a {held}; "
                 "drop the flag: the file says what it needs"
@@ -153,77 +150,68 @@ def _say(folder: Path, result: dict[str, Any]) -> None:
     )
 
 
-def _pixels(args: argparse.Namespace, pretrained: Pretrained) -> Pixels:
-    name = args.dataset or pretrained.opt.get("dataset")
+def _pixels(config: EvalConfig, pretrained: Pretrained) -> Pixels:
+    name = config.dataset or pretrained.opt.get("dataset")
     if name not in DATASETS:
         raise UserError(
             f"{pretrained.path} was trained on a data set {name!r} that is unknown here; "
             f"give --dataset, one of {', '.join(DATASETS)}"
         )
     preset = DATASETS[name]
-    own = preset.image_size if args.dataset else pretrained.opt.get("image_size")
-    size = args.image_size or own or preset.image_size
+    own = preset.image_size if config.dataset else pretrained.opt.get("image_size")
+    size = config.image_size or own or preset.image_size
     return Pixels(int(size), preset.resize_ratio, preset.mean, preset.std)
 
 
-def _source(args: argparse.Namespace) -> ShardSource:
-    return ShardSource(
-        args.data_dir,
-        cache_dir=args.shard_cache,
-        cache_size=args.shard_cache_size,
-        give_up=args.shard_timeout,
-    )
-
-
-def _knn(args: argparse.Namespace, pretrained: Pretrained, splits: Splits) -> KnnMonitor:
-    bank, queries = bank_and_queries(splits, max_bank=args.knn_bank, seed=args.rng_seed)
+def _knn(config: EvalConfig, pretrained: Pretrained, splits: Splits) -> KnnMonitor:
+    bank, queries = bank_and_queries(splits, max_bank=config.knn.knn_bank, seed=config.rng_seed)
     return KnnMonitor(
         bank,
         queries,
-        **vars(_pixels(args, pretrained)),
-        k=args.knn_k,
-        temperature=args.knn_t,
-        batch_size=max(args.batch_size // collectives.world_size(), 1),
-        num_workers=args.num_workers,
-        autocast=PRECISIONS[args.precision],
+        **vars(_pixels(config, pretrained)),
+        k=config.knn.knn_k,
+        temperature=config.knn.knn_t,
+        batch_size=max(config.batch_size // collectives.world_size(), 1),
+        num_workers=config.num_workers,
+        autocast=PRECISIONS[config.precision],
         label="encoding",
-        skipped=SkippedImages() if args.bad_samples == "skip" else None,
+        skipped=SkippedImages() if config.bad_samples == "skip" else None,
     )
 
 
-def _run_knn(args: argparse.Namespace, task: KnnMonitor, pretrained: Pretrained) -> dict[str, Any]:
+def _run_knn(config: EvalConfig, task: KnnMonitor, pretrained: Pretrained) -> dict[str, Any]:
     encoder = pretrained.encoder.to(collectives.device())
-    if task.hopeless and collectives.rank() == 0:
-        say(task.hopeless)
+    if task.hopeless:
+        main_log.warning(task.hopeless)
     return {
-        **task.measure(encoder, args.features),
+        **task.measure(encoder, config.features),
         **_skipped(task.skipped),
-        "variant": _knn_variant(args),
+        "variant": _knn_variant(config),
         "description": (
-            f"weighted kNN of Wu et al. 2018 on the {_OUTPUTS[args.features]}, "
-            f"k = {args.knn_k}, T = {args.knn_t:g}"
+            f"weighted kNN of Wu et al. 2018 on the {_OUTPUTS[config.features]}, "
+            f"k = {config.knn.knn_k}, T = {config.knn.knn_t:g}"
             + ("" if task.queries.split == "val" else "; no val split: a tenth of train held out")
         ),
         "settings": {
-            "data_dir": str(_source(args)),
+            "data_dir": str(config.source),
             "bank": len(task.bank),
             "queries": len(task.queries),
-            "k": args.knn_k,
-            "temperature": args.knn_t,
-            "features": args.features,
+            "k": config.knn.knn_k,
+            "temperature": config.knn.knn_t,
+            "features": config.features,
             "image_size": task.image_size,
-            "precision": args.precision,
+            "precision": config.precision,
             "processes": collectives.world_size(),
         },
     }
 
 
-def _knn_variant(args: argparse.Namespace) -> str:
+def _knn_variant(config: EvalConfig) -> str:
     """Evaluations that differ in it can share a folder; the usual k and T are not named."""
-    parts = ["knn", args.features]
-    parts += ["key"] if args.encoder == "key" else []
-    parts += [f"k{args.knn_k}"] if args.knn_k != KNN_K else []
-    parts += [f"t{args.knn_t:g}"] if args.knn_t != KNN_T else []
+    parts = ["knn", config.features]
+    parts += ["key"] if config.encoder == "key" else []
+    parts += [f"k{config.knn.knn_k}"] if config.knn.knn_k != KnnConfig.knn_k else []
+    parts += [f"t{config.knn.knn_t:g}"] if config.knn.knn_t != KnnConfig.knn_t else []
     return "-".join(parts)
 
 
@@ -236,59 +224,43 @@ def _skipped(skipped: SkippedImages | None) -> dict[str, Any]:
 
 
 def _run_linear(
-    args: argparse.Namespace,
+    config: EvalConfig,
     pretrained: Pretrained,
     train: Shards,
     val: Shards,
     folder: Path,
 ) -> dict[str, Any]:
-    config = LinearConfig(
-        schedule=args.schedule,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.lr,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        aug=args.aug,
-        cache_features=args.cache_features,
-        features=args.features,
-        seed=args.rng_seed,
-        scheduler=args.lr_scheduler or "",
-        warmup_epochs=args.warmup_epoch,
-        decay_epochs=tuple(n for part in args.lr_decay_epochs or () for n in part),
-        decay_rate=args.lr_decay_rate,
-        crop_min=args.crop or 0.0,
-    )
-    pixels = _pixels(args, pretrained)
+    settings, pixels = config.linear, _pixels(config, pretrained)
     evaluation = linear.LinearEvaluation(
         pretrained,
         train,
         val,
         pixels,
-        config,
+        settings,
         folder,
-        resume=args.resume,
-        num_workers=args.num_workers,
-        autocast=PRECISIONS[args.precision],
-        print_freq=args.print_freq,
-        bad_samples=args.bad_samples,
+        resume=config.resume,
+        num_workers=config.num_workers,
+        autocast=PRECISIONS[config.precision],
+        print_freq=config.print_freq,
+        bad_samples=config.bad_samples,
     )
-    how = "random crops and flips" if config.aug == "linear" else f"augmentation {config.aug}"
-    if config.cache_features:
+    how = "random crops and flips" if settings.aug == "linear" else f"augmentation {settings.aug}"
+    if settings.cache_features:
         how = "centre crops encoded once (quick variant, not the published protocol)"
     return {
         **evaluation.run(),
         **_skipped(evaluation.skipped),
         "variant": evaluation.variant,
         "description": (
-            f"linear classifier on the {_OUTPUTS[config.features]}, frozen, {how}, "
-            f"schedule {config.schedule}, {config.epochs} epochs; top1 and top5 of the best epoch"
+            f"linear classifier on the {_OUTPUTS[settings.features]}, frozen, {how}, "
+            f"schedule {settings.schedule}, {settings.epochs} epochs; top1 and top5 of the best "
+            "epoch"
         ),
         "settings": {
-            "data_dir": str(_source(args)),
-            **vars(config),
+            "data_dir": str(config.source),
+            **vars(settings),
             "image_size": pixels.image_size,
-            "precision": args.precision,
+            "precision": config.precision,
             "processes": collectives.world_size(),
         },
     }

@@ -23,7 +23,7 @@ from moco_scale.utils.errors import (
     is_peer_gone,
     limit_met,
 )
-from moco_scale.utils.log import outlive_terminal, say
+from moco_scale.utils.log import log, outlive_terminal
 from moco_scale.utils.own_folders import remove_passing
 from moco_scale.utils.signals import interruptible
 
@@ -37,7 +37,7 @@ def run_program(name: str, action: Callable[[], int | None]) -> NoReturn:
     leave_with_launcher(os.environ)
 
     def interrupted() -> NoReturn:
-        say(f"{name}: interrupted")
+        log.error(f"{name}: interrupted")
         leave(INTERRUPTED)
 
     status = 1
@@ -48,9 +48,9 @@ def run_program(name: str, action: Callable[[], int | None]) -> NoReturn:
             except SystemExit as end:  # of argparse, after --help too
                 status = end.code if isinstance(end.code, int) else int(end.code is not None)
                 if isinstance(end.code, str):
-                    say(end.code)
+                    log.error(end.code)
             except Exception:  # a defect
-                say(traceback.format_exc().rstrip())
+                log.error(traceback.format_exc().rstrip())
     except KeyboardInterrupt:
         status = INTERRUPTED  # it has been said, or everything was done
     leave(status)
@@ -67,30 +67,30 @@ def run_command(name: str, action: Callable[[], int | None]) -> int:
         return action() or 0
     except UserError as error:
         if isinstance(error, RankError):  # which says whose it is
-            say(f"{name}: error: {error}")
+            log.error(f"{name}: error: {error}")
         elif _speaks():
-            say(f"{name}: error: {speaker(os.environ)}{error}")
+            log.error(f"{name}: error: {speaker(os.environ)}{error}")
         return error.status
     except StoppedEarly as stop:
         if rank_of(os.environ) == 0:
-            say(f"{name}: {stop}")
+            log.error(f"{name}: {stop}")
         return stop.status
     except KeyboardInterrupt:
-        say(f"{name}: interrupted")
+        log.error(f"{name}: interrupted")
         return INTERRUPTED
     except PeerLost as error:
-        say(f"{name}: {error}")
+        log.error(f"{name}: {error}")
         return LOST_PEER
     except (OSError, MemoryError, RuntimeError) as error:
         if met := limit_met(error):
-            say(f"{name}: error: {speaker(os.environ)}{met}")
+            log.error(f"{name}: error: {speaker(os.environ)}{met}")
             return UserError.status
         if not isinstance(error, RuntimeError):
             raise
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_peer_gone(error):
             raise
         # A traceback here would bury the message of the process that caused it.
-        say(
+        log.error(
             f"{name}: rank {rank_of(os.environ)} stops too: another process ended, for the reason "
             f"it gave, or the network failed ({first_line(error)})"
         )

@@ -30,6 +30,7 @@ from moco_scale.training.monitor import Monitor
 from moco_scale.training.run import Run
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
+from moco_scale.utils.process_pool import core_count
 from moco_scale.utils.text import printable
 
 GIB = 1 << 30
@@ -165,7 +166,7 @@ def look() -> Machine:
     return Machine(
         socket.gethostname(),
         *gpu,
-        len(os.sched_getaffinity(0)),
+        core_count(),
         shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0,
         resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         time.time(),

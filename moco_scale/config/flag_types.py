@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+from pathlib import Path
 
 
 class DefaultsHelpFormatter(argparse.HelpFormatter):
@@ -14,6 +14,16 @@ class DefaultsHelpFormatter(argparse.HelpFormatter):
         if not text or default in (None, "", False, argparse.SUPPRESS) or "default" in text:
             return text
         return f"{text} (default: {'yes' if default is True else '%(default)s'})"
+
+
+def whole_number(text: str) -> int:
+    """A whole number."""
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A number."""
+    return float(text)
 
 
 def positive_int(text: str) -> int:
@@ -30,26 +40,18 @@ def not_negative_int(text: str) -> int:
     return value
 
 
-def positive(text: str) -> float:
-    """A finite number above 0."""
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def not_negative(text: str) -> float:
-    """A finite number from 0 on."""
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is negative or no number")
-    return value
-
-
 def whole_numbers(text: str) -> list[int]:
     """Whole numbers from 1 on, separated by commas: ``120,160``."""
     return [positive_int(part) for part in text.split(",") if part]
 
 
+def named_path(text: str) -> Path:
+    """A path; an empty one, of a variable that is not set perhaps, does not mean this folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 # What argparse calls a type in "invalid ... value: 'x'".
-positive_int.__name__ = not_negative_int.__name__ = "whole number"
-positive.__name__ = not_negative.__name__ = "number"
+whole_number.__name__ = positive_int.__name__ = not_negative_int.__name__ = "whole number"
 whole_numbers.__name__ = "whole number, or list of them,"

@@ -8,7 +8,7 @@ import sys
 from typing import Any, NoReturn
 
 from moco_scale.distributed.launchers import rank_of, speaker
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable_lines
 
 
@@ -22,5 +22,5 @@ class Parser(argparse.ArgumentParser):
         if rank_of(os.environ) == 0:
             super().error(message)
         # No other may have this error: a file, a variable or a typing mistake of one host alone.
-        say(f"{self.prog}: error: {speaker(os.environ)}{message}")
+        log.error(f"{self.prog}: error: {speaker(os.environ)}{message}")
         sys.exit(2)

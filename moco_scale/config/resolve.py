@@ -6,16 +6,15 @@ A value comes from, in this order: a flag, the recipe, the data set's preset, th
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import fields
 from typing import Any
 
 from moco_scale.config import deepspeed_file
+from moco_scale.config.options import out_of_range, refuse
 from moco_scale.config.recipes import RECIPES
 from moco_scale.config.schema import SECTIONS, Config, OptimConfig, RunConfig
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.data.shards.mixed_shards import split_mixture
-from moco_scale.methods.infonce import MIN_TEMPERATURE
 from moco_scale.utils.errors import UserError
 
 
@@ -86,67 +85,10 @@ def _precision_of_file(path: str) -> str:
 
 
 def _check(config: Config) -> None:
-    optim, contrast, run = config.optim, config.contrast, config.run
-    positive = {
-        "--batch-size": optim.batch_size,
-        "--epochs": optim.epochs,
-        "--nce-k": contrast.nce_k,
-        "--dim": config.model.dim,
-        "--image-size": config.data.image_size,
-        "--print-freq": run.print_freq,
-        "--keep-checkpoints": run.keep_checkpoints,
-        "--bn-group-size": config.model.bn_group_size,
-        "--warmup-multiplier": optim.warmup_multiplier,
-        "--accumulation-steps": run.accumulation_steps,
-        "--max-nonfinite": run.max_nonfinite,
-        "--shard-cache-size": run.shard_cache_size,
-        "--shard-timeout": run.shard_timeout,
-    }
-    not_negative = {
-        "--base-lr": optim.base_lr,
-        "--shuffle-window": config.data.shuffle_window,
-        "--clip-grad": optim.clip_grad,
-        "--patch-size": config.model.patch_size,
-        "--samples-per-epoch": config.data.samples_per_epoch,
-        "--shuffle-group": contrast.shuffle_group,
-        "--fsdp-shard-size": run.fsdp_shard_size,
-        "--weight-decay": optim.weight_decay,
-        "--lr-min": optim.lr_min,
-        "--lr-decay-rate": optim.lr_decay_rate,
-        "--num-workers": run.num_workers,
-        "--warmup-epoch": optim.warmup_epoch,
-        "--knn-freq": run.knn_freq,
-        "--save-freq": run.save_freq,
-        "--checkpoint-freq": run.checkpoint_freq,
-        "--max-steps": run.max_steps,
-        "--max-time": run.max_time,
-        "--peak-tflops": run.peak_tflops,
-        "--hang-timeout": run.hang_timeout,
-        "--sync-check-freq": run.sync_check_freq,
-        "--rng-seed": optim.rng_seed,
-    }
-    wrong = [
-        f"--{name.replace('_', '-')} {number}: must be a finite number"
-        for name, number in config.flat().items()
-        if isinstance(number, float) and not math.isfinite(number)
-    ]
-    wrong += [f"{f} {v}: must be greater than 0" for f, v in positive.items() if v <= 0]
-    wrong += [f"{f} {v}: must not be negative" for f, v in not_negative.items() if v < 0]
-    if contrast.nce_t < MIN_TEMPERATURE:
-        wrong.append(f"--nce-t {contrast.nce_t}: must be at least {MIN_TEMPERATURE}")
-    for flag, value in (("--alpha", contrast.alpha), ("--momentum", optim.momentum)):
-        if not 0 <= value <= 1:
-            wrong.append(f"{flag} {value}: must lie between 0 and 1")
-    if not 0 < run.max_bad_share <= 1:
-        wrong.append(
-            f"--max-bad-share {run.max_bad_share}: a share above 0 and at most 1; for no bad "
-            "image at all, --bad-samples error"
-        )
-    if not 0 < config.data.crop <= 1:
-        wrong.append(f"--crop {config.data.crop}: a share of the area, above 0 and at most 1")
-    _refuse(wrong)  # before numbers are compared with each other
-    _refuse(_contradictions(config))
-    if contrast.shuffle_group:
+    # Before numbers are compared with each other.
+    refuse(out_of_range(*(getattr(config, section) for section in SECTIONS)))
+    refuse(_contradictions(config))
+    if config.contrast.shuffle_group:
         check_shuffle_group(config)
 
 
@@ -190,11 +132,6 @@ def _contradictions(config: Config) -> list[str]:
             f"--engine {run.engine} contradicts --deepspeed {run.deepspeed}; drop one of them"
         )
     return wrong
-
-
-def _refuse(wrong: list[str]) -> None:
-    if wrong:
-        raise UserError("\n  ".join(wrong if len(wrong) == 1 else ["these cannot be:", *wrong]))
 
 
 def check_shard_size(shard_size: int, world: int) -> None:

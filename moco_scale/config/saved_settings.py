@@ -40,7 +40,7 @@ def _settings(value: dict[str, Any]) -> dict[str, Any]:
         if problem := _problem(_kinds().get(name), each):
             wrong.append(f"{name} {printable(each, 60)!r} {problem}")
     if wrong:
-        raise ValueError(some_of(wrong))
+        raise ValueError(some_of(wrong, between="; "))
     return value
 
 

@@ -7,14 +7,17 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
+from moco_scale.config.options import NOT_NEGATIVE, POSITIVE, SHARE, UNIT, at_least, option
 from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.data.loading.bad_samples import POLICIES
 from moco_scale.data.remote.shard_source import CACHE_GB, GIVE_UP_SECONDS, ShardSource
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
+from moco_scale.methods.infonce import MIN_TEMPERATURE
 from moco_scale.methods.key_queue import DTYPES, KINDS
 from moco_scale.methods.shuffle_bn import MODES
 from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
 from moco_scale.optim.schedules import SCHEDULES
+from moco_scale.utils.log import LEVELS
 from moco_scale.utils.text import printable
 
 ENGINES = ("ddp", "fsdp", "deepspeed")
@@ -52,10 +55,6 @@ DATASETS: dict[str, DatasetPreset] = {
 }
 
 
-def _option(default: Any, text: str, **keywords: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, **keywords})
-
-
 def _group_size(text: str) -> int:
     return 0 if text == "global" else int(text)
 
@@ -68,44 +67,52 @@ _group_size.__name__ = "number, or 'global':"
 class DataConfig:
     """What is seen."""
 
-    dataset: str = _option("imagenet", "preset of statistics and sizes", choices=tuple(DATASETS))
-    data_dir: str = _option(
+    dataset: str = option("imagenet", "preset of statistics and sizes", choices=tuple(DATASETS))
+    data_dir: str = option(
         "",
         "folder of shards, a tar, a pattern such as DIR/train-{000..127}.tar, an https://, s3:// "
         "or gs:// address of a folder, or several with weights: A:0.7,B:0.3 (default: "
         "data/DATASET)",
     )
-    samples_per_epoch: int = _option(
-        0, "an epoch's length, which the next one goes on from; 0: all images, once"
+    samples_per_epoch: int = option(
+        0,
+        "an epoch's length, which the next one goes on from; 0: all images, once",
+        within=NOT_NEGATIVE,
     )
-    shuffle_window: int = _option(
+    shuffle_window: int = option(
         0,
         "shards that are mixed and needed at a time; 0: all "
         f"(default: {REMOTE_WINDOW} for an address, else 0)",
+        within=NOT_NEGATIVE,
     )
-    image_size: int = _option(0, "side of a crop in pixels (default: the data set's)")
-    aug: str = _option("v1", "augmentation", choices=tuple(AUGMENTATIONS), type=str.lower)
-    crop: float = _option(0.2, "smallest share of an image's area that a crop takes")
+    image_size: int = option(
+        0, "side of a crop in pixels (default: the data set's)", within=POSITIVE
+    )
+    aug: str = option("v1", "augmentation", choices=tuple(AUGMENTATIONS), type=str.lower)
+    crop: float = option(0.2, "smallest share of an image's area that a crop takes", within=SHARE)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What is trained."""
 
-    model: str = _option("resnet50", "backbone", choices=MODELS)
-    model_width: int = _option(1, "multiplies a ResNet's channel counts", choices=WIDTHS)
-    stem: str = _option("", "a ResNet's first layers (default: the data set's)", choices=STEMS)
-    patch_size: int = _option(0, "a ViT's patches, pixels a side (default: the model's)")
-    train_patch_embedding: bool = _option(
+    model: str = option("resnet50", "backbone", choices=MODELS)
+    model_width: int = option(1, "multiplies a ResNet's channel counts", choices=WIDTHS)
+    stem: str = option("", "a ResNet's first layers (default: the data set's)", choices=STEMS)
+    patch_size: int = option(
+        0, "a ViT's patches, pixels a side (default: the model's)", within=NOT_NEGATIVE
+    )
+    train_patch_embedding: bool = option(
         False, "train a ViT's first layer, which MoCo v3 leaves as it was drawn"
     )
-    head: str = _option("linear", "projection: linear (v1) or mlp (v2)", choices=HEADS)
-    dim: int = _option(128, "width of the projected feature")
-    bn_group_size: int = _option(
+    head: str = option("linear", "projection: linear (v1) or mlp (v2)", choices=HEADS)
+    dim: int = option(128, "width of the projected feature", within=POSITIVE)
+    bn_group_size: int = option(
         32,
         "consecutive samples of the global batch that share BatchNorm statistics, or 'global'",
         type=_group_size,
         metavar="N|global",
+        within=POSITIVE,
     )
 
 
@@ -113,136 +120,178 @@ class ModelConfig:
 class ContrastConfig:
     """The contrastive task."""
 
-    nce_k: int = _option(65536, "keys in the queue", flags=("--queue-size",))
-    nce_t: float = _option(0.07, "temperature")
-    queue_dtype: str = _option(
-        "fp32", "what the queue's keys are rounded to", choices=tuple(DTYPES)
-    )
-    mask_unfilled: bool = _option(False, "slots without a real key yet are no negatives")
-    mask_same_image: bool = _option(
+    nce_k: int = option(65536, "keys in the queue", aliases=("--queue-size",), within=POSITIVE)
+    nce_t: float = option(0.07, "temperature", within=at_least(MIN_TEMPERATURE))
+    queue_dtype: str = option("fp32", "what the queue's keys are rounded to", choices=tuple(DTYPES))
+    mask_unfilled: bool = option(False, "slots without a real key yet are no negatives")
+    mask_same_image: bool = option(
         False, "keys of a query's own image are no negatives (for small sets of images)"
     )
-    alpha: float = _option(0.999, "momentum of the key encoder")
-    shuffle_bn: str = _option(
+    alpha: float = option(0.999, "momentum of the key encoder", within=UNIT)
+    shuffle_bn: str = option(
         "world", "who exchanges key crops: all, only those of a node, or nobody", choices=MODES
     )
-    shuffle_group: int = _option(
+    shuffle_group: int = option(
         0,
         "of --shuffle-bn node: samples of the global batch that are shuffled among themselves "
         "(default: those of one node where the run begins)",
+        within=NOT_NEGATIVE,
     )
-    symmetric: bool = _option(False, "each view is query once and key once; losses are added")
+    symmetric: bool = option(False, "each view is query once and key once; losses are added")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """How it is optimised, and for how long."""
 
-    batch_size: int = _option(256, "GLOBAL batch: images per step over all processes")
-    base_lr: float = _option(
-        0.03, "learning rate per 256 images of the batch", flags=("--base-learning-rate",)
+    batch_size: int = option(
+        256, "GLOBAL batch: images per step over all processes", within=POSITIVE
     )
-    momentum: float = _option(0.9, "of SGD")
-    weight_decay: float = _option(1e-4, "on every parameter, as the published code does")
-    clip_grad: float = _option(
-        0.0, "largest norm of all gradients together (default: the DeepSpeed file's, else 0: none)"
+    base_lr: float = option(
+        0.03,
+        "learning rate per 256 images of the batch",
+        aliases=("--base-learning-rate",),
+        within=NOT_NEGATIVE,
     )
-    lr_scheduler: str = _option("step", "see docs/recipes.md", choices=SCHEDULES)
-    warmup_epoch: int = _option(0, "epochs of linear warm-up")
-    warmup_multiplier: float = _option(100.0, "the warm-up starts at the rate divided by this")
-    lr_decay_epochs: tuple[int, ...] = _option(
+    momentum: float = option(0.9, "of SGD", within=UNIT)
+    weight_decay: float = option(
+        1e-4, "on every parameter, as the published code does", within=NOT_NEGATIVE
+    )
+    clip_grad: float = option(
+        0.0,
+        "largest norm of all gradients together (default: the DeepSpeed file's, else 0: none)",
+        within=NOT_NEGATIVE,
+    )
+    lr_scheduler: str = option("step", "see docs/recipes.md", choices=SCHEDULES)
+    warmup_epoch: int = option(0, "epochs of linear warm-up", within=NOT_NEGATIVE)
+    warmup_multiplier: float = option(
+        100.0, "the warm-up starts at the rate divided by this", within=POSITIVE
+    )
+    lr_decay_epochs: tuple[int, ...] = option(
         (120, 160), "epochs at which 'step' decays, separated by commas or spaces"
     )
-    lr_decay_rate: float = _option(0.1, "factor of each decay")
-    lr_min: float = _option(0.0, "where the cosine ends")
-    epochs: int = _option(200, "passes over the training images")
-    rng_seed: int = _option(0, "decides weights, order, crops, colours and shuffles")
+    lr_decay_rate: float = option(0.1, "factor of each decay", within=NOT_NEGATIVE)
+    lr_min: float = option(0.0, "where the cosine ends", within=NOT_NEGATIVE)
+    epochs: int = option(200, "passes over the training images", within=POSITIVE)
+    rng_seed: int = option(
+        0, "decides weights, order, crops, colours and shuffles", within=NOT_NEGATIVE
+    )
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """How the run is carried out: may change whenever it is resumed."""
 
-    output_dir: str = _option("output", "everything the run writes goes here", metavar="DIR")
-    resume: str = _option("auto", "auto, none, or a checkpoint folder", metavar="auto|none|PATH")
-    engine: str = _option("", "default: deepspeed with --deepspeed, else ddp", choices=ENGINES)
-    deepspeed: str = _option(
+    output_dir: str = option("output", "everything the run writes goes here", metavar="DIR")
+    resume: str = option("auto", "auto, none, or a checkpoint folder", metavar="auto|none|PATH")
+    engine: str = option("", "default: deepspeed with --deepspeed, else ddp", choices=ENGINES)
+    deepspeed: str = option(
         "", "DeepSpeed configuration, such as ds_configs/zero1.json", metavar="FILE"
     )
-    precision: str = _option(
+    precision: str = option(
         "",
         "of the encoders' arithmetic (default: the DeepSpeed file's, else fp32)",
         choices=("fp32", "bf16", "fp16"),
     )
-    accumulation_steps: int = _option(
-        0, "backward passes per step, with the same result (default: the DeepSpeed file's, else 1)"
+    accumulation_steps: int = option(
+        0,
+        "backward passes per step, with the same result (default: the DeepSpeed file's, else 1)",
+        within=POSITIVE,
     )
-    activation_checkpointing: bool = _option(
+    activation_checkpointing: bool = option(
         False, "compute each block again in the backward pass: less memory, a third more time"
     )
-    compile: bool = _option(False, "compile each block with torch.compile")
-    queue: str = _option(
+    compile: bool = option(False, "compile each block with torch.compile")
+    queue: str = option(
         "replicated", "every process holds the whole queue, or its share of it", choices=KINDS
     )
-    fsdp_shard_size: int = _option(
-        0, "of --engine fsdp: neighbouring processes that share one copy; 0: all of them"
+    fsdp_shard_size: int = option(
+        0,
+        "of --engine fsdp: neighbouring processes that share one copy; 0: all of them",
+        within=NOT_NEGATIVE,
     )
-    device: str = _option("auto", "where to compute", choices=("auto", "cuda", "cpu"))
-    num_workers: int = _option(4, "decoding processes for each training process")
-    bad_samples: str = _option(
+    device: str = option("auto", "where to compute", choices=("auto", "cuda", "cpu"))
+    num_workers: int = option(
+        4, "decoding processes for each training process", within=NOT_NEGATIVE
+    )
+    bad_samples: str = option(
         "error",
         "an image that cannot be decoded ends the run (error), or another is seen in its place "
         "and both are listed in OUT/bad_samples.jsonl (skip)",
         choices=POLICIES,
     )
-    max_bad_share: float = _option(
-        0.01, "of --bad-samples skip: largest share of the images read that may be bad"
+    max_bad_share: float = option(
+        0.01,
+        "of --bad-samples skip: largest share of the images read that may be bad",
+        within=SHARE.advising("for no bad image at all, --bad-samples error"),
     )
-    shard_cache: str = _option(
+    shard_cache: str = option(
         "",
         "folder of this machine that fetched shards are kept in (default: in ~/.cache)",
         metavar="DIR",
     )
-    shard_cache_size: float = _option(CACHE_GB, "GB that all shards kept there may take together")
-    shard_timeout: float = _option(
-        GIVE_UP_SECONDS, "seconds without anything new after which a shard is given up"
+    shard_cache_size: float = option(
+        CACHE_GB, "GB that all shards kept there may take together", within=POSITIVE
     )
-    decode: str = _option(
+    shard_timeout: float = option(
+        GIVE_UP_SECONDS,
+        "seconds without anything new after which a shard is given up",
+        within=POSITIVE,
+    )
+    decode: str = option(
         "cpu", "where training images are decoded; see docs/data.md", choices=("cpu", "gpu")
     )
-    cache: str = _option(
+    cache: str = option(
         "", "keep decoded training images in memory or in a local folder", metavar="ram|DIR"
     )
-    print_freq: int = _option(10, "steps between log lines")
-    knn_freq: int = _option(10, "epochs between kNN evaluations; 0: never")
-    save_freq: int = _option(10, "every so many epochs a checkpoint is kept for good; 0: none")
-    checkpoint_freq: int = _option(
-        0, "steps between checkpoints, besides the one after every epoch; 0: no others"
+    print_freq: int = option(10, "steps between log lines", within=POSITIVE)
+    log_level: str = option(
+        "info", "messages that are shown: of this importance, or more", choices=LEVELS
     )
-    keep_checkpoints: int = _option(2, "newest checkpoints kept besides those kept for good")
-    async_save: bool = _option(True, "training continues while a checkpoint is written")
-    max_nonfinite: int = _option(3, "stop after so many steps in a row that are not finite")
-    peak_tflops: float = _option(
+    knn_freq: int = option(10, "epochs between kNN evaluations; 0: never", within=NOT_NEGATIVE)
+    save_freq: int = option(
+        10, "every so many epochs a checkpoint is kept for good; 0: none", within=NOT_NEGATIVE
+    )
+    checkpoint_freq: int = option(
+        0,
+        "steps between checkpoints, besides the one after every epoch; 0: no others",
+        within=NOT_NEGATIVE,
+    )
+    keep_checkpoints: int = option(
+        2, "newest checkpoints kept besides those kept for good", within=POSITIVE
+    )
+    async_save: bool = option(True, "training continues while a checkpoint is written")
+    max_nonfinite: int = option(
+        3, "stop after so many steps in a row that are not finite", within=POSITIVE
+    )
+    peak_tflops: float = option(
         0.0,
         "peak of a device at this precision, of which the log gives the share in use (MFU); 0: "
         "that of the GPU where it is known",
+        within=NOT_NEGATIVE,
     )
-    max_time: float = _option(
-        0.0, "hours after which the run saves and leaves with status 75; 0: no limit"
+    max_time: float = option(
+        0.0,
+        "hours after which the run saves and leaves with status 75; 0: no limit",
+        within=NOT_NEGATIVE,
     )
-    hang_timeout: float = _option(
+    hang_timeout: float = option(
         600.0,
         "seconds that no rank gets on in a step, after which the run ends and says who is missing "
         "and where (starting, compiling, evaluating and saving may take 30 minutes, or three times "
         "as long as this); 0: never",
+        within=NOT_NEGATIVE,
     )
-    sync_check_freq: int = _option(
+    sync_check_freq: int = option(
         1000,
         "steps between checks, besides the one before each checkpoint, that all ranks are in the "
         "same state; 0: never",
+        within=NOT_NEGATIVE,
     )
-    max_steps: int = _option(0, "stop after this step of the whole run; 0: run to the end")
-    preflight: bool = _option(
+    max_steps: int = option(
+        0, "stop after this step of the whole run; 0: run to the end", within=NOT_NEGATIVE
+    )
+    preflight: bool = option(
         False,
         "do all that comes before the first step, look at machines and network, say what was "
         "found, and leave nothing behind",

@@ -42,6 +42,7 @@ from moco_scale.utils.errors import StoppedEarly, UserError
 from moco_scale.utils.files import write_atomically
 from moco_scale.utils.log import tell
 from moco_scale.utils.parents import session
+from moco_scale.utils.process_pool import core_count
 from moco_scale.utils.signals import is_ignored
 
 _OWN_FLAGS = {
@@ -273,13 +274,6 @@ def process_count(wanted: int | None, batch_size: int) -> int:
         return wanted
     available = torch.cuda.device_count() or 2
     return next(n for n in range(available, 0, -1) if batch_size % n == 0)
-
-
-def core_count() -> int:
-    """Count the CPU cores of this process."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _launcher(processes: int) -> list[str]:

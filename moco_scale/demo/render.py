@@ -8,15 +8,15 @@ crops would share it, and it would be learned instead.)
 """
 
 from colorsys import hsv_to_rgb
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from moco_scale.demo.motifs import INK, MOTIFS
+from moco_scale.utils.process_pool import in_order
+from moco_scale.utils.progress import progress
 
 SPLITS = ("train", "val")
 CLASSES = tuple(MOTIFS)
@@ -121,10 +121,8 @@ def write_folder(
         for number in range(count)
     ]
     work = partial(_write, out, seed, size)
-    with ProcessPoolExecutor(processes) as pool:
-        done = pool.map(work, items, chunksize=32)
-        for _ in tqdm(done, "Rendering", len(items), unit="image", disable=None):
-            pass
+    for _ in progress(in_order(work, items, processes), "rendering", len(items), "images"):
+        pass
 
 
 def contact_sheet(size: int = SIZE, columns: int = 12, seed: int = 0) -> Image.Image:

@@ -23,6 +23,7 @@ from moco_scale.distributed.network_interface import name_interface
 from moco_scale.distributed.rendezvous import meet
 from moco_scale.utils.allocator import keep_freed_memory
 from moco_scale.utils.errors import RankError, UserError, first_line
+from moco_scale.utils.log import log
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective, without the watchdog
@@ -95,6 +96,7 @@ def initialize(device: str = "auto", hang_timeout: float = 0.0) -> None:
         if why is None:
             raise
         raise RankError(UserError(why), number) from error
+    log.debug(f"rank {number} of {world} is {socket.gethostname()}'s process on {_device}")
 
 
 def have_met() -> bool:
@@ -196,6 +198,11 @@ def ranks_per_node() -> int:
 def is_main() -> bool:
     """True on rank 0, which prints and writes."""
     return rank() == 0
+
+
+main_log = log.getChild("main")
+"""For messages that every process would have, and rank 0 logs for all."""
+main_log.addFilter(lambda _: is_main())
 
 
 def barrier() -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from moco_scale.distributed.launchers import has_launcher, started_by_deepspeed
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.parents import lives, parent_of
 
 STARTER = "MOCO_SCALE_STARTER"
@@ -21,7 +21,7 @@ _LOOK_SECONDS = 1.0
 
 
 def _end_now(why: str) -> None:
-    say(why)
+    log.error(why)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

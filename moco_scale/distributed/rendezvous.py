@@ -14,7 +14,7 @@ import torch.distributed as dist
 from moco_scale.distributed.launchers import why_not_met
 from moco_scale.distributed.restart_id import name_of_start
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 
 RESOLVE_SECONDS = 30.0
 """Time that a name may stay unknown: a container's appears when it starts."""
@@ -80,7 +80,7 @@ def resolve(host: str, logs: bool = False) -> list[tuple[int, str]]:
                     "looks it up"
                 ) from None
             if logs:
-                say(f"{what}: trying for {RESOLVE_SECONDS:g} s")
+                log.info(f"{what}: trying for {RESOLVE_SECONDS:g} s")
                 logs = False
             time.sleep(1.0)
 
@@ -106,7 +106,9 @@ def reach(environ: Mapping[str, str], seconds: float, logs: bool = False) -> Non
             raise UserError(str(why_not_met(environ, f"failed to connect: {met}")))
         if logs and waited > _LOGGED_AFTER:
             logs = False
-            say(f"waiting for rank 0 at {host}:{port}, {seconds / 60:.0f} minutes at most: {met}")
+            log.info(
+                f"waiting for rank 0 at {host}:{port}, {seconds / 60:.0f} minutes at most: {met}"
+            )
         time.sleep(min(0.1 + waited / 10, 2.0))
 
 

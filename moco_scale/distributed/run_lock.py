@@ -15,7 +15,7 @@ from typing import TextIO
 
 from moco_scale.distributed import consensus
 from moco_scale.utils.errors import StoppedEarly, UserError
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.own_folders import without_links
 
 LEASE = 120.0
@@ -72,7 +72,7 @@ class RunLock:
             elsewhere = bool(holder) and words[0] != self._host
             if elsewhere and deadline is None:
                 deadline = self._clock() + LEASE
-                say(
+                log.info(
                     f"--output-dir {self.path.parent} is locked by another host{holder}; if that "
                     f"one has died, its lock ends within two minutes: waiting"
                 )

@@ -19,6 +19,7 @@ import torch
 import moco_scale
 from moco_scale.distributed import collectives
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.text import some_of
 
 LIBRARIES = ("torch", "torchvision", "numpy", "simplejpeg", "pillow")
 MAY_DIFFER = (
@@ -29,7 +30,7 @@ MAY_DIFFER = (
     "num_workers",
     "shard_cache",
     "shard_cache_size",
-    "local_rank",
+    "log_level",
 )
 """Flags that may differ, as paths do between hosts. The contents of the files are compared."""
 PACKAGE = Path(moco_scale.__file__).parent
@@ -110,8 +111,7 @@ def require_same(facts: Mapping[str, str], remedy: str = SAME_START) -> None:
     names = {name for each in digests for name in each}
     files = sorted(name for name in names if len({each.get(name) for each in digests}) > 1)
     if files:
-        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
-        lines.append(f"  files of the package that differ: {', '.join(files[:5])}{more}")
+        lines.append(f"  files of the package that differ: {some_of(files)}")
     raise UserError("the processes differ:\n" + "\n".join(lines) + f"\n{remedy}")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moco_scale.distributed import collectives
 from moco_scale.utils.errors import PeerLost
+from moco_scale.utils.text import some_of
 
 _SAMPLED = 64  # elements of each tensor
 _NAMED = 6
@@ -57,11 +58,9 @@ def differences(
         most, times = counts[0]
         even = times == counts[1][1]
         odd = [rank for rank, value in enumerate(values) if even or value != most]
-        shown = [f"rank {rank} on {hosts[rank]} has {values[rank]}" for rank in odd[:_NAMED]]
-        if len(odd) > _NAMED:
-            shown.append(f"and so on: {len(odd) - _NAMED} more")
+        shown = [f"rank {rank} on {hosts[rank]} has {values[rank]}" for rank in odd]
         where = "" if even else f" (most have {most})"
-        found.append(f"{name}: {', '.join(shown)}{where}")
+        found.append(f"{name}: {some_of(shown, _NAMED)}{where}")
     return found
 
 

@@ -20,7 +20,7 @@ import torch
 from moco_scale.distributed import collectives
 from moco_scale.distributed.launcher_watch import told_instead
 from moco_scale.utils.errors import INTERRUPTED, LOST_PEER, STOPPED_EARLY
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.signals import ONE_SIGNAL, Listening, is_ignored
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -74,7 +74,7 @@ class StopRequest:
         if self._first is None:
             self._first, self._signal = now, self._signal or number
             if collectives.is_main():
-                say(
+                log.info(
                     f"{signal.Signals(number).name}: this run stops after the step under way and "
                     f"saves; a second signal, from {ONE_SIGNAL:g} s on, ends it at once and unsaved"
                 )
@@ -83,7 +83,7 @@ class StopRequest:
 
     def _launcher_gone(self, why: str) -> None:
         if not self._signal:
-            say(f"{why}: rank {collectives.rank()} stops after the step under way and saves")
+            log.info(f"{why}: rank {collectives.rank()} stops after the step under way and saves")
             self._signal = signal.SIGTERM
 
     def reader_lost(self) -> None:

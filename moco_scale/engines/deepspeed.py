@@ -32,7 +32,7 @@ from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import Encoder
 from moco_scale.untrusted.deepspeed_file import shown
 from moco_scale.utils.errors import UserError, first_line
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable
 
 GATHERS = "_DeepSpeedZeRoOffload__allgather_stream"
@@ -320,8 +320,8 @@ def _without_failure(action: Callable[..., Any], name: str) -> Callable[..., Non
             action(*values, **named)
         except Exception as error:  # whatever it is, training does not need the report
             if not failed:
-                say(
-                    f"warning: DeepSpeed cannot report ({name}): {type(error).__name__}: "
+                log.warning(
+                    f"DeepSpeed cannot report ({name}): {type(error).__name__}: "
                     f"{printable(first_line(error))}; training continues"
                 )
             failed = True

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,22 +10,22 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moco_scale.data.loading.bad_samples import BadSample
 from moco_scale.data.loading.loader import evaluation_loader
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus
+from moco_scale.distributed.collectives import main_log
 from moco_scale.models.encoder import Encoder
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
+from moco_scale.utils.progress import progress as shown_progress
+from moco_scale.utils.text import some_of
 
 T = TypeVar("T")
 Encode = Callable[[Tensor], Tensor]
 WHICH = ("features", "projection")
 """The backbone's output, or the head's output, which the contrastive loss compares."""
 
-_SECONDS_BETWEEN_LINES = 30.0
 _SHOWN = 3  # of the images that cannot be decoded
 
 
@@ -123,12 +121,11 @@ class SkippedImages:
                 new[name] = bad
         self._bad |= new
         self.counts[shards.split] += len(new)
-        if new and collectives.is_main():
-            shown = [f"{b.shard} (key {b.key}): {b.reason}" for b in list(new.values())[:_SHOWN]]
-            more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
-            say(
+        if new:
+            shown = [f"{bad.shard} (key {bad.key}): {bad.reason}" for bad in new.values()]
+            main_log.warning(
                 f"{len(new)} of the {len(shards)} {shards.split} images cannot be decoded and "
-                f"{'is' if len(new) == 1 else 'are'} skipped: {'; '.join(shown)}{more}"
+                f"{'is' if len(new) == 1 else 'are'} skipped: {some_of(shown, _SHOWN, '; ')}"
             )
         self.places = {bad.sample for bad in met}
 
@@ -246,16 +243,6 @@ def autocasting(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[
 
 
 def progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Yield items; rank 0 shows a bar on a terminal, and a line now and then elsewhere."""
-    if not label or not collectives.is_main():
-        yield from items
-        return
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True)
-        return
-    said = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            say(f"{label}: {done}/{total} batches")
+    """Yield items; rank 0 shows how many are done, unless the label is empty."""
+    shown = label and collectives.is_main()
+    return shown_progress(items, label, total, "batches") if shown else iter(items)

@@ -29,6 +29,7 @@ from moco_scale.data.sampling.order import BatchPlan
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.data.shards.protocols import Shards
 from moco_scale.distributed import collectives, consensus
+from moco_scale.distributed.collectives import main_log
 from moco_scale.distributed.run_lock import RunLock, claim_for_all
 from moco_scale.evaluation import linear_state
 from moco_scale.evaluation.features import (
@@ -44,7 +45,6 @@ from moco_scale.evaluation.features import (
 from moco_scale.evaluation.linear_config import LinearConfig
 from moco_scale.evaluation.pretrained import Pretrained
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
 from moco_scale.utils.text import printable
 
 
@@ -159,7 +159,7 @@ class LinearEvaluation:
                 written; every rank raises it.
         """
         if self.epoch:
-            self._say(f"resumed after epoch {self.epoch} of {self.config.epochs}")
+            main_log.info(f"resumed after epoch {self.epoch} of {self.config.epochs}")
         if self.epoch < self.config.epochs:
             with evaluating(self.encode):
                 self._run()
@@ -185,7 +185,7 @@ class LinearEvaluation:
                 tested = self._test(caches[1])
                 self.history.append({**trained, **tested})
                 best = max(entry["top1"] for entry in self.history)
-                self._say(
+                main_log.info(
                     f"epoch {epoch + 1}/{self.config.epochs}: loss {trained['train_loss']:.4f}, "
                     f"train top-1 {trained['train_top1']:.2f} %, val top-1 {tested['top1']:.2f} %, "
                     f"top-5 {tested['top5']:.2f} %, best top-1 {best:.2f} %"
@@ -281,7 +281,9 @@ class LinearEvaluation:
             loss, hits = self._step(*self._next(batches), rate)
             loss_sum, right = loss_sum + loss, right + hits
             if not terminal and (i + 1) % self.print_freq == 0:
-                self._say(f"epoch {epoch + 1} step {i + 1}/{steps} loss {loss:.4f} lr {rate:.4g}")
+                main_log.info(
+                    f"epoch {epoch + 1} step {i + 1}/{steps} loss {loss:.4f} lr {rate:.4g}"
+                )
         return {"train_loss": loss_sum / steps, "train_top1": 100 * right / (steps * size)}
 
     @torch.enable_grad()
@@ -356,10 +358,6 @@ class LinearEvaluation:
                 self._unread += batch.bad
                 crops = batch.views[0].to(self.device, non_blocking=True)
                 yield self._features(self.pixels.normalise(crops)), self._labels(batch)
-
-    def _say(self, text: str) -> None:
-        if collectives.is_main():
-            say(text)
 
     def _save(self) -> None:
         state = {

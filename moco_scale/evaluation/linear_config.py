@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moco_scale.config.flag_types import whole_number
+from moco_scale.config.options import NOT_NEGATIVE, POSITIVE, SHARE, option
+from moco_scale.data.images.augment import AUGMENTATIONS
 from moco_scale.optim.schedules import learning_rate
 
 SCHEDULES = ("official", "bl0")
@@ -15,41 +18,61 @@ _EPOCHS = 100  # the published length; decays and warm-up keep their place in ot
 class LinearConfig:
     """Settings that define a linear evaluation, besides encoder and images.
 
+    Options of ``eval.py``, and what it knows for every protocol:
+
     Attributes:
-        schedule: ``"official"`` decays tenfold after 60 % and 80 % of the epochs; ``"bl0"`` warms
-            up for 5 % of them and then follows a cosine at each step.
-        epochs: passes over the training images.
         batch_size: global.
-        learning_rate: at the peak, for this batch size.
-        momentum: of SGD.
-        weight_decay: on weights and bias.
-        aug: a key of :data:`~moco_scale.data.images.augment.AUGMENTATIONS`, for training.
-        cache_features: encode each image's centre crop once and train on that; quick, and not
-            the published protocol.
         features: ``"features"`` or ``"projection"``.
         seed: of initial weights, order and crops.
-        scheduler: ``"step"`` or ``"cosine"``; "": the schedule's.
-        warmup_epochs: of linear warm-up; None: the schedule's.
-        decay_epochs: at which ``"step"`` decays; empty: 60 % and 80 %.
-        decay_rate: factor of each decay.
-        crop_min: smallest share of an image's area that a training crop takes; 0: that of `aug`.
     """
 
-    schedule: str = "official"
-    epochs: int = 100
+    schedule: str = option(
+        "official",
+        "official: x0.1 after 60% and 80% of the epochs; bl0: warm-up for 5% of them, then a "
+        "cosine, step by step",
+        choices=SCHEDULES,
+    )
+    epochs: int = option(100, "passes over train", within=POSITIVE)
     batch_size: int = 256
-    learning_rate: float = 30.0
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    aug: str = "linear"
-    cache_features: bool = False
+    learning_rate: float = option(
+        30.0,
+        "its peak, for this batch, unscaled",
+        flag="--lr",
+        aliases=("--learning-rate",),
+        within=POSITIVE,
+    )
+    momentum: float = option(0.9, "of SGD", within=NOT_NEGATIVE)
+    weight_decay: float = option(0.0, "of the classifier's weights and bias", within=NOT_NEGATIVE)
+    aug: str = option("linear", "of training images", choices=tuple(AUGMENTATIONS), type=str.lower)
+    cache_features: bool = option(
+        False, "encode centre crops once and train on these: quick, not the published protocol"
+    )
     features: str = "features"
     seed: int = 0
-    scheduler: str = ""
-    warmup_epochs: float | None = None
-    decay_epochs: tuple[int, ...] = ()
-    decay_rate: float = 0.1
-    crop_min: float = 0.0
+    scheduler: str = option(
+        "",
+        "default: --schedule's, as the next two",
+        flag="--lr-scheduler",
+        choices=("step", "cosine"),
+    )
+    warmup_epochs: float | None = option(
+        None,
+        "epochs of linear warm-up",
+        flag="--warmup-epoch",
+        type=whole_number,
+        metavar="INT",
+        within=NOT_NEGATIVE,
+    )
+    decay_epochs: tuple[int, ...] = option((), "of 'step'", flag="--lr-decay-epochs")
+    decay_rate: float = option(
+        0.1, "factor of each of these", flag="--lr-decay-rate", within=POSITIVE
+    )
+    crop_min: float = option(
+        0.0,
+        "smallest share of the area a crop takes (default: --aug's)",
+        flag="--crop",
+        within=SHARE,
+    )
 
     def defining(self) -> dict[str, Any]:
         """Return plain values that must be the same for an evaluation to be continued."""

@@ -15,7 +15,7 @@ from moco_scale.untrusted.pickles import PickleError
 from moco_scale.untrusted.tensor_files import StoredTensor, TensorFile
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import failure_reason, save_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable
 
 
@@ -97,7 +97,7 @@ def _read(
         raise UserError(
             f"{path} belongs to another, unfinished linear evaluation:\n{lines}\n{away}"
         )
-    say(f"{path} holds another, finished linear evaluation; this one replaces it:\n{lines}")
+    log.info(f"{path} holds another, finished linear evaluation; this one replaces it:\n{lines}")
     return None
 
 

@@ -123,7 +123,7 @@ def _encoder(path: Path, settings: EncoderSettings, file: TensorFile, section: s
     if problems:
         raise UserError(
             f"{printable_path(path)}: its weights do not fit the {settings.model} that it "
-            f"describes: {some_of(problems)}"
+            f"describes: {some_of(problems, between='; ')}"
         )
     try:
         read = file.read_all({name: stored[name] for name in wanted})

@@ -13,8 +13,8 @@ from moco_scale.untrusted.documents import DocumentError, read_document
 from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.untrusted.results import Results
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.files import write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.files import require_writable, write_atomically
+from moco_scale.utils.log import log
 
 NAME = "results.json"
 
@@ -27,11 +27,8 @@ def require_usable(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output-dir {folder} is a file; name a folder")
-    probe = folder / f".written-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        require_writable(folder)
     except OSError as error:
         raise UserError(
             f"--output-dir {folder} cannot be written: {error.strerror or error}; "
@@ -65,7 +62,7 @@ def add(folder: Path, result: dict[str, Any]) -> None:
             except DocumentError as error:
                 kept = _free_name(path)
                 os.rename(path, kept)
-                say(f"{error}: kept as {kept.name}; a new file is begun")
+                log.warning(f"{error}: kept as {kept.name}; a new file is begun")
                 earlier = {}
             results = {**earlier, result["variant"]: result}
             text = json_text({**result, "all": results}, indent=1)

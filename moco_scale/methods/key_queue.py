@@ -197,7 +197,7 @@ def crowded_queue(keys: int, images: int) -> list[str]:
     fitting = 1 << (max(images // 2, 1).bit_length() - 1)
     often = keys / images
     return [
-        f"warning: the queue's {keys:,} keys hold each of the {images:,} images about "
+        f"the queue's {keys:,} keys hold each of the {images:,} images about "
         f"{f'{often:,.0f}' if often >= 10 else f'{often:.2g}'} times, so that a query's negatives "
         "are views of its own image too; "
         f"--nce-k {fitting} fits such a set, or leave these out with --mask-same-image"

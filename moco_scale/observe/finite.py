@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 
 LOSS, WEIGHTS, GRADIENTS = KINDS = ("its loss", "the weights after it", "its gradients")
 
@@ -73,7 +73,7 @@ class FiniteWatch:
             return 0
         kind = 0 if bad_loss else 1 if bad_weights else 2
         if not self._bad_before:
-            say(
+            log.warning(
                 f"rank {self._rank} on {socket.gethostname()}: step {step} is not finite: "
                 f"{KINDS[kind]}; last good checkpoint: {self._last_good()}"
             )

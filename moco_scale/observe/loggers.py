@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import socket
 import sys
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +18,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from tqdm import tqdm
 
 from moco_scale.distributed import collectives
 from moco_scale.observe import metrics_file
 from moco_scale.observe.side_files import Folder, SideFile, json_line
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log, worded
+from moco_scale.utils.progress import Bar, bar
 from moco_scale.utils.text import printable, printable_lines
 
 with warnings.catch_warnings():
@@ -43,43 +45,46 @@ class Loggers:
     def __init__(self, folder: Folder | None, total_steps: int, first_step: int) -> None:
         self._active, self._folder = collectives.is_main(), folder
         self._files: dict[str, SideFile] = {}
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         if not self._active:
             return
         if folder is not None:
             now, host = f"{time.time():010.0f}", socket.gethostname()
             events = f"events.out.tfevents.{now}.{host}.{os.getpid()}"
             self._files = {
-                _LOG: folder.side_file(_LOG, self._show),
-                _METRICS: folder.side_file(_METRICS, self.say),
-                _BOARD: folder.side_file(f"{_BOARD}/{events}", self.say, _first(first_step + 1)),
+                _LOG: folder.side_file(_LOG, partial(self._show, logging.WARNING)),
+                _METRICS: folder.side_file(_METRICS, self.warn),
+                _BOARD: folder.side_file(f"{_BOARD}/{events}", self.warn, _first(first_step + 1)),
             }
         if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False
+            self._bar = bar(
+                "", "step", total_steps, initial=first_step, dynamic_ncols=True, leave=False
             )
 
-    def say(self, text: str) -> None:
-        """Log one line for people."""
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        """Log a message, in ``log.txt`` too."""
         if not self._active:
             return
-        text = printable_lines(text)
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable_lines(worded(level, text))}\n"
         self._add(_LOG, line.encode("utf-8"))
-        self._show(text)
+        self._show(level, text)
+
+    def warn(self, text: str) -> None:
+        """Log a warning, in ``log.txt`` too."""
+        self.say(text, logging.WARNING)
 
     def side_file(self, name: str) -> SideFile:
         """Open one more file in the run's folder; its failures are logged here."""
         assert self._folder is not None
-        self._files[name] = self._folder.side_file(name, self.say)
+        self._files[name] = self._folder.side_file(name, self.warn)
         return self._files[name]
 
-    def _show(self, text: str) -> None:
-        if self._bar is not None:
+    def _show(self, level: int, text: str) -> None:
+        if self._bar is None:
+            log.log(level, text)
+        elif log.isEnabledFor(level):
             with contextlib.suppress(OSError):  # the terminal has gone
-                self._bar.write(text, file=sys.stderr)
-        else:
-            say(text)
+                self._bar.write(printable_lines(worded(level, text)), file=sys.stderr)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""

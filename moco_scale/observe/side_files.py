@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from moco_scale.untrusted.documents import lines_of
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.files import write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
 _WAITING = 4 << 20  # bytes that are kept until they can be written
@@ -42,7 +42,7 @@ class SideFile:
         path: Path,
         head: bytes = b"",
         before: Callable[[], None] = _nothing,
-        warn: Callable[[str], None] = say,
+        warn: Callable[[str], None] = log.warning,
     ) -> None:
         self.path = path
         self._head, self._before, self._warn = head, before, warn
@@ -160,6 +160,6 @@ class Folder(Protocol):
     """Folder of a run's side files."""
 
     def side_file(
-        self, name: str, warn: Callable[[str], None] = say, head: bytes = b""
+        self, name: str, warn: Callable[[str], None] = log.warning, head: bytes = b""
     ) -> SideFile:
         """Make a file of this name; the rest as in :class:`SideFile`."""

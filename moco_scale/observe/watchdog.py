@@ -38,7 +38,7 @@ from moco_scale.utils.errors import (
     first_line,
     is_peer_gone,
 )
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.own_folders import remove_passing
 from moco_scale.utils.parents import children
 from moco_scale.utils.progress import progress_count
@@ -190,7 +190,7 @@ class Watch:
     def _say_junk(self, error: DocumentError) -> None:
         if not self._junk:
             self._junk = True
-            say(
+            log.warning(
                 f"{self._program}: {self._me()} ignores {error}: somebody else writes to the "
                 "store; close its port to everybody outside the job (docs/security.md)"
             )

@@ -16,7 +16,7 @@ from moco_scale.observe.side_files import SideFile, json_line, keep_lines
 from moco_scale.untrusted.bad_sample import BadSampleLine
 from moco_scale.untrusted.documents import DocumentError, parse_document
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable
 
 FILE = "bad_samples.jsonl"
@@ -77,9 +77,9 @@ class BadImages:
         try:
             keep_lines(self.path, wanted)
         except OSError as error:
-            say(f"{self.path}: {error.strerror or error}; training continues")
+            log.warning(f"{self.path}: {error.strerror or error}; training continues")
         if foreign:
-            say(f"{self.path}: dropped {foreign} lines that are no entries of this list")
+            log.warning(f"{self.path}: dropped {foreign} lines that are no entries of this list")
         return known, by_shard
 
     def add(self, batch: ViewBatch) -> None:

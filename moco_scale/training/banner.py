@@ -43,14 +43,19 @@ def run_summary(run: Run, dropped: int) -> list[str]:
         *run.engine.notes,
         *_extras(config),
     ]
+    if run.resumed_from is not None:
+        again = f" ({dropped} later log lines dropped)" if dropped else ""
+        lines.append(f"resumed from {run.resumed_from} at step {run.step}{again}")
+    return lines
+
+
+def cautions(run: Run) -> list[str]:
+    """Warn of settings that work and are hardly meant."""
+    config, lines = run.config, determinism.slow_precision(run.device, run.config.run.precision)
     if any(isinstance(m, GroupedBatchNorm2d) for m in run.engine.moco.modules()):
         lines += _shuffles_in_vain(config)
     if not config.contrast.mask_same_image:
         lines += crowded_queue(config.contrast.nce_k, len(run.shards))
-    lines += determinism.slow_precision(run.device, config.run.precision)
-    if run.resumed_from is not None:
-        again = f" ({dropped} later log lines dropped)" if dropped else ""
-        lines.append(f"resumed from {run.resumed_from} at step {run.step}{again}")
     return lines
 
 
@@ -130,7 +135,7 @@ def _shuffles_in_vain(config: Config) -> list[str]:
         else "choose a --batch-size that can be divided"
     )
     return [
-        f"warning: the {batch} images of a step are one BatchNorm group"
+        f"the {batch} images of a step are one BatchNorm group"
         + ("" if "bn_group_size" in config.given else ", the default without --bn-group-size")
         + f", so --shuffle-bn {mode.shuffle_bn} changes no statistics: queries and keys share "
         f"them, and the loss can fall although nothing is learned; {remedy}"

@@ -29,7 +29,7 @@ from moco_scale.training.bad_images import FILE as BAD_IMAGES
 from moco_scale.training.inputs import StepInputs
 from moco_scale.training.monitor import Monitor
 from moco_scale.training.run import Run
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 
 
 def train(run: Run) -> None:
@@ -75,7 +75,7 @@ def _loop(run: Run, loggers: Loggers, monitor: Monitor, stop: StopRequest) -> No
     settings = run.config.run
 
     def lost(how: str) -> None:
-        say(f"rank {run.rank}: {how}. It reads by itself until all ranks have saved")
+        log.warning(f"rank {run.rank}: {how}. It reads by itself until all ranks have saved")
         stop.reader_lost()
 
     loader = run.loader(lost=lost)
@@ -102,7 +102,7 @@ def _loop(run: Run, loggers: Loggers, monitor: Monitor, stop: StopRequest) -> No
             if report or save:
                 run.phases.enter(LOG)
                 for line in run.bad.collect(run.step):
-                    loggers.say(line)
+                    loggers.warn(line)
             if report:
                 monitor.report(epoch_done, last)
             loggers.advance(run.step)

@@ -32,7 +32,7 @@ from moco_scale.observe.loggers import Loggers
 from moco_scale.observe.phases import AGREE, DATA, EVALUATION, FINISH, LOG, SAVE, SHUFFLE
 from moco_scale.observe.stragglers import StepTimes
 from moco_scale.planner.utilisation import Utilisation, device_name
-from moco_scale.training.banner import run_summary
+from moco_scale.training.banner import cautions, run_summary
 from moco_scale.training.banner import title as figure_title
 from moco_scale.training.run import Run
 from moco_scale.utils.errors import RankError, UserError
@@ -105,13 +105,15 @@ class Monitor:
             skipped=self._skipped,
         )
         if evaluation.hopeless:
-            self.loggers.say(evaluation.hopeless)
+            self.loggers.warn(evaluation.hopeless)
         return evaluation
 
     def log_summary(self, dropped: int) -> None:
         """Log the run summary."""
         for text in run_summary(self.run, dropped):
             self.loggers.say(text)
+        for text in cautions(self.run):
+            self.loggers.warn(text)
         self.loggers.hyper_parameters(self.run.config.flat())
 
     def before_training(self, batch: ViewBatch) -> None:
@@ -329,7 +331,7 @@ class Monitor:
                 draw()
                 made.append(name)
             except UserError as error:
-                self.loggers.say(f"no {name}, which the same command draws: {error}")
+                self.loggers.warn(f"no {name}, which the same command draws: {error}")
         ended = "done"
         if run.step < run.total_steps:
             ended = (

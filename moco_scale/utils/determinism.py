@@ -48,7 +48,7 @@ def slow_precision(device: torch.device, precision: str) -> list[str]:
     needs = "avx512_fp16, amx_fp16" if precision == "fp16" else "AVX-512"
     other = "bf16 or fp32" if precision == "fp16" and not slow_precision(device, "bf16") else "fp32"
     return [
-        f"warning: this CPU does not compute in {precision} ({needs} is missing), which torch then "
+        f"this CPU does not compute in {precision} ({needs} is missing), which torch then "
         f"emulates: a step may take minutes instead of a second; use --precision {other}"
     ]
 

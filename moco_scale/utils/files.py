@@ -2,62 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""What `flock` answers on file systems, of networks as a rule, that have no locks or have lost who
-keeps them."""
+_NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What `fsync` of a folder is answered on file systems that have none."""
 
 
-def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) -> None:
-    """Replace a file by new content; a reader sees the old file or the new one, never a part.
+@contextlib.contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
+    """Open a new file, which takes another's place, on disk and whole, when the block ends.
+
+    A reader sees the old file or the new one, never a part. Where the block fails, the old one
+    stays.
 
     shared: others may write it at the same time; the last one's remains.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8) if shared else 'tmp'}")
-    data = content.encode() if isinstance(content, str) else content
     try:
-        with _anew(temporary) as file:
-            file.write(data)
+        temporary.unlink(missing_ok=True)  # of a process that was killed, or somebody's link
+        with open(temporary, "x+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+    """Replace a file by new content, as :func:`replacing` does."""
+    with replacing(path, shared=shared) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def save_atomically(path: Path, value: Any) -> None:
     """``torch.save`` to a file that appears whole."""
     import torch  # here: who fetches shards starts without it
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with _anew(temporary) as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError):
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        torch.save(value, file)
 
 
-def _anew(path: Path) -> BinaryIO:
-    """A new file in the place of what a killed process, or somebody's link, left there."""
-    path.unlink(missing_ok=True)
-    return open(path, "xb")
+def require_writable(folder: Path) -> None:
+    """Make a folder unless it is there, and see that files can be made in it. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{secrets.token_hex(8)}.probe"
+    with open(probe, "xb"):
+        pass
+    probe.unlink()
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames inside a folder durable."""
+def sync(path: Path) -> None:
+    """Make a file's content, or renames inside a folder, durable, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,6 +1,6 @@
-"""What processes say: on standard error (:func:`say`) and as their product (:func:`tell`).
+"""The log of a process, on standard error (:data:`log`), and its product (:func:`tell`).
 
-Every line is written as a whole, and shows foreign text as :mod:`utils.text` does.
+Every message is written as a whole, and shows foreign text as :mod:`utils.text` does.
 A terminal, pipe or disk that takes no more of it never ends a run.
 """
 
@@ -24,12 +24,37 @@ _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 _PATIENCE_MS = 1000  # for a terminal that another program has made non-blocking
 
 
-def say(text: str) -> None:
-    """Write a line, at once and as a whole: where several processes write, lines do not mix.
+LEVELS = ("debug", "info", "warning", "error")
+"""From the least important messages on; of an error, the run or command ends."""
 
-    ``print`` writes the end of a line by itself, and other processes come between.
+
+class _StandardError(logging.Handler):
+    """Write a message at once and as a whole: where several processes write, lines do not mix.
+
+    ``print``, and logging's own handlers, write the end of a line by itself, and other processes
+    come between.
     """
-    _write(sys.stderr, printable_lines(text, _LONGEST))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = worded(record.levelno, record.getMessage())
+        _write(sys.stderr, printable_lines(text, _LONGEST))
+
+
+def worded(level: int, text: str) -> str:
+    """A message as people read it: before a warning stands that it is one."""
+    return f"warning: {text}" if level == logging.WARNING else text
+
+
+log = logging.getLogger("moco_scale")
+"""Where all of the package's messages go; those of libraries go their own ways."""
+log.propagate = False
+log.addHandler(_StandardError())
+log.setLevel(logging.INFO)
+
+
+def show_from(level: str) -> None:
+    """Show messages of one of :data:`LEVELS` and of those after it."""
+    log.setLevel(level.upper())
 
 
 def tell(text: object = "") -> None:
@@ -38,8 +63,9 @@ def tell(text: object = "") -> None:
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    # ValueError: closed. In a program of ours neither comes: see outlive_terminal.
-    with contextlib.suppress(OSError, ValueError):
+    # ValueError: closed. In a program of ours neither comes: see outlive_terminal. RuntimeError: a
+    # signal's handler has a message while this thread writes one.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
         if stream is not None:
             stream.write(text + "\n")
             stream.flush()

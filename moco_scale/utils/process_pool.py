@@ -19,6 +19,11 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def in_order(
     work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[tuple[Task, Result]]:
@@ -69,4 +74,4 @@ def _start_worker(in_main_thread: bool) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-__all__ = ["BrokenProcessPool", "in_order"]
+__all__ = ["BrokenProcessPool", "core_count", "in_order"]

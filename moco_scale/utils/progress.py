@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable
+
+T = TypeVar("T")
+Bar: TypeAlias = "tqdm[Any]"
 
 _LINE_SECONDS = 10.0
 _listeners: list[Callable[[], None]] = []
@@ -41,8 +44,8 @@ def progress_count() -> int:
     return _count
 
 
-def bar(label: str, unit: str, total: int | None = None, **options: Any) -> tqdm[Any]:
-    """A bar on a terminal, nothing elsewhere.
+def bar(label: str, unit: str, total: int | None = None, **options: Any) -> Bar:
+    """Make a bar on a terminal, nothing elsewhere.
 
     Args:
         label: foreign text is welcome.
@@ -50,27 +53,31 @@ def bar(label: str, unit: str, total: int | None = None, **options: Any) -> tqdm
         total: None: not known.
         options: of tqdm.
     """
+    options.setdefault("leave", total is not None)
     return tqdm(
         desc=printable(label, 60),
         total=total,
         unit=unit,
         disable=not sys.stderr.isatty(),
-        leave=total is not None,
         **options,
     )
 
 
 class Progress:
-    """Context manager; `add` counts what is done. On stderr."""
+    """Context manager; `add` counts what is done. On stderr.
 
-    def __init__(self, label: str, total: int, unit: str = "images") -> None:
-        self._label, self._total, self._unit, self._count = label, total, unit, 0
+    leave: the bar stays when all is done.
+    """
+
+    def __init__(self, label: str, total: int, unit: str = "images", leave: bool = True) -> None:
+        self._label, self._total, self._unit, self._leave = label, total, unit, leave
+        self._count = 0
         self._quiet_until = time.monotonic() + _LINE_SECONDS
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
-            self._bar = bar(self._label, f" {self._unit}", self._total)
+            self._bar = bar(self._label, f" {self._unit}", self._total, leave=self._leave)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,5 +91,13 @@ class Progress:
             self._bar.update(count)
         elif time.monotonic() >= self._quiet_until:
             line = f"{self._label}: {self._count} of {self._total} {self._unit}"
-            say(line)
+            log.info(line)
             self._quiet_until = time.monotonic() + _LINE_SECONDS
+
+
+def progress(items: Iterable[T], label: str, total: int, unit: str) -> Iterator[T]:
+    """Yield the same items, and show how many have been done with."""
+    with Progress(label, total, unit, leave=False) as done:
+        for item in items:
+            yield item
+            done.add(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 
 SHOWN = 200
 """Characters of a foreign text that a message shows."""
@@ -32,10 +33,10 @@ def printable_path(path: object) -> str:
     return printable(path, 4096)
 
 
-def some_of(problems: list[str]) -> str:
-    """Join what is wrong with something, five at most, and how many more there are."""
-    more = [f"{len(problems) - 5} more"] if len(problems) > 5 else []
-    return "; ".join(problems[:5] + more)
+def some_of(things: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """Join the first of several things, and say how many more there are."""
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return between.join(things[:most]) + more
 
 
 def printable_lines(value: object, limit: int = 4000) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.parents import die_with
 
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM)
@@ -83,7 +83,7 @@ def _not_sent(error: BaseException, batch: Any) -> None:
     # torch raises RuntimeError, which has the system's words.
     number = number or next((n for n in _LIMITS if os.strerror(n) in str(error)), None)
     if number is None:
-        say("".join(tracebacks.format_exception(error)))
+        log.error("".join(tracebacks.format_exception(error)))
     os._exit(NOT_SENT + min(number or errno.EIO, 100))
 
 

@@ -25,7 +25,7 @@ def test_when_there_is_no_majority_all_are_named() -> None:
     ]
     many = [[rank] for rank in range(40)]
     (text,) = differences(many, ["step"], ["host"] * 40)
-    assert text.endswith("rank 5 on host has 5, and so on: 34 more")
+    assert text.endswith("rank 5 on host has 5 and 34 more")
 
 
 def test_every_element_counts_within_as_many_turns_as_are_needed() -> None:

@@ -134,7 +134,7 @@ class TestModelFile:
     ) -> None:
         path, proof = tmp_path / "evil.pth", tmp_path / "was-run"
         torch.save(content(extra=Evil(proof)), path, _use_new_zipfile_serialization=zipped)
-        self.refused(evaluate, flags, path, "could run code from the file")
+        self.refused(evaluate, flags, path, "could run code")
         path.write_bytes(pickle.dumps(Evil(proof)))
         status, _ = evaluate(*words(flags, pretrained_model=path))
         assert status == 2
@@ -296,27 +296,29 @@ class TestOlderCommandLines:
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [
-        ("knn_k", "0"),
-        ("knn_t", "0"),
-        ("lr", "nan"),
-        ("lr", "-1"),
-        ("epochs", "0"),
-        ("batch_size", "x"),
-        ("protocol", "fine-tune"),
-        ("weight_decay", "-1"),
-        ("crop", "1.5"),
-        ("lr_decay_epochs", "x"),
-    ],
+    [("batch_size", "x"), ("protocol", "fine-tune"), ("lr_decay_epochs", "x")],
 )
-def test_wrong_flags(
-    flag: str,
-    value: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_flags_that_cannot_be_read(
+    flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     required = {"data_dir": tmp_path, "pretrained_model": tmp_path, "output_dir": tmp_path}
     with pytest.raises(SystemExit) as stopped:
         main([str(w) for w in words({}, **required, **{flag: value})])
     assert stopped.value.code == 2
     assert "--" + flag.replace("_", "-") in capsys.readouterr().err
+
+
+def test_numbers_that_cannot_be_are_said_at_once(evaluate: Evaluate, tmp_path: Path) -> None:
+    required = {"data_dir": tmp_path, "pretrained_model": tmp_path, "output_dir": tmp_path}
+    wrong = {"knn_k": 0, "knn_t": 0, "epochs": 0, "lr": "nan", "weight_decay": -1, "crop": 1.5}
+    refused(
+        evaluate,
+        words({}, **required, **wrong),
+        "--knn-k 0: must be greater than 0",
+        "--knn-t 0.0: must be greater than 0",
+        "--epochs 0: must be greater than 0",
+        "--lr nan: must be a finite number",
+        "--weight-decay -1.0: must not be negative",
+        "--crop 1.5: must be a share above 0 and at most 1",
+    )
+    refused(evaluate, words({}, **required, lr=-1), "error: --lr -1.0: must be greater than 0")

@@ -1,25 +1,31 @@
 """What is said comes in whole lines, is fit to be shown, and is never the end of a program."""
 
 import ast
+import io
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from moco_scale.utils.log import say, tell
+from moco_scale.commands import evaluate_flags
+from moco_scale.config import command_line
+from moco_scale.distributed import collectives
+from moco_scale.utils.log import log, show_from, tell
 
 WRITERS, LINES = 8, 200
 TALK = f"""
 import sys
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 for number in range({LINES}):
-    say(sys.argv[1] * 60)
+    log.info(sys.argv[1] * 60)
 """
 OUTLIVE = """
 import logging, os, sys, warnings
-from moco_scale.utils.log import outlive_terminal, say, tell, unwritten
+from moco_scale.utils.log import log as ours, outlive_terminal, tell, unwritten
 outlive_terminal()
 log = logging.StreamHandler(sys.stdout)
 if sys.argv[1] == "closed pipe":
@@ -27,7 +33,7 @@ if sys.argv[1] == "closed pipe":
 for _ in range(20_000 if sys.argv[1] != "whole" else 1):
     print("of a library: caf\\udce9")
     tell("one\\x1b[2J")
-say("two"), print("three", file=sys.stderr), warnings.warn("four")
+ours.info("two"), print("three", file=sys.stderr), warnings.warn("four")
 logging.getLogger("x").addHandler(log), logging.getLogger("x").error("five"), print("", end="\\r")
 assert os.open(os.devnull, os.O_RDONLY) > 2
 with open(sys.argv[2], "w") as file:
@@ -48,11 +54,70 @@ def test_lines_of_several_processes_do_not_mix() -> None:
 
 
 def test_foreign_text_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
-    say("a\x1b[2J\x07b\u2028c\udce9\nof our own")
+    log.info("a\x1b[2J\x07b\u2028c\udce9\nof our own")
     tell("a\rb\u202e")
     captured = capsys.readouterr()
     assert captured.err == "a\\x1b[2J\\x07b\\u2028c\\xe9\nof our own\n"
     assert captured.out == "a\\rb\\u202e\n"
+
+
+@pytest.fixture
+def usual_level() -> Iterator[None]:
+    yield
+    show_from("info")
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [
+        ("debug", "a\nb\nwarning: c\nx.py: error: d\n"),
+        ("info", "b\nwarning: c\nx.py: error: d\n"),
+        ("warning", "warning: c\nx.py: error: d\n"),
+        ("error", "x.py: error: d\n"),
+    ],
+)
+def test_a_level_hides_what_is_less_important(
+    level: str, shown: str, capsys: pytest.CaptureFixture[str], usual_level: None
+) -> None:
+    show_from(level)
+    for log_text, text in ((log.debug, "a"), (log.info, "b"), (log.warning, "c")):
+        log_text(text)
+    log.error("x.py: error: d")
+    assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_the_flag_sets_the_level(command: str, usual_level: None) -> None:
+    assert command_line.parse([]).run.log_level == "info"
+    assert log.level == logging.INFO
+    if command == "train":
+        command_line.parse(["--log-level", "warning"])
+    else:
+        required = ("--data-dir", "d", "--pretrained-model", "f", "--output-dir", "o")
+        evaluate_flags.parse([*required, "--log-level", "warning"])
+    assert log.level == logging.WARNING
+
+
+def test_what_all_would_say_rank_0_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in (0, 1):
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        collectives.main_log.info(f"for all, by {rank}")
+        log.info(f"of its own, by {rank}")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["for all, by 0", "of its own, by 0", "of its own, by 1"]
+
+
+def test_a_message_met_while_another_is_written_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Busy(io.StringIO):
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr(sys, "stderr", Busy())
+    log.error("of a signal's handler")
 
 
 @pytest.mark.parametrize("how", ["whole", "closed pipe", "full disk", "closed"])
@@ -84,7 +149,7 @@ def test_nothing_is_printed_past_it(repository: Path) -> None:
     past = []
     for path in (repository / "moco_scale").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and path.name != "messages.py":
+            if isinstance(node, ast.Call) and path.name != "log.py":
                 called = ast.unparse(node.func)
                 if called in ("print", "sys.stdout.write", "sys.stderr.write"):
                     past.append(f"{path.name}:{node.lineno}")

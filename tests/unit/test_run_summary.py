@@ -15,7 +15,7 @@ from moco_scale.config.recipes import RECIPES
 from moco_scale.distributed import collectives
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
 from moco_scale.training import banner as module
-from moco_scale.training.banner import run_summary, title
+from moco_scale.training.banner import cautions, run_summary, title
 
 
 def said(
@@ -33,7 +33,7 @@ def said(
         resumed_from=None,
         step=0,
     )
-    return "\n".join(run_summary(run, 0))
+    return "\n".join([*run_summary(run, 0), *(f"warning: {text}" for text in cautions(run))])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -120,7 +120,9 @@ def test_a_queue_that_holds_each_image_often_is_said_to(monkeypatch: pytest.Monk
 
 
 def test_a_precision_that_the_cpu_emulates_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False, raising=False)
+    for precision, there in (("fp16", False), ("bf16", True)):
+        name = f"_is_mkldnn_{precision}_supported"
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda there=there: there, raising=False)
     text = said(monkeypatch, "--precision fp16")
     assert "does not compute in fp16 (avx512_fp16" in text and "--precision bf16 or fp32" in text
     assert "does not compute" not in said(monkeypatch, "--precision fp32")

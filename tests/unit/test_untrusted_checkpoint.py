@@ -306,7 +306,7 @@ def test_what_fits_is_read_and_all_that_is_wrong_is_said_at_once(tmp_path: Path)
     rest = {name: t for name, t in tensors.items() if not name.startswith("optimizer.")}
     checkpoint.save(tmp_path / "bad", rest | {WEIGHT: torch.ones(1)}, META)
     message = error_of(lambda: read_state(run, moco, tmp_path / "bad"))
-    assert message.count("it lacks optimizer.") == 5 and "; 2 more;" in message
+    assert message.count("it lacks optimizer.") == 5 and " and 2 more;" in message
 
 
 def test_rows_of_a_tensor_that_has_others_are_not_made_up(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from moco_scale.untrusted.limits import IMAGE_MEMORY
 from moco_scale.utils.text import printable
 
@@ -51,3 +53,8 @@ def require_memory(needed: float, width: int, height: int) -> None:
             f"too large: its header declares {width} x {height} pixels, which take "
             f"{needed / 1e9:.1f} GB to decode, and {IMAGE_MEMORY / 1e9:.1f} GB is the most"
         )
+
+
+def only_zeros(data: bytes | memoryview) -> bool:
+    """Whether a file's content is zeros, as a copy that was cut short may leave."""
+    return len(data) > 0 and not np.frombuffer(data, np.uint8).any()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moco_scale.data.images.bad_image import only_zeros
 from moco_scale.data.sampling.random import uniforms
 from moco_scale.data.shards.protocols import Images
 from moco_scale.untrusted.bad_sample import NAME_CHARACTERS
@@ -67,7 +68,7 @@ def bad_sample(shards: Images, sample: int, reason: str, replacement: int = -1) 
     """Make the record of an image that cannot be decoded."""
     place = shards.place(sample)
     data = shards.read(sample)
-    if len(data) and not np.frombuffer(data, np.uint8).any():
+    if only_zeros(data):
         reason = "nothing but zeros, as a copy that was cut short may leave"
     shard, key = printable(place.shard, NAME_CHARACTERS), printable(place.key, NAME_CHARACTERS)
     return BadSample(sample, shard, key, printable(reason), replacement)

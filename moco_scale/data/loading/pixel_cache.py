@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import zlib
@@ -33,8 +32,9 @@ from moco_scale.data.shards.protocols import Shards
 from moco_scale.untrusted.documents import DocumentError, read_document
 from moco_scale.untrusted.limits import META_JSON
 from moco_scale.untrusted.pixel_cache import PixelCacheMeta
+from moco_scale.utils import locks
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.files import NO_LOCKS, size_text, write_atomically
+from moco_scale.utils.files import size_text, sync, write_atomically
 from moco_scale.utils.own_folders import ForeignFolderError, make_own, remove_own, without_links
 
 RAM = "ram"
@@ -94,7 +94,7 @@ class PixelCache:
                 was_there = (parent / name / "meta.json").exists()
                 _make_unless_whole(parent / name, shards, place)
                 used = _opened(parent / name / "used", "a+b")
-                fcntl.flock(used, fcntl.LOCK_SH)  # NFS: only of a file that can be read
+                locks.share(used)  # NFS: only of a file that can be read
                 cache = cls(parent / name)
         except OSError as error:
             raise UserError(f"--cache {place}: {_reason(error, parent)}") from error
@@ -162,7 +162,7 @@ def _changing(folder: Path) -> Iterator[None]:
         except FileNotFoundError:  # removed in between
             continue
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locks.lock(lock)
             try:
                 current = os.path.samestat(os.fstat(lock.fileno()), (folder / "changing").stat())
             except FileNotFoundError:
@@ -174,13 +174,9 @@ def _changing(folder: Path) -> Iterator[None]:
 
 def _remove_unused(folder: Path) -> None:
     """Remove the folder unless it is in use."""
-    with (
-        _changing(folder),
-        _opened(folder / "used", "a+b") as lock,
-        contextlib.suppress(BlockingIOError),
-    ):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_own(folder, _ALL)
+    with _changing(folder), _opened(folder / "used", "a+b") as lock:
+        if locks.try_lock(lock):
+            remove_own(folder, _ALL)
 
 
 def _meta(folder: Path, shards: Shards, boot: str, complete: bool) -> PixelCacheMeta:
@@ -249,8 +245,7 @@ def _mark_if_complete(folder: Path) -> None:
         if meta.complete or not np.fromfile(folder / "done", np.uint8).all():
             return
         for name in ("pixels", "done", "table.npy"):
-            with (folder / name).open("rb") as file:
-                os.fsync(file.fileno())
+            sync(folder / name)
         _write_meta(folder, meta.model_copy(update={"complete": True}))
 
 
@@ -298,7 +293,7 @@ def _boot() -> str:
 def _reason(error: OSError, parent: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no room left in {parent}"
-    if error.errno in NO_LOCKS:
+    if error.errno in locks.NO_LOCKS:
         return f"{parent} has no locks ({error.strerror or error}); name a folder on a local disk"
     if isinstance(error, ForeignFolderError):
         return f"{error.strerror or error}; name another folder, or have that removed"

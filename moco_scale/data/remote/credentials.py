@@ -17,7 +17,7 @@ from moco_scale.data.remote.addresses import holds_secret, shown
 from moco_scale.distributed.launchers import rank_of
 from moco_scale.untrusted.limits import NETRC
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable
 
 USER = "MOCO_SCALE_HTTP_USER"
@@ -64,7 +64,7 @@ def warn_of_printed(spec: str, environ: Mapping[str, str] = os.environ) -> None:
     # Only deepspeed sets it, and only deepspeed prints its command line.
     if "CROSS_RANK" not in environ or rank_of(environ) != 0 or not holds_secret(spec):
         return
-    say(
+    log.warning(
         f"--data-dir {shown(spec)}: deepspeed prints its command line, so the password or "
         f"signature in it is in the job's log. Give it in ~/.netrc or {PASSWORD}, a signature in "
         f"{SIGNATURE} (docs/data.md), or start with torchrun"

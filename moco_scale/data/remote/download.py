@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from moco_scale.data.remote.store import CHUNK, Body, FetchError, FileState, Store
 from moco_scale.untrusted.limits import LEAST_RATE
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
 from moco_scale.utils.progress import progressed
 from moco_scale.utils.text import printable
 
@@ -189,11 +189,12 @@ class _Attempts:
             raise UserError(
                 _gave_up(self._store, self._file, self._failures, str(error), seconds)
             ) from None
+        address = self._store.address(self._file.name)
+        log.debug(f"{address}: {error}; tried again in {wait:.1f} s")
         if self._says and now - self._advanced >= _SAID_AFTER:
             self._says = False
-            say(
-                f"{self._store.address(self._file.name)}: {error}; it is tried for "
-                f"{retry.give_up:.0f} s (--shard-timeout)"
+            log.warning(
+                f"{address}: {error}; it is tried for {retry.give_up:.0f} s (--shard-timeout)"
             )
         return wait
 

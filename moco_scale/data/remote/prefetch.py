@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import pickle
 import signal
@@ -35,7 +36,7 @@ from moco_scale.data.remote.store import Store
 from moco_scale.data.sampling.order import BatchPlan, Indices, Plan
 from moco_scale.data.sampling.windows import window_of
 from moco_scale.utils.errors import UserError, processes_advice
-from moco_scale.utils.log import outlive_terminal, say
+from moco_scale.utils.log import log, outlive_terminal, show_from
 from moco_scale.utils.parents import die_with
 
 _FETCHERS = 4
@@ -107,12 +108,12 @@ class FetchAhead:
         root = str(Path(moco_scale.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         in_main = threading.current_thread() is threading.main_thread()
-        parent = str(os.getpid() if in_main else 0)
+        parent, level = str(os.getpid() if in_main else 0), logging.getLevelName(log.level)
         # What the whole group gets would end it, with a traceback, before it can ignore that.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from {__name__} import main; main()", parent],
+                [sys.executable, "-P", "-c", f"from {__name__} import main; main()", parent, level],
                 stdin=subprocess.PIPE,
                 env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )
@@ -148,7 +149,7 @@ class FetchAhead:
     def _replace(self, status: int, step: int) -> None:
         if not self._said:
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-            say(
+            log.warning(
                 f"the process that fetches shards ahead died ({how}; most often for want of "
                 "memory) and is started again; until then readers fetch for themselves"
             )
@@ -307,6 +308,7 @@ def main() -> None:
     for number in _NOT_OURS:
         signal.signal(number, signal.SIG_IGN)
     outlive_terminal()
+    show_from(sys.argv[2])
     if parent := int(sys.argv[1]):
         die_with(parent)
     stdin = io.BufferedReader(io.FileIO(0))

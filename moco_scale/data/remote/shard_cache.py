@@ -3,21 +3,20 @@
 ``HOME/SET/shards/NAME`` is a whole and checked shard; ``.NAME.BYTES.partial`` beside it is one on
 its way, for which BYTES are reserved. HOME is ``ROOT/moco_scale-shards-UID``: several users may
 name one ROOT, in which each has his own folder; nothing else in ROOT is counted or removed. HOME
-and each SET carry a marker; nothing without it is touched. Locks are ``flock``'s, which end with
-the process that holds them:
+and each SET carry a marker; nothing without it is touched. Locks are of :mod:`utils.locks`, which
+end with the process that holds them:
 
-- a fetcher holds its partial file exclusively, so that two never fetch one shard; - a reader holds
-the shard shared, for as long as it is mapped (a mapping keeps the file's
+- a fetcher holds its partial file exclusively, so that two never fetch one shard;
+- a reader holds the shard shared, for as long as it is mapped (a mapping keeps the file's
   descriptor, and with it the lock);
-- eviction removes only shards that it can lock exclusively, the least recently used first; -
-``HOME/.lock`` is held while room is counted and made.
+- eviction removes only shards that it can lock exclusively, the least recently used first;
+- ``HOME/.lock`` is held while room is counted and made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import os
@@ -32,9 +31,10 @@ from pathlib import Path
 
 from moco_scale.data.remote.download import RemoteFile, RetryPolicy, Stopped, download, never
 from moco_scale.data.remote.store import Store
+from moco_scale.utils import locks
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.files import NO_LOCKS, write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.files import write_atomically
+from moco_scale.utils.log import log
 from moco_scale.utils.own_folders import ForeignFolderError, make_own, opened, without_links
 from moco_scale.utils.text import printable
 
@@ -123,7 +123,7 @@ class ShardCache:
         left = [found.parent for found in self.root.glob(f"*/{SHARDS}")]
         left = sorted(folder for folder in left if _EARLIER.fullmatch(folder.name))
         if left:
-            say(
+            log.warning(
                 f"--shard-cache {self.root}: {len(left)} folder(s) there, such as {left[0]}, seem "
                 "to be of an earlier version; they are neither used nor counted nor removed, so "
                 "delete them if you do not need them"
@@ -233,7 +233,7 @@ class ShardCache:
                     raise
                 path.unlink(missing_ok=True)  # a link, by another hand
                 return None
-            fcntl.flock(held, fcntl.LOCK_SH)
+            locks.share(held)
             status = os.fstat(held.fileno())
             if status.st_nlink == 0:  # removed between the two lines above
                 return None
@@ -250,7 +250,7 @@ class ShardCache:
         while not path.exists():
             with contextlib.ExitStack() as stack:
                 sink = stack.enter_context(_Sink(partial, self._make_way))
-                if not _locked(sink):
+                if not locks.try_lock(sink):
                     if stopped():
                         raise Stopped
                     time.sleep(_POLL)
@@ -278,7 +278,7 @@ class ShardCache:
     def _evict(self, keep: Collection[Path], enough: Callable[[int, int], bool]) -> tuple[int, int]:
         """Remove the least recently used until `enough(used, removed)`; return these two."""
         with open(self.home / ".lock", "a", opener=without_links) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locks.lock(lock)
             used, candidates = self._inventory()
             removed = 0
             for _, size, path in candidates:
@@ -286,6 +286,7 @@ class ShardCache:
                     break
                 if path not in keep and self._remove_unless_used(path):
                     used, removed = used - size, removed + size
+                    log.debug(f"{path} makes room for other shards")
         return used, removed
 
     def _inventory(self) -> tuple[int, list[tuple[int, int, Path]]]:
@@ -323,7 +324,7 @@ class ShardCache:
                 self._shards_of(path.parent.parent.name) as folder,
                 _open_to_lock(folder, path.name) as file,
             ):
-                if not _locked(file):
+                if not locks.try_lock(file):
                     return False
                 os.unlink(path.name, dir_fd=folder)
         except FileNotFoundError:
@@ -344,7 +345,7 @@ class ShardCache:
                         "no shard there can be removed. Free some, choose a folder on another "
                         "disk, or a smaller --shard-cache-size"
                     ) from None
-            if error.errno in NO_LOCKS:
+            if error.errno in locks.NO_LOCKS:
                 raise UserError(
                     f"--shard-cache {self.root}: this file system has no locks "
                     f"({error.strerror or error}), as many of networks have none; name a folder on "
@@ -405,15 +406,6 @@ def _is_at(file: io.FileIO, path: Path) -> bool:
         return False
 
 
-def _locked(file: io.FileIO) -> bool:
-    """Try to take an exclusive lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _open_to_lock(folder: int, name: str) -> io.FileIO:
     """To be locked for this process alone, for which a network's file system (NFS) wants to write.
 
@@ -432,7 +424,7 @@ def _announced(folder: int, name: str) -> int | None:
     if partial is None:
         return None
     with _open_to_lock(folder, name) as file:
-        if _locked(file):
+        if locks.try_lock(file):
             return None
     return int(partial.group(1))
 

@@ -25,7 +25,8 @@ from moco_scale.untrusted.limits import INDEX_JSON
 from moco_scale.untrusted.shard_index import CheckedNote
 from moco_scale.utils.errors import UserError, open_failure
 from moco_scale.utils.files import write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.log import log
+from moco_scale.utils.text import some_of
 
 _MOST_TIMES = 16
 _MOST_NAMED = 6
@@ -64,7 +65,7 @@ def check_headers(tars: IndexedTars) -> None:
         return
     place = first_writable(near, far)
     if place is None:
-        say(
+        log.warning(
             f"{tars.folder}: each process reads the headers of the shards at each start, because "
             f"that they are right can be noted neither in {near} nor in {far}. Name a folder that "
             "can be written in the environment variable MOCO_SCALE_CACHE"
@@ -80,7 +81,7 @@ def check_headers(tars: IndexedTars) -> None:
         try:
             _note(tars, place, problems)
         except OSError as error:
-            say(
+            log.warning(
                 f"{tars.folder}: that its shards are right cannot be noted in {place} "
                 f"({error.strerror or error}): they are read again at the next start"
             )
@@ -186,10 +187,8 @@ def _raise(tars: IndexedTars, problems: Mapping[int, _Problem]) -> None:
     first, *others = problems
     text = problems[first].text
     if others:
-        names = ", ".join(tars.paths[number].name for number in others[:_MOST_NAMED])
-        more = len(others) - _MOST_NAMED
-        many = f"{names} and {more} more" if more > 0 else names
-        text += f" Not right either: {many}."
+        names = [tars.paths[number].name for number in others]
+        text += f" Not right either: {some_of(names, _MOST_NAMED)}."
     if any(problem.damaged for problem in problems.values()):
         text += (
             " `python -m moco_scale shard --repair "

@@ -8,10 +8,8 @@ precedence).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,10 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from moco_scale.data.remote.shard_cache import cache_home
+from moco_scale.utils import locks
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.log import say
-from moco_scale.utils.own_folders import NEW_FILE, without_links
-from moco_scale.utils.process_pool import BrokenProcessPool, in_order
+from moco_scale.utils.files import require_writable
+from moco_scale.utils.log import log
+from moco_scale.utils.own_folders import without_links
+from moco_scale.utils.process_pool import BrokenProcessPool, core_count, in_order
 from moco_scale.utils.progress import Progress, on_progress, progressed
 
 FOLDER = ".moco_scale-index"
@@ -46,10 +46,7 @@ def first_writable(*folders: Path) -> Path | None:
 
 def _can_write(place: Path) -> bool:
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / f".{secrets.token_hex(8)}.probe"
-        os.close(os.open(probe, NEW_FILE, 0o666))
-        probe.unlink()
+        require_writable(place)
     except OSError:
         return False
     return True
@@ -67,10 +64,8 @@ def alone(lock: Path, waiting: str, works_in: Path | None = None) -> Iterator[No
         with contextlib.suppress(OSError):
             file = without_links(str(lock), os.O_CREAT | os.O_RDWR)
             held.callback(os.close, file)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(waiting)
+            if not locks.try_lock(file):
+                log.info(waiting)
                 _lock_in_the_end(file, works_in)
             held.enter_context(on_progress(partial(_touch, file)))
         yield
@@ -91,8 +86,7 @@ def _lock_in_the_end(file: int, works_in: Path | None) -> None:
             if before is not None and now != before:
                 progressed()
             before = now
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if locks.try_lock(file):
             return
 
 
@@ -107,7 +101,7 @@ def read_tars(read: Callable[[Tar], Found], tars: Sequence[Tar], label: str) -> 
     Raises:
         UserError: A process was killed, or `read` raised it.
     """
-    workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS, -(-len(tars) // 4))
+    workers = min(core_count(), MOST_WORKERS, -(-len(tars) // 4))
     found = []
     try:
         with Progress(label, len(tars), "shards") as progress:

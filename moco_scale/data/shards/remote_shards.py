@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import mmap
-import os
 import re
-import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,9 @@ from moco_scale.data.sampling.order import Indices
 from moco_scale.data.shards import index_file, indexed_shards
 from moco_scale.untrusted.limits import DOCUMENT_SECONDS, INDEX_JSON, NPY_HEADER
 from moco_scale.untrusted.shard_index import AnyIndex, ShardIndex, parse_index
+from moco_scale.utils import locks
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import replacing
 from moco_scale.utils.own_folders import without_links
 from moco_scale.utils.text import printable
 from moco_scale.utils.worker_process import closing
@@ -187,7 +186,7 @@ def _rows(
     with cache.explained():
         cache.make(folder)
         with open(folder / ".lock", "a", opener=without_links) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locks.lock(lock)
             if path.exists():
                 with contextlib.suppress(UserError):
                     return index_file.read_rows(folder, split, header)
@@ -211,17 +210,12 @@ def _fetch_rows(store: Store, cache: ShardCache, path: Path, samples: int) -> No
             f"{store.address(index_file.INDEX_JSON)} speaks of {samples:,} samples, whose index "
             f"alone has {gigabytes(most)}: more than --shard-cache-size {gigabytes(cache.limit)}"
         )
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    wanted, seconds = RemoteFile(path.name, most=most), DOCUMENT_SECONDS + most / _ROWS_RATE
     try:
-        with open(descriptor, "r+b") as file:
-            wanted, seconds = RemoteFile(path.name, most=most), DOCUMENT_SECONDS + most / _ROWS_RATE
+        with replacing(path, shared=True) as file:
             download_document(store, wanted, file, cache.retry, seconds)
-        os.replace(temporary, path)
     except TooLarge:
         raise _DamagedError(
             f"{store.address(path.name)} has more than the {samples:,} samples that "
             f"{index_file.INDEX_JSON} there says"
         ) from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)

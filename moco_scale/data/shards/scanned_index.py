@@ -25,8 +25,8 @@ from moco_scale.data.shards.tar_scan import ShardScan, dots_problem, scan_tar
 from moco_scale.untrusted.limits import CLASSES
 from moco_scale.untrusted.shard_index import json_name
 from moco_scale.utils.errors import UserError, open_failure
-from moco_scale.utils.files import sync_folder, write_atomically
-from moco_scale.utils.log import say
+from moco_scale.utils.files import replacing, sync, write_atomically
+from moco_scale.utils.log import log
 from moco_scale.utils.text import printable
 
 _RULES = b"4"  # by which images and labels are found: an index made by others is made again
@@ -171,7 +171,7 @@ def write_index(
             header["splits"][split] = described
             save_rows(folder / index_file.index_name(split), rows)
         write_atomically(folder / index_file.INDEX_JSON, json.dumps(header, indent=1), shared=True)
-        sync_folder(folder)
+        sync(folder)
     except OSError as error:
         raise UserError(
             f"Cannot write the index of {spec} to {folder}: {error.strerror or error}."
@@ -197,7 +197,7 @@ def write_index(
             f"the labels are not used: {why_none}. Pretraining needs none, kNN and linear "
             "evaluation do"
         )
-    say("\n".join(lines))
+    log.info("\n".join(lines))
 
 
 def find_classes(scans: Sequence[tuple[str, ShardScan]]) -> tuple[list[str], str]:
@@ -243,14 +243,5 @@ def index_rows(number: int, scan: ShardScan, place: Mapping[str, int]) -> np.nda
 
 def save_rows(path: Path, rows: np.ndarray) -> None:
     """Write the rows of a split atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)  # of a killed process, or a link
-        with temporary.open("xb") as file:
-            np.save(file, rows, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path, shared=True) as file:
+        np.save(file, rows, allow_pickle=False)

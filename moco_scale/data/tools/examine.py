@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moco_scale.data.images.bad_image import only_zeros
 from moco_scale.data.images.decode import DecodeError, decode_rgb
 from moco_scale.data.shards import index_file
 from moco_scale.data.shards.protocols import Place
@@ -256,8 +257,8 @@ def _problem(file: Any, offset: int, length: int, end: int) -> str | None:
     try:
         decode_rgb(data)
     except DecodeError as error:
-        zeros = bool(data) and not any(data)
-        return f"cannot be decoded: {'nothing but zeros' if zeros else printable(error)}"
+        reason = "nothing but zeros" if only_zeros(data) else printable(error)
+        return f"cannot be decoded: {reason}"
     return None
 
 

@@ -20,10 +20,9 @@ from moco_scale.data.tools.sources import Entry, Packed
 from moco_scale.data.tools.split_folders import Split, images_text, split_folders
 from moco_scale.untrusted.limits import CLASSES, IMAGE_FILE, LABEL_CHARACTERS
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.text import printable
+from moco_scale.utils.text import printable, some_of
 
 UNLABELLED = -1
-_SHOWN = 5
 TOO_LARGE = f"more than {IMAGE_FILE >> 30} GB: no image"
 
 # From the file names of the validation images to the class of each, by file name without suffix:
@@ -181,16 +180,11 @@ def _alike(folders: Iterable[str]) -> list[str]:
     if several:
         notes.append(
             f"folders whose names differ in how they spell their letters (NFC, NFD) are one class: "
-            f"{_shown([printable(name, 60) for name in several])}"
+            f"{some_of([printable(name, 60) for name in several])}"
         )
     if capitals:
-        notes.append(f"classes whose names differ in capitals alone: {_shown(capitals)}")
+        notes.append(f"classes whose names differ in capitals alone: {some_of(capitals)}")
     return notes
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _no_val(test: Split, number: Mapping[str, int]) -> str:
@@ -265,7 +259,7 @@ def _val(
         else:
             images.append(_image(path, entry, label))
     if strangers:
-        shown = _shown([printable(name, 60) for name in sorted(strangers)])
+        shown = some_of([printable(name, 60) for name in sorted(strangers)])
         cases = {name.casefold(): name for name in number}
         same = next((cases[s.casefold()] for s in strangers if s.casefold() in cases), "")
         raise UserError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -13,7 +11,9 @@ from types import TracebackType
 
 from moco_scale.data.shards.index_file import INDEX_JSON, PARTIAL
 from moco_scale.data.shards.index_place import FOLDER
+from moco_scale.utils import locks
 from moco_scale.utils.errors import UserError
+from moco_scale.utils.files import sync
 from moco_scale.utils.own_folders import without_links
 
 LEFT_OUT = "left_out.jsonl"
@@ -57,7 +57,7 @@ class OutputFolder:
             # A file, since a network's file system (NFS) locks nothing that is not written to; it
             # comes before the folder and goes after it.
             self._lock = without_links(str(_lock_of(self.path)), os.O_RDWR | os.O_CREAT)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            locks.lock(self._lock)
             self.path.mkdir()
         except OSError as error:
             raise UserError(
@@ -132,12 +132,10 @@ class OutputFolder:
             lock = _lock_of(left)
             if lock.exists():
                 with lock.open("r+") as file:
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
+                    if not locks.try_lock(file):
                         raise UserError(
                             f"Another process is writing {self.shown} just now (in {left})."
-                        ) from None
+                        )
             shutil.rmtree(left)
             lock.unlink(missing_ok=True)
             self.notes.append(f"removed {left.name}, left by a run that did not finish")
@@ -150,13 +148,3 @@ class OutputFolder:
 def _lock_of(folder: Path) -> Path:
     """Return the file that the writer of a partial folder locks."""
     return folder.with_name(f"{folder.name}.lock")
-
-
-def sync(path: Path) -> None:
-    """Sync a file or a folder to the disk; file systems that cannot sync folders are skipped."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(handle)
-    finally:
-        os.close(handle)

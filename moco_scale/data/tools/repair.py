@@ -26,15 +26,15 @@ from moco_scale.data.tools.examine import (
     list_folder,
 )
 from moco_scale.data.tools.layout import Skipped
-from moco_scale.data.tools.output_folder import LEFT_OUT, sync
+from moco_scale.data.tools.output_folder import LEFT_OUT
 from moco_scale.data.tools.salvage import salvage
 from moco_scale.data.tools.shard_file import write_errors
 from moco_scale.observe.side_files import json_line, json_text
 from moco_scale.untrusted.names import relative_problem
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.files import sync_folder, write_atomically
+from moco_scale.utils.files import sync, write_atomically
 from moco_scale.utils.log import tell
-from moco_scale.utils.text import printable
+from moco_scale.utils.text import printable, some_of
 
 _TEMPORARY = ".repaired-"
 _MOST_NAMED = 6
@@ -212,7 +212,7 @@ def _put_in_place(
     for split, of_split in rows.items():
         save_rows(folder.path / index_file.index_name(split), of_split)
     write_atomically(folder.path / index_file.INDEX_JSON, json_text(header, indent=1))
-    sync_folder(folder.path)
+    sync(folder.path)
     return backups
 
 
@@ -245,6 +245,5 @@ def _conclude(
     else:
         tell("nothing is lost")
     if backups:
-        names = [str(backup.relative_to(folder.path)) for backup in backups[:_MOST_NAMED]]
-        more = f" and {len(backups) - _MOST_NAMED} more" if len(backups) > _MOST_NAMED else ""
-        tell(f"what was replaced is kept as {', '.join(names)}{more}")
+        names = [str(backup.relative_to(folder.path)) for backup in backups]
+        tell(f"what was replaced is kept as {some_of(names, _MOST_NAMED)}")

@@ -20,12 +20,12 @@ from moco_scale.data.images.formats import LFS_POINTER, START_BYTES, suffix_to_w
 from moco_scale.data.shards.index_file import INDEX_DTYPE
 from moco_scale.data.shards.tar_scan import scan_tar
 from moco_scale.data.tools.layout import TOO_LARGE, Skipped, SourceImage
-from moco_scale.data.tools.output_folder import sync
 from moco_scale.data.tools.source_folder import NOT_READABLE
 from moco_scale.data.tools.source_zip import unpack
 from moco_scale.untrusted.documents import without_waiting
 from moco_scale.untrusted.limits import IMAGE_FILE
 from moco_scale.utils.errors import UserError, open_failure
+from moco_scale.utils.files import sync
 from moco_scale.utils.text import printable
 
 

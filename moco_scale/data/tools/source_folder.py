@@ -12,12 +12,11 @@ from pathlib import Path
 from moco_scale.data.images.formats import START_BYTES, image_kind, is_image, suffix_of
 from moco_scale.data.tools.sources import Entry, PassedOver
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.text import printable
+from moco_scale.utils.text import printable, some_of
 
 NOT_READABLE = frozenset((errno.EACCES, errno.EPERM, errno.ELOOP))
 """Errors of one file and not of the disk: the file is skipped and listed."""
 _MOST_PLACES = 64
-_SHOWN = 5
 
 _Identity = tuple[int, int]  # device, inode
 
@@ -65,10 +64,9 @@ def scan_folder(top: Path, passed: PassedOver, without: Collection[Path] = ()) -
                 raise
             unreadable.append(f"{printable(folder)} ({error.strerror or error})")
     if unreadable:
-        more = f" and {len(unreadable) - _SHOWN} more" if len(unreadable) > _SHOWN else ""
         raise UserError(
             f"{top}: {len(unreadable)} folder{'s' * (len(unreadable) != 1)} cannot be read: "
-            f"{', '.join(unreadable[:_SHOWN])}{more}. Make them readable, or move them away: "
+            f"{some_of(unreadable)}. Make them readable, or move them away: "
             "what is in them may be classes."
         )
 

@@ -21,7 +21,7 @@ import numpy as np
 from moco_scale.data.shards import index_file
 from moco_scale.data.shards.header_check import IndexedTars, note_checked
 from moco_scale.data.tools.layout import Listing, SourceImage, none_left
-from moco_scale.data.tools.output_folder import LEFT_OUT, sync
+from moco_scale.data.tools.output_folder import LEFT_OUT
 from moco_scale.data.tools.shard_file import (
     Done,
     Encoding,
@@ -34,7 +34,7 @@ from moco_scale.data.tools.shard_file import (
 from moco_scale.observe.side_files import json_line, json_text
 from moco_scale.untrusted.shard_index import json_name
 from moco_scale.utils.errors import UserError
-from moco_scale.utils.files import size_text
+from moco_scale.utils.files import size_text, sync
 from moco_scale.utils.process_pool import BrokenProcessPool, in_order
 from moco_scale.utils.progress import Progress
 from moco_scale.utils.text import printable
