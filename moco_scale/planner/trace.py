@@ -22,7 +22,7 @@ from moco_scale.config.schema import Config
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import transform_blocks
 from moco_scale.methods.moco import MoCo
-from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.batchnorm import GroupedBatchNorm
 from moco_scale.models.encoder import build_encoder
 
 
@@ -157,7 +157,7 @@ def trace_step(config: Config, world: int) -> Trace:
     groups = max(rows // config.model.bn_group_size, 1)
     traced = _stand_in(groups)
     for module in moco.modules():
-        if isinstance(module, GroupedBatchNorm2d):
+        if isinstance(module, GroupedBatchNorm):
             module.local_groups = traced
     transform_blocks(moco, compiled=False, checkpointed=config.run.activation_checkpointing)
     views = 2 if config.contrast.symmetric else 1
