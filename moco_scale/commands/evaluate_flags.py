@@ -22,7 +22,7 @@ from moco_scale.data.remote.shard_source import CACHE_GB, GIVE_UP_SECONDS
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation.features import WHICH
 from moco_scale.evaluation.linear_config import SCHEDULES
-from moco_scale.models.encoder import MODELS
+from moco_scale.models.registry import MODELS
 
 KNN_K, KNN_T = 200, 0.1
 

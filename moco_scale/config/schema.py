@@ -13,7 +13,8 @@ from moco_scale.data.remote.shard_source import CACHE_GB, GIVE_UP_SECONDS, Shard
 from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.methods.key_queue import DTYPES, KINDS
 from moco_scale.methods.shuffle_bn import MODES
-from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
+from moco_scale.models.encoder import HEADS
+from moco_scale.models.registry import MODELS, STEMS, WIDTHS
 from moco_scale.optim.schedules import SCHEDULES
 from moco_scale.utils.text import printable
 
@@ -95,7 +96,7 @@ class ModelConfig:
     model: str = _option("resnet50", "backbone", choices=MODELS)
     model_width: int = _option(1, "multiplies a ResNet's channel counts", choices=WIDTHS)
     stem: str = _option("", "a ResNet's first layers (default: the data set's)", choices=STEMS)
-    patch_size: int = _option(0, "a ViT's patches, pixels a side (default: the model's)")
+    patch_size: int = _option(0, "pixels a side of a patch, where there are any (default: its own)")
     train_patch_embedding: bool = _option(
         False, "train a ViT's first layer, which MoCo v3 leaves as it was drawn"
     )

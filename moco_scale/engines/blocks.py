@@ -11,20 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moco_scale.distributed import consensus
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import statistics_kept
-from moco_scale.models.encoder import BLOCKS
+from moco_scale.models.registry import blocks_of
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.own_folders import make_own
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """List residual or transformer blocks in the order of the forward pass."""
-    return [each for each in module.modules() if isinstance(each, BLOCKS)]
 
 
 def transform_blocks(moco: MoCo, *, compiled: bool, checkpointed: bool) -> None:

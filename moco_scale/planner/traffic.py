@@ -9,10 +9,9 @@ from torch import nn
 
 from moco_scale.config.schema import Config
 from moco_scale.engines.base import PRECISIONS
-from moco_scale.engines.blocks import blocks_of
-from moco_scale.engines.fsdp import NORMS
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import GroupedBatchNorm
+from moco_scale.models.registry import NORMS, blocks_of
 from moco_scale.planner.memory import FP32, Sharding, flat_partition, share
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = (
