@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moco_scale.models import stochastic_depth
+from moco_scale.models.adopt import adopt
 from moco_scale.models.backbone import Wanted
+from moco_scale.models.batchnorm import set_part
 from moco_scale.models.registry import build_backbone
+from moco_scale.models.stochastic_depth import StochasticDepth
 from moco_scale.utils.errors import UserError
 
 HEADS = ("linear", "mlp")
@@ -15,10 +19,15 @@ HEADS = ("linear", "mlp")
 class Encoder(nn.Module):
     """A backbone and the head that projects its features for the contrastive loss.
 
+    BatchNorm1d, BatchNorm2d and stochastic depth in them become ours.
+
     Attributes:
         backbone: [B, 3, S, S] -> [B, feature_dim], average-pooled or a class token.
         head: [B, feature_dim] -> [B, dim].
         feature_dim: width of the backbone's output.
+
+    Raises:
+        UserError: a module normalises over a batch, or draws, and cannot become ours.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int) -> None:
@@ -26,6 +35,25 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = head
         self.feature_dim = feature_dim
+        adopt(self)
+        self.drawing = [m for m in self.modules() if isinstance(m, StochasticDepth)]
+
+    def start_pass(
+        self, micro_batch: int = 0, micro_batches: int = 1, view: int = 0, views: int = 1
+    ) -> None:
+        """Start a forward pass of a step, for running statistics and draws.
+
+        Args:
+            micro_batch: of the step, from 0.
+            micro_batches: of a step; they are equally large.
+            view: of the micro-batch, from 0.
+            views: of a micro-batch.
+        """
+        if micro_batches > 1:
+            set_part(self, micro_batch, micro_batches, view, views)
+        if self.drawing and self.training:
+            device = next(self.parameters()).device
+            stochastic_depth.draw(self.drawing, device, micro_batch, micro_batches, view)
 
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, feature_dim]: what linear evaluation and other tasks use."""

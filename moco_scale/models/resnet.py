@@ -6,7 +6,6 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_scale.models.backbone import Backbone, Wanted
-from moco_scale.models.batchnorm import GroupedBatchNorm2d
 
 Block = type[BasicBlock] | type[Bottleneck]
 
@@ -29,7 +28,7 @@ class WideResNet(ResNet):
     def __init__(self, model: str, wanted: Wanted) -> None:
         block, layers = RESNETS[model]
         width = self.channel_multiplier = wanted.width
-        super().__init__(block, layers, num_classes=wanted.dim, norm_layer=GroupedBatchNorm2d)
+        super().__init__(block, layers, num_classes=wanted.dim)
         channels = 64 * width
         if wanted.stem == "cifar":
             # Initialised as any nn.Conv2d, not as torchvision's ResNet: so is the official demo's.
@@ -39,7 +38,7 @@ class WideResNet(ResNet):
             self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         if width > 1:
-            self.bn1 = GroupedBatchNorm2d(channels)
+            self.bn1 = nn.BatchNorm2d(channels)
             self.fc = nn.Linear(512 * block.expansion * width, wanted.dim)
 
     def take_projection(self) -> nn.Linear:

@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,11 +20,13 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from moco_scale.config.schema import Config
+from moco_scale.data.sampling.order import Samples
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import transform_blocks
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import GroupedBatchNorm
 from moco_scale.models.encoder import build_encoder
+from moco_scale.models.stochastic_depth import Crops, encoding
 
 
 @dataclass(frozen=True)
@@ -167,12 +170,15 @@ def trace_step(config: Config, world: int) -> Trace:
         # Augmented crops, in fp32. The query's exist before the step and after it.
         crops = [torch.empty(rows, 3, size, size) for _ in range(views)]
         ignored = weights | {t.untyped_storage()._cdata for t in crops}
+        whole = Crops(0, Samples(np.arange(per_rank), np.zeros(per_rank, np.int64)), (0, 1))
+        names = whole._replace(samples=whole.samples.part(0, rows))
         with _Recorder(ignored, groups / traced) as recorder:
             marks = [0]
-            queries = moco(*crops)
+            with encoding(names):
+                queries = moco(*crops)
             held = recorder.live
             marks.append(len(recorder.kernels))
-            with torch.no_grad():
+            with torch.no_grad(), encoding(whole):
                 for _ in range(views):
                     moco.keys(torch.empty(per_rank, 3, size, size), micro_batches)
             marks.append(len(recorder.kernels))
