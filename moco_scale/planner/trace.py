@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from moco_scale.config.schema import Config
 from moco_scale.data.sampling.order import Samples
@@ -95,12 +95,11 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         new = [t for t in results if self._is_new(t)]
-        count = flop_registry.get(func._overloadpacket)
         inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         computes = new and not func._schema.name.startswith("aten::empty")
         if computes or func._schema.is_mutable:  # a view moves nothing
             moved = sum(t.numel() * t.element_size() for t in (*inputs, *results))
-            flops = int(count(*args, **kwargs, out_val=out)) if count else 0
+            flops = _flops(func, args, kwargs, out)
             half = bool(results) and results[0].element_size() == 2
             times = self._repeated if "batch_norm" in func._schema.name else 1.0
             self.kernels.append(Kernel(flops, round(moved / times), half, times))
@@ -124,6 +123,17 @@ class _Recorder(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
         return True
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    if func is torch.ops.aten.convolution_backward.default:
+        # Each gradient takes what the forward pass took. torch counts that of a grouped
+        # convolution's weights as if there were no groups.
+        gradient, x, weight = (tensor.shape for tensor in args[:3])
+        transposed, wanted = args[7], args[10]
+        return sum(wanted[:2]) * int(conv_flop_count(x, weight, gradient, transposed))
+    count = flop_registry.get(func._overloadpacket)
+    return int(count(*args, **kwargs, out_val=out)) if count else 0
 
 
 def build_model(config: Config) -> MoCo:
