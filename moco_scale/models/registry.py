@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from moco_scale.models import resnet, vit
+from moco_scale.models import convnext, resnet, vit
 from moco_scale.models.backbone import Backbone, Wanted
 from moco_scale.models.batchnorm import GroupedBatchNorm
 from moco_scale.utils.errors import UserError
 
-BACKBONES: tuple[Backbone, ...] = (resnet.BACKBONE, vit.BACKBONE)
+BACKBONES: tuple[Backbone, ...] = (resnet.BACKBONE, vit.BACKBONE, convnext.BACKBONE)
 MODELS = tuple(model for family in BACKBONES for model in family.models)
 WIDTHS = tuple(sorted({width for family in BACKBONES for width in family.widths}))
 STEMS = tuple(dict.fromkeys(stem for family in BACKBONES for stem in family.stems))
@@ -38,12 +38,12 @@ def build_backbone(model: str, wanted: Wanted) -> tuple[nn.Module, nn.Linear]:
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """Blocks of any backbone, in the order of the forward pass."""
+    """List the blocks of a backbone in the order of the forward pass."""
     kinds = tuple(kind for family in BACKBONES for kind in family.blocks)
     return [part for part in module.modules() if isinstance(part, kinds)]
 
 
 def attends(module: nn.Module) -> bool:
-    """Whether some block of it has attention."""
+    """Tell whether some block of a module has attention."""
     kinds = tuple(kind for family in BACKBONES if family.attends for kind in family.blocks)
     return any(isinstance(part, kinds) for part in module.modules())
