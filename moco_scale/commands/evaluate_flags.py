@@ -18,7 +18,7 @@ from moco_scale.data.remote.shard_source import CACHE_GB, GIVE_UP_SECONDS, Shard
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.evaluation.features import WHICH
 from moco_scale.evaluation.linear_config import LinearConfig
-from moco_scale.models.encoder import MODELS
+from moco_scale.models.registry import MODELS
 from moco_scale.utils.log import LEVELS, show_from
 
 

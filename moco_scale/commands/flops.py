@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from moco_scale.config.flag_types import positive_int
-from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS, build_encoder
+from moco_scale.models.encoder import HEADS, build_encoder
+from moco_scale.models.registry import MODELS, STEMS, WIDTHS
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
 
@@ -133,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-width", type=int, default=1, help=f"one of {WIDTHS}")
     parser.add_argument("--image-size", type=positive_int, default=224, help="pixels a side")
     parser.add_argument(
-        "--patch-size", type=int, default=0, help="of a ViT, in pixels; 0: the model's own"
+        "--patch-size", type=int, default=0, help="in pixels, of a model with patches; 0: its own"
     )
     parser.add_argument("--stem", default="imagenet", help=f"one of {', '.join(STEMS)}")
     parser.add_argument("--head", default="linear", help=f"one of {', '.join(HEADS)}")

@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_type_hints
 from pydantic import AfterValidator, Field
 
 from moco_scale.config.schema import SECTIONS
-from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
+from moco_scale.models.encoder import HEADS
+from moco_scale.models.registry import MODELS, STEMS, WIDTHS
 from moco_scale.untrusted.documents import Document, at_most
 from moco_scale.untrusted.limits import IMAGE_SIZE, STEPS
 from moco_scale.utils.text import printable, some_of

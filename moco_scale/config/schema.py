@@ -15,7 +15,8 @@ from moco_scale.data.sampling.windows import REMOTE_WINDOW
 from moco_scale.methods.infonce import MIN_TEMPERATURE
 from moco_scale.methods.key_queue import DTYPES, KINDS
 from moco_scale.methods.shuffle_bn import MODES
-from moco_scale.models.encoder import HEADS, MODELS, STEMS, WIDTHS
+from moco_scale.models.encoder import HEADS
+from moco_scale.models.registry import MODELS, STEMS, WIDTHS
 from moco_scale.optim.schedules import SCHEDULES
 from moco_scale.utils.log import LEVELS
 from moco_scale.utils.text import printable
@@ -100,7 +101,7 @@ class ModelConfig:
     model_width: int = option(1, "multiplies a ResNet's channel counts", choices=WIDTHS)
     stem: str = option("", "a ResNet's first layers (default: the data set's)", choices=STEMS)
     patch_size: int = option(
-        0, "a ViT's patches, pixels a side (default: the model's)", within=NOT_NEGATIVE
+        0, "pixels a side of a patch, where there are any (default: its own)", within=NOT_NEGATIVE
     )
     train_patch_embedding: bool = option(
         False, "train a ViT's first layer, which MoCo v3 leaves as it was drawn"

@@ -15,6 +15,7 @@ from moco_scale.engines.blocks import transform_blocks
 from moco_scale.methods.moco import MoCo, momentum_update
 from moco_scale.models.batchnorm import StatisticsBefore
 from moco_scale.models.encoder import Encoder
+from moco_scale.models.registry import attends
 from moco_scale.optim.loss_scale import LossScale, LossScaling
 from moco_scale.utils import determinism
 
@@ -85,9 +86,9 @@ class Engine(ABC):
         half = settings.precision == "fp16"
         self.loss_scale = LossScale(settings.scaling) if half else None
         self._statistics = StatisticsBefore(moco)
-        attends = any(isinstance(module, nn.MultiheadAttention) for module in moco.modules())
-        self._repeats_attention = attends and device.type == "cuda" and determinism.can_repeat()
-        if attends and device.type == "cuda" and not self._repeats_attention:
+        attention_on_gpu = device.type == "cuda" and attends(moco)
+        self._repeats_attention = attention_on_gpu and determinism.can_repeat()
+        if attention_on_gpu and not self._repeats_attention:
             self.notes.append(
                 "CUBLAS_WORKSPACE_CONFIG is neither :4096:8 nor :16:8: a transformer's gradients, "
                 "and so a resumed run, are reproducible to rounding only"

@@ -5,26 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moco_scale.distributed import consensus
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import statistics_kept
-from moco_scale.models.encoder import BLOCKS
+from moco_scale.models.registry import blocks_of
+from moco_scale.models.stochastic_depth import StochasticDepth, repeating
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.own_folders import make_own
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """List residual or transformer blocks in the order of the forward pass."""
-    return [each for each in module.modules() if isinstance(each, BLOCKS)]
 
 
 def transform_blocks(moco: MoCo, *, compiled: bool, checkpointed: bool) -> None:
@@ -35,7 +30,8 @@ def transform_blocks(moco: MoCo, *, compiled: bool, checkpointed: bool) -> None:
         compiled: compile each block of both encoders to one graph.
         checkpointed: activation checkpointing of the query's blocks (Chen et al. 2016, Training
             Deep Nets with Sublinear Memory Cost): they keep only their inputs and are computed
-            again in the backward pass, which does not change BatchNorm's running statistics.
+            again in the backward pass, which does not change BatchNorm's running statistics and
+            skips the same branches by stochastic depth.
     """
     if compiled:
         consensus.raise_on_all_ranks(own_compile_cache)
@@ -48,9 +44,9 @@ def transform_blocks(moco: MoCo, *, compiled: bool, checkpointed: bool) -> None:
             if compiled:
                 forward = torch.compile(forward, dynamic=False)
             if checkpointed and encoder is moco.query:
-                forward = partial(
-                    checkpoint, forward, use_reentrant=False, context_fn=_checkpoint_contexts
-                )
+                layers = [m for m in block.modules() if isinstance(m, StochasticDepth)]
+                contexts = partial(_checkpoint_contexts, layers)
+                forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
             if forward is not block.forward:
                 block.forward = forward  # type: ignore[method-assign]
 
@@ -80,5 +76,11 @@ def own_compile_cache() -> None:
 _COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def _checkpoint_contexts() -> tuple[Any, Any]:
-    return contextlib.nullcontext(), statistics_kept()
+def _checkpoint_contexts(layers: list[StochasticDepth]) -> tuple[Any, Any]:
+    return contextlib.nullcontext(), _again(repeating(layers))
+
+
+@contextlib.contextmanager
+def _again(decisions: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    with statistics_kept(), decisions:
+        yield

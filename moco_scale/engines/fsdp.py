@@ -30,12 +30,9 @@ from moco_scale.engines.base import (
     plain_step,
     zero_momentum,
 )
-from moco_scale.engines.blocks import blocks_of
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.encoder import Encoder
-
-NORMS = (nn.BatchNorm2d, nn.LayerNorm)
-"""Modules whose weights are gathered in fp32 whatever the precision."""
+from moco_scale.models.registry import NORMS, blocks_of
 
 
 class FSDPEngine(Engine):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_scale.models.batchnorm import set_part
 from moco_scale.models.encoder import Encoder
 
 VIEWS = 2
@@ -39,14 +38,13 @@ class MoCo(nn.Module):
 
         Args:
             views: of this micro-batch.
-            micro_batch: index of the micro-batch, for BatchNorm's running statistics.
+            micro_batch: index of the micro-batch, for :meth:`Encoder.start_pass`.
             micro_batches: micro-batches of a step.
         """
         features = []
         with self._autocast(views[0].device.type):
             for number, view in enumerate(views):
-                if micro_batches > 1:
-                    set_part(self.query, micro_batch, micro_batches, number, len(views))
+                self.query.start_pass(micro_batch, micro_batches, number, len(views))
                 features.append(self.query(view))
         return [normalize(feature) for feature in features]
 
@@ -56,8 +54,7 @@ class MoCo(nn.Module):
         features = []
         with self._autocast(view.device.type):
             for micro_batch, images in enumerate(view.chunk(micro_batches)):
-                if micro_batches > 1:
-                    set_part(self.key, micro_batch, micro_batches)
+                self.key.start_pass(micro_batch, micro_batches)
                 features.append(self.key(images))
         return normalize(torch.cat(features) if micro_batches > 1 else features[0])
 

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco_scale.distributed import collectives
 from moco_scale.utils.errors import UserError
 
 
-class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d over groups of consecutive samples; same parameters, buffers and names.
+class GroupedBatchNorm(_BatchNorm):
+    """BatchNorm over groups of consecutive samples; same parameters, buffers and names as torch's.
 
     Before :func:`set_groups` is called it is plain BatchNorm. Running statistics take the mean
     over this process's groups, so that their mean over ranks is what one process would have.
@@ -34,19 +35,20 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     counts: bool = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] in any floating dtype -> the same shape and dtype.
+        """[N, C, ...] in any floating dtype -> the same shape and dtype.
 
         Raises:
             ValueError: in training, N is not a multiple of the number of groups.
         """
-        weight, bias = self.weight.float(), self.bias.float()
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
         if not self.training:
             return F.batch_norm(
                 x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps
             )
         mean, var = self.running_mean, self.running_var
-        assert mean is not None and var is not None
-        momentum: float | Tensor = self.momentum or 0.1
+        assert mean is not None and var is not None and self.momentum is not None
+        momentum: float | Tensor = self.momentum
         if _kept:
             mean, var = mean.clone(), var.clone()
         elif self.counts and self.num_batches_tracked is not None:
@@ -82,6 +84,14 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         return out
 
 
+class GroupedBatchNorm1d(GroupedBatchNorm, nn.BatchNorm1d):
+    """BatchNorm1d of [N, C] or [N, C, L] over groups."""
+
+
+class GroupedBatchNorm2d(GroupedBatchNorm, nn.BatchNorm2d):
+    """BatchNorm2d of [N, C, H, W] over groups."""
+
+
 _kept = False
 
 
@@ -103,7 +113,7 @@ class StatisticsBefore:
     ResNet-50's 26,560 channels.
 
     Args:
-        model: whose :class:`GroupedBatchNorm2d` modules count; with their buffers where they
+        model: whose :class:`GroupedBatchNorm` modules count; with their buffers where they
             will stay from the first :meth:`note` on.
     """
 
@@ -119,7 +129,7 @@ class StatisticsBefore:
             return
         self._noted = True
         if not self._now:
-            norms = [m for m in self._model.modules() if isinstance(m, GroupedBatchNorm2d)]
+            norms = [m for m in self._model.modules() if isinstance(m, GroupedBatchNorm)]
             buffers = [b for m in norms for b in m.buffers(recurse=False)]
             # Each kind together: tensors of one dtype are copied by one kernel.
             kinds = [
@@ -150,18 +160,19 @@ def set_part(model: nn.Module, part: int, parts: int, view: int = 0, views: int 
     each statistic finally weighs what it would.
 
     Args:
-        model: its :class:`GroupedBatchNorm2d` modules are set.
+        model: its :class:`GroupedBatchNorm` modules are set.
         part: of the step, from 0.
         parts: in a step; they are equally large.
         view: of the part, from 0.
         views: in a part.
     """
     for module in model.modules():
-        if isinstance(module, GroupedBatchNorm2d):
+        if isinstance(module, GroupedBatchNorm):
             if module.share is None:
                 # A tensor, because compiled code would be made again for each new number.
                 module.share = torch.zeros((), device=module.running_mean.device)  # type: ignore[union-attr]
-            module.share.fill_(_share(module.momentum or 0.1, part, parts, view, views))
+            assert module.momentum is not None
+            module.share.fill_(_share(module.momentum, part, parts, view, views))
             module.counts = part == 0
 
 
@@ -178,15 +189,15 @@ class _SpanningBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
         running_mean: Tensor,
         running_var: Tensor,
         momentum: float | Tensor,
         eps: float,
         span: collectives.Subgroup,
     ) -> Tensor:
-        local_var, local_mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+        local_var, local_mean = torch.var_mean(x.float(), dim=_all_but_channels(x), correction=0)
         # Chan et al.'s combination of equal-sized parts: no cancellation of large squares.
         parts = collectives.gather_stack(torch.stack([local_mean, local_var]), span)
         mean = parts[:, 0].mean(0)
@@ -201,16 +212,22 @@ class _SpanningBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        dy = grads[0].float()
-        shape = (1, -1, 1, 1)
+        dy, dims = grads[0].float(), _all_but_channels(x)
+        shape = (1, -1, *[1] * (x.ndim - 2))
         x_hat = (x.float() - mean.view(shape)) * rstd.view(shape)
-        sums = torch.stack([dy.sum((0, 2, 3)), (dy * x_hat).sum((0, 2, 3))])
-        grad_bias, grad_weight = sums[0].clone(), sums[1].clone()
+        sums = torch.stack([dy.sum(dims), (dy * x_hat).sum(dims)])
+        # The local sums are right for weight and bias: gradients are averaged over ranks anyway.
+        grad_weight = sums[1].clone() if ctx.needs_input_grad[1] else None
+        grad_bias = sums[0].clone() if ctx.needs_input_grad[2] else None
         collectives.sum_(sums, ctx.span.handle)
         sums /= ctx.count
-        dx = (dy - sums[0].view(shape) - x_hat * sums[1].view(shape)) * (weight * rstd).view(shape)
-        # The local sums are right for weight and bias: gradients are averaged over ranks anyway.
+        scale = rstd if weight is None else weight * rstd
+        dx = (dy - sums[0].view(shape) - x_hat * sums[1].view(shape)) * scale.view(shape)
         return dx.to(x.dtype), grad_weight, grad_bias, None, None, None, None, None
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.ndim)]
 
 
 def set_groups(model: nn.Module, group_size: int, batch_size: int, parts: int = 1) -> None:
@@ -219,7 +236,7 @@ def set_groups(model: nn.Module, group_size: int, batch_size: int, parts: int = 
     Every rank calls it, once, after the process group exists.
 
     Args:
-        model: its :class:`GroupedBatchNorm2d` modules are set.
+        model: its :class:`GroupedBatchNorm` modules are set.
         group_size: samples of the global batch per group; ``batch_size`` is SyncBatchNorm.
         batch_size: samples of the global batch.
         parts: equal parts that a rank computes its share in, one after another.
@@ -230,7 +247,7 @@ def set_groups(model: nn.Module, group_size: int, batch_size: int, parts: int = 
     layout = lay_groups(model, group_size, batch_size, collectives.world_size(), parts)
     span = collectives.neighbours(layout.ranks) if layout.ranks > 1 else None
     for module in model.modules():
-        if isinstance(module, GroupedBatchNorm2d):
+        if isinstance(module, GroupedBatchNorm):
             module.local_groups, module.span = layout.local, span
 
 
@@ -257,7 +274,7 @@ def lay_groups(
     per_rank = batch_size // world
     if parts > 1 and (per_rank % parts or per_rank // parts % group_size):
         _require_whole_parts(model, group_size, per_rank, parts, world)
-    if not any(isinstance(m, GroupedBatchNorm2d) for m in model.modules()):
+    if not any(isinstance(m, GroupedBatchNorm) for m in model.modules()):
         return Layout(1, 1)
     if group_size <= per_rank and per_rank % group_size == 0:
         return Layout(max(per_rank // group_size // parts, 1), 1)
@@ -282,7 +299,7 @@ def _require_whole_parts(
             f"--accumulation-steps {parts} does not divide the {place}; "
             f"these do: {', '.join(map(str, fitting))}"
         )
-    if any(isinstance(m, GroupedBatchNorm2d) for m in model.modules()):
+    if any(isinstance(m, GroupedBatchNorm) for m in model.modules()):
         raise UserError(
             f"--accumulation-steps {parts}: a part has {per_rank // parts} of the {place}, which "
             f"BatchNorm groups of {group_size} (--bn-group-size) do not tile; use fewer parts"
@@ -291,7 +308,7 @@ def _require_whole_parts(
 
 def spans_ranks(model: nn.Module) -> bool:
     """Whether some BatchNorm group of the model is shared by several ranks."""
-    return any(isinstance(m, GroupedBatchNorm2d) and m.span is not None for m in model.modules())
+    return any(isinstance(m, GroupedBatchNorm) and m.span is not None for m in model.modules())
 
 
 def _fits(group_size: int, per_rank: int, batch_size: int) -> bool:

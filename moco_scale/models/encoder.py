@@ -1,40 +1,33 @@
-"""Backbones and heads: what turns an image into a feature."""
+"""An encoder: a backbone and a head, what turns an image into a feature."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from moco_scale.models.batchnorm import GroupedBatchNorm2d
-from moco_scale.models.vit import VITS, build_vit
-from moco_scale.models.vit import Block as ViTBlock
+from moco_scale.models import stochastic_depth
+from moco_scale.models.adopt import adopt
+from moco_scale.models.backbone import Wanted
+from moco_scale.models.batchnorm import set_part
+from moco_scale.models.registry import build_backbone
+from moco_scale.models.stochastic_depth import StochasticDepth
 from moco_scale.utils.errors import UserError
 
-Block = type[BasicBlock] | type[Bottleneck]
-
-RESNETS: dict[str, tuple[Block, list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
-    "resnet152": (Bottleneck, [3, 8, 36, 3]),
-}
-MODELS = (*RESNETS, *VITS)
-BLOCKS = (BasicBlock, Bottleneck, ViTBlock)
-"""Parts of a backbone that engines shard, recompute or compile as a whole."""
-WIDTHS = (1, 2, 4)
-STEMS = ("imagenet", "cifar")
 HEADS = ("linear", "mlp")
 
 
 class Encoder(nn.Module):
     """A backbone and the head that projects its features for the contrastive loss.
 
+    BatchNorm1d, BatchNorm2d and stochastic depth in them become ours.
+
     Attributes:
         backbone: [B, 3, S, S] -> [B, feature_dim], average-pooled or a class token.
         head: [B, feature_dim] -> [B, dim].
         feature_dim: width of the backbone's output.
+
+    Raises:
+        UserError: a module normalises over a batch, or draws, and cannot become ours.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int) -> None:
@@ -42,6 +35,25 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = head
         self.feature_dim = feature_dim
+        adopt(self)
+        self.drawing = [m for m in self.modules() if isinstance(m, StochasticDepth)]
+
+    def start_pass(
+        self, micro_batch: int = 0, micro_batches: int = 1, view: int = 0, views: int = 1
+    ) -> None:
+        """Start a forward pass of a step, for running statistics and draws.
+
+        Args:
+            micro_batch: of the step, from 0.
+            micro_batches: of a step; they are equally large.
+            view: of the micro-batch, from 0.
+            views: of a micro-batch.
+        """
+        if micro_batches > 1:
+            set_part(self, micro_batch, micro_batches, view, views)
+        if self.drawing and self.training:
+            device = next(self.parameters()).device
+            stochastic_depth.draw(self.drawing, device, micro_batch, micro_batches, view)
 
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, feature_dim]: what linear evaluation and other tasks use."""
@@ -66,84 +78,38 @@ def build_encoder(
 ) -> Encoder:
     """Build an encoder whose initial weights are a function of the seed alone.
 
-    A ResNet has the weights that torchvision's ``resnetNN(num_classes=dim)`` has after
-    ``torch.manual_seed(seed)``. What that has not (the ``mlp`` head's first layer, a 3x3 or a wider
+    A network of torchvision's has the weights that ``network(num_classes=dim)`` has there after
+    ``torch.manual_seed(seed)``. What that has not (the ``mlp`` head's first layer, another
     stem) is drawn after it, as the official code does: a run of ours and one of another code base
     can begin at the same weights. The global random generator is left as it was.
 
     Args:
-        model: one of :data:`MODELS`.
-        width: of a ResNet: multiplies every channel count (ResNet-50 "4x" of the MoCo paper has
-            8192 features).
-        stem: of a ResNet: ``"imagenet"`` (7x7 stride 2, max-pool) or ``"cifar"`` (3x3, no pooling).
+        model: one of :data:`registry.MODELS`.
+        width: multiplies every channel count (ResNet-50 "4x" of the MoCo paper has 8192 features).
+        stem: ``"imagenet"`` (7x7 stride 2, max-pool) or ``"cifar"`` (3x3, no pooling); of models
+            that have a choice.
         head: ``"linear"`` (MoCo v1) or ``"mlp"`` (MoCo v2: two layers, ReLU, no BatchNorm).
         dim: width of the projected output.
-        image_size: of a transformer: pixels a side of the images it takes.
-        patch_size: of a transformer: pixels a side of a patch; 0: the model's own.
+        image_size: pixels a side of the images it takes.
+        patch_size: pixels a side of a patch, of models that have them; 0: the model's own.
         train_patch_embedding: of a transformer: its first layer is trained too.
         seed: of the initial weights.
 
     Raises:
-        UserError: an unknown name or width, or images that are no whole number of patches.
+        UserError: an unknown name, or what the model cannot be.
     """
-    if model not in MODELS:
-        raise UserError(f"--model {model}: unknown; choose one of {', '.join(MODELS)}")
-    if stem not in STEMS:
-        raise UserError(f"--stem {stem}: choose one of {', '.join(STEMS)}")
-    if width not in WIDTHS:
-        raise UserError(f"--model-width {width}: choose one of {', '.join(map(str, WIDTHS))}")
+    wanted = Wanted(
+        dim=dim,
+        width=width,
+        stem=stem,
+        image_size=image_size,
+        patch_size=patch_size,
+        train_patch_embedding=train_patch_embedding,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone: nn.Module
-        if model in VITS:
-            if width != 1:
-                raise UserError(f"--model-width {width} is for ResNets, not for {model}")
-            backbone, feature_dim = build_vit(
-                model,
-                image_size=image_size,
-                patch_size=patch_size,
-                train_patch_embedding=train_patch_embedding,
-            )
-        else:
-            block, layers = RESNETS[model]
-            backbone = _WideResNet(block, layers, width, stem, dim)
-            feature_dim = 512 * block.expansion * width
-            return Encoder(backbone, _head(head, backbone.take_projection()), feature_dim)
-        return Encoder(backbone, _head(head, nn.Linear(feature_dim, dim)), feature_dim)
-
-
-class _WideResNet(ResNet):
-    """torchvision's ResNet with every channel count multiplied, the stem's included."""
-
-    def __init__(
-        self, block: Block, layers: list[int], width: int, stem: str, num_classes: int
-    ) -> None:
-        self.channel_multiplier = width
-        super().__init__(block, layers, num_classes=num_classes, norm_layer=GroupedBatchNorm2d)
-        channels = 64 * width
-        if stem == "cifar":
-            # Initialised as any nn.Conv2d, not as torchvision's ResNet: so is the official demo's.
-            self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-            self.maxpool = nn.Identity()  # type: ignore[assignment]
-        elif width > 1:
-            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        if width > 1:
-            self.bn1 = GroupedBatchNorm2d(channels)
-            self.fc = nn.Linear(512 * block.expansion * width, num_classes)
-
-    def take_projection(self) -> nn.Linear:
-        """Its last layer, [B, feature_dim] -> [B, num_classes], which it no longer has then."""
-        projection = self.fc
-        self.fc = nn.Identity()  # type: ignore[assignment]
-        return projection
-
-    def _make_layer(
-        self, block: Block, planes: int, blocks: int, stride: int = 1, dilate: bool = False
-    ) -> nn.Sequential:
-        if planes == 64:  # the first stage: its input is the widened stem
-            self.inplanes = 64 * self.channel_multiplier
-        return super()._make_layer(block, planes * self.channel_multiplier, blocks, stride, dilate)
+        backbone, projection = build_backbone(model, wanted)
+        return Encoder(backbone, _head(head, projection), projection.in_features)
 
 
 def _head(kind: str, last: nn.Linear) -> nn.Module:

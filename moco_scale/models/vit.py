@@ -7,6 +7,7 @@ authors' runs unstable.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
+from moco_scale.models.backbone import Backbone, Wanted
 from moco_scale.utils.errors import UserError
 
 
@@ -35,9 +37,6 @@ VITS: dict[str, ViTShape] = {
     "vit_large": ViTShape(16, 1024, 24, 16),
     "vit_huge": ViTShape(14, 1280, 32, 16),
 }
-
-Block = EncoderBlock
-"""What is gathered, recomputed or compiled as a whole."""
 
 
 class MoCoViT(VisionTransformer):
@@ -99,25 +98,23 @@ def sincos_positions(side: int, width: int) -> Tensor:
     return torch.cat([torch.zeros(1, 4 * quarter, dtype=torch.float64), table]).float()[None]
 
 
-def build_vit(
-    model: str, *, image_size: int, patch_size: int, train_patch_embedding: bool
-) -> tuple[MoCoViT, int]:
-    """A transformer of :data:`VITS` and the width of its features.
-
-    Args:
-        model: a key of :data:`VITS`.
-        image_size: pixels a side.
-        patch_size: pixels a side; 0: the model's own.
-        train_patch_embedding: whether the first layer is trained.
+def build(model: str, wanted: Wanted) -> tuple[nn.Module, nn.Linear]:
+    """Build a member of :data:`VITS`; its projection is drawn after it.
 
     Raises:
         UserError: the image is no whole number of patches.
     """
     shape = VITS[model]
-    shape = ViTShape(patch_size or shape.patch, shape.width, shape.depth, shape.heads)
-    if image_size % shape.patch:
+    shape = dataclasses.replace(shape, patch=wanted.patch_size or shape.patch)
+    if wanted.image_size % shape.patch:
         raise UserError(
-            f"--image-size {image_size} is not a multiple of {model}'s patches of {shape.patch} "
-            "pixels; choose another, or --patch-size"
+            f"--image-size {wanted.image_size} is not a multiple of {model}'s patches of "
+            f"{shape.patch} pixels; choose another, or --patch-size"
         )
-    return MoCoViT(shape, image_size, train_patch_embedding), shape.width
+    network = MoCoViT(shape, wanted.image_size, wanted.train_patch_embedding)
+    return network, nn.Linear(shape.width, wanted.dim)
+
+
+BACKBONE = Backbone(
+    models=tuple(VITS), build=build, blocks=(EncoderBlock,), attends=True, patches=True
+)

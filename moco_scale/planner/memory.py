@@ -11,10 +11,10 @@ from torch import nn
 from moco_scale.config.schema import Config
 from moco_scale.engines import read_deepspeed
 from moco_scale.engines.base import PRECISIONS
-from moco_scale.engines.blocks import blocks_of
 from moco_scale.methods.key_queue import DTYPES
 from moco_scale.methods.moco import VIEWS, MoCo
 from moco_scale.models.encoder import Encoder
+from moco_scale.models.registry import blocks_of
 from moco_scale.planner.trace import Trace
 
 FP32 = 4

@@ -11,19 +11,22 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from moco_scale.config.schema import Config
+from moco_scale.data.sampling.order import Samples
 from moco_scale.engines.base import PRECISIONS
 from moco_scale.engines.blocks import transform_blocks
 from moco_scale.methods.moco import MoCo
-from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.batchnorm import GroupedBatchNorm
 from moco_scale.models.encoder import build_encoder
+from moco_scale.models.stochastic_depth import Crops, encoding
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,11 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
         new = [t for t in results if self._is_new(t)]
-        count = flop_registry.get(func._overloadpacket)
         inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         computes = new and not func._schema.name.startswith("aten::empty")
         if computes or func._schema.is_mutable:  # a view moves nothing
             moved = sum(t.numel() * t.element_size() for t in (*inputs, *results))
-            flops = int(count(*args, **kwargs, out_val=out)) if count else 0
+            flops = _flops(func, args, kwargs, out)
             half = bool(results) and results[0].element_size() == 2
             times = self._repeated if "batch_norm" in func._schema.name else 1.0
             self.kernels.append(Kernel(flops, round(moved / times), half, times))
@@ -121,6 +123,17 @@ class _Recorder(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
         return True
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    if func is torch.ops.aten.convolution_backward.default:
+        # Each gradient takes what the forward pass took. torch counts that of a grouped
+        # convolution's weights as if there were no groups.
+        gradient, x, weight = (tensor.shape for tensor in args[:3])
+        transposed, wanted = args[7], args[10]
+        return sum(wanted[:2]) * int(conv_flop_count(x, weight, gradient, transposed))
+    count = flop_registry.get(func._overloadpacket)
+    return int(count(*args, **kwargs, out_val=out)) if count else 0
 
 
 def build_model(config: Config) -> MoCo:
@@ -157,7 +170,7 @@ def trace_step(config: Config, world: int) -> Trace:
     groups = max(rows // config.model.bn_group_size, 1)
     traced = _stand_in(groups)
     for module in moco.modules():
-        if isinstance(module, GroupedBatchNorm2d):
+        if isinstance(module, GroupedBatchNorm):
             module.local_groups = traced
     transform_blocks(moco, compiled=False, checkpointed=config.run.activation_checkpointing)
     views = 2 if config.contrast.symmetric else 1
@@ -167,12 +180,15 @@ def trace_step(config: Config, world: int) -> Trace:
         # Augmented crops, in fp32. The query's exist before the step and after it.
         crops = [torch.empty(rows, 3, size, size) for _ in range(views)]
         ignored = weights | {t.untyped_storage()._cdata for t in crops}
+        whole = Crops(0, Samples(np.arange(per_rank), np.zeros(per_rank, np.int64)), (0, 1))
+        names = whole._replace(samples=whole.samples.part(0, rows))
         with _Recorder(ignored, groups / traced) as recorder:
             marks = [0]
-            queries = moco(*crops)
+            with encoding(names):
+                queries = moco(*crops)
             held = recorder.live
             marks.append(len(recorder.kernels))
-            with torch.no_grad():
+            with torch.no_grad(), encoding(whole):
                 for _ in range(views):
                     moco.keys(torch.empty(per_rank, 3, size, size), micro_batches)
             marks.append(len(recorder.kernels))

@@ -9,10 +9,9 @@ from torch import nn
 
 from moco_scale.config.schema import Config
 from moco_scale.engines.base import PRECISIONS
-from moco_scale.engines.blocks import blocks_of
-from moco_scale.engines.fsdp import NORMS
 from moco_scale.methods.moco import MoCo
-from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.batchnorm import GroupedBatchNorm
+from moco_scale.models.registry import NORMS, blocks_of
 from moco_scale.planner.memory import FP32, Sharding, flat_partition, share
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = (
@@ -233,7 +232,7 @@ def _gathered_bytes(config: Config, encoder: nn.Module, how: Sharding) -> tuple[
 def _spanning(config: Config, moco: MoCo, world: int, gpus: int) -> list[Collective]:
     """List the statistics of BatchNorm groups that span ranks."""
     per_rank, size = config.optim.batch_size // world, config.model.bn_group_size
-    layers = [m for m in moco.query.modules() if isinstance(m, GroupedBatchNorm2d)]
+    layers = [m for m in moco.query.modules() if isinstance(m, GroupedBatchNorm)]
     if size <= per_rank or not layers:
         return []
     ranks = size // per_rank

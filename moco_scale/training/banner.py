@@ -11,7 +11,7 @@ from moco_scale.config.schema import Config
 from moco_scale.data.shards.mixed_shards import epoch_notes
 from moco_scale.distributed import collectives
 from moco_scale.methods.key_queue import crowded_queue
-from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.batchnorm import GroupedBatchNorm
 from moco_scale.training.run import Run
 from moco_scale.utils import determinism
 
@@ -52,7 +52,7 @@ def run_summary(run: Run, dropped: int) -> list[str]:
 def cautions(run: Run) -> list[str]:
     """Warn of settings that work and are hardly meant."""
     config, lines = run.config, determinism.slow_precision(run.device, run.config.run.precision)
-    if any(isinstance(m, GroupedBatchNorm2d) for m in run.engine.moco.modules()):
+    if any(isinstance(m, GroupedBatchNorm) for m in run.engine.moco.modules()):
         lines += _shuffles_in_vain(config)
     if not config.contrast.mask_same_image:
         lines += crowded_queue(config.contrast.nce_k, len(run.shards))

@@ -21,6 +21,7 @@ from moco_scale.data.sampling.order import BatchPlan, Samples
 from moco_scale.distributed import collectives
 from moco_scale.methods.moco import VIEWS
 from moco_scale.methods.shuffle_bn import ShuffleBN
+from moco_scale.models.stochastic_depth import Crops
 
 
 class Inputs:
@@ -178,9 +179,22 @@ class StepInputs:
         """Return a term's key view of the samples that this rank encodes: float32 [b, 3, S, S]."""
         if term in self._keys:
             return self._keys.pop(term)
-        samples = Samples(*(column[self._sent[term].received] for column in self._batch))
         view = self._inputs.terms[term][1]
-        return self._inputs.augmented(self._received.pop(term), samples, view)
+        return self._inputs.augmented(self._received.pop(term), self._received_samples(term), view)
+
+    def query_crops(self) -> Crops:
+        """Name all crops of :meth:`queries`."""
+        return self._crops_of(self._mine, *(query for query, _ in self._inputs.terms))
+
+    def key_crops(self, term: int) -> Crops:
+        """Name the crops of :meth:`keys`."""
+        return self._crops_of(self._received_samples(term), self._inputs.terms[term][1])
+
+    def _crops_of(self, samples: Samples, *views: int) -> Crops:
+        return Crops(self._inputs.plan.order.seed, samples, views)
+
+    def _received_samples(self, term: int) -> Samples:
+        return Samples(*(column[self._sent[term].received] for column in self._batch))
 
     def gather_back(self, term: int, features: Tensor) -> Tensor:
         """Gather features of :meth:`keys` in the batch's order: [b, D] to [G, D] of all ranks."""

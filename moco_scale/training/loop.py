@@ -13,6 +13,7 @@ from moco_scale.data.loading.loader import ViewBatch
 from moco_scale.distributed import consensus
 from moco_scale.distributed.stop_signal import StopRequest
 from moco_scale.methods.infonce import Contrast
+from moco_scale.models.stochastic_depth import encoding
 from moco_scale.observe.loggers import Loggers
 from moco_scale.observe.phases import (
     AGREE,
@@ -133,7 +134,8 @@ def train_step(run: Run, batch: ViewBatch) -> None:
     for micro_batch, rows in enumerate(np.split(np.arange(len(mine.index)), run.micro_batches)):
         own = slice(rows[0], rows[-1] + 1)
         enter(FORWARD)
-        queries = run.engine.query(*inputs.queries(own), micro_batch=micro_batch)
+        with encoding(inputs.query_crops()):
+            queries = run.engine.query(*inputs.queries(own), micro_batch=micro_batch)
         if micro_batch == 0:  # the exchange overlaps with the first queries
             all_keys = [_keys(run, inputs, term) for term in range(len(queries))]
         first = run.rank * len(mine.index)
@@ -169,7 +171,8 @@ def _keys(run: Run, inputs: StepInputs, term: int) -> Tensor:
     enter(SHUFFLE)
     inputs.receive(term)
     enter(FORWARD)
-    keys = run.engine.key(inputs.keys(term))
+    with encoding(inputs.key_crops(term)):
+        keys = run.engine.key(inputs.keys(term))
     enter(SHUFFLE)
     return inputs.gather_back(term, keys)
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.resnet import BasicBlock
 
+from moco_scale.data.sampling.order import Samples
 from moco_scale.distributed import collectives
 from moco_scale.engines.base import Engine, EngineSettings
 from moco_scale.methods.moco import MoCo
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
+from moco_scale.models.convnext import Block
 from moco_scale.models.encoder import Encoder
+from moco_scale.models.stochastic_depth import Crops, encoding
 from moco_scale.models.vit import MoCoViT, ViTShape
 
 BATCH, SIZE, DIM = 8, 12, 16
@@ -40,7 +46,24 @@ def small_transformer() -> Encoder:
         return Encoder(backbone, nn.Linear(16, DIM), 16)
 
 
-ENCODERS = {"resnet": small_encoder, "vit": small_transformer}
+def small_convnext() -> Encoder:
+    """Two stages of two blocks, of which images skip the last three at random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        stages = [CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 2)]
+        backbone = ConvNeXt(stages, 0.5, layer_scale=0.5, num_classes=DIM, block=Block)
+        projection = backbone.classifier[-1]
+        backbone.classifier[-1] = nn.Identity()
+        return Encoder(backbone, projection, 16)
+
+
+ENCODERS = {"resnet": small_encoder, "vit": small_transformer, "convnext": small_convnext}
+
+
+def named(step: int, mine: slice, *views: int) -> AbstractContextManager[None]:
+    """Name this rank's images of a step for what is drawn for each of them."""
+    index = np.arange(BATCH)[mine]
+    return encoding(Crops(1, Samples(index, np.full_like(index, step)), views))
 
 
 def engine_around(

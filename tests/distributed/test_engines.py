@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import REPOSITORY
 from harness import run_ranks
-from small_engines import ALPHA, BATCH, DIM, ENCODERS, MOMENTUM, RATE, SIZE, engine_around
+from small_engines import ALPHA, BATCH, DIM, ENCODERS, MOMENTUM, RATE, SIZE, engine_around, named
 from torch import Tensor, nn
 
 from moco_scale.distributed import collectives
@@ -65,14 +65,15 @@ def train(
         images = torch.randn(views + 1, BATCH, 3, SIZE, SIZE, generator=generator)[:, mine]
         if step == overexposed and collectives.rank() == 0:
             images = images * 1e6
-        keys = engine.key(images[-1])
+        with named(step, mine, views):
+            keys = engine.key(images[-1])
         if engine.loss_scale is not None:
             result["scales"].append(engine.loss_scale.value)
         mean = 0.0
         for micro_batch, rows in enumerate(torch.arange(per_rank).chunk(micro_batches)):
-            queries = engine.query(
-                *(images[v, rows] for v in range(views)), micro_batch=micro_batch
-            )
+            shown = (images[v, rows] for v in range(views))
+            with named(step, mine, *range(views)):
+                queries = engine.query(*shown, micro_batch=micro_batch)
             losses = [
                 infonce(query, keys[rows], Negatives(queue), 0.2).loss.mean() for query in queries
             ]
@@ -178,6 +179,28 @@ def transformer() -> dict[str, Any]:
 def test_a_transformer_with_frozen_patches(transformer: dict[str, Any], kind: str) -> None:
     ways = partial(train, encoder="vit", views=2, activation_checkpointing=True)
     assert_same(run_ranks(ways, 2, kind, 5), transformer)
+
+
+@pytest.fixture(scope="module")
+def convnext() -> dict[str, Any]:
+    (result,) = run_ranks(partial(train, encoder="convnext", views=2), 1, "ddp", 5)
+    return result
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=slow_unless(k in ("ddp", "fsdp"))) for k in ENGINES]
+)
+def test_stochastic_depth_belongs_to_images(convnext: dict[str, Any], kind: str) -> None:
+    """On two ranks, in two micro-batches, of blocks that are computed again."""
+    ways = partial(
+        train,
+        encoder="convnext",
+        views=2,
+        micro_batches=2,
+        activation_checkpointing=True,
+        group=2,
+    )
+    assert_same(run_ranks(ways, 2, kind, 5), convnext)
 
 
 @pytest.mark.slow

@@ -1,26 +1,39 @@
-"""Grouped BatchNorm in one process, compared with torch.nn.BatchNorm2d."""
+"""Grouped BatchNorm in one process, compared with torch.nn.BatchNorm1d and 2d."""
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from moco_scale.models.batchnorm import GroupedBatchNorm2d, set_groups
+from moco_scale.models.batchnorm import (
+    GroupedBatchNorm,
+    GroupedBatchNorm1d,
+    GroupedBatchNorm2d,
+    set_groups,
+    set_part,
+)
 from moco_scale.utils.errors import UserError
 
 CHANNELS = 5
+PIXELS = {nn.BatchNorm1d: (), nn.BatchNorm2d: (4, 3)}
+"""Dimensions after the channels of what a kind is tested with."""
+OURS = {nn.BatchNorm1d: GroupedBatchNorm1d, nn.BatchNorm2d: GroupedBatchNorm2d}
+kinds = pytest.mark.parametrize("kind", PIXELS, ids=["1d", "2d"])
+affines = pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 
 
-def batch(seed: int, samples: int = 8) -> Tensor:
+def batch(seed: int, samples: int = 8, pixels: tuple[int, ...] = (4, 3)) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(samples, CHANNELS, 4, 3, generator=generator) * 3 + 1
+    return torch.randn(samples, CHANNELS, *pixels, generator=generator) * 3 + 1
 
 
-def norm(kind: type[nn.BatchNorm2d], groups: int = 1) -> nn.BatchNorm2d:
-    module = kind(CHANNELS)
-    with torch.no_grad():
-        module.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
-        module.bias.copy_(torch.linspace(-1, 1, CHANNELS))
-    if isinstance(module, GroupedBatchNorm2d):
+def norm(kind: type[_BatchNorm], groups: int = 1, affine: bool = True) -> _BatchNorm:
+    module = kind(CHANNELS, affine=affine)
+    if affine:
+        with torch.no_grad():
+            module.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
+            module.bias.copy_(torch.linspace(-1, 1, CHANNELS))
+    if isinstance(module, GroupedBatchNorm):
         module.local_groups = groups
     return module
 
@@ -35,11 +48,14 @@ def backward(module: nn.Module, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return out.detach(), x.grad
 
 
-def test_one_group_is_batchnorm() -> None:
-    ours, reference = norm(GroupedBatchNorm2d), norm(nn.BatchNorm2d)
+@kinds
+@affines
+def test_one_group_is_batchnorm(kind: type[_BatchNorm], affine: bool) -> None:
+    ours, reference = norm(OURS[kind], affine=affine), norm(kind, affine=affine)
     for step in range(3):
-        out, grad = backward(ours, batch(step), 100 + step)
-        expected, expected_grad = backward(reference, batch(step), 100 + step)
+        x = batch(step, pixels=PIXELS[kind])
+        out, grad = backward(ours, x, 100 + step)
+        expected, expected_grad = backward(reference, x, 100 + step)
         assert torch.equal(out, expected)
         assert torch.equal(grad, expected_grad)
     for (name, p), (_, q) in zip(
@@ -52,26 +68,72 @@ def test_one_group_is_batchnorm() -> None:
         assert torch.equal(ours.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-def test_groups_are_separate_batchnorms_with_averaged_statistics(groups: int) -> None:
-    ours = norm(GroupedBatchNorm2d, groups)
-    parts = [norm(nn.BatchNorm2d) for _ in range(groups)]
-    for step in range(3):
-        x = batch(step)
+def in_groups(
+    kind: type[_BatchNorm], groups: int, affine: bool, steps: int
+) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """Outputs, input gradients, and the final state, of torch's BatchNorm on each group, in fp64.
+
+    Gradients of parameters are sums over the groups, running statistics means.
+    """
+    parts = [norm(kind, affine=affine).double() for _ in range(groups)]
+    outputs, gradients = [], []
+    for step in range(steps):
+        x = batch(step, pixels=PIXELS[kind]).double().requires_grad_()
+        out = torch.cat([p(c) for p, c in zip(parts, x.chunk(groups), strict=True)])
         weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(step))
-        ours_x, parts_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-        out = ours(ours_x)
-        expected = torch.cat([p(c) for p, c in zip(parts, parts_x.chunk(groups), strict=True)])
         (out * weights).sum().backward()
-        (expected * weights).sum().backward()
-        torch.testing.assert_close(out, expected)
-        torch.testing.assert_close(ours_x.grad, parts_x.grad)
-    for name in ("weight", "bias"):
-        total = sum(getattr(p, name).grad for p in parts)
-        torch.testing.assert_close(getattr(ours, name).grad, total)
-    for name in ("running_mean", "running_var"):
-        mean = torch.stack([getattr(p, name) for p in parts]).mean(0)
-        torch.testing.assert_close(getattr(ours, name), mean)
+        assert x.grad is not None
+        outputs.append(out.detach())
+        gradients.append(x.grad)
+    found = {
+        name: torch.stack([getattr(p, name) for p in parts]).mean(0)
+        for name in ("running_mean", "running_var")
+    }
+    for name, _ in parts[0].named_parameters():
+        found[name] = torch.stack([getattr(p, name).grad for p in parts]).sum(0)
+    return outputs, gradients, found
+
+
+def assert_state(ours: _BatchNorm, found: dict[str, Tensor]) -> None:
+    for name, wanted in found.items():
+        tensor = getattr(ours, name)
+        got = tensor.grad if isinstance(tensor, nn.Parameter) else tensor
+        assert got is not None
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@kinds
+@affines
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_are_separate_batchnorms_with_averaged_statistics(
+    kind: type[_BatchNorm], affine: bool, groups: int
+) -> None:
+    ours = norm(OURS[kind], groups, affine)
+    outputs, gradients, found = in_groups(kind, groups, affine, 3)
+    for step in range(3):
+        out, grad = backward(ours, batch(step, pixels=PIXELS[kind]), step)
+        torch.testing.assert_close(out.double(), outputs[step], rtol=1e-5, atol=1e-5)
+        # Of two numbers in a group all but rounding cancels in the gradient.
+        torch.testing.assert_close(grad.double(), gradients[step], rtol=1e-5, atol=5e-5)
+    assert_state(ours, found)
+    assert ours.num_batches_tracked == 3
+
+
+@kinds
+@pytest.mark.parametrize("groups", [2, 4])
+def test_micro_batches_leave_the_statistics_of_whole_steps(
+    kind: type[_BatchNorm], groups: int
+) -> None:
+    """Two micro-batches with a half of the groups each, in every step."""
+    ours = norm(OURS[kind], groups // 2)
+    _, _, found = in_groups(kind, groups, True, 3)
+    for step in range(3):
+        x = batch(step, pixels=PIXELS[kind])
+        weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(step))
+        for part, (rows, each) in enumerate(zip(x.chunk(2), weights.chunk(2), strict=True)):
+            set_part(ours, part, 2)
+            (ours(rows) * each).sum().backward()
+    assert_state(ours, found)
     assert ours.num_batches_tracked == 3
 
 
@@ -82,13 +144,16 @@ def test_a_group_does_not_see_the_others() -> None:
     assert not torch.equal(norm(GroupedBatchNorm2d)(x)[:4], norm(GroupedBatchNorm2d)(changed)[:4])
 
 
-def test_evaluation_uses_the_running_statistics() -> None:
-    ours, reference = norm(GroupedBatchNorm2d, 2), norm(nn.BatchNorm2d)
-    ours(batch(0))
+@kinds
+@affines
+def test_evaluation_uses_the_running_statistics(kind: type[_BatchNorm], affine: bool) -> None:
+    ours, reference = norm(OURS[kind], 2, affine), norm(kind, affine=affine)
+    ours(batch(0, pixels=PIXELS[kind]))
     reference.load_state_dict(ours.state_dict())
     before = {name: value.clone() for name, value in ours.state_dict().items()}
     # An odd batch: groups do not matter here.
-    assert torch.equal(ours.eval()(batch(1, 7)), reference.eval()(batch(1, 7)))
+    odd = batch(1, 7, PIXELS[kind])
+    assert torch.equal(ours.eval()(odd), reference.eval()(odd))
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
 
 

@@ -8,7 +8,8 @@ import torchvision
 from torch import nn
 
 from moco_scale.models.batchnorm import GroupedBatchNorm2d
-from moco_scale.models.encoder import RESNETS, Encoder, build_encoder
+from moco_scale.models.encoder import Encoder, build_encoder
+from moco_scale.models.resnet import RESNETS
 from moco_scale.utils.errors import UserError
 
 

@@ -91,7 +91,7 @@ def test_features_are_the_class_token() -> None:
     [
         ({"image_size": 50}, "--image-size 50 is not a multiple of vit_small's patches of 16"),
         ({"image_size": 224, "patch_size": 15}, "patches of 15"),
-        ({"width": 2}, "--model-width 2 is for ResNets, not for vit_small"),
+        ({"width": 2}, "--model-width 2: for vit_small, choose one of 1"),
     ],
 )
 def test_what_does_not_fit_is_named(arguments: dict, words: str) -> None:
