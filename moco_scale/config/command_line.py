@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="train.py",
         older=PRETRAINING,
         description="Momentum-contrast pretraining.",
-        epilog="Flags whose default is not said take the recipe's value (docs/recipes.md).",
+        epilog="Flags without a default here take the recipe's value (docs/recipes.md).",
         allow_abbrev=False,
     )
     add_flags(parser)

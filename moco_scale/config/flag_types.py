@@ -1,4 +1,4 @@
-"""What argparse makes of a word: numbers in a range, and what it says of them and of others."""
+"""Types of flags for argparse, with their names in its messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class DefaultsHelpFormatter(argparse.HelpFormatter):
-    """Adds the default to a flag's help, where there is one and the help does not say it."""
+    """Adds the default to a flag's help, unless the help has it already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
@@ -17,36 +17,36 @@ class DefaultsHelpFormatter(argparse.HelpFormatter):
 
 
 def whole_number(text: str) -> int:
-    """A whole number."""
+    """Parse a whole number."""
     return int(text)
 
 
 def number(text: str) -> float:
-    """A number."""
+    """Parse a number."""
     return float(text)
 
 
 def positive_int(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse a whole number from 1 on."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value
 
 
 def not_negative_int(text: str) -> int:
-    """A whole number from 0 on."""
+    """Parse a whole number from 0 on."""
     if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
 def whole_numbers(text: str) -> list[int]:
-    """Whole numbers from 1 on, separated by commas: ``120,160``."""
+    """Parse whole numbers from 1 on, separated by commas: ``120,160``."""
     return [positive_int(part) for part in text.split(",") if part]
 
 
 def named_path(text: str) -> Path:
-    """A path; an empty one, of a variable that is not set perhaps, does not mean this folder."""
+    """Parse a path; an empty one, perhaps of an unset variable, is refused."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)

@@ -1,4 +1,4 @@
-"""Options as fields of frozen dataclasses: their flags, help and checks are made from these."""
+"""Options as fields of frozen dataclasses, from which flags, help and checks are made."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moco_scale.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that an option takes.
+    """Range of an option's numbers.
 
     Attributes:
-        words: what a message says of any other.
+        words: message about other numbers.
         least: the smallest.
         most: the largest.
-        above: the smallest itself is none of them.
+        above: exclude the smallest itself.
     """
 
     words: str
@@ -33,7 +33,7 @@ class Range:
         return self.least <= value <= self.most and not (self.above and value == self.least)
 
     def advising(self, advice: str) -> Range:
-        """The same, with a word on what to do instead."""
+        """Return the range with advice in its message."""
         return dataclasses.replace(self, words=f"{self.words}; {advice}")
 
 
@@ -52,31 +52,33 @@ def option(default: Any, text: str, *, within: Range | None = None, **more: Any)
     """Make a field that has a flag.
 
     Args:
-        default: its value where nobody gives one; it is never out of range, so that 0 may mean
-            what something else says.
+        default: value without the flag; never out of range, so that 0 may have a special meaning.
         text: for ``--help``.
-        within: what it may be.
-        more: ``flag``, where it is not called as the field is, and ``aliases`` of it; ``type``,
-            which a default of None does not tell; ``switch`` of a bool without its opposite;
-            ``choices``, ``metavar`` and ``required`` as argparse has them.
+        within: range of its values.
+        more: ``flag``, where it differs from the field's name, and its ``aliases``; ``type``, where
+            the default is None; ``switch`` for a bool without its opposite; ``choices``,
+            ``metavar`` and ``required`` as in argparse.
     """
     return dataclasses.field(default=default, metadata={"help": text, "within": within, **more})
 
 
 def options_of(cls: Any) -> list[dataclasses.Field[Any]]:
-    """Fields of a dataclass, or of an instance, that have a flag."""
+    """List fields of a dataclass, or of an instance, that have a flag."""
     return [field for field in fields(cls) if "help" in field.metadata]
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
-    """Name the flag of an option: the field's name, unless it says another."""
+    """Name the flag of an option: the field's name, unless another is given."""
     return str(field.metadata.get("flag") or "--" + field.name.replace("_", "-"))
 
 
 def add_flags(parser: Any, cls: type, unsaid: Container[str] = ()) -> None:
-    """Add the flags of a dataclass to a parser or a group of one; None: not given.
+    """Add the flags of a dataclass to a parser or a group; a flag not given is None.
 
-    unsaid: options whose default is found elsewhere, as in a recipe.
+    Args:
+        parser: or group.
+        cls: the dataclass.
+        unsaid: options whose default is found elsewhere, as in a recipe.
     """
     for field in options_of(cls):
         _add_flag(parser, field, "" if field.name in unsaid else _default_of(field))
@@ -100,7 +102,7 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any], default: str) -> None:
 
 
 def _default_of(field: dataclasses.Field[Any]) -> str:
-    """What a flag's help says of its default, unless it is said already."""
+    """Describe a flag's default for its help, unless the help has it already."""
     text, default = field.metadata["help"], field.default
     if default in (None, "", ()) or "default" in text or "switch" in field.metadata:
         return ""
@@ -112,7 +114,7 @@ def _default_of(field: dataclasses.Field[Any]) -> str:
 
 
 def given(args: Mapping[str, Any], *classes: type) -> dict[str, Any]:
-    """Values that a command line gives to options of some dataclasses, by their names."""
+    """Collect values that a command line gives to options of some dataclasses, by name."""
     values = {}
     for field in (field for cls in classes for field in options_of(cls)):
         if (value := args[field.name]) is not None:
@@ -122,7 +124,7 @@ def given(args: Mapping[str, Any], *classes: type) -> dict[str, Any]:
 
 
 def out_of_range(*options: object) -> list[str]:
-    """A line for each number of some dataclasses that cannot be."""
+    """Describe each number of some dataclasses that is out of its range."""
     wrong = []
     for one in options:
         for field in options_of(one):
@@ -135,6 +137,6 @@ def out_of_range(*options: object) -> list[str]:
 
 
 def refuse(wrong: list[str]) -> None:
-    """Raise a UserError of these lines, where there are any."""
+    """Raise a UserError with these lines, if there are any."""
     if wrong:
         raise UserError("\n  ".join(wrong if len(wrong) == 1 else ["these cannot be:", *wrong]))

@@ -1,4 +1,4 @@
-"""argparse's parser, for programs of which several ranks run."""
+"""Parser of argparse for programs that run on several ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moco_scale.utils.text import printable_lines
 
 
 class Parser(argparse.ArgumentParser):
-    """Say what is wrong with a command line: at length on rank 0, in one line on the others."""
+    """Reports errors of a command line at length on rank 0, in one line on others."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(printable_lines(message, 1 << 20), file)

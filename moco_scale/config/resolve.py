@@ -1,4 +1,4 @@
-"""From a recipe and flags to a complete configuration, or to a word about what cannot work.
+"""Complete configurations from recipes and flags, with their contradictions.
 
 A value comes from, in this order: a flag, the recipe, the data set's preset, the field's default.
 """
@@ -19,10 +19,10 @@ from moco_scale.utils.errors import UserError
 
 
 def build(recipe: str, given: dict[str, Any]) -> Config:
-    """A complete, checked configuration from a recipe and values by field name.
+    """Build a complete, checked configuration from a recipe and values by field name.
 
     Raises:
-        UserError: an unknown recipe, or values that contradict each other or cannot work.
+        UserError: The recipe is unknown, or values contradict each other or cannot work.
     """
     if recipe not in RECIPES:
         raise UserError(f"recipe {recipe!r} is unknown; there are {', '.join(RECIPES)}")
@@ -37,7 +37,7 @@ def build(recipe: str, given: dict[str, Any]) -> Config:
 
 
 def _resolve(config: Config, given: dict[str, Any]) -> Config:
-    """Fill in what follows from other values."""
+    """Fill in values that follow from others."""
     preset, replace = config.preset, dataclasses.replace
     data, model, run = config.data, config.model, config.run
     # An empty --data-dir does not mean the default.
@@ -70,7 +70,7 @@ def _resolve(config: Config, given: dict[str, Any]) -> Config:
 def _numbers_of_file(
     run: RunConfig, optim: OptimConfig, given: dict[str, Any]
 ) -> tuple[RunConfig, OptimConfig]:
-    """What the user's DeepSpeed file says and no flag does."""
+    """Read numbers of the user's DeepSpeed file that no flag gives."""
     if "clip_grad" not in given:
         norm = deepspeed_file.requested_number(run.deepspeed, "gradient_clipping")
         optim = dataclasses.replace(optim, clip_grad=norm or 0.0)
@@ -93,7 +93,7 @@ def _check(config: Config) -> None:
 
 
 def _contradictions(config: Config) -> list[str]:
-    """What does not go together, a line each."""
+    """Describe contradictions, a line each."""
     optim, run, wrong = config.optim, config.run, []
     group = config.model.bn_group_size
     if group == 1:
@@ -135,7 +135,7 @@ def _contradictions(config: Config) -> list[str]:
 
 
 def check_shard_size(shard_size: int, world: int) -> None:
-    """Whether ``--fsdp-shard-size`` fits a number of processes. Raises UserError."""
+    """Check that ``--fsdp-shard-size`` divides the processes. Raises UserError."""
     if shard_size and world % shard_size:
         raise UserError(
             f"--fsdp-shard-size {shard_size} does not divide the {world} processes of this job"
@@ -143,7 +143,7 @@ def check_shard_size(shard_size: int, world: int) -> None:
 
 
 def check_shuffle_group(config: Config) -> None:
-    """Whether ``--shuffle-group`` fits the rest. Raises UserError."""
+    """Check that ``--shuffle-group`` fits batch and mode. Raises UserError."""
     group, batch = config.contrast.shuffle_group, config.optim.batch_size
     normalised = config.model.bn_group_size
     if "shuffle_group" in config.given:

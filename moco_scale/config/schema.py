@@ -1,4 +1,4 @@
-"""The configuration: one tree of frozen dataclasses."""
+"""Configuration: one tree of frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class DatasetPreset:
-    """What belongs to a data set rather than to a recipe.
+    """Properties of a data set, whatever the recipe.
 
     Attributes:
         mean: of each channel of pixels in [0, 1].
@@ -35,7 +35,7 @@ class DatasetPreset:
         image_size: side of a crop in pixels.
         resize_ratio: evaluation resizes the short side to this times the crop, then crops.
         stem: of the ResNet.
-        images: how many training images the published set has; None when it varies.
+        images: training images of the published set; None when it varies.
     """
 
     mean: tuple[float, ...]
@@ -66,7 +66,7 @@ _group_size.__name__ = "number, or 'global':"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is seen."""
+    """Data and crops."""
 
     dataset: str = option("imagenet", "preset of statistics and sizes", choices=tuple(DATASETS))
     data_dir: str = option(
@@ -77,7 +77,7 @@ class DataConfig:
     )
     samples_per_epoch: int = option(
         0,
-        "an epoch's length, which the next one goes on from; 0: all images, once",
+        "images of an epoch; the next one continues from there; 0: all images, once",
         within=NOT_NEGATIVE,
     )
     shuffle_window: int = option(
@@ -90,21 +90,21 @@ class DataConfig:
         0, "side of a crop in pixels (default: the data set's)", within=POSITIVE
     )
     aug: str = option("v1", "augmentation", choices=tuple(AUGMENTATIONS), type=str.lower)
-    crop: float = option(0.2, "smallest share of an image's area that a crop takes", within=SHARE)
+    crop: float = option(0.2, "smallest share of an image's area in a random crop", within=SHARE)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained."""
+    """Model and BatchNorm groups."""
 
     model: str = option("resnet50", "backbone", choices=MODELS)
-    model_width: int = option(1, "multiplies a ResNet's channel counts", choices=WIDTHS)
+    model_width: int = option(1, "factor of a ResNet's channel counts", choices=WIDTHS)
     stem: str = option("", "a ResNet's first layers (default: the data set's)", choices=STEMS)
     patch_size: int = option(
-        0, "pixels a side of a patch, where there are any (default: its own)", within=NOT_NEGATIVE
+        0, "side of a ViT's patches in pixels (default: the model's)", within=NOT_NEGATIVE
     )
     train_patch_embedding: bool = option(
-        False, "train a ViT's first layer, which MoCo v3 leaves as it was drawn"
+        False, "train a ViT's patch embedding, which MoCo v3 freezes"
     )
     head: str = option("linear", "projection: linear (v1) or mlp (v2)", choices=HEADS)
     dim: int = option(128, "width of the projected feature", within=POSITIVE)
@@ -119,31 +119,40 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """The contrastive task."""
+    """Contrastive task."""
 
-    nce_k: int = option(65536, "keys in the queue", aliases=("--queue-size",), within=POSITIVE)
-    nce_t: float = option(0.07, "temperature", within=at_least(MIN_TEMPERATURE))
-    queue_dtype: str = option("fp32", "what the queue's keys are rounded to", choices=tuple(DTYPES))
-    mask_unfilled: bool = option(False, "slots without a real key yet are no negatives")
-    mask_same_image: bool = option(
-        False, "keys of a query's own image are no negatives (for small sets of images)"
+    nce_k: int = option(65536, "keys in the queue (K)", aliases=("--queue-size",), within=POSITIVE)
+    nce_t: float = option(
+        0.07,
+        "temperature of the loss (T)",
+        aliases=("--temperature",),
+        within=at_least(MIN_TEMPERATURE),
     )
-    alpha: float = option(0.999, "momentum of the key encoder", within=UNIT)
+    queue_dtype: str = option("fp32", "type of the queue's keys", choices=tuple(DTYPES))
+    mask_unfilled: bool = option(False, "exclude queue slots without a real key from the negatives")
+    mask_same_image: bool = option(
+        False, "exclude keys of a query's own image from the negatives (for small data sets)"
+    )
+    alpha: float = option(
+        0.999, "momentum of the key encoder (m)", aliases=("--ema-momentum",), within=UNIT
+    )
     shuffle_bn: str = option(
-        "world", "who exchanges key crops: all, only those of a node, or nobody", choices=MODES
+        "world",
+        "exchange of key crops: between all processes, within a node, or off",
+        choices=MODES,
     )
     shuffle_group: int = option(
         0,
-        "of --shuffle-bn node: samples of the global batch that are shuffled among themselves "
-        "(default: those of one node where the run begins)",
+        "of --shuffle-bn node: samples of the global batch that are shuffled together "
+        "(default: those of one node at the run's start)",
         within=NOT_NEGATIVE,
     )
-    symmetric: bool = option(False, "each view is query once and key once; losses are added")
+    symmetric: bool = option(False, "use each view as query and as key, and add both losses")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How it is optimised, and for how long."""
+    """Optimisation and its length."""
 
     batch_size: int = option(
         256, "GLOBAL batch: images per step over all processes", within=POSITIVE
@@ -154,49 +163,53 @@ class OptimConfig:
         aliases=("--base-learning-rate",),
         within=NOT_NEGATIVE,
     )
-    momentum: float = option(0.9, "of SGD", within=UNIT)
+    momentum: float = option(0.9, "momentum of SGD", within=UNIT)
     weight_decay: float = option(
-        1e-4, "on every parameter, as the published code does", within=NOT_NEGATIVE
+        1e-4, "weight decay of every parameter, as in the published code", within=NOT_NEGATIVE
     )
     clip_grad: float = option(
         0.0,
-        "largest norm of all gradients together (default: the DeepSpeed file's, else 0: none)",
+        "clip gradients to this norm (default: the DeepSpeed file's, else 0: off)",
         within=NOT_NEGATIVE,
     )
-    lr_scheduler: str = option("step", "see docs/recipes.md", choices=SCHEDULES)
+    lr_scheduler: str = option(
+        "step", "learning-rate schedule, see docs/recipes.md", choices=SCHEDULES
+    )
     warmup_epoch: int = option(0, "epochs of linear warm-up", within=NOT_NEGATIVE)
     warmup_multiplier: float = option(
-        100.0, "the warm-up starts at the rate divided by this", within=POSITIVE
+        100.0, "linear warm-up starts at the learning rate divided by this", within=POSITIVE
     )
     lr_decay_epochs: tuple[int, ...] = option(
-        (120, 160), "epochs at which 'step' decays, separated by commas or spaces"
+        (120, 160), "epochs at which the schedule 'step' decays, separated by commas or spaces"
     )
     lr_decay_rate: float = option(0.1, "factor of each decay", within=NOT_NEGATIVE)
-    lr_min: float = option(0.0, "where the cosine ends", within=NOT_NEGATIVE)
+    lr_min: float = option(0.0, "final learning rate of a cosine", within=NOT_NEGATIVE)
     epochs: int = option(200, "passes over the training images", within=POSITIVE)
     rng_seed: int = option(
-        0, "decides weights, order, crops, colours and shuffles", within=NOT_NEGATIVE
+        0, "seed of weights, order, crops, colours and shuffles", within=NOT_NEGATIVE
     )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the run is carried out: may change whenever it is resumed."""
+    """Execution of the run: may change whenever it is resumed."""
 
-    output_dir: str = option("output", "everything the run writes goes here", metavar="DIR")
+    output_dir: str = option("output", "folder for everything the run writes", metavar="DIR")
     resume: str = option("auto", "auto, none, or a checkpoint folder", metavar="auto|none|PATH")
-    engine: str = option("", "default: deepspeed with --deepspeed, else ddp", choices=ENGINES)
+    engine: str = option(
+        "", "training engine (default: deepspeed with --deepspeed, else ddp)", choices=ENGINES
+    )
     deepspeed: str = option(
         "", "DeepSpeed configuration, such as ds_configs/zero1.json", metavar="FILE"
     )
     precision: str = option(
         "",
-        "of the encoders' arithmetic (default: the DeepSpeed file's, else fp32)",
+        "precision of the encoders (default: the DeepSpeed file's, else fp32)",
         choices=("fp32", "bf16", "fp16"),
     )
     accumulation_steps: int = option(
         0,
-        "backward passes per step, with the same result (default: the DeepSpeed file's, else 1)",
+        "micro-batches per step, with the same result (default: the DeepSpeed file's, else 1)",
         within=POSITIVE,
     )
     activation_checkpointing: bool = option(
@@ -204,89 +217,80 @@ class RunConfig:
     )
     compile: bool = option(False, "compile each block with torch.compile")
     queue: str = option(
-        "replicated", "every process holds the whole queue, or its share of it", choices=KINDS
+        "replicated", "whole queue on every process, or a shard of it", choices=KINDS
     )
     fsdp_shard_size: int = option(
         0,
-        "of --engine fsdp: neighbouring processes that share one copy; 0: all of them",
+        "of --engine fsdp: neighbouring processes that share one copy; 0: all",
         within=NOT_NEGATIVE,
     )
-    device: str = option("auto", "where to compute", choices=("auto", "cuda", "cpu"))
-    num_workers: int = option(
-        4, "decoding processes for each training process", within=NOT_NEGATIVE
-    )
+    device: str = option("auto", "device to compute on", choices=("auto", "cuda", "cpu"))
+    num_workers: int = option(4, "reader processes of each training process", within=NOT_NEGATIVE)
     bad_samples: str = option(
         "error",
-        "an image that cannot be decoded ends the run (error), or another is seen in its place "
+        "an image that cannot be decoded ends the run (error), or is replaced by another, "
         "and both are listed in OUT/bad_samples.jsonl (skip)",
         choices=POLICIES,
     )
     max_bad_share: float = option(
         0.01,
-        "of --bad-samples skip: largest share of the images read that may be bad",
+        "of --bad-samples skip: largest share of bad images",
         within=SHARE.advising("for no bad image at all, --bad-samples error"),
     )
     shard_cache: str = option(
         "",
-        "folder of this machine that fetched shards are kept in (default: in ~/.cache)",
+        "local folder for fetched shards (default: in ~/.cache)",
         metavar="DIR",
     )
-    shard_cache_size: float = option(
-        CACHE_GB, "GB that all shards kept there may take together", within=POSITIVE
-    )
+    shard_cache_size: float = option(CACHE_GB, "size of that folder in GB", within=POSITIVE)
     shard_timeout: float = option(
         GIVE_UP_SECONDS,
-        "seconds without anything new after which a shard is given up",
+        "seconds without new bytes after which a shard is given up",
         within=POSITIVE,
     )
     decode: str = option(
-        "cpu", "where training images are decoded; see docs/data.md", choices=("cpu", "gpu")
+        "cpu", "device that decodes training images, see docs/data.md", choices=("cpu", "gpu")
     )
     cache: str = option(
         "", "keep decoded training images in memory or in a local folder", metavar="ram|DIR"
     )
     print_freq: int = option(10, "steps between log lines", within=POSITIVE)
-    log_level: str = option(
-        "info", "messages that are shown: of this importance, or more", choices=LEVELS
-    )
+    log_level: str = option("info", "least importance of messages to show", choices=LEVELS)
     knn_freq: int = option(10, "epochs between kNN evaluations; 0: never", within=NOT_NEGATIVE)
     save_freq: int = option(
-        10, "every so many epochs a checkpoint is kept for good; 0: none", within=NOT_NEGATIVE
+        10, "epochs between checkpoints that are kept for good; 0: none", within=NOT_NEGATIVE
     )
     checkpoint_freq: int = option(
         0,
-        "steps between checkpoints, besides the one after every epoch; 0: no others",
+        "steps between checkpoints, besides those after every epoch; 0: no others",
         within=NOT_NEGATIVE,
     )
     keep_checkpoints: int = option(
-        2, "newest checkpoints kept besides those kept for good", within=POSITIVE
+        2, "newest checkpoints to keep, besides those kept for good", within=POSITIVE
     )
-    async_save: bool = option(True, "training continues while a checkpoint is written")
-    max_nonfinite: int = option(
-        3, "stop after so many steps in a row that are not finite", within=POSITIVE
-    )
+    async_save: bool = option(True, "write checkpoints in the background")
+    max_nonfinite: int = option(3, "stop after so many non-finite steps in a row", within=POSITIVE)
     peak_tflops: float = option(
         0.0,
-        "peak of a device at this precision, of which the log gives the share in use (MFU); 0: "
-        "that of the GPU where it is known",
+        "peak of a device at this precision, to log its utilisation (MFU); 0: the GPU's, if known",
         within=NOT_NEGATIVE,
     )
     max_time: float = option(
         0.0,
-        "hours after which the run saves and leaves with status 75; 0: no limit",
+        "hours after which the run saves and exits with status 75; 0: no limit",
         within=NOT_NEGATIVE,
     )
     hang_timeout: float = option(
         600.0,
-        "seconds that no rank gets on in a step, after which the run ends and says who is missing "
-        "and where (starting, compiling, evaluating and saving may take 30 minutes, or three times "
-        "as long as this); 0: never",
+        "seconds without progress after which the run ends and names the missing rank; "
+        "start, compilation, evaluation and saving may take 30 minutes, or three times "
+        "this; 0: never",
         within=NOT_NEGATIVE,
     )
     sync_check_freq: int = option(
         1000,
-        "steps between checks, besides the one before each checkpoint, that all ranks are in the "
-        "same state; 0: never",
+        "steps between checks that all ranks are in the same state, besides those before "
+        "checkpoints; 0: never",
         within=NOT_NEGATIVE,
     )
     max_steps: int = option(
@@ -294,14 +298,14 @@ class RunConfig:
     )
     preflight: bool = option(
         False,
-        "do all that comes before the first step, look at machines and network, say what was "
-        "found, and leave nothing behind",
+        "check everything before the first step, with machines and network; report, and "
+        "leave nothing behind",
     )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run needs to know.
+    """Complete configuration of a run.
 
     Attributes:
         given: fields whose values were given by hand; the others are the recipe's or follow.
@@ -317,6 +321,7 @@ class Config:
 
     @property
     def preset(self) -> DatasetPreset:
+        """Preset of the data set."""
         return DATASETS[self.data.dataset]
 
     @property
@@ -326,7 +331,7 @@ class Config:
 
     @property
     def source(self) -> ShardSource:
-        """The data set, and how it is reached."""
+        """Data set with the settings of remote ones."""
         run = self.run
         return ShardSource(
             self.data.data_dir,
@@ -336,7 +341,7 @@ class Config:
         )
 
     def flag(self, name: str) -> str:
-        """A field's flag and value for messages, which blame nobody for what was not given."""
+        """Return a field's flag and value for messages, marked where it was not given."""
         section = next(getattr(self, s) for s, cls in SECTIONS.items() if name in _names(cls))
         value = getattr(section, name)
         said = f"{value:g}" if isinstance(value, float) else str(value)
@@ -344,13 +349,13 @@ class Config:
         return f"--{name.replace('_', '-')} {said}{whose}"
 
     def defining(self) -> dict[str, Any]:
-        """What must agree on resume: plain values by flag name, without where the data lies."""
+        """Return values that must be the same on resume, by flag name, without the data's place."""
         flat = self.flat()
         execution = {f.name for f in fields(RunConfig)}
         return {k: v for k, v in flat.items() if k not in execution | {"data_dir", "recipe"}}
 
     def flat(self) -> dict[str, Any]:
-        """Every value by flag name (underscores), as JSON-able plain values."""
+        """Return every value by flag name (underscores), as plain values for JSON."""
         flat: dict[str, Any] = {"recipe": self.recipe}
         for section in SECTIONS:
             flat |= dataclasses.asdict(getattr(self, section))
@@ -372,7 +377,7 @@ def _names(section: type) -> set[str]:
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each value that differs between two runs' :meth:`Config.defining`."""
+    """Describe each value that differs between two runs' :meth:`Config.defining`."""
     # Through JSON, so that tuples and lists, 1 and 1.0 compare as they will after a reload.
     now = json.loads(json.dumps(now))
     # What a run of an earlier version does not say was not there to be chosen.

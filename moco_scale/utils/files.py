@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are replaced atomically."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
-    """Open a new file, which takes another's place, on disk and whole, when the block ends.
+    """Open a new file that replaces another, synced and whole, when the block ends.
 
-    A reader sees the old file or the new one, never a part. Where the block fails, the old one
-    stays.
+    A reader sees the old file or the new one. Where the block fails, the old one stays.
 
-    shared: others may write it at the same time; the last one's remains.
+    Args:
+        path: of the file.
+        shared: others may write it at the same time; the last one's remains.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8) if shared else 'tmp'}")
     try:
@@ -43,7 +44,7 @@ def write_atomically(path: Path, content: str | bytes, *, shared: bool = False) 
 
 
 def save_atomically(path: Path, value: Any) -> None:
-    """``torch.save`` to a file that appears whole."""
+    """Write a file by ``torch.save``, atomically."""
     import torch  # here: who fetches shards starts without it
 
     with replacing(path) as file:
@@ -51,7 +52,7 @@ def save_atomically(path: Path, value: Any) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder unless it is there, and see that files can be made in it. Raises OSError."""
+    """Make a folder and check that files can be made in it. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".{secrets.token_hex(8)}.probe"
     with open(probe, "xb"):
@@ -72,10 +73,10 @@ def sync(path: Path) -> None:
 
 
 def failure_reason(error: BaseException) -> str:
-    """One line that says why writing or reading failed, for people.
+    """Explain in one line why writing or reading failed.
 
     torch's zip writer replaces the system's error by one about its own position, and
-    ``torch.distributed.checkpoint`` wraps that once more, so the cause is looked for.
+    ``torch.distributed.checkpoint`` wraps that once more, so the cause is searched for.
     """
     # CheckpointException keeps what each rank met: {rank: (exception, traceback)}.
     pending = [error, *(e for e, _ in getattr(error, "failures", {}).values())]
@@ -97,7 +98,7 @@ def failure_reason(error: BaseException) -> str:
 
 
 def size_text(count: int) -> str:
-    """A number of bytes for people: "55.0 MB"."""
+    """Format a number of bytes: "55.0 MB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"

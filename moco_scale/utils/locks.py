@@ -1,7 +1,7 @@
 """Locks on open files, which end with the process that holds them, however it ends.
 
-A network's file system (NFS) locks a file for one process alone only if it can be written, and for
-several only if it can be read.
+A network file system (NFS) needs write access for an exclusive lock, and read access for a shared
+one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ keeps them."""
 
 
 def lock(file: File) -> None:
-    """Lock a file for this process alone, as soon as no other holds it."""
+    """Take an exclusive lock; wait until no other process holds one."""
     fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def try_lock(file: File) -> bool:
-    """Lock a file for this process alone; False where another holds it."""
+    """Try to take an exclusive lock; False where another process holds one."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -32,5 +32,5 @@ def try_lock(file: File) -> bool:
 
 
 def share(file: File) -> None:
-    """Keep others from locking a file for themselves alone, as soon as none does."""
+    """Take a shared lock; wait until no process holds an exclusive one."""
     fcntl.flock(file, fcntl.LOCK_SH)

@@ -29,9 +29,9 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class _StandardError(logging.Handler):
-    """Write a message at once and as a whole: where several processes write, lines do not mix.
+    """Writes a message at once and as a whole, so that lines of several processes do not mix.
 
-    ``print``, and logging's own handlers, write the end of a line by itself, and other processes
+    ``print``, and logging's own handlers, write the end of a line separately, and other processes
     come between.
     """
 
@@ -41,7 +41,7 @@ class _StandardError(logging.Handler):
 
 
 def worded(level: int, text: str) -> str:
-    """A message as people read it: before a warning stands that it is one."""
+    """Format a message for people; a warning is marked as one."""
     return f"warning: {text}" if level == logging.WARNING else text
 
 
@@ -53,7 +53,7 @@ log.setLevel(logging.INFO)
 
 
 def show_from(level: str) -> None:
-    """Show messages of one of :data:`LEVELS` and of those after it."""
+    """Show messages of one of :data:`LEVELS` and of the following ones."""
     log.setLevel(level.upper())
 
 
@@ -72,10 +72,10 @@ def _write(stream: TextIO | None, text: str) -> None:
 
 
 def outlive_terminal() -> None:
-    """From here on, nothing that this process or its forks print can fail.
+    """Let nothing that this process or its forks print fail from here on.
 
-    For ``print``, loggers, warnings and progress bars of libraries too. Descriptors 0 to 2 that are
-    closed are opened, or files opened later would get what is printed. To be called once, before
+    Includes ``print``, loggers, warnings and progress bars of libraries. Descriptors 0 to 2 that
+    are closed are opened, or files opened later would get the output. Call it once, before
     libraries keep a stream.
     """
     for number in (0, 1, 2):
@@ -89,7 +89,7 @@ def outlive_terminal() -> None:
 
 
 def unwritten() -> str | None:
-    """Why standard output is incomplete; None: it is not, or nobody wanted more of it."""
+    """Explain why standard output is incomplete; None: it is complete, or no longer wanted."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     lost = getattr(raw, "lost", None)
     return None if lost is None or lost == errno.EPIPE else os.strerror(lost)
@@ -108,7 +108,7 @@ def _lasting(number: int, before: TextIO | None) -> TextIO:
 
 
 class _Lossy(io.RawIOBase):
-    """A descriptor that takes everything; what cannot be written is lost.
+    """Descriptor that accepts everything; what cannot be written is lost.
 
     Attributes:
         lost: number of the first error.

@@ -1,4 +1,4 @@
-"""Work shared among processes, with the results in the order of the tasks."""
+"""Pool of processes, with results in the order of the tasks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Result = TypeVar("Result")
 
 
 def core_count() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def in_order(
     work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Each task with its result; `workers` processes work ahead. One worker is this process.
+    """Yield each task with its result; `workers` processes work ahead, or this one.
 
-    Raises what `work` raises, and BrokenProcessPool when a worker was killed.
+    Raises the errors of `work`, and BrokenProcessPool when a worker was killed.
     """
     if workers <= 1:
         for task in tasks:
@@ -57,7 +57,7 @@ def in_order(
 
 
 def _start_worker(in_main_thread: bool) -> None:
-    """Interrupts are the main process's business; a worker ends when that process is gone."""
+    """Ignore interrupts, which the main process handles; end when it is gone."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, otherwise a line now and then."""
+"""Progress of long work: a bar on a terminal, otherwise a line now and then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign text (names, messages of servers, values of files) made fit to be shown and kept."""
+"""Foreign text (names, messages of servers, values of files) made printable."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SHOWN = 200
 def printable(value: object, limit: int = SHOWN) -> str:
     r"""Return foreign text as one line that any terminal, log and UTF-8 file can hold.
 
-    Whatever does not print becomes an escape: ``\x1b``, ``\n``, ``\u2028``; a byte that is not
+    Characters that do not print become escapes: ``\x1b``, ``\n``, ``\u2028``; a byte that is not
     UTF-8 (a surrogate of ``surrogateescape``) becomes ``\xe9``. Ordinary text is unchanged.
 
     Args:
         value: text, bytes (read as UTF-8), or anything with a ``str``.
-        limit: characters of the result at most; what is cut is marked by an ellipsis.
+        limit: characters of the result at most; a cut is marked by an ellipsis.
     """
     if isinstance(value, bytes):
         text = value[: 4 * limit].decode("utf-8", "surrogateescape")
@@ -29,28 +29,28 @@ def printable(value: object, limit: int = SHOWN) -> str:
 
 
 def printable_path(path: object) -> str:
-    """Do the same for a path, which is of use only whole."""
+    """Return a path as printable text, uncut."""
     return printable(path, 4096)
 
 
 def some_of(things: Sequence[str], most: int = 5, between: str = ", ") -> str:
-    """Join the first of several things, and say how many more there are."""
+    """Join the first of several things, with the number of the others."""
     more = f" and {len(things) - most} more" if len(things) > most else ""
     return between.join(things[:most]) + more
 
 
 def printable_lines(value: object, limit: int = 4000) -> str:
-    """Do the same for a text of several lines: its line feeds stay."""
+    """Return a text of several lines as printable text; its line feeds stay."""
     text = str(value)[: limit + 1]
     shown = "\n".join(printable(line, limit) for line in text.split("\n"))
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def text_of(content: bytes, errors: str = "strict") -> str:
-    """Decode a small file of somebody's: UTF-8, or UTF-16 with a mark, as Windows' shells write it.
+    """Decode a foreign small file: UTF-8, or UTF-16 with a mark, as Windows' shells write it.
 
     Raises:
-        UnicodeDecodeError: it is no text.
+        UnicodeDecodeError: It is no text.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16")

@@ -1,4 +1,4 @@
-"""A process that reads for another: set up, told when nobody waits any more, ended in order."""
+"""Worker process that reads for another: start, notice that nobody waits, orderly end."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ NOT_SENT = 100
 
 
 class Flag:
-    """A bit that processes share, as multiprocessing's ``Event`` but without a lock.
+    """Flag shared by processes: multiprocessing's ``Event`` without a lock.
 
-    A process that is killed while it asks an ``Event`` keeps its lock, and whoever asks next waits
-    for ever.
+    A process that is killed while it tests an ``Event`` keeps its lock, and the next test waits for
+    ever.
     """
 
     def __init__(self) -> None:
         self._value = torch.zeros(1, dtype=torch.uint8).share_memory_()
 
     def set(self) -> None:
-        """Raise it, for good."""
+        """Raise the flag, for good."""
         self._value.fill_(1)
 
     def is_set(self) -> bool:
-        """Whether some process has raised it."""
+        """Tell whether some process has raised it."""
         return bool(self._value)
 
 
@@ -46,7 +46,7 @@ _no_longer: Flag | None = None  # in a worker: raised when its batches are not w
 
 
 def closing() -> bool:
-    """Whether nobody waits any more for what this process reads: for waits that may be long."""
+    """Tell whether nobody waits any more for this process, for waits that may be long."""
     parent = multiprocessing.parent_process()
     if get_worker_info() is None or parent is None:
         return False
@@ -54,10 +54,10 @@ def closing() -> bool:
 
 
 def set_up_worker(no_longer: Flag, parent: int | None, worker: int) -> None:
-    """Make this process one that ends with its parent, and not by the signals of its group.
+    """Let this process end with its parent, and not by the signals of its group.
 
     Args:
-        no_longer: raised when nobody waits any more for what it reads.
+        no_longer: raised when nobody waits any more for this process.
         parent: number of the process whose main thread has started this one; None: another thread.
         worker: its number, unused.
     """
@@ -90,9 +90,9 @@ def _not_sent(error: BaseException, batch: Any) -> None:
 def _report_unless_alone(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """Errors in a worker reach the main process; what is left is the thread that sends memory.
+    """Report errors of the thread that sends memory; others reach the main process.
 
-    It fails when the main process is gone, about which nobody needs to hear from every worker.
+    It fails when the main process is gone, which need not be reported by every worker.
     """
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
         _not_sent(error, None)

@@ -159,7 +159,7 @@ def whole_steps() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_parts_and_recomputation_change_nothing(whole_steps: dict[str, Any], kind: str) -> None:
-    """Two backward passes per step, blocks computed again in each; gradients are clipped."""
+    """Two micro-batches per step, activation checkpointing, clipped gradients."""
     ways = partial(train, **PARTLY, micro_batches=2, activation_checkpointing=True)
     assert_same(run_ranks(ways, 2, kind, 5), whole_steps)
 

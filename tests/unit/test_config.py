@@ -442,3 +442,9 @@ def test_a_run_that_did_not_know_a_flag_has_its_default() -> None:
     assert differences(before, now) == []
     clipped = build("v2", {"dataset": "images", "clip_grad": 1.0}).defining()
     assert differences(before, clipped) == ["  --clip-grad: 0.0 in the run, 1.0 now"]
+
+
+def test_the_fields_names_are_aliases_of_older_flags() -> None:
+    argv = ["--queue-size", "4096", "--temperature", "0.2", "--ema-momentum", "0.99"]
+    contrast = parse(argv).contrast
+    assert (contrast.nce_k, contrast.nce_t, contrast.alpha) == (4096, 0.2, 0.99)

@@ -56,5 +56,5 @@ def require_memory(needed: float, width: int, height: int) -> None:
 
 
 def only_zeros(data: bytes | memoryview) -> bool:
-    """Whether a file's content is zeros, as a copy that was cut short may leave."""
+    """Tell whether a file is all zeros, as a copy that was cut short may be."""
     return len(data) > 0 and not np.frombuffer(data, np.uint8).any()
