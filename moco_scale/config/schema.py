@@ -187,7 +187,9 @@ class RunConfig:
     resume: str = option("auto", "auto, none, or a checkpoint folder", metavar="auto|none|PATH")
     engine: str = option("", "default: deepspeed with --deepspeed, else ddp", choices=ENGINES)
     deepspeed: str = option(
-        "", "DeepSpeed configuration, such as ds_configs/zero1.json", metavar="FILE"
+        "",
+        "DeepSpeed configuration: a file, or zero0 to zero3 of this package (docs/engines.md)",
+        metavar="FILE",
     )
     precision: str = option(
         "",
