@@ -97,7 +97,9 @@ class DataConfig:
 class ModelConfig:
     """What is trained."""
 
-    model: str = option("resnet50", "backbone", choices=MODELS)
+    model: str = option(
+        "resnet50", f"backbone: {', '.join(MODELS)}", choices=MODELS, metavar="NAME"
+    )
     model_width: int = option(1, "multiplies a ResNet's channel counts", choices=WIDTHS)
     stem: str = option("", "a ResNet's first layers (default: the data set's)", choices=STEMS)
     patch_size: int = option(
