@@ -86,14 +86,14 @@ def carry_out(name: str, argv: Sequence[str] | None, prog: str, program: str) ->
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    args, unknown = parser.parse_known_args(argv)
-    if name in PASSING_ON:
-        args.passthrough = unknown
-    elif unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.prog, args.program = prog, program
 
     def act() -> int:
+        args, unknown = parser.parse_known_args(argv)
+        if name in PASSING_ON:
+            args.passthrough = unknown
+        elif unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        args.prog, args.program = prog, program
         status = int(module.run(args) or 0)
         if name in PRINTING and (why := unwritten()):
             raise UserError(f"what {name} prints could not be written: {why}")

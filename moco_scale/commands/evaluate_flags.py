@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco_scale.config import options
+from moco_scale.config import options, settings_file
 from moco_scale.config.command_line import add_older_flags, precision_asked
 from moco_scale.config.options import NOT_NEGATIVE, POSITIVE, option
 from moco_scale.config.schema import DATASETS, RunConfig
@@ -120,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         f"{parser.prog} --data-dir DIR\n           --pretrained-model FILE --output-dir DIR [flags]"
     )
+    settings_file.add_flag(parser, EvalConfig, KnnConfig, LinearConfig)
     options.add_flags(parser, EvalConfig)
     add_older_flags(parser)
     options.add_flags(parser.add_argument_group("--protocol knn"), KnnConfig)

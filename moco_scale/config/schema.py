@@ -115,7 +115,7 @@ class ModelConfig:
         "consecutive samples of the global batch that share BatchNorm statistics, or 'global'",
         type=_group_size,
         metavar="N|global",
-        within=POSITIVE,
+        within=NOT_NEGATIVE,
     )
 
 

@@ -46,6 +46,7 @@ from moco_scale.utils.signals import is_ignored
 
 _OWN_FLAGS = {
     "data_dir": "the shards are made here, from the images",
+    "config": "the settings are those of this demo, and flags",
     "preflight": "it trains nothing that could be evaluated",
 }
 """Flags of training that a demo cannot hand on, by field, and why."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import moco_scale
-from moco_scale.untrusted.documents import DocumentError, parse_json, read_named
+from moco_scale.untrusted.documents import DocumentError, parse_json, read_named, said_twice
 from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.utils.text import printable
 
@@ -121,15 +120,8 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     given = parse_json(content, what)  # which bounds the depth: what follows cannot recurse far
     if not isinstance(given, dict):
         raise DocumentError(f"{what}: must be a JSON object")
-    twice: list[str] = []
-
-    def note(pairs: list[tuple[str, Any]]) -> None:
-        names = [name for name, _ in pairs]
-        twice.extend(dict.fromkeys(name for name in names if names.count(name) > 1))
-
-    json.loads(content.decode("utf-8-sig"), object_pairs_hook=note)
-    if twice:
-        names = ", ".join(printable(name, 60) for name in dict.fromkeys(twice))
+    if twice := said_twice(content):
+        names = ", ".join(printable(name, 60) for name in twice)
         raise DocumentError(f"{what}: {names} stands there twice; keep one")
     return given
 
