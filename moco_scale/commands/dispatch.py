@@ -1,4 +1,4 @@
-"""From the words of a command line to the command that they name."""
+"""Dispatch of a command line to the command that its first word names."""
 
 from __future__ import annotations
 

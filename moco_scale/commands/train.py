@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
     """Train as the flags say, or look whether it could be done (``--preflight``).
 
     Raises:
-        UserError: something does not fit; every rank raises it.
+        UserError: Something does not fit; every rank raises it.
     """
     config = command_line.config_of(vars(args))
     show_from(config.run.log_level)

@@ -39,7 +39,7 @@ def add_flag(parser: argparse.ArgumentParser, *options: type) -> None:
 
 
 class _File(argparse.Action):
-    """Keeps the name of the file, which has been read before."""
+    """Action that keeps the name of the file, which has been read before."""
 
     def __init__(self, *, options: tuple[type, ...], **keywords: Any) -> None:
         super().__init__(**keywords)
@@ -58,7 +58,7 @@ def take(parser: argparse.ArgumentParser, words: Sequence[str], older: Mapping[s
         older: names of other programs' flags, and what to say of them.
 
     Raises:
-        UserError: all that is wrong with the file.
+        UserError: Names all that is wrong with the file.
     """
     action = parser._option_string_actions.get(FLAG)
     if not isinstance(action, _File):
@@ -102,7 +102,7 @@ def take(parser: argparse.ArgumentParser, words: Sequence[str], older: Mapping[s
 
 
 def _settings(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """What a file may name: flags, by name with underscores."""
+    """Collect the flags that a file may name, by name with underscores."""
     return {
         _name(flag): action
         for action in parser._actions
@@ -125,7 +125,7 @@ def _hint(name: str, known: Mapping[str, Any], older: Mapping[str, str]) -> str:
 
 
 def _value(action: argparse.Action, value: Any) -> Any:
-    """What a flag would make of a value. Raises ValueError: none that it takes."""
+    """Convert a value as the flag would; ValueError where it takes no such value."""
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError("must be true or false")

@@ -93,7 +93,7 @@ def located(name: str) -> Path:
     """Find the file that ``--deepspeed`` names: a path, or ``zero0`` to ``zero3`` of this package.
 
     Raises:
-        DocumentError: an earlier version's file, one for each half precision.
+        DocumentError: An earlier version's file, one for each half precision.
     """
     path = Path(name)
     if path.is_file():

@@ -26,8 +26,8 @@ def read_settings_file(path: str) -> tuple[dict[str, Any], list[str]]:
         The settings, and a line for each thing in the file that is none.
 
     Raises:
-        DocumentError: it is missing or unreadable, larger than it can be, or not what the end of
-            its name says.
+        DocumentError: The file is missing or unreadable, larger than it can be, or not what the
+            end of its name says.
     """
     what = f"{WHAT} {printable(path)}"
     parse = _PARSERS.get(Path(path).suffix.lower())
@@ -57,7 +57,7 @@ def read_settings_file(path: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _problem(value: Any) -> str | None:
-    """Why a value is none of a setting; None: it is one."""
+    """Explain why a value is none of a setting; None: it is one."""
     if isinstance(value, list):
         return next((p for p in map(_problem_of_one, value) if p), None)
     return _problem_of_one(value)
