@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate as the flags say.
 
     Raises:
-        UserError: something does not fit; every rank raises it.
+        UserError: Something does not fit; every rank raises it.
     """
     config = config_of(args)
     warn_of_printed(config.data_dir)
