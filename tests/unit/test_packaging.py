@@ -24,7 +24,12 @@ def tracked(repository: Path) -> list[str]:
 
 def test_a_wheel_has_every_file_of_the_package(repository: Path, tracked: list[str]) -> None:
     tools = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]
-    patterns = tools["setuptools"]["package-data"]["moco_scale"]
+    listed = tools["setuptools"]["package-data"]
+    patterns = [
+        f"{package.replace('.', '/')}/{pattern}".removeprefix("moco_scale/")
+        for package, each in listed.items()
+        for pattern in each
+    ]
     files = [name.removeprefix("moco_scale/") for name in tracked if name.startswith("moco_scale/")]
     data = [name for name in files if not name.endswith(".py")]
     assert "py.typed" in data and "ds_configs/zero1.json" in data
