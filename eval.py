@@ -7,14 +7,7 @@ same under ``torchrun``, ``deepspeed``, or Slurm's ``srun`` with one task per GP
 if __name__ == "__main__":
     import moco_scale.utils.quiet  # noqa: F401
 
-from moco_scale.commands.exit_status import run_program
-
-
-def main() -> None:
-    from moco_scale.commands import evaluate
-
-    evaluate.main()
-
+from moco_scale.commands.dispatch import script
 
 if __name__ == "__main__":
-    run_program("eval.py", main)
+    script("evaluate", "eval.py")

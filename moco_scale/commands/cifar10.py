@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     if args.source is not None and not args.source.exists():
         raise UserError(f"There is no source {args.source}. --source takes {HELP}")
-    training = pipeline.training("python -m moco_scale cifar10", SETTINGS, args.passthrough)
+    training = pipeline.training(args.prog, SETTINGS, args.passthrough)
     processes = pipeline.process_count(args.num_processes, training.config.optim.batch_size)
     shard_flags: tuple[str, ...] = ()
     if args.train_per_class is not None:

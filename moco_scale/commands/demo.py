@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     """Render, pretrain, evaluate, and print a table. Raises UserError."""
     started = time.monotonic()
     # Everything that can be wrong with the flags, before an earlier demo is deleted.
-    training = pipeline.training("python -m moco_scale demo", SETTINGS, args.passthrough)
+    training = pipeline.training(args.prog, SETTINGS, args.passthrough)
     batch, rendered = training.config.optim.batch_size, args.train_per_class * len(CLASSES)
     if rendered < batch:
         raise UserError(

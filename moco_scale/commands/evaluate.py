@@ -1,17 +1,18 @@
-"""``eval.py``: what a pretrained encoder is worth."""
+"""Evaluate a pretrained encoder: linear classification or kNN."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from moco_scale.commands.evaluate_flags import EvalConfig, KnnConfig, parse
+from moco_scale.commands.evaluate_flags import EvalConfig, KnnConfig, add_arguments, config_of
 from moco_scale.config.schema import DATASETS
 from moco_scale.data.open import open_shards
 from moco_scale.data.remote.credentials import warn_of_printed
@@ -30,24 +31,26 @@ from moco_scale.utils.errors import UserError
 from moco_scale.utils.log import tell
 from moco_scale.utils.progress import progressed
 
+__all__ = ["add_arguments", "run"]
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as the command line says.
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate as the flags say.
 
     Raises:
-        UserError: something does not fit; every rank raises it.
+        UserError: Something does not fit; every rank raises it.
     """
-    args = parse(argv)
-    warn_of_printed(args.data_dir)
-    collectives.initialize(args.device, hang_timeout=args.hang_timeout)
+    config = config_of(args)
+    warn_of_printed(config.data_dir)
+    collectives.initialize(config.device, hang_timeout=config.hang_timeout)
     determinism.set_switches()
     phases = Phases()
     phases.enter(EVALUATION)
-    watch = Watch(phases, args.hang_timeout, Path(args.output_dir), "eval.py")
+    watch = Watch(phases, config.hang_timeout, Path(config.output_dir), args.program)
     with watch, _encoding_is_progress():
         installation = same_setup.installation(collectives.device())
-        same_setup.require_same(installation | same_setup.of_flags(args.flat()))
-        evaluate(args)
+        same_setup.require_same(installation | same_setup.of_flags(config.flat()))
+        evaluate(config)
     collectives.shutdown()
 
 

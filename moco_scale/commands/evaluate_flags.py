@@ -1,16 +1,14 @@
-"""The options of ``eval.py``, and its command line, which is made from them."""
+"""The options of an evaluation, and its command line, which is made from them."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco_scale.config import options
+from moco_scale.config import options, settings_file
 from moco_scale.config.command_line import add_older_flags, precision_asked
-from moco_scale.config.older_flags import EVALUATION, HintingParser
 from moco_scale.config.options import NOT_NEGATIVE, POSITIVE, option
 from moco_scale.config.schema import DATASETS, RunConfig
 from moco_scale.data.loading.bad_samples import POLICIES
@@ -66,7 +64,10 @@ class EvalConfig:
         within=POSITIVE,
     )
     model: str = option(
-        "", "what --pretrained-model says anyway: must agree with it", choices=MODELS
+        "",
+        "what --pretrained-model says anyway: must agree with it",
+        choices=MODELS,
+        metavar="NAME",
     )
     model_width: int = option(0, "likewise (default: the model's)", within=POSITIVE)
     num_workers: int = option(4, "decoders a process", within=NOT_NEGATIVE)
@@ -114,37 +115,34 @@ class EvalConfig:
         }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line of ``eval.py``: one flag per option."""
-    parser = HintingParser(
-        prog="eval.py",
-        older=EVALUATION,
-        description="Evaluate a pretrained encoder: linear classification or kNN.",
-        allow_abbrev=False,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per option."""
+    parser.usage = (
+        f"{parser.prog} --data-dir DIR\n           --pretrained-model FILE --output-dir DIR [flags]"
     )
+    settings_file.add_flag(parser, EvalConfig, KnnConfig, LinearConfig)
     options.add_flags(parser, EvalConfig)
     add_older_flags(parser)
     options.add_flags(parser.add_argument_group("--protocol knn"), KnnConfig)
     options.add_flags(parser.add_argument_group("--protocol linear"), LinearConfig)
-    return parser
 
 
-def parse(argv: Sequence[str] | None = None) -> EvalConfig:
-    """Read a command line, and show messages as it says.
+def config_of(args: argparse.Namespace) -> EvalConfig:
+    """Make the options of parsed flags, and show messages as they say.
 
     Raises:
-        UserError: flags that contradict each other, or values that cannot work.
+        UserError: Flags that contradict each other, or values that cannot work.
     """
-    args = vars(make_parser().parse_args(argv))
-    args["precision"] = precision_asked(args)
-    config = EvalConfig(**options.given(args, EvalConfig))
+    flags = vars(args)
+    flags["precision"] = precision_asked(flags)
+    config = EvalConfig(**options.given(flags, EvalConfig))
     linear = LinearConfig(
         batch_size=config.batch_size,
         features=config.features,
         seed=config.rng_seed,
-        **options.given(args, LinearConfig),
+        **options.given(flags, LinearConfig),
     )
-    knn = KnnConfig(**options.given(args, KnnConfig))
+    knn = KnnConfig(**options.given(flags, KnnConfig))
     config = dataclasses.replace(config, knn=knn, linear=linear)
     options.refuse(options.out_of_range(config, config.knn, config.linear))
     show_from(config.log_level)

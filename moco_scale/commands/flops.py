@@ -1,4 +1,4 @@
-"""What a model and a training step cost: ``python -m moco_scale flops --model resnet50``.
+"""Count the FLOPs of a model and of a training step.
 
 fvcore traces the model and counts one multiply-add as one FLOP (a MAC). Hardware FLOPs, which
 peak figures of GPUs are given in, are twice that; both are printed.

@@ -26,7 +26,6 @@ _IMAGES = (".png", ".pdf", ".svg")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``python -m moco_scale plan``: where it runs, and all of train.py's."""
-    parser.allow_abbrev = False
     parser.add_argument("--nodes", type=positive_int, default=1, help="machines (default: 1)")
     parser.add_argument("--gpus", type=positive_int, default=8, help="GPUs of each (default: 8)")
     parser.add_argument(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moco_scale.config import options
+from moco_scale.config import options, settings_file
 from moco_scale.config.older_flags import PRETRAINING, HintingParser
 from moco_scale.config.recipes import DEFAULT_RECIPE, RECIPES
 from moco_scale.config.resolve import build
@@ -33,6 +33,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add everything that :func:`config_of` reads."""
+    parser.usage = f"{parser.prog} [flags]"
+    parser.epilog = "Flags whose default is not said take the recipe's value (docs/recipes.md)."
+    settings_file.add_flag(parser, *SECTIONS.values())
     parser.add_argument(
         "--recipe",
         choices=tuple(RECIPES),

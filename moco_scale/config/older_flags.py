@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from moco_scale.config import settings_file
 from moco_scale.config.parser import Parser
 
 _STARTED = "torchrun, deepspeed or srun start the processes"
@@ -56,6 +58,13 @@ class HintingParser(Parser):
     def __init__(self, *, older: Mapping[str, str], **settings: Any) -> None:
         super().__init__(**settings)
         self._older = older
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        words = list(sys.argv[1:] if args is None else args)
+        settings_file.take(self, words, self._older)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         kind, _, words = message.partition(": ")

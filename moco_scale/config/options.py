@@ -96,8 +96,8 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any], default: str) -> None:
         keywords["type"] = meta.get("type", {int: whole_number, float: number}.get(kind, kind))
         keywords["choices"] = meta.get("choices")
         keywords["required"] = meta.get("required", False)
-        if not keywords["choices"]:
-            keywords["metavar"] = meta.get("metavar", kind.__name__.upper())
+        named = None if keywords["choices"] else kind.__name__.upper()
+        keywords["metavar"] = meta.get("metavar", named)
     parser.add_argument(flag_of(field), *meta.get("aliases", ()), **keywords)
 
 

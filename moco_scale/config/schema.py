@@ -97,7 +97,9 @@ class DataConfig:
 class ModelConfig:
     """Model and BatchNorm groups."""
 
-    model: str = option("resnet50", "backbone", choices=MODELS)
+    model: str = option(
+        "resnet50", f"backbone: {', '.join(MODELS)}", choices=MODELS, metavar="NAME"
+    )
     model_width: int = option(1, "factor of a ResNet's channel counts", choices=WIDTHS)
     stem: str = option("", "a ResNet's first layers (default: the data set's)", choices=STEMS)
     patch_size: int = option(
@@ -113,7 +115,7 @@ class ModelConfig:
         "consecutive samples of the global batch that share BatchNorm statistics, or 'global'",
         type=_group_size,
         metavar="N|global",
-        within=POSITIVE,
+        within=NOT_NEGATIVE,
     )
 
 
@@ -200,7 +202,9 @@ class RunConfig:
         "", "training engine (default: deepspeed with --deepspeed, else ddp)", choices=ENGINES
     )
     deepspeed: str = option(
-        "", "DeepSpeed configuration, such as ds_configs/zero1.json", metavar="FILE"
+        "",
+        "DeepSpeed configuration: a file, or zero0 to zero3 of this package (docs/engines.md)",
+        metavar="FILE",
     )
     precision: str = option(
         "",

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-import moco_scale
 from moco_scale.config.command_line import config_of, make_parser
 from moco_scale.config.flag_types import positive_int
 from moco_scale.config.schema import Config
@@ -47,16 +46,17 @@ from moco_scale.utils.signals import is_ignored
 
 _OWN_FLAGS = {
     "data_dir": "the shards are made here, from the images",
+    "config": "the settings are those of this demo, and flags",
     "preflight": "it trains nothing that could be evaluated",
 }
-"""Flags of train.py that a demo cannot hand on, by field, and why."""
+"""Flags of training that a demo cannot hand on, by field, and why."""
 _EVALUATION_BATCH = 256
 _SAVE_SECONDS = 60.0  # for a step that has been asked to end
 
 
 @dataclass(frozen=True)
 class Training:
-    """Command line of train.py.
+    """Command line of training.
 
     Attributes:
         words: flags, without data and output folder.
@@ -111,34 +111,34 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: str, before: str)
         help="training processes (default: the GPUs there are, or 2 on a CPU)",
     )
     parser.epilog = (
-        "Every flag of train.py can be given as well (python train.py --help) and goes before the "
-        "settings of this run."
+        f"Every flag of training can be given as well ({parser.prog.rpartition(' ')[0]} train "
+        "--help) and goes before the settings of this run."
     )
 
 
 def training(prog: str, settings: Mapping[str, str], passthrough: Sequence[str]) -> Training:
-    """Build the command line of train.py and read it as train.py will.
+    """Build the command line of training and read it as training will.
 
     Args:
         prog: the running command, for argparse's messages.
-        settings: this demo's flags of train.py by name, and their values.
+        settings: this demo's flags of training by name, and their values.
         passthrough: flags that the user has added.
 
     Raises:
         UserError: Values contradict each other, or a flag is the demo's own.
-        SystemExit: A flag is unknown to train.py; it has been named.
+        SystemExit: A flag is unknown to training; it has been named.
     """
     parser = make_parser()
-    parser.prog, parser.usage = prog, f"{prog} [flags of its own, see --help] [flags of train.py]"
+    parser.prog, parser.usage = prog, f"{prog} [flags of its own, see --help] [flags of train]"
     given = vars(parser.parse_args(passthrough))
     for name, why in _OWN_FLAGS.items():
         if given[name] is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} is for train.py itself and not passed on: {why}"
+                f"--{name.replace('_', '-')} is for train alone and not passed on: {why}"
             )
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     if given["deepspeed"] is None and given["engine"] is None:
-        words = ["--deepspeed", _of_checkout("ds_configs/zero1.json"), *words]
+        words = ["--deepspeed", "zero1", *words]
     words += passthrough
     return Training(tuple(words), config_of(vars(parser.parse_args(words))))
 
@@ -178,9 +178,9 @@ def run(experiment: Experiment, *, started: float) -> None:
             f"the {unlabelled.split} images have no labels to evaluate with; "
             "a source has folders train/CLASS/* and val/CLASS/*"
         )
-    train = [*launch, _of_checkout("train.py"), *training.words]
+    train = [*launch, "train", *training.words]
     step("Pretraining", train, data_dir=shards, output_dir=out)
-    evaluate = [*launch, _of_checkout("eval.py")]
+    evaluate = [*launch, "evaluate"]
     shared: dict[str, object] = {
         "data_dir": shards,
         "pretrained_model": out / "current.pth",
@@ -248,17 +248,6 @@ def _pixels(
     return pixels, torch.cat([labels for _, labels in batches])
 
 
-def _of_checkout(name: str) -> str:
-    """Return the path of a script or file of this checkout; short where it is the cwd."""
-    root = Path(moco_scale.__file__).resolve().parent.parent
-    if not (root / name).exists():
-        raise UserError(
-            f"{name}: not in {root}. The demos start the scripts of a checkout: "
-            "clone the repository and run `make setup` in it"
-        )
-    return name if Path.cwd() == root else str(root / name)
-
-
 def process_count(wanted: int | None, batch_size: int) -> int:
     """Return the wanted number, else the number of GPUs, or 2 on a CPU, that divides the batch.
 
@@ -277,14 +266,13 @@ def process_count(wanted: int | None, batch_size: int) -> int:
 
 
 def _launcher(processes: int) -> list[str]:
-    """Return the command of this environment's deepspeed, on a free port."""
-    deepspeed = Path(sys.executable).parent / "deepspeed"
-    if not deepspeed.exists():
-        raise UserError(f"{deepspeed} is missing: run `make setup`, and the demo with its Python")
+    """Return the command of this Python's deepspeed and package, on a free port."""
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what `deepspeed` runs
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [str(deepspeed), "--num_gpus", str(processes), "--master_port", str(port)]
+    shape = ["--num_gpus", str(processes), "--master_port", str(port)]
+    return [*deepspeed, *shape, "--module", "moco_scale"]
 
 
 def _environment(processes: int) -> dict[str, str]:

@@ -18,6 +18,7 @@ import torch
 
 import moco_scale
 from moco_scale.distributed import collectives
+from moco_scale.untrusted.deepspeed_file import located
 from moco_scale.utils.errors import UserError
 from moco_scale.utils.text import some_of
 
@@ -57,7 +58,7 @@ def of_run(flags: Mapping[str, object]) -> dict[str, str]:
     """
     facts = installation(collectives.device(), str(flags["engine"])) | of_flags(flags)
     if file := flags["deepspeed"]:
-        content = Path(str(file)).read_bytes()
+        content = located(str(file)).read_bytes()
         facts["content of the --deepspeed file"] = _short_digest(content)
     return facts
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from moco_scale.untrusted.documents import DocumentError, parse_json, read_named
+import moco_scale
+from moco_scale.untrusted.documents import DocumentError, parse_json, read_named, said_twice
 from moco_scale.untrusted.limits import SETTINGS_JSON
 from moco_scale.utils.text import printable
 
 WHAT = "DeepSpeed configuration"
 AUTO = "auto"
+_PACKAGED = Path(moco_scale.__file__).parent / "ds_configs"
+_OLDER = re.compile(r"(?P<file>(?:.*/)?zero[0-3])_(?P<precision>bf16|fp16)\.json")
 _LARGEST = 1 << 62
 """Largest number in a file: sums of a few still fit 64 bits."""
 
@@ -85,26 +89,39 @@ _NEEDED = ["bf16", "fp16", "timers", "timers.throughput", "torch_autocast", "zer
 """Sections for which null is not the same as leaving them out."""
 
 
+def located(name: str) -> Path:
+    """Find the file that ``--deepspeed`` names: a path, or ``zero0`` to ``zero3`` of this package.
+
+    Raises:
+        DocumentError: An earlier version's file, one for each half precision.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if older := _OLDER.fullmatch(name):
+        raise DocumentError(
+            f"{WHAT} {printable(name)} is gone: say --deepspeed {printable(older['file'])}.json "
+            f"--precision {older['precision']}"
+        )
+    return _PACKAGED / f"{name}.json" if re.fullmatch("zero[0-3]", name) else path
+
+
 def read_deepspeed_file(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
+
+    Args:
+        path: as :func:`located` takes it.
 
     Raises:
         DocumentError: It is missing, unreadable, too large, no JSON object, or has a key twice.
     """
-    content = read_named(path, SETTINGS_JSON, WHAT)
+    content = read_named(located(path), SETTINGS_JSON, WHAT)
     what = f"{WHAT} {printable(path)}"
     given = parse_json(content, what)  # which bounds the depth: what follows cannot recurse far
     if not isinstance(given, dict):
         raise DocumentError(f"{what}: must be a JSON object")
-    twice: list[str] = []
-
-    def note(pairs: list[tuple[str, Any]]) -> None:
-        names = [name for name, _ in pairs]
-        twice.extend(dict.fromkeys(name for name in names if names.count(name) > 1))
-
-    json.loads(content.decode("utf-8-sig"), object_pairs_hook=note)
-    if twice:
-        names = ", ".join(printable(name, 60) for name in dict.fromkeys(twice))
+    if twice := said_twice(content):
+        names = ", ".join(printable(name, 60) for name in twice)
         raise DocumentError(f"{what}: {names} stands there twice; keep one")
     return given
 

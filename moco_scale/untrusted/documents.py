@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +54,21 @@ def parse_json(content: bytes, what: str) -> Any:
         return from_json(content.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
         raise DocumentError(f"{what} is not valid JSON: {printable(error)}") from None
+
+
+def said_twice(content: bytes) -> list[str]:
+    """Names that an object of a JSON document has more than once.
+
+    content: has been parsed by :func:`parse_json`, which bounds the depth.
+    """
+    twice: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        counts = Counter(name for name, _ in pairs)
+        twice.extend(name for name, count in counts.items() if count > 1)
+
+    json.loads(content.decode("utf-8-sig"), object_pairs_hook=note)
+    return list(dict.fromkeys(twice))
 
 
 def parse_document(content: bytes, schema: type[D], what: str) -> D:

@@ -15,6 +15,9 @@ META_JSON = 16 * MB
 """meta.json of a checkpoint: some 20 kB."""
 SETTINGS_JSON = 4 * MB
 """A user's own JSON: a DeepSpeed file, a hostfile's sibling, a results file."""
+SETTINGS_FILE, SETTINGS_BRACKETS = 16 * KB, 256
+"""The file of --config: a run's config.json has 3 kB and 3 brackets. Parsers of TOML and YAML take
+time that grows with the square of dots and of open brackets."""
 CHECKPOINT_INDEX = 16 * MB
 """A checkpoint's .metadata: 0.1 MB for two ResNet-50s."""
 PICKLE = 16 * MB

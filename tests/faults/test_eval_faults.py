@@ -16,8 +16,7 @@ import torch
 from commands import make_shards
 from conftest import write_image
 
-from moco_scale.commands.evaluate import main
-from moco_scale.commands.exit_status import run_command
+from moco_scale.commands.dispatch import carry_out, main
 from moco_scale.models.encoder import build_encoder
 
 Evaluate = Callable[..., tuple[int, str]]
@@ -29,7 +28,7 @@ def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
 
     def run(*argv: object) -> tuple[int, str]:
         words = [str(word) for word in argv]
-        status = run_command("eval.py", lambda: main(words))
+        status = carry_out("evaluate", words, "eval.py", "eval.py")
         return status, capsys.readouterr().err
 
     return run
@@ -303,7 +302,7 @@ def test_flags_that_cannot_be_read(
 ) -> None:
     required = {"data_dir": tmp_path, "pretrained_model": tmp_path, "output_dir": tmp_path}
     with pytest.raises(SystemExit) as stopped:
-        main([str(w) for w in words({}, **required, **{flag: value})])
+        main(["evaluate", *(str(w) for w in words({}, **required, **{flag: value}))])
     assert stopped.value.code == 2
     assert "--" + flag.replace("_", "-") in capsys.readouterr().err
 

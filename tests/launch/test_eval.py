@@ -58,9 +58,12 @@ LINEAR = ("--epochs", 2)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_launchers(launcher: str, data: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    # Of a checkout, and of an installation.
+    ways = {"torchrun": ["eval.py"], "deepspeed": ["--module", "moco_scale", "evaluate"]}
     line = [
-        "eval.py" if part == "train.py" else part
+        word
         for part in command(launcher, *arguments(data, model, out, *LINEAR))
+        for word in (ways[launcher] if part == "train.py" else [part])
     ]
     done = subprocess.run(
         line,

@@ -16,15 +16,19 @@ from commands import TINY, forked, make_shards
 from conftest import write_image
 
 from moco_scale.commands import preflight
-from moco_scale.config import command_line
+from moco_scale.config.older_flags import HintingParser
 from moco_scale.distributed import collectives, same_setup
 
 
 def other_flags(*flags: str) -> None:
     """Rank 1 is started with further flags."""
     if os.environ["RANK"] == "1":
-        parse = command_line.parse
-        mock.patch.object(command_line, "parse", lambda: parse([*sys.argv[1:], *flags])).start()
+        parse = HintingParser.parse_known_args
+
+        def with_more(parser: HintingParser, words: object) -> object:
+            return parse(parser, [*sys.argv[1:], *flags])
+
+        mock.patch.object(HintingParser, "parse_known_args", with_more).start()
 
 
 def other_code(package: str) -> None:

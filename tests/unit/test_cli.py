@@ -1,13 +1,18 @@
-"""Who says what is wrong: everybody who may be the only one to know."""
+"""What each command is called and how it is asked; who says what is wrong: whoever may know."""
 
 import errno
 import os
 import socket
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
+from moco_scale.commands.dispatch import COMMANDS, main
 from moco_scale.commands.exit_status import run_command
 from moco_scale.config import command_line
 from moco_scale.distributed import collectives
@@ -146,3 +151,44 @@ def test_other_errors_of_the_system_are_defects() -> None:
 
     with pytest.raises(FileNotFoundError):
         run_command("train.py", meet)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_terminal_and_names_what_was_typed(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"], prog="moco-scale")
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0
+    assert lines[0].startswith(f"usage: moco-scale {name}")
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+
+
+def test_each_way_to_start_has_its_name_in_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    for prog, name in (("python -m moco_scale", "moco_scale"), ("moco-scale", "moco-scale")):
+        assert main(["--help"], prog=prog) == 0
+        listed = capsys.readouterr().out
+        assert listed.startswith(f"usage: {prog} COMMAND")
+        assert all(f"\n  {command}" in listed for command in COMMANDS)
+        assert main(["tarin"], prog=prog) == 2
+        assert f"{name}: error: unknown command 'tarin'" in capsys.readouterr().err
+        assert main(["inspect", ""], prog=prog) == 2
+        assert capsys.readouterr().err.startswith(f"{name}: error: the name of what")
+        assert main(["--local_rank=1", "inspect", ""], prog=prog) == 2  # as deepspeed --module does
+        assert capsys.readouterr().err.startswith(f"{name}: error: the name of what")
+
+
+def test_the_console_script_is_silent_at_Ctrl_C_from_its_first_import_on() -> None:
+    script = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, _ = script["moco-scale"].partition(":")
+    look = (
+        f"import signal, sys, {module}; "
+        "first = [name for name in sys.modules if name.startswith('moco_scale.')]; "
+        "print(signal.getsignal(signal.SIGINT) == signal.SIG_DFL, *first[:3])"
+    )
+    command = [sys.executable, "-c", look]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert printed[0] == "True"
+    assert printed[1:] == ["moco_scale.commands", "moco_scale.utils", "moco_scale.utils.quiet"]

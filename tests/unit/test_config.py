@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from moco_scale.commands.evaluate_flags import make_parser as of_eval
+from moco_scale.commands import evaluate_flags
 from moco_scale.config import resolve as module
-from moco_scale.config.command_line import make_parser, parse
+from moco_scale.config.command_line import add_flags, make_parser, parse
 from moco_scale.config.older_flags import EVALUATION, PRETRAINING
 from moco_scale.config.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 from moco_scale.config.resolve import build
@@ -372,11 +372,15 @@ def test_a_flag_of_the_official_code_is_answered_with_its_name_here(
     assert "--moco-k is here: --nce-k" in said and "--lr-scheduler cosine-epoch" in said
 
 
-@pytest.mark.parametrize(("table", "made"), [(PRETRAINING, make_parser), (EVALUATION, of_eval)])
+@pytest.mark.parametrize(
+    ("table", "add"),
+    [(PRETRAINING, add_flags), (EVALUATION, evaluate_flags.add_arguments)],
+)
 def test_what_older_flags_are_answered_with_exists(
-    table: dict[str, str], made: Callable[[], argparse.ArgumentParser]
+    table: dict[str, str], add: Callable[[argparse.ArgumentParser], None]
 ) -> None:
-    parser = made()
+    parser = argparse.ArgumentParser()
+    add(parser)
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert not table.keys() & flags, "known here, so never answered"
     for answer in table.values():

@@ -36,15 +36,26 @@ def test_the_shipped_files_fit_every_run(repository: Path, stage: int, precision
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_shipped_files_have_names_in_any_folder(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse(["--deepspeed", f"zero{stage}", "--precision", "fp16"])
+    assert (config.run.precision, config.run.engine) == ("fp16", "deepspeed")
+    got = complete(f"zero{stage}", precision="fp16")
+    assert (got.scaling, got.notes) == (LossScaling(), [])
+    assert got == complete(str(repository / "ds_configs" / f"zero{stage}.json"), precision="fp16")
+    (tmp_path / f"zero{stage}").write_text('{"gradient_clipping": 2}')
+    assert parse(["--deepspeed", f"zero{stage}"]).optim.clip_grad == 2, "a file of that name wins"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_file_for_each_half_precision(repository: Path, stage: int, precision: str) -> None:
-    path = str(repository / "ds_configs" / f"zero{stage}_{precision}.json")
-    config = parse(["--deepspeed", path])
-    assert (config.run.precision, config.run.engine) == (precision, "deepspeed")
-    got = complete(path, precision=precision)
-    plain = read(str(repository / "ds_configs" / f"zero{stage}.json"), precision=precision)
-    assert (got.configuration, got.scaling) == (plain, LossScaling())
-    assert got.notes == []
+@pytest.mark.parametrize("folder", ["", "ds_configs/", "/no/such/"])
+def test_files_of_earlier_versions_are_named_anew(precision: str, folder: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse(["--deepspeed", f"{folder}zero1_{precision}.json"])
+    remedy = f"--deepspeed {folder}zero1.json --precision {precision}"
+    assert str(refused.value).endswith(f"zero1_{precision}.json is gone: say {remedy}")
 
 
 def test_an_empty_file_is_filled_in_too(tmp_path: Path) -> None:

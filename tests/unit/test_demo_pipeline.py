@@ -93,7 +93,7 @@ def _passthrough(*words: str) -> pipeline.Training:
     return pipeline.training("demo", demo.SETTINGS, words)
 
 
-def test_every_flag_of_train_py_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_of_training_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     made = _passthrough(
         "--symmetric", "--engine", "fsdp", "--compile", "--lr-decay-epochs", "3", "5"
     )
@@ -101,7 +101,7 @@ def test_every_flag_of_train_py_can_be_given(capsys: pytest.CaptureFixture[str])
     assert config.contrast.symmetric and config.run.compile and config.run.engine == "fsdp"
     assert config.optim.lr_decay_epochs == (3, 5)
     assert "--deepspeed" not in made.words, "contradicts --engine"
-    assert "ds_configs/zero1.json" in _passthrough().words[1]
+    assert _passthrough().words[:2] == ("--deepspeed", "zero1")
     assert _passthrough("--epochs", "9").config.optim.epochs == 9, "goes before the demo's own"
     for flag in ("--preflight", "--data-dir=x"):
         with pytest.raises(UserError, match="not passed on"):

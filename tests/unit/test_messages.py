@@ -1,5 +1,6 @@
 """What is said comes in whole lines, is fit to be shown, and is never the end of a program."""
 
+import argparse
 import ast
 import io
 import logging
@@ -94,7 +95,9 @@ def test_the_flag_sets_the_level(command: str, usual_level: None) -> None:
         command_line.parse(["--log-level", "warning"])
     else:
         required = ("--data-dir", "d", "--pretrained-model", "f", "--output-dir", "o")
-        evaluate_flags.parse([*required, "--log-level", "warning"])
+        parser = argparse.ArgumentParser()
+        evaluate_flags.add_arguments(parser)
+        evaluate_flags.config_of(parser.parse_args([*required, "--log-level", "warning"]))
     assert log.level == logging.WARNING
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moco_scale.__main__ import main
 from moco_scale.commands import evaluate
 from moco_scale.config.command_line import parse
 from moco_scale.engines.base import EngineSettings
@@ -62,7 +63,7 @@ def test_evaluation_sets_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(evaluate, "evaluate", _stop)
     argv = ["--data-dir", "x", "--pretrained-model", "y", "--output-dir", str(tmp_path)]
     with pytest.raises(Reached):
-        evaluate.main([*argv, "--device", "cpu"])
+        main(["evaluate", *argv, "--device", "cpu"])
     assert not any(_switches().values())
 
 
