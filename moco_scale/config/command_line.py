@@ -24,7 +24,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="train.py",
         older=PRETRAINING,
         description="Momentum-contrast pretraining.",
-        epilog="Flags without a default here take the recipe's value (docs/recipes.md).",
         allow_abbrev=False,
     )
     add_flags(parser)
@@ -34,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add everything that :func:`config_of` reads."""
     parser.usage = f"{parser.prog} [flags]"
-    parser.epilog = "Flags whose default is not said take the recipe's value (docs/recipes.md)."
+    parser.epilog = "Flags without a default here take the recipe's value (docs/recipes.md)."
     settings_file.add_flag(parser, *SECTIONS.values())
     parser.add_argument(
         "--recipe",
