@@ -21,14 +21,15 @@ lock(mutex)
 """
 PROGRAM = """
 import sys, time, signal
-from moco_scale import cli, signals
+from moco_scale.commands.exit_status import run_program
+from moco_scale.utils import signals
 signals.HEARD_SECONDS = signals.ONE_SIGNAL = 0.2
 def action():
     try:
         exec(sys.argv[1])
     finally:
         print("cleaned", flush=True)
-cli.run_program("it", action)
+run_program("it", action)
 """
 WAIT = "print('in', flush=True); time.sleep(60)"
 SLOW_CLEANING = """
@@ -118,12 +119,12 @@ time.sleep(60)
 """
 TRAINING = """
 import os, time
-from moco_scale import parents
-parents._LOOK_SECONDS = 0.05
-with parents.told_instead(lambda why: (print(why, flush=True), os._exit(0))):
-    parents.leave_with_launcher(os.environ)
+from moco_scale.distributed import launcher_watch, launchers
+launcher_watch._LOOK_SECONDS = 0.05
+with launcher_watch.told_instead(lambda why: (print(why, flush=True), os._exit(0))):
+    launcher_watch.leave_with_launcher(os.environ)
     print("started", flush=True)
-    time.sleep(1 if not parents.has_launcher(os.environ) else 60)
+    time.sleep(1 if not launchers.has_launcher(os.environ) else 60)
     print("done", flush=True)
 """
 

@@ -86,7 +86,7 @@ BOMBS = r"""
 import io, json, pickle, resource, struct, sys, zipfile
 from pathlib import Path
 import torch
-from moco_scale import checkpoint
+from moco_scale.checkpoints import checkpoint
 from moco_scale.utils.errors import UserError
 from moco_scale.evaluation.pretrained import load_pretrained
 sys.path[:0] = [sys.argv[2]]
