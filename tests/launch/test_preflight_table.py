@@ -87,7 +87,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("--data-dir DATA --deepspeed IN/many.json", "fp16.enabled 'no': must be true, false"),
     ("--data-dir DATA --deepspeed IN/none.json", "No such file"),
     ("--data-dir DATA --model vit_small --image-size 33", "not a multiple of vit_small's patches"),
-    ("--data-dir DATA --model vit_small --model-width 2", "is for ResNets, not for vit_small"),
+    ("--data-dir DATA --model vit_small --model-width 2", "for vit_small, choose one of 1"),
     ("--data-dir DATA --accumulation-steps 3", "--accumulation-steps 3 does not divide"),
     ("--data-dir DATA --batch-size 12 --bn-group-size 8", "groups must tile the global batch"),
     ("--data-dir DATA --batch-size 64 --bn-group-size 8", "do not fill one global batch of 64"),

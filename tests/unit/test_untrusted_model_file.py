@@ -67,7 +67,7 @@ class TestModelFile:
             ({"model": "resnet51"}, "model: resnet51 is none of"),
             ({"model": ["resnet50"]}, "model"),
             ({"model_width": 3}, "model_width: 3 is none of 1, 2, 4"),
-            ({"model_width": 2}, "--model-width 2 is for ResNets"),
+            ({"model_width": 2}, "--model-width 2: for vit_small"),
             ({"stem": ""}, "stem:  is none of"),
             ({"dim": 0}, "dim: Input should be greater than 0"),
             ({"dim": 1.5e6}, "dim '1500000.0' is no value of it"),
