@@ -11,6 +11,7 @@ import pytest
 from moco_scale.data.remote.store import FileState
 from moco_scale.data.shards.saved_scans import SavedScan, load_scan, save_scan
 from moco_scale.data.shards.tar_scan import ShardScan
+from moco_scale.untrusted.saved_scan import FORMAT
 
 COLUMNS = {
     "offset": np.array([512, 2048], "<u8"),
@@ -52,7 +53,13 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_one_is_none(tmp_path: Path, offset: bytes) -> None:
-    said = {"format": 4, "bytes": 9, "checksum": "0" * 32, "state": [9, "", ""], "names": ["ash"]}
+    said = {
+        "format": FORMAT,
+        "bytes": 9,
+        "checksum": "0" * 32,
+        "state": [9, "", ""],
+        "names": ["ash"],
+    }
     said |= {"without_image": 0, "odd": "", "dotted": "", "part": ""}
     arrays = COLUMNS | {"said": np.frombuffer(json.dumps(said).encode(), np.uint8)}
     path = tmp_path / "a.npz"
