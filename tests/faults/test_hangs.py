@@ -77,7 +77,7 @@ def test_a_killed_rank(tiny_shards: Path, tmp_path: Path, victim: int) -> None:
     assert line.endswith("(frozen, dead or cut off) in phase forward of step 3"), line
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_frozen_rank(tiny_shards: Path, tmp_path: Path, victim: int) -> None:
     """Nothing breaks, and nothing comes: the time-out ends it. So it does when it thaws."""
     with job(tiny_shards, tmp_path, 4, "backward", victim, "frozen") as run:
@@ -145,7 +145,12 @@ def break_evaluation(rank: int, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "how"), [("knn", "killed"), ("knn", "frozen"), ("linear", "frozen")]
+    ("protocol", "how"),
+    [
+        ("knn", "killed"),
+        pytest.param("knn", "frozen", marks=pytest.mark.slow),
+        ("linear", "frozen"),
+    ],
 )
 def test_a_rank_that_an_evaluation_loses(
     tiny_shards: Path, model: Path, tmp_path: Path, protocol: str, how: str

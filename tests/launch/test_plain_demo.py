@@ -37,6 +37,7 @@ def result(repository: Path, script: str, *arguments: object) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_steps_agree(repository: Path, images: Path, tmp_path: Path) -> None:
     """The example on a tar, and the package's step between its draws on a folder."""
     with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as tar:

@@ -344,6 +344,7 @@ def test_a_kill_as_the_last_checkpoint_is_complete(
     assert_same_run(tmp_path, plain_run)
 
 
+@pytest.mark.slow
 def test_a_stop_that_is_agreed_at_an_epoch_s_end_waits_for_no_evaluation(
     zero1_run: tuple[Path, str], tiny_shards: Path, tmp_path: Path
 ) -> None:
@@ -426,9 +427,7 @@ def gentle_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-@pytest.mark.parametrize(
-    "first", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 3))]
-)
+@pytest.mark.parametrize("first", [pytest.param(n, marks=pytest.mark.slow) for n in range(4)])
 def test_a_checkpoint_is_resumed_under_any_engine_on_any_number_of_processes(
     gentle_run: Path, tiny_shards: Path, tmp_path: Path, first: int
 ) -> None:

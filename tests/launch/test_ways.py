@@ -16,6 +16,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_parts_and_recomputation_give_the_same_curve(tiny_shards: Path, tmp_path: Path) -> None:
     flags = (*GENTLE, "--data-dir", tiny_shards)
     status, output = forked(*flags, "--output-dir", tmp_path / "whole")
@@ -68,6 +69,7 @@ def test_a_transformer_is_trained_and_evaluated(tiny_shards: Path, tmp_path: Pat
     assert 0 <= json.loads((tmp_path / "eval" / "results.json").read_text())["top1"] <= 100
 
 
+@pytest.mark.slow
 def test_images_that_are_kept_decoded_give_the_same_run(tiny_shards: Path, tmp_path: Path) -> None:
     flags = (*TINY, "--data-dir", tiny_shards, "--max-steps", 6)
     status, output = forked(*flags, "--output-dir", tmp_path / "plain", ranks=2)
