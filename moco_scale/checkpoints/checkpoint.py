@@ -40,7 +40,9 @@ from moco_scale.utils.text import printable_path, some_of
 T = TypeVar("T")
 NO_ROWS: Mapping[str, Rows] = MappingProxyType({})
 META = "meta.json"
-STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
+STEP = "step-"
+"""Beginning of the name of a checkpoint's folder."""
+STEP_FOLDER = re.compile(STEP + r"([0-9]{8,})")
 
 
 def owner(name: str) -> int:

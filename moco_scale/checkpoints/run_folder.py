@@ -115,7 +115,7 @@ class RunFolder:
         return start, self.config
 
     def _begin(self, step: int) -> int:
-        for left in (self.path / "checkpoints").glob(".step-*"):
+        for left in (self.path / "checkpoints").glob(f".{checkpoint.STEP}*"):
             shutil.rmtree(left, ignore_errors=True)  # left by a process killed while saving
         try:
             self._write_config()
@@ -277,7 +277,7 @@ class RunFolder:
         Raises:
             UserError: A file cannot be written; earlier checkpoints are untouched.
         """
-        folder = self.path / "checkpoints" / f"step-{step:08d}"
+        folder = self.path / "checkpoints" / f"{checkpoint.STEP}{step:08d}"
         meta = {
             **meta,
             "config": self.config.defining(),
@@ -380,7 +380,7 @@ class RunFolder:
         for old in passing[: -self.config.run.keep_checkpoints]:
             # So that a kill leaves no half-deleted checkpoint.
             os.rename(old, old.with_name(f".{old.name}.old"))
-        for trash in (self.path / "checkpoints").glob(".step-*.old"):
+        for trash in (self.path / "checkpoints").glob(f".{checkpoint.STEP}*.old"):
             shutil.rmtree(trash, ignore_errors=True)
 
     def is_own(self, folder: Path) -> bool:

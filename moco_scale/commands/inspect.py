@@ -191,7 +191,7 @@ def _newest(path: Path) -> Path:
 
 def _incomplete(run: Path) -> list[str]:
     """Names of a run's checkpoints that lack their last part, which training passes over."""
-    steps = (run / "checkpoints").glob("step-*")
+    steps = (run / "checkpoints").glob(f"{checkpoint.STEP}*")
     return sorted(p.name for p in steps if p.is_dir() and not (p / checkpoint.META).is_file())
 
 

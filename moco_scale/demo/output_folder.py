@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from moco_scale.checkpoints import checkpoint
 from moco_scale.config.schema import differences
 from moco_scale.untrusted.demo import DemoSettings
 from moco_scale.untrusted.documents import DocumentError, read_document
@@ -73,7 +74,7 @@ def claim_or_continue(out: Path, images: dict[str, Any], train: dict[str, Any]) 
         if saved is None:
             raise UserError(f"--output-dir {out} holds something else; {away}")
         lines = differences(saved.images | saved.train, images | train)
-        trained = (out / "current.pth").exists() or any(out.glob("checkpoints/step-*"))
+        trained = (out / "current.pth").exists() or any(out.glob(f"checkpoints/{checkpoint.STEP}*"))
         if lines and trained:
             what = "\n".join(lines)
             raise UserError(f"--output-dir {out} holds a run with other settings:\n{what}\n{away}")
